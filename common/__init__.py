@@ -1,0 +1,1 @@
+"""What gateway, compute and client all need, and nothing that only one of them needs."""

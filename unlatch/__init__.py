@@ -1,0 +1,33 @@
+"""Unlatch: NumPy functions served over gRPC on every core.
+
+    from unlatch import Client, kernel
+
+Names load when first used (PEP 562): a worker that declares kernels never meets gRPC.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from common.errors import KernelError, UnlatchError
+    from unlatch.blocking import BlockingClient
+    from unlatch.client import Client
+    from unlatch.declaration import kernel
+
+__all__ = ["BlockingClient", "Client", "KernelError", "UnlatchError", "kernel"]
+
+_HOMES = {
+    "BlockingClient": "unlatch.blocking",
+    "Client": "unlatch.client",
+    "KernelError": "common.errors",
+    "UnlatchError": "common.errors",
+    "kernel": "unlatch.declaration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unlatch' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""`make bench`: Unlatch beside what it replaces, in one run, loaded by one generator with the same bytes."""

@@ -1,0 +1,131 @@
+"""`python -m bench`: everything in one run of some eight minutes; `--quick` in one, with figures to match.
+
+`--only NAME` (repeatable) narrows it: a part (throughput, client, responsive, beside, gil), a subject (echo, recipe,
+unlatch, bare, inline, threads) or a work (identity_1k, spin10, …). Exit codes: 1 calls failed, 2 could not measure.
+"""
+
+import argparse
+import signal
+import sys
+from contextlib import ExitStack
+from typing import Never
+
+from rich.console import Console
+from rich.text import Text
+
+from bench import clients, gil, oip, responsive, subjects, throughput
+from bench.load import connections, require_h2load
+from bench.processes import BenchError
+from bench.report import Findings, failed_calls, ratios, show, write
+
+PARTS = frozenset({"throughput", "client", "responsive", "beside", "gil"})
+SUBJECTS = frozenset({"echo", "recipe", "unlatch", "bare", "inline", "threads"})
+WORKS = frozenset(work for work, _ in throughput.CASES)
+# Rounds and seconds of each part.
+FULL = {"throughput": (5, 2.0), "client": (5, 1.5), "gil": (2, 2.0), "responsive": (1, 8.0), "beside": (5, 1.0)}
+QUICK = {"throughput": (1, 0.5), "client": (1, 0.5), "gil": (1, 0.5), "responsive": (1, 1.5), "beside": (1, 0.5)}
+
+
+def run(only: frozenset[str], quick: bool, console: Console) -> Findings:
+    """Measure what was asked for."""
+    plan = QUICK if quick else FULL
+    parts, names, works_asked = only & PARTS or PARTS, only & SUBJECTS or SUBJECTS, only & WORKS
+    if works_asked and not only & PARTS:
+        parts = frozenset({"throughput"})
+    with console.status("calibrating") as status:
+        works = oip.works()
+        findings = Findings(settings=_settings(only, quick, works))
+        with ExitStack() as stack:
+            if parts & {"throughput", "client", "responsive", "beside"}:
+                wanted = ("echo", "recipe", "unlatch") if "throughput" in parts else ("unlatch",)
+                status.update("starting servers")
+                running = {name: subjects.start(stack, name) for name in wanted if name in names}
+                for subject in running.values():
+                    subjects.await_ready(subject, works["identity_1k"])
+            if "throughput" in parts:
+                bare = subjects.Bare(stack) if "bare" in names else None
+                rounds, seconds = plan["throughput"]
+                findings.cells += throughput.measure(
+                    works, running, bare,
+                    rounds=rounds, seconds=seconds, on_step=status.update, only_works=works_asked,
+                )  # fmt: skip
+            if "unlatch" in names:
+                if "client" in parts:
+                    rounds, seconds = plan["client"]
+                    findings.cells += clients.measure(
+                        running["unlatch"], rounds=rounds, seconds=seconds, on_step=status.update
+                    )
+                if "responsive" in parts:
+                    _, seconds = plan["responsive"]
+                    findings.responsive = responsive.measure(
+                        running["unlatch"], works["spin10"], seconds=seconds, on_step=status.update
+                    )
+                if "beside" in parts:
+                    passes, seconds = plan["beside"]
+                    findings.beside = clients.beside_64mib(
+                        running["unlatch"], passes=passes, seconds=seconds, on_step=status.update
+                    )
+        if "gil" in parts:
+            rounds, seconds = plan["gil"]
+            findings.gil, findings.gil_idle = gil.measure(
+                works, rounds=rounds, seconds=seconds, on_step=status.update, names=names
+            )
+    return findings
+
+
+def _settings(only: frozenset[str], quick: bool, works: dict[str, oip.Work]) -> dict[str, object]:
+    return {
+        "quick": quick,
+        "only": sorted(only),
+        "plan": {part: {"rounds": plan[0], "seconds": plan[1]} for part, plan in (QUICK if quick else FULL).items()},
+        "connections_x_streams": {
+            str(count): "{}x{}".format(*connections(count)) for count in (1, 32, 64, gil.WAITING)
+        },
+        "spin10_rounds": int(works["spin10"].array[0]),
+        "python_loop_rounds": int(works["python_loop"].array[0]),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one short round of everything; under a minute")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        choices=sorted(PARTS | SUBJECTS | WORKS),
+        help="narrow the run",
+    )
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    try:
+        require_h2load()
+        findings = run(frozenset(args.only), args.quick, console)
+    except BenchError as error:
+        console.print("[bold red]bench:[/]", Text(str(error)), highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("bench: interrupted; every process it started has ended")
+        return 130
+    show(findings, console)
+    written = [write(findings)]
+    from bench import plots  # matplotlib takes a second to import, and the runs above should not wait for it
+
+    if findings.gil:
+        written.append(plots.plot_gil(findings.gil))
+    if any(ratio["value"] is not None and ratio["floor"] is not None for ratio in ratios(findings.cells).values()):
+        written.append(plots.plot_ratios(ratios(findings.cells)))
+    console.print("written: " + ", ".join(str(path) for path in written))
+    return 1 if failed_calls(findings) else 0
+
+
+def _interrupt(*_: object) -> Never:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The reason Unlatch exists: the same work inline on the loop, in a thread pool, and through Unlatch, on 1 and 2 cores.
+
+CPU-bound: a pure-Python loop of about 10 ms that holds the GIL. Waiting: 10 ms of it. A kernel that waits occupies a
+worker in Unlatch, just as one that computes, so its throughput there is workers / 10 ms, and an async handler or a
+thread pool does it better; the table says so. What waits for nothing in Unlatch is the caller: the last row has 500
+calls waiting at once, and shows what that costs the gateway and the health check.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+from bench.load import calls_for
+from bench.oip import Work
+from bench.processes import Child, cores, load_core
+from bench.subjects import Subject, await_ready, check, start
+from bench.throughput import loaded_with_cpu
+
+IN_FLIGHT = 32
+WAITING = 500
+AWAITED = "awaited"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One row: a work, done one way."""
+
+    name: str
+    subject: str
+    work: str
+    says: str
+    in_flight: int = IN_FLIGHT
+    request_id: str = ""
+
+
+WAYS = (
+    Way(name="cpu_inline", subject="inline", work="python_loop", says="CPU-bound · inline on the loop"),
+    Way(name="cpu_threads", subject="threads", work="python_loop", says="CPU-bound · thread pool"),
+    Way(name="cpu_unlatch", subject="unlatch", work="python_loop", says="CPU-bound · Unlatch"),
+    Way(name="wait_inline", subject="inline", work="wait10", says="Wait · inline, blocking"),
+    Way(name="wait_awaited", subject="inline", work="wait10", says="Wait · inline, awaited", request_id=AWAITED),
+    Way(name="wait_threads", subject="threads", work="wait10", says="Wait · thread pool"),
+    Way(name="wait_unlatch", subject="unlatch", work="wait10", says="Wait · Unlatch, in a worker"),
+    Way(
+        name="waiting_unlatch", subject="unlatch", work="wait10", says=f"Wait · Unlatch, {WAITING} callers waiting",
+        in_flight=WAITING,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way on so many cores, over all rounds."""
+
+    way: Way
+    cores: int
+    rates: list[float] = field(default_factory=list)
+    health_p99_ms: list[float] = field(default_factory=list)
+    failed_checks: list[int] = field(default_factory=list)
+    failed_calls: list[int] = field(default_factory=list)
+    cpu_us: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return median(self.rates)
+
+    @property
+    def p99_ms(self) -> float:
+        return median(self.health_p99_ms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idle:
+    """The health check's p99 with no load: what the prober and the machine add by themselves."""
+
+    subject: str
+    cores: int
+    health_p99_ms: float
+
+
+def measure(
+    works: dict[str, Work], *, rounds: int, seconds: float, on_step: Callable[[str], None], names: frozenset[str]
+) -> tuple[list[Row], list[Idle]]:
+    """All the ways whose subject is in `names`, first bound to one core (not the generator's), then to two."""
+    rows: list[Row] = []
+    idle: list[Idle] = []
+    for count in sorted({1, min(2, len(cores()))}):
+        bound = [core for core in cores() if core != load_core()][:1] if count == 1 else cores()[-2:]
+        if not bound:
+            bound = cores()
+        with ExitStack() as stack:
+            wanted = {way.subject for way in WAYS} & names
+            subjects = {name: start(stack, name, cpus=bound, workers=count) for name in sorted(wanted)}
+            probes = {name: _probe(stack, subject, works) for name, subject in subjects.items()}
+            for name, probe in probes.items():
+                probe.ask(do="start")
+                time.sleep(0.5)
+                idle.append(Idle(subject=name, cores=count, health_p99_ms=probe.ask(do="stop")["health"]["p99_ms"]))
+            here = [Row(way=way, cores=count) for way in WAYS if way.subject in subjects]
+            for row, number in _turns(here, rounds):
+                on_step(f"{count} core(s) · round {number}/{rounds} · {row.way.says}")
+                _visit(row, subjects[row.way.subject], works[row.way.work], probes[row.way.subject], seconds)
+            rows += here
+    return rows, idle
+
+
+def _turns(rows: list[Row], rounds: int) -> Iterator[tuple[Row, int]]:
+    for number in range(1, rounds + 1):
+        for row in rows:
+            yield row, number
+
+
+def _probe(stack: ExitStack, subject: Subject, works: dict[str, Work]) -> Child:
+    await_ready(subject, works["identity_1k"])
+    return stack.enter_context(
+        Child(f"probe-{subject.name}", "bench.probe", "--health", f"127.0.0.1:{subject.health_port}")
+    )
+
+
+def _visit(row: Row, subject: Subject, work: Work, probe: Child, seconds: float) -> None:
+    sent = replace(work, name=row.way.name, request_id=row.way.request_id)
+    reply_bytes = check(subject, sent)
+    in_flight = row.way.in_flight
+    warm, _ = loaded_with_cpu(subject, sent, 2 * IN_FLIGHT, IN_FLIGHT, reply_bytes)
+    calls = calls_for(seconds, warm.calls_per_second, IN_FLIGHT) if in_flight == IN_FLIGHT else in_flight
+    probe.ask(do="start")
+    loaded, cpu_us = loaded_with_cpu(subject, sent, calls, in_flight, reply_bytes)
+    checks = probe.ask(do="stop")["health"]
+    row.rates.append(loaded.calls_per_second)
+    row.failed_calls.append(loaded.failed_calls)
+    row.health_p99_ms.append(checks["p99_ms"])
+    row.failed_checks.append(checks["failed"])
+    row.cpu_us.append(cpu_us)

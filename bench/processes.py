@@ -1,0 +1,220 @@
+"""Processes that the bench starts: begun, watched from outside, ended by pid.
+
+CPU time is the scheduler's own nanosecond count of each process (a per-process POSIX clock), the same for all
+subjects and independent of what any of them says about itself.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "bench" / "out"
+PYTHON = sys.executable
+STOP_SECONDS = 8.0
+
+
+class BenchError(Exception):
+    """The bench cannot go on; the message tells the user why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """One process of a tree, as /proc showed it."""
+
+    pid: int
+    parent: int
+    command: str
+
+
+class Process:
+    """One child in a session of its own, so Ctrl-C reaches the bench first. It ends with the bench, come what may."""
+
+    def __init__(self, name: str, argv: Sequence[str], *, cpus: Iterable[int] | None = None, piped: bool = False):
+        self.name = name
+        self.log = OUT / "log" / f"{name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        pinned = ["taskset", "--cpu-list", ",".join(map(str, cpus))] if cpus is not None else []
+        pipe = subprocess.PIPE if piped else subprocess.DEVNULL
+        with self.log.open("wb") as log:
+            self.child = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", "--", *pinned, *argv],
+                stdin=pipe,
+                stdout=pipe if piped else log,
+                stderr=log,
+                cwd=ROOT,
+                env=environment(),
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self.child.pid
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+    def stop(self) -> None:
+        """SIGTERM to the root, then SIGKILL to whatever of its tree is still there."""
+        before = tree(self.pid)
+        if self.child.poll() is None:
+            self.child.terminate()
+            try:
+                self.child.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.wait()
+        for pipe in (self.child.stdin, self.child.stdout):
+            if pipe is not None:
+                pipe.close()
+        deadline = time.monotonic() + 2.0
+        while (left := [seen for seen in before if _command(seen.pid) == seen.command]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for seen in left:
+            if seen.command:
+                _kill(seen.pid)
+
+
+class Child(Process):
+    """A Python child that answers JSON lines: one question, one answer."""
+
+    def __init__(self, name: str, module: str, *args: str, cpus: Iterable[int] | None = None):
+        super().__init__(name, [PYTHON, "-m", module, *args], cpus=cpus, piped=True)
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        self.tell(**question)
+        return self.answer()
+
+    def tell(self, **question: Any) -> None:
+        assert self.child.stdin is not None
+        try:
+            self.child.stdin.write(json.dumps(question).encode() + b"\n")
+            self.child.stdin.flush()
+        except BrokenPipeError:
+            raise BenchError(f"{self.name} has ended:\n{self.tail()}") from None
+
+    def answer(self) -> dict[str, Any]:
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        if not line:
+            raise BenchError(f"{self.name} ended without an answer:\n{self.tail()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def environment() -> dict[str, str]:
+    """The same for every subject: this process's own, with one BLAS thread and the repository importable."""
+    one_thread = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return {**os.environ, **one_thread, "PYTHONPATH": str(ROOT)}
+
+
+def cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
+def load_core() -> int:
+    """The one core that every load generator is pinned to."""
+    return cores()[-1]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def tree(root: int) -> list[Seen]:
+    """`root` and everything that descends from it."""
+    children: defaultdict[int, list[int]] = defaultdict(list)
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (parent := _parent(int(entry))) is not None:
+            children[parent].append(int(entry))
+    found: list[Seen] = []
+    waiting = [(root, 0)]
+    while waiting:
+        pid, parent = waiting.pop()
+        if command := _command(pid):
+            found.append(Seen(pid=pid, parent=parent, command=command))
+            waiting += [(child, pid) for child in children[pid]]
+    return found
+
+
+def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
+    """CPU seconds of each process (all threads), to the nanosecond; one that has ended is left out."""
+    seconds: dict[int, float] = {}
+    for pid in pids:
+        try:
+            # The kernel's MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED).
+            seconds[pid] = time.clock_gettime((~pid << 3) | 2)
+        except OSError:
+            continue
+    return seconds
+
+
+def labelled_cpu(root: int) -> dict[str, float]:
+    """CPU seconds so far of the tree under `root`, by what each process is; alike ones (workers) are summed."""
+    processes = tree(root)
+    labels = label(processes)
+    total: defaultdict[str, float] = defaultdict(float)
+    for pid, seconds in cpu_seconds(seen.pid for seen in processes).items():
+        total[labels[pid]] += seconds
+    return dict(total)
+
+
+def label(processes: Sequence[Seen]) -> dict[int, str]:
+    """What each process is, by its command line and its parent. Forked workers keep their forkserver's command line."""
+    by_pid = {seen.pid: seen for seen in processes}
+    return {seen.pid: _label(seen, by_pid) for seen in processes}
+
+
+def _label(seen: Seen, by_pid: Mapping[int, Seen]) -> str:
+    parent = by_pid.get(seen.parent)
+    if "resource_tracker" in seen.command:
+        return "resource_tracker"
+    if "forkserver" in seen.command:
+        return "workers" if parent is not None and "forkserver" in parent.command else "forkserver"
+    if parent is not None and "forkserver" in parent.command:
+        return "workers"
+    if parent is None:
+        return "supervisor" if "unlatch" in seen.command and " serve" in seen.command else "server"
+    for word, name in (("gateway", "gateway"), ("compute", "front")):
+        if word in seen.command:
+            return name
+    return "other"
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,75 @@
+"""Is the server still there while it computes? Health checks, ServerLive and loop lag beside 64 calls of spin10."""
+
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from bench.load import calls_for, load
+from bench.oip import Work
+from bench.processes import Child
+from bench.subjects import Subject, check
+
+IN_FLIGHT = 64
+LAG = "unlatch_event_loop_lag_seconds"
+
+Buckets = dict[float, float]
+
+
+def measure(subject: Subject, work: Work, *, seconds: float, on_step: Callable[[str], None]) -> dict[str, float | None]:
+    """Latencies at p99 and loop lag at p99, in milliseconds, over one stretch of load."""
+    on_step(f"{IN_FLIGHT} calls of {work.name} in flight: health, ServerLive, loop lag")
+    reply_bytes = check(subject, work)
+    addresses = ["--health", f"127.0.0.1:{subject.health_port}", "--live", f"127.0.0.1:{subject.port}"]
+    body = work.body()
+    warm = load(subject.port, body, calls=2 * IN_FLIGHT, in_flight=IN_FLIGHT, reply_bytes=reply_bytes)
+    with Child("probe-responsive", "bench.probe", *addresses) as probe:
+        probe.ask(do="start")
+        time.sleep(0.5)
+        idle = probe.ask(do="stop")
+        before = {name: lag_buckets(port, name) for name, port in subject.metrics.items()}
+        probe.ask(do="start")
+        calls = calls_for(seconds, warm.calls_per_second, IN_FLIGHT)
+        loaded = load(subject.port, body, calls=calls, in_flight=IN_FLIGHT, reply_bytes=reply_bytes)
+        beside = probe.ask(do="stop")
+        lags = {name: p99_seconds(before[name], lag_buckets(port, name)) for name, port in subject.metrics.items()}
+    return {
+        "health_p99_ms": beside["health"]["p99_ms"],
+        "health_max_ms": beside["health"]["max_ms"],
+        "health_idle_p99_ms": idle["health"]["p99_ms"],
+        "serverlive_p99_ms": beside["live"]["p99_ms"],
+        "serverlive_max_ms": beside["live"]["max_ms"],
+        "serverlive_idle_p99_ms": idle["live"]["p99_ms"],
+        "failed_checks": beside["health"]["failed"] + beside["live"]["failed"],
+        "responsive_calls_per_second": loaded.calls_per_second,
+        "responsive_failed_calls": loaded.failed_calls,
+        **{f"{name}_loop_lag_p99_ms": None if lag is None else lag * 1e3 for name, lag in lags.items()},
+    }
+
+
+def lag_buckets(port: int, process: str) -> Buckets:
+    """The lag histogram's cumulative buckets, of the series that says it is of `process` (or says nothing)."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5.0) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    buckets: Buckets = {}
+    for family in families:
+        for sample in family.samples:
+            if sample.name == f"{LAG}_bucket" and sample.labels.get("process", process) == process:
+                bound = float(sample.labels["le"])
+                buckets[bound] = buckets.get(bound, 0.0) + sample.value
+    return buckets
+
+
+def p99_seconds(before: Mapping[float, float], after: Mapping[float, float]) -> float | None:
+    """The 99th percentile of what was added between two scrapes, linear within its bucket as Prometheus has it."""
+    grown = sorted((bound, count - before.get(bound, 0.0)) for bound, count in after.items())
+    if not grown or grown[-1][1] <= 0:
+        return None
+    rank = 0.99 * grown[-1][1]
+    low, below = 0.0, 0.0
+    for bound, count in grown:
+        if count >= rank:
+            return low if bound == float("inf") else low + (bound - low) * (rank - below) / (count - below)
+        low, below = bound, count
+    return low

@@ -1,0 +1,62 @@
+"""The work itself, as plain functions: every subject runs these very ones.
+
+How much there is to do comes in as an array, so one calibration (in the bench's own process) holds for all subjects.
+"""
+
+import time
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+# 64 KiB of doubles: in the L2 cache, below malloc's mmap threshold, so neither memory nor the allocator is measured.
+SPIN_DOUBLES = 8_192
+CHAIN_DOUBLES = 200_000
+
+
+def spin10(rounds: Int64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
+    """`rounds` cosines over an array that stays in cache: one core, no BLAS; about 10 ms when calibrated."""
+    x = np.linspace(0.0, 1.0, SPIN_DOUBLES)
+    for _ in range(int(rounds[0])):
+        np.cos(x, out=x)
+    return np.array([x.sum()])
+
+
+def elementwise(seed: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "m"]:
+    """About 10 ms (default malloc) of plain arithmetic over 200,000 doubles, a named array a line, as people write it.
+
+    The names live until the function returns, so glibc then gives their memory back and the next call faults it in
+    again (some 5,000 page faults a call). Code whose temporaries malloc happens to reuse has nothing to gain here.
+    """
+    time_ = np.arange(CHAIN_DOUBLES) * 1e-5
+    position = time_ + seed[0]
+    velocity = 1.0 - position
+    drag = 0.1 * velocity
+    lift = 0.2 * position
+    force = lift - drag
+    moved = position + 0.01 * velocity
+    faster = velocity + 0.01 * force
+    kinetic = 0.5 * faster * faster
+    potential = 9.81 * moved
+    energy = kinetic + potential
+    excess = energy - 4.0
+    bounded = np.clip(excess, -1.0, 1.0)
+    weight = 1.0 - np.abs(bounded)
+    blended = weight * moved + bounded * position
+    error = blended - moved
+    squared = error * error
+    damped = squared / (1.0 + squared)
+    return np.array([damped.mean(), energy.max()])
+
+
+def python_loop(rounds: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+    """`rounds` turns of a pure-Python loop that never lets go of the GIL; about 10 ms when calibrated."""
+    total = 0
+    for i in range(int(rounds[0])):
+        total = (total * 31 + i) & 0xFFFFFFFF
+    return np.array([total])
+
+
+def wait10(milliseconds: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
+    """A blocking wait, as for a disk or another service."""
+    time.sleep(float(milliseconds[0]) / 1e3)
+    return milliseconds.copy()

@@ -1,0 +1,104 @@
+"""Datatypes of the Open Inference Protocol and the NumPy dtypes they carry, without NumPy: the front knows them by name.
+
+Complex and datetime arrays have no datatype of their own. They travel as FP32 or FP64 with a last axis of 2, or as
+INT64, and the tensor parameter `np_dtype` says what they are.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+from common.errors import InvalidArgument
+
+NP_DTYPE = "np_dtype"
+BYTES = "BYTES"
+OBJECT = "object"
+
+# datatype -> (NumPy's name, bytes an element)
+DATATYPES: dict[str, tuple[str, int]] = {
+    "BOOL": ("bool", 1),
+    "UINT8": ("uint8", 1),
+    "UINT16": ("uint16", 2),
+    "UINT32": ("uint32", 4),
+    "UINT64": ("uint64", 8),
+    "INT8": ("int8", 1),
+    "INT16": ("int16", 2),
+    "INT32": ("int32", 4),
+    "INT64": ("int64", 8),
+    "FP16": ("float16", 2),
+    "FP32": ("float32", 4),
+    "FP64": ("float64", 8),
+    BYTES: (OBJECT, 0),
+}
+_BY_DTYPE = {dtype: datatype for datatype, (dtype, _) in DATATYPES.items()}
+_COMPLEX = {"complex64": "FP32", "complex128": "FP64"}
+_TIMES = ("datetime64", "timedelta64")
+# NumPy addresses at most this many bytes and axes.
+_MOST_BYTES = 2**63 - 1
+_MOST_AXES = 64
+
+
+def carrier(dtype: str) -> str:
+    """The datatype that carries a NumPy dtype, by NumPy's name for it. Raises KeyError where none does."""
+    if dtype.startswith(_TIMES):
+        return "INT64"
+    return _COMPLEX.get(dtype) or _BY_DTYPE[dtype]
+
+
+def is_served(dtype: str) -> bool:
+    """Whether some datatype carries this dtype, by NumPy's name for it."""
+    return dtype in _BY_DTYPE or dtype in _COMPLEX or _is_time(dtype)
+
+
+def is_carried(dtype: str) -> bool:
+    """Whether a dtype is not its datatype's own, and so needs `np_dtype`."""
+    return dtype.startswith(_TIMES) or dtype in _COMPLEX
+
+
+def seen_by_numpy(
+    field: str, datatype: str, shape: Sequence[int], np_dtype: str, length: int
+) -> tuple[str, tuple[int, ...]]:
+    """A tensor's dtype and shape as its kernel will see them, once they are known to agree with its bytes.
+
+    Raises InvalidArgument naming `field` for an unknown datatype, a shape that no array has, an `np_dtype` that the
+    datatype cannot carry, or a length in bytes that the shape does not have.
+    """
+    known = DATATYPES.get(datatype)
+    if known is None:
+        raise InvalidArgument(
+            f"{field}: datatype {datatype[:32]!r} is not served; it may be {', '.join(DATATYPES)}", field=field
+        )
+    dtype, itemsize = known
+    if len(shape) > _MOST_AXES:
+        raise InvalidArgument(f"{field}: {len(shape)} axes are more than an array's {_MOST_AXES}", field=field)
+    for size in shape:
+        if size < 0:
+            raise InvalidArgument(f"{field}: shape {list(shape)} has a negative length", field=field)
+    count = prod(shape)
+    # The product without its zeros must be addressable too: NumPy refuses (0, 2**62) as it refuses (2**62,).
+    if count > _MOST_BYTES or (not count and prod(filter(None, shape)) > _MOST_BYTES // 16):
+        raise InvalidArgument(f"{field}: shape {list(shape)} is more than memory can hold", field=field)
+    if itemsize and count * itemsize != length:
+        raise InvalidArgument(
+            f"{field}: shape {list(shape)} of {datatype} is {count * itemsize} bytes, but {length} came", field=field
+        )
+    if np_dtype:
+        return _carried(field, datatype, tuple(shape), np_dtype)
+    return dtype, tuple(shape)
+
+
+def _carried(field: str, datatype: str, shape: tuple[int, ...], np_dtype: str) -> tuple[str, tuple[int, ...]]:
+    if _COMPLEX.get(np_dtype) == datatype:
+        if not shape or shape[-1] != 2:
+            raise InvalidArgument(
+                f"{field}: {np_dtype} travels as {datatype} with a last axis of 2, but the shape is {list(shape)}",
+                field=field,
+            )
+        return np_dtype, shape[:-1]
+    if datatype == "INT64" and _is_time(np_dtype):
+        return np_dtype, shape
+    raise InvalidArgument(f"{field}: {datatype} cannot carry {NP_DTYPE} {np_dtype[:32]!r}", field=field)
+
+
+def _is_time(np_dtype: str) -> bool:
+    kind, _, unit = np_dtype.partition("[")
+    return kind in _TIMES and unit.rstrip("]") in {"Y", "M", "W", "D", "h", "m", "s", "ms", "us", "ns", "ps", "fs", "as"}

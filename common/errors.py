@@ -1,0 +1,112 @@
+"""Every error that Unlatch answers with: a small flat tree, each carrying its gRPC status code.
+
+Only these errors' text reaches a caller. Anything else is logged whole and answered as Internal with an opaque id
+(see `opaque`). The codes are google.rpc.Code's numbers, so that this module needs no gRPC: workers load it too.
+"""
+
+import difflib
+import secrets
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class UnlatchError(Exception):
+    """A call that did not end well. `code` is its google.rpc.Code; `field` names the argument at fault, if one is."""
+
+    code: ClassVar[int] = 2
+
+    def __init__(self, message: str, *, field: str = "", retry_after_milliseconds: int = 0) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_milliseconds = retry_after_milliseconds
+
+
+class Cancelled(UnlatchError):
+    """The caller left. Nobody reads this answer, it only counts."""
+
+    code = 1
+
+
+class InvalidArgument(UnlatchError):
+    """The call itself is wrong; sent again it will be wrong again. Mend the field that the message names."""
+
+    code = 3
+
+
+class DeadlineExceeded(UnlatchError):
+    """The time given ran out. Give more, or find out from the metrics where it went."""
+
+    code = 4
+
+
+class NotFound(UnlatchError):
+    """No replica has that kernel in that version. The message lists near names."""
+
+    code = 5
+
+
+class ResourceExhausted(UnlatchError):
+    """A bound was reached, and the message says which. Come back later, or send less."""
+
+    code = 8
+
+
+class Unimplemented(UnlatchError):
+    """Unlatch does not offer this."""
+
+    code = 12
+
+
+class Internal(UnlatchError):
+    """A fault in a kernel or in Unlatch. The server's log has the whole story under the id in the message."""
+
+    code = 13
+
+
+class Unavailable(UnlatchError):
+    """The call met a process that ended, or none to run it. Sending it again is reasonable."""
+
+    code = 14
+
+
+class KernelError(InvalidArgument):
+    """Raised by a kernel to refuse its arguments' values. The text reaches the caller as it stands."""
+
+
+_BY_CODE: dict[int, type[UnlatchError]] = {kind.code: kind for kind in UnlatchError.__subclasses__()}
+
+NAMES = {
+    0: "OK",
+    1: "CANCELLED",
+    2: "UNKNOWN",
+    3: "INVALID_ARGUMENT",
+    4: "DEADLINE_EXCEEDED",
+    5: "NOT_FOUND",
+    8: "RESOURCE_EXHAUSTED",
+    12: "UNIMPLEMENTED",
+    13: "INTERNAL",
+    14: "UNAVAILABLE",
+}
+
+
+def from_code(code: int, message: str, *, field: str = "", retry_after_milliseconds: int = 0) -> UnlatchError:
+    """The error that a code stands for; UnlatchError itself where Unlatch does not use the code."""
+    kind = _BY_CODE.get(code, UnlatchError)
+    return kind(message, field=field, retry_after_milliseconds=retry_after_milliseconds)
+
+
+def opaque(what: str) -> tuple[Internal, str]:
+    """An Internal error that tells its caller nothing but an id, and the id to log the whole story under."""
+    identity = secrets.token_hex(6)
+    return Internal(f"{what}; the server's log has it under {identity}"), identity
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """'; did you mean …?' where a known name is near, else what there is, else nothing."""
+    known = sorted(known)
+    # difflib's cost grows with the product of the lengths, and a caller chooses this one.
+    close = difflib.get_close_matches(name[:64], known, n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; there are {', '.join(known[:20])}" if known else ""

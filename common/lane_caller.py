@@ -1,0 +1,114 @@
+"""The calling end of a lane: numbers calls, sends them, gives each reply to whoever waits for it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from itertools import count
+from typing import Protocol
+
+from common.errors import Unavailable, UnlatchError
+from common.lane import Body, Outbox, Sink, check_pieces, check_whole, unpack
+from protos.unlatch_pb2 import Descriptor, Reply, Welcome
+
+
+class Waiter(Protocol):
+    """Whoever waits for a call's reply."""
+
+    def replied(self, reply: Reply, whole: list[memoryview] | None) -> Sink | None:
+        """The reply's frame, with its tensors where they came along; else answer where their pieces are to go."""
+
+    def lost(self, error: UnlatchError) -> None:
+        """There will be no reply, or no more of it."""
+
+
+class Stream(Protocol):
+    """A lane's stream as grpc.aio gives it to the side that opens it."""
+
+    def write(self, message: bytes, /) -> Awaitable[None]: ...
+    def read(self) -> Awaitable[object]: ...
+
+
+class LaneCaller:
+    """One lane, from its opening to its end. Not used again afterwards."""
+
+    def __init__(self, on_welcome: Callable[[Welcome], None], on_draining: Callable[[], None]) -> None:
+        self._on_welcome = on_welcome
+        self._on_draining = on_draining
+        self._numbers = count(1)
+        self._waiting: dict[int, Waiter] = {}
+        self._arriving: dict[int, Sink] = {}
+        self._outbox = Outbox()
+
+    def call(self, descriptor: Descriptor, body: Body, waiter: Waiter) -> int:
+        """Send a call and give it its number. The waiter hears exactly one end, unless the call is cancelled."""
+        descriptor.call = number = next(self._numbers)
+        self._waiting[number] = waiter
+        self._outbox.call(descriptor, body)
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Nobody waits for this call any more: tell the server, and ignore what it still says about it."""
+        if self._waiting.pop(number, None) is not None:
+            self._arriving.pop(number, None)
+            self._outbox.cancel(number)
+
+    async def run(self, stream: Stream) -> None:
+        """Carry calls until the stream ends, then tell every waiter. Raises what ended the lane, if anything did."""
+        writer = asyncio.ensure_future(self._outbox.run(stream.write))
+        try:
+            while isinstance(message := await stream.read(), bytes):
+                self._receive(message)
+        finally:
+            writer.cancel()
+            # A lane that breaks breaks for its writer too; the reader's reason is the one to tell.
+            with suppress(BaseException):
+                await writer
+            self._outbox.close()
+            waiting, self._waiting = self._waiting, {}
+            for waiter in waiting.values():
+                waiter.lost(Unavailable("the lane to the server broke before the reply was here"))
+
+    async def flushed(self) -> None:
+        """Wait until everything said so far has been handed to gRPC."""
+        await self._outbox.flushed()
+
+    def _receive(self, message: bytes) -> None:
+        frames, payload = unpack(message)
+        at = 0
+        if frames.HasField("welcome"):
+            self._on_welcome(frames.welcome)
+        for reply in frames.replies:
+            whole: list[memoryview] | None = None
+            if reply.whole:
+                whole = payload[at : at + len(reply.lengths)]
+                at += len(reply.lengths)
+                check_whole(reply.lengths, whole)
+            self._replied(reply, whole)
+        check_pieces(frames, payload, at)
+        for piece in frames.pieces:
+            self._feed(piece.call, payload[at])
+            at += 1
+        if frames.draining:
+            self._on_draining()
+
+    def _replied(self, reply: Reply, whole: list[memoryview] | None) -> None:
+        waiter = self._waiting.get(reply.call)
+        if waiter is None:
+            return
+        # The server may answer before it has the whole call: what is left of the call is not wanted.
+        self._outbox.drop(reply.call)
+        sink = waiter.replied(reply, whole)
+        if sink is None or sink.complete:
+            self._waiting.pop(reply.call, None)
+            self._arriving.pop(reply.call, None)
+        else:
+            self._arriving[reply.call] = sink
+
+    def _feed(self, number: int, piece: memoryview) -> None:
+        sink = self._arriving.get(number)
+        if sink is None:
+            return
+        sink.feed(piece)
+        if sink.complete:
+            del self._arriving[number]
+            self._waiting.pop(number, None)

@@ -1,0 +1,33 @@
+"""Scalars on their way: Python's bool, int, float and str, and the protocol's InferParameter."""
+
+from protos.unlatch_pb2 import Parameter
+
+Value = bool | int | float | str
+
+_INT64 = range(-(2**63), 2**63)
+
+
+def parameter(value: Value) -> Parameter:
+    """A scalar as a message. Raises OverflowError for an int of more than 64 bits, TypeError for no scalar."""
+    if isinstance(value, bool):
+        return Parameter(bool_param=value)
+    if isinstance(value, int):
+        return Parameter(int64_param=value) if value in _INT64 else Parameter(uint64_param=_unsigned(value))
+    if isinstance(value, float):
+        return Parameter(double_param=value)
+    if isinstance(value, str):
+        return Parameter(string_param=value)
+    raise TypeError(f"a parameter is a bool, int, float or str, not a {type(value).__name__}")
+
+
+def scalar(message: Parameter) -> Value | None:
+    """The scalar in a message; None where it holds none."""
+    choice = message.WhichOneof("value")
+    value: Value | None = getattr(message, choice) if choice else None
+    return value
+
+
+def _unsigned(value: int) -> int:
+    if not 0 <= value < 2**64:
+        raise OverflowError(f"{value} does not fit 64 bits")
+    return value

@@ -1,0 +1,87 @@
+"""Protobuf messages whose bulk never meets a protobuf runtime.
+
+A tensor's bytes lie in `repeated bytes` fields at a message's top level. `split` walks that level once, in whatever
+order the fields come, and gives the bulk as slices of the message and the rest as bytes to parse; `bulk_entry` is the
+way back. Wire format: https://protobuf.dev/programming-guides/encoding/
+"""
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_LONGEST_VARINT = 10
+
+
+class Malformed(ValueError):
+    """The bytes are no protobuf message."""
+
+
+def split(message: bytes, bulk_field: int) -> tuple[bytes, list[memoryview]]:
+    """A message without its `bulk_field` entries, and those entries in order, as slices that keep `message` alive.
+
+    Raises Malformed when the top level cannot be walked to its end.
+    """
+    view = memoryview(message)
+    end = len(message)
+    bulk: list[memoryview] = []
+    kept: list[memoryview] = []
+    at = kept_from = 0
+    try:
+        while at < end:
+            start = at
+            tag = message[at]
+            at += 1
+            if tag > 0x7F:
+                tag, at = _varint(message, start)
+            kind = tag & 7
+            if kind == _BYTES:
+                size = message[at]
+                at += 1
+                if size > 0x7F:
+                    size, at = _varint(message, at - 1)
+                body = at
+                at += size
+                if tag >> 3 == bulk_field:
+                    if start > kept_from:
+                        kept.append(view[kept_from:start])
+                    kept_from = at
+                    bulk.append(view[body:at])
+            elif kind == _VARINT:
+                _, at = _varint(message, at)
+            elif kind == _FIXED64:
+                at += 8
+            elif kind == _FIXED32:
+                at += 4
+            else:
+                raise Malformed(f"wire type {kind} at byte {start} is not one of protobuf's")
+    except IndexError:
+        raise Malformed("the message ends within a field") from None
+    if at > end:
+        raise Malformed("the message ends within a field")
+    if kept_from < end:
+        kept.append(view[kept_from:end])
+    return b"".join(kept), bulk
+
+
+def varint(value: int) -> bytes:
+    """An unsigned integer as protobuf writes it."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def bulk_entry(field: int, size: int) -> bytes:
+    """What stands before one entry of `size` bytes of a `bytes` field."""
+    return varint(field << 3 | _BYTES) + varint(size)
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    for _ in range(_LONGEST_VARINT):
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise Malformed(f"a number of more than {_LONGEST_VARINT} bytes before byte {at}")

@@ -1,0 +1,91 @@
+"""gRPC servers as both services make them: their options, raw-bytes handlers, and errors as statuses."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+
+from common.errors import UnlatchError
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_SMALLEST_WINDOW_BYTES = 4 * 1024 * 1024
+
+
+class BindError(Exception):
+    """An address that cannot be listened on; the message names it."""
+
+
+def options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Channel arguments of every server and channel of ours."""
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # On by default, and then a second server binds the same port without a word.
+        ("grpc.so_reuseport", 0),
+        # A stalled loop must not make gRPC cancel what waits for it (the default is 1,000 of them).
+        ("grpc.server.max_pending_requests", 100_000),
+        ("grpc.server.max_pending_requests_hard_limit", 200_000),
+        # A lane is one stream: it gets a window of several pieces from the start.
+        ("grpc.http2.lookahead_bytes", _SMALLEST_WINDOW_BYTES),
+    ]
+
+
+def bind(server: grpc.aio.Server, address: str) -> str:
+    """Listen in plaintext, and say where: port 0 becomes the port that was free. Raises BindError."""
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise BindError(f"cannot listen on {address}: {error}") from None
+    if address.startswith("unix:"):
+        return address
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: UnlatchError) -> NoReturn:
+    """End an RPC with an error, its details and its advice on retrying."""
+    code = _CODES.get(error.code, grpc.StatusCode.UNKNOWN)
+    await context.abort(code, error.message, _trailers(error))
+    raise AssertionError("abort always raises")
+
+
+def _trailers(error: UnlatchError) -> tuple[tuple[str, str | bytes], ...]:
+    """BadRequest for a field at fault, RetryInfo and gRPC's own push-back for overload (google/rpc/error_details.proto)."""
+    details: list[error_details_pb2.BadRequest | error_details_pb2.RetryInfo] = []
+    trailers: list[tuple[str, str | bytes]] = []
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after_milliseconds:
+        delay = Duration()
+        delay.FromMilliseconds(error.retry_after_milliseconds)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        trailers.append(("grpc-retry-pushback-ms", str(error.retry_after_milliseconds)))
+    if details:
+        status = status_pb2.Status(code=error.code, message=error.message)
+        for detail in details:
+            packed = AnyMessage()
+            packed.Pack(detail)
+            status.details.append(packed)
+        trailers.append(("grpc-status-details-bin", status.SerializeToString()))
+    return tuple(trailers)
+
+
+Unary = Callable[[bytes, Any], Awaitable[bytes]]
+Stream = Callable[[Any, Any], Awaitable[None]]
+
+
+def handlers(
+    service: str, *, unary: dict[str, Unary] | None = None, streams: dict[str, Stream] | None = None
+) -> grpc.GenericRpcHandler:
+    """A service's methods, each given its request as the bytes that came."""
+    methods: dict[str, Any] = {
+        name: grpc.unary_unary_rpc_method_handler(method)  # type: ignore[arg-type]
+        for name, method in (unary or {}).items()
+    }
+    for name, method in (streams or {}).items():
+        methods[name] = grpc.stream_stream_rpc_method_handler(method)  # type: ignore[arg-type]
+    return grpc.method_handlers_generic_handler(service, methods)

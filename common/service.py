@@ -1,0 +1,69 @@
+"""What a service does besides its own work, the same for gateway and front: ports, metrics, health, drain, end."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import grpc.aio
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client.registry import Collector
+
+from common.exposition import serve_metrics
+from common.health import Health
+from common.life import Life, notify_ready
+from common.loop_watch import LoopWatch
+from common.recorder import Recorder
+from common.rpc import BindError, bind, options
+from common.settings import Settings
+
+log = structlog.get_logger()
+
+# What is left to do after the drain is closing connections.
+_STOP_GRACE_SECONDS = 0.2
+
+
+async def serve(
+    process: str,
+    settings: Settings,
+    *,
+    handlers: Sequence[grpc.GenericRpcHandler],
+    reflected: Sequence[str],
+    max_message_bytes: int,
+    health: Health,
+    recorder: Recorder,
+    collectors: Iterable[Collector],
+    drain: Callable[[], Awaitable[None]],
+    notify_socket: str,
+) -> None:
+    """Serve until a signal, drain, and return with every port closed. Raises BindError for a port that is taken."""
+    life = Life()
+    server = grpc.aio.server(options=options(max_message_bytes))
+    server.add_generic_rpc_handlers(tuple(handlers))
+    reflection.enable_server_reflection((*reflected, reflection.SERVICE_NAME), server)
+    listen = bind(server, settings.listen)
+    probes = grpc.aio.server(options=options(max_message_bytes))
+    health_pb2_grpc.add_HealthServicer_to_server(health, probes)
+    health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+    reflection.enable_server_reflection((health_name, reflection.SERVICE_NAME), probes)
+    health_listen = bind(probes, settings.health_listen)
+    try:
+        metrics_listen, close_metrics = serve_metrics(settings.metrics_listen, [recorder, *collectors])
+    except (OSError, ValueError) as error:
+        raise BindError(f"cannot serve metrics on {settings.metrics_listen}: {error}") from None
+    with LoopWatch(recorder, process):
+        await server.start()
+        await probes.start()
+        log.info("serving", listen=listen, health_listen=health_listen, metrics_listen=metrics_listen)
+        notify_ready(notify_socket)
+        await life.until_stop()
+        health.end()
+        try:
+            async with asyncio.timeout(settings.drain_seconds):
+                await drain()
+        except TimeoutError:
+            log.warning("calls are cut off", drain_seconds=settings.drain_seconds)
+        await server.stop(_STOP_GRACE_SECONDS)
+        await probes.stop(_STOP_GRACE_SECONDS)
+    await asyncio.to_thread(close_metrics)
+    log.info("stopped")

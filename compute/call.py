@@ -1,0 +1,149 @@
+"""A call as the front holds it: from its descriptor's arrival until its reply is on its way."""
+
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+from common.datatypes import NP_DTYPE, carrier, is_carried
+from common.errors import NAMES, UnlatchError
+from common.failures import failed
+from common.lane import Arrival, Body, Buffer
+from common.lane_server import LaneServer
+from common.spec import KernelSpec
+from compute.arena import Block, InputArena, offsets
+from compute.arguments import Arguments
+from compute.metrics import ComputeMetrics
+from compute.wire import Tensor
+from protos.unlatch_pb2 import Descriptor, Reply
+
+
+class Call:
+    """One call. Exactly one of `answer`, `fail` and `abandon` ends it for its caller; `release` frees its memory."""
+
+    def __init__(
+        self,
+        lane: LaneServer,
+        descriptor: Descriptor,
+        spec: KernelSpec,
+        arguments: Arguments,
+        arena: InputArena,
+        metrics: ComputeMetrics,
+        landed: Callable[["Call"], None],
+        abandoned: Callable[["Call"], None],
+    ) -> None:
+        self.spec = spec
+        self.arguments = arguments
+        self.ended = False
+        remaining = descriptor.remaining_microseconds
+        self.arrived = monotonic()
+        self.deadline = self.arrived + remaining / 1e6 if remaining else None
+        # Since when the call has waited for a worker, and since when one has run it.
+        self.landed = self.begun = self.arrived
+        self._lane = lane
+        self._number = descriptor.call
+        self._request = descriptor.request
+        self._lengths = list(descriptor.lengths)
+        self._arena = arena
+        self._metrics = metrics
+        self._when_landed = landed
+        self._when_abandoned = abandoned
+        self._arrival = Arrival(self._lengths)
+        self._starts, size = offsets(self._lengths)
+        self.block: Block | None = arena.allocate(size) if size else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its bytes are in the arena."""
+        return not self._arrival.missing
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its arrays in the kernel's order, as a worker finds them in the input segment."""
+        base = self.block.offset if self.block else 0
+        arguments = self.arguments
+        return tuple(
+            Tensor(arguments.dtypes[i], arguments.shapes[i], base + self._starts[i], self._lengths[i])
+            for i in arguments.order
+        )
+
+    def land(self, whole: Sequence[memoryview]) -> None:
+        """Take all its bytes at once."""
+        if self.block is not None:
+            memory, base = self.block.segment.view, self.block.offset
+            for start, piece in zip(self._starts, whole, strict=True):
+                memory[base + start : base + start + len(piece)] = piece
+        self._arrival.missing = 0
+        self._when_landed(self)
+
+    def feed(self, piece: memoryview) -> None:
+        """Take the next piece of its bytes. Raises ProtocolViolation where it does not fit."""
+        tensor, at = self._arrival.place(len(piece))
+        if self.block is not None:
+            start = self.block.offset + self._starts[tensor] + at
+            self.block.segment.view[start : start + len(piece)] = piece
+        if self.complete:
+            self.landed = monotonic()
+            self._when_landed(self)
+
+    def answer(
+        self, tensors: Sequence[Tensor], memory: memoryview, run_seconds: float, worker: int, sent: Callable[[], None]
+    ) -> None:
+        """Send a kernel's results, which lie in `memory`. `sent` is called when they need not lie there any longer."""
+        reply = Reply(call=self._number)
+        response = reply.response
+        response.kernel, response.version, response.id = self.spec.name, self.spec.version, self._request.id
+        buffers: list[Buffer] = []
+        for declared, tensor in zip(self.spec.outputs, tensors, strict=True):
+            shape = tensor.shape
+            described = response.tensors.add(name=declared.name, datatype=carrier(tensor.dtype))
+            if is_carried(tensor.dtype):
+                described.parameters[NP_DTYPE].string_param = tensor.dtype
+                shape = (*shape, 2) if tensor.dtype.startswith("complex") else shape
+            described.shape[:] = shape
+            buffers.append(memory[tensor.offset : tensor.offset + tensor.length])
+        body = Body([tensor.length for tensor in tensors], buffers)
+        if body.whole:
+            # Copying a small reply out is cheaper than keeping its segment from the worker until it is sent.
+            body.buffers = [bytes(buffer) for buffer in buffers]
+            sent()
+        self._end(reply, body, "OK", run_seconds, worker, None if body.whole else sent)
+
+    def fail(self, error: UnlatchError, run_seconds: float = 0.0, worker: int = 0) -> None:
+        """End the call with an error."""
+        if self.ended:
+            return
+        reply = failed(self._number, error)
+        self._end(reply, Body((), []), NAMES.get(error.code, "UNKNOWN"), run_seconds, worker, None)
+
+    def abandon(self) -> None:
+        """Nobody waits for the reply any more."""
+        self.ended = True
+        self._metrics.call_ended(self.spec.name, "CANCELLED")
+        self._when_abandoned(self)
+
+    def release(self) -> None:
+        """Give its memory back. Only when no worker can be reading it."""
+        if self.block is not None:
+            self._arena.free(self.block)
+            self.block = None
+
+    def _end(
+        self,
+        reply: Reply,
+        body: Body,
+        code: str,
+        run_seconds: float,
+        worker: int,
+        sent: Callable[[], None] | None,
+    ) -> None:
+        self.ended = True
+        now = monotonic()
+        queue = max(0.0, self.begun - self.landed)
+        timings = reply.timings
+        timings.transfer = round((self.landed - self.arrived) * 1e6)
+        timings.queue = round(queue * 1e6)
+        timings.run = round(run_seconds * 1e6)
+        timings.worker = worker
+        self._metrics.call_ended(self.spec.name, code)
+        self._metrics.stages(self.spec.name, self.landed - self.arrived, queue, run_seconds, now - self.begun - run_seconds)
+        self._lane.reply(reply, body, sent)
+

@@ -1,0 +1,21 @@
+"""Where a worker process begins: apart from compute.worker, so that the front can name it without loading NumPy."""
+
+import socket
+from typing import Protocol
+
+# How the forkserver is told which kernel modules to load; the front sets it for the forkserver alone.
+PRELOAD_VARIABLE = "UNLATCH_PRELOAD"
+
+
+class Inherited(Protocol):
+    """A descriptor as multiprocessing hands it to a child."""
+
+    def detach(self) -> int:
+        """The child's own copy."""
+
+
+def enter(channel: socket.socket, front_alive: Inherited, max_reply_bytes: int) -> None:
+    """The target of a forkserver's child."""
+    from compute import worker
+
+    worker.main(channel, front_alive.detach(), max_reply_bytes)

@@ -1,0 +1,216 @@
+"""Filters over images: rows, columns, and channels that never mix.
+
+Both filters reflect the image at its borders (d c b a | a b c d | d c b a) and work on strips of rows, so that what a
+strip needs stays in the cache of one core.
+
+The blur is a product of matrices. Along an axis, a block of output pixels is a banded matrix of weights times the input
+pixels it can see, so BLAS does the sums; the zeros beside the band cost less than NumPy's passes, one for each weight,
+would. Reflection is folded into the bands of the blocks at the borders, and nothing is padded.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Real
+
+from unlatch import KernelError, kernel
+
+# In single precision the sums of 16-bit integers still round to the right integer.
+_WORKING_DTYPES: dict[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(np.uint8): np.dtype(np.float32),
+    np.dtype(np.uint16): np.dtype(np.float32),
+    np.dtype(np.int8): np.dtype(np.float32),
+    np.dtype(np.int16): np.dtype(np.float32),
+    np.dtype(np.float16): np.dtype(np.float32),
+    np.dtype(np.float32): np.dtype(np.float32),
+    np.dtype(np.float64): np.dtype(np.float64),
+}
+
+# The work for a pixel grows with the radius: at the limit about 0.3 microseconds.
+_MAX_RADIUS_PIXELS = 1024
+
+# Fewer output pixels to a band waste BLAS's start, more multiply zeros.
+_BLOCK_PIXELS = 64
+
+# A sigma this small is no blur (`scipy.ndimage.gaussian_filter` draws the line here too).
+_NO_BLUR_SIGMA = 1e-15
+
+_STRIP_ELEMENTS = 32_768
+
+
+class _Band(NamedTuple):
+    """Output pixels `pixels` of an axis are `weights` times its input pixels `seen`."""
+
+    pixels: slice
+    seen: slice
+    weights: np.ndarray
+
+
+@kernel(pure=True)
+def gaussian_blur(
+    image: Real[np.ndarray, "h w *channels"], *, sigma: float = 1.0, truncate: float = 4.0
+) -> Real[np.ndarray, "h w *channels"]:
+    """An image blurred with a Gaussian of standard deviation `sigma` pixels, cut off at `truncate` standard deviations.
+
+    `image` has shape (h, w) or (h, w, channels) and holds floats or 8- or 16-bit integers; the result has its shape and
+    dtype, integers rounded to the nearest. Each channel is blurred by itself. A NaN or an infinity reaches the pixels
+    within the Gaussian's radius and no others.
+
+    Raises `KernelError` for other dtypes, for a sigma or truncate that is negative or not finite, and for a radius
+    (`truncate * sigma`) above 1024 pixels. Source: `scipy.ndimage.gaussian_filter` with `mode="reflect"`, except that
+    integers are rounded once, at the end, where SciPy cuts them off after each axis.
+    """
+    dtype = _working_dtype(image)
+    weights = _gaussian_weights(sigma, truncate)
+    if image.size == 0 or len(weights) == 1:
+        return image
+    pixels = image.reshape(*image.shape[:2], -1).astype(dtype, copy=False)
+    return _blur(pixels, weights, image.dtype).reshape(image.shape)
+
+
+@kernel(pure=True)
+def sobel(image: Real[np.ndarray, "h w *channels"]) -> Float[np.ndarray, "h w *channels"]:
+    """How steep an image is at each pixel: the magnitude of its Sobel gradient, unscaled.
+
+    `image` has shape (h, w) or (h, w, channels) and holds floats or 8- or 16-bit integers. The result has its shape, is
+    float64 for float64 and float32 for all others, and treats each channel by itself. A NaN reaches its neighbours (a
+    pixel's own value has weight zero).
+
+    Raises `KernelError` for other dtypes. Source: `scipy.ndimage.sobel` along both axes with `mode="reflect"`, joined
+    by `numpy.hypot`.
+    """
+    dtype = _working_dtype(image)
+    if image.size == 0:
+        return np.empty(image.shape, dtype)
+    pixels = image.reshape(*image.shape[:2], -1)
+    steepness = np.empty(pixels.shape, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for strip in _strips(pixels):
+            _sobel_strip(pixels, strip, steepness[strip])
+    return steepness.reshape(image.shape)
+
+
+def _working_dtype(image: np.ndarray) -> np.dtype[Any]:
+    try:
+        return _WORKING_DTYPES[image.dtype]
+    except KeyError:
+        raise KernelError(f"image: wanted floats or 8- or 16-bit integers, got {image.dtype}") from None
+
+
+def _gaussian_weights(sigma: float, truncate: float) -> np.ndarray:
+    for name, value in (("sigma", sigma), ("truncate", truncate)):
+        if not (math.isfinite(value) and value >= 0):
+            raise KernelError(f"{name}: wanted a finite number of at least 0, got {value}")
+    if truncate * sigma > _MAX_RADIUS_PIXELS:
+        raise KernelError(
+            f"sigma: wanted a radius (truncate * sigma) of at most {_MAX_RADIUS_PIXELS} pixels, "
+            f"got {truncate} * {sigma}"
+        )
+    if sigma <= _NO_BLUR_SIGMA:
+        return np.ones(1)
+    radius = int(truncate * sigma + 0.5)
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return np.asarray(weights / weights.sum())
+
+
+def _blur(pixels: np.ndarray, weights: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        if math.isfinite(pixels.sum()):
+            return _blur_finite(pixels, weights, dtype)
+        return _blur_apart(pixels, weights, dtype)
+
+
+def _blur_apart(pixels: np.ndarray, weights: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    # Zero times NaN is NaN: in a product of matrices it would spread over its whole block. So what is not finite is
+    # blurred apart, as masks that say where it reaches.
+    blurred = _blur_finite(np.where(np.isfinite(pixels), pixels, 0), weights, dtype)
+    up, down, unknown = (
+        _blur_finite(mask.astype(pixels.dtype), weights, pixels.dtype) > 0
+        for mask in (pixels == np.inf, pixels == -np.inf, np.isnan(pixels))
+    )
+    blurred[up] = np.inf
+    blurred[down] = -np.inf
+    blurred[unknown | (up & down)] = np.nan
+    return blurred
+
+
+def _blur_finite(pixels: np.ndarray, weights: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    height, width, channels = pixels.shape
+    rows = pixels.reshape(height, width * channels)
+    blurred = np.empty(pixels.shape, dtype)
+    across = list(_bands(width, weights, pixels.dtype))
+    for down in _bands(height, weights, pixels.dtype):
+        strip = down.weights @ rows[down.seen]
+        planes = np.ascontiguousarray(np.moveaxis(strip.reshape(-1, width, channels), 2, 0)).reshape(-1, width)
+        smooth = np.empty_like(planes)
+        for band in across:
+            np.matmul(planes[:, band.seen], band.weights.T, out=smooth[:, band.pixels])
+        if dtype.kind in "iu":
+            np.rint(smooth, out=smooth)
+        blurred[down.pixels] = np.moveaxis(smooth.reshape(channels, -1, width), 0, 2)
+    return blurred
+
+
+def _bands(length: int, weights: np.ndarray, dtype: np.dtype[Any]) -> Iterator[_Band]:
+    radius = len(weights) // 2
+    block = min(length, max(_BLOCK_PIXELS, radius))
+    inner: np.ndarray | None = None  # all blocks that see no border have the same weights
+    for first in range(0, length, block):
+        pixels = slice(first, min(first + block, length))
+        seen = slice(max(first - radius, 0), min(pixels.stop + radius, length))
+        if seen.stop - seen.start < block + 2 * radius:
+            yield _Band(pixels, seen, _band_weights(pixels, seen, length, weights).astype(dtype))
+            continue
+        if inner is None:
+            inner = _band_weights(pixels, seen, length, weights).astype(dtype)
+        yield _Band(pixels, seen, inner)
+
+
+def _band_weights(pixels: slice, seen: slice, length: int, weights: np.ndarray) -> np.ndarray:
+    radius = len(weights) // 2
+    targets = np.arange(pixels.start, pixels.stop)[:, np.newaxis]
+    sources = (targets + np.arange(-radius, radius + 1)) % (2 * length)  # an image and its reflection, over and over
+    sources = np.minimum(sources, 2 * length - 1 - sources)
+    band = np.zeros((len(targets), seen.stop - seen.start))
+    np.add.at(band, (targets - pixels.start, sources - seen.start), weights)
+    return band
+
+
+def _strips(pixels: np.ndarray) -> Iterator[slice]:
+    height, width, channels = pixels.shape
+    rows = max(1, _STRIP_ELEMENTS // (width * channels))
+    return (slice(first, min(first + rows, height)) for first in range(0, height, rows))
+
+
+def _sobel_strip(pixels: np.ndarray, strip: slice, out: np.ndarray) -> None:
+    height, width, channels = pixels.shape
+    # One more row and column on each side; at a border the reflection of the next pixel is the border's own.
+    around = np.clip(np.arange(strip.start - 1, strip.stop + 1), 0, height - 1)
+    padded = np.empty((len(around), width + 2, channels), out.dtype)
+    padded[:, 1:-1] = pixels[around]
+    padded[:, 0] = padded[:, 1]
+    padded[:, -1] = padded[:, -2]
+
+    above, here, below = padded[:-2], padded[1:-1], padded[2:]
+    smooth = above + here
+    smooth += here
+    smooth += below
+    across = smooth[:, 2:] - smooth[:, :-2]
+
+    step = below - above
+    down = step[:, :-2] + step[:, 1:-1]
+    down += step[:, 1:-1]
+    down += step[:, 2:]
+    _join(across, down, out)
+
+
+def _join(across: np.ndarray, down: np.ndarray, out: np.ndarray) -> None:
+    # `hypot` in double precision takes most of the filter's time, and only squares that overflow need it. In single
+    # precision it is quick, and squares would lose gradients that are not so small.
+    if out.dtype == np.float64:
+        np.sqrt(across * across + down * down, out=out)
+        if math.isfinite(out.sum()):
+            return
+    np.hypot(across, down, out=out)

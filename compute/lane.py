@@ -1,0 +1,67 @@
+"""The serving end of lanes: a descriptor becomes a call, its arguments checked and its bytes landing in the arena."""
+
+from common.errors import NAMES, NotFound, ResourceExhausted, UnlatchError, near
+from common.failures import failed
+from common.lane import Body
+from common.lane_server import LaneServer
+from common.spec import KernelSpec
+from compute.arena import InputArena
+from compute.arguments import check
+from compute.call import Call
+from compute.metrics import ComputeMetrics
+from compute.queue import Queue
+from protos.unlatch_pb2 import Descriptor
+
+_UNKNOWN = "unknown"
+
+
+class Door:
+    """Takes in what lanes bring: `accept` is what each lane calls for each descriptor."""
+
+    def __init__(
+        self,
+        kernels: dict[str, KernelSpec],
+        arena: InputArena,
+        queue: Queue,
+        metrics: ComputeMetrics,
+        max_call_bytes: int,
+    ) -> None:
+        self._kernels = kernels
+        self._arena = arena
+        self._queue = queue
+        self._metrics = metrics
+        self._max_call_bytes = max_call_bytes
+
+    def accept(self, lane: LaneServer, descriptor: Descriptor, whole: list[memoryview] | None) -> Call | None:
+        """A descriptor becomes a call that waits for its bytes or for a worker, or is refused at once."""
+        try:
+            call = self._call(lane, descriptor)
+        except UnlatchError as error:
+            kernel = descriptor.request.kernel
+            known = kernel if kernel in self._kernels else _UNKNOWN
+            self._metrics.call_ended(known, NAMES.get(error.code, "UNKNOWN"))
+            lane.reply(failed(descriptor.call, error), Body((), []))
+            return None
+        if whole is not None:
+            call.land(whole)
+        elif call.complete:
+            call.land(())
+        return None if call.ended else call
+
+    def _call(self, lane: LaneServer, descriptor: Descriptor) -> Call:
+        spec = self._spec(descriptor.request.kernel, descriptor.request.version)
+        size = sum(descriptor.lengths)
+        if size > self._max_call_bytes:
+            raise ResourceExhausted(f"the call's tensors are {size} bytes, more than max_call_bytes={self._max_call_bytes}")
+        arguments = check(spec, descriptor)
+        return Call(
+            lane, descriptor, spec, arguments, self._arena, self._metrics, self._queue.offer, self._queue.withdraw
+        )
+
+    def _spec(self, name: str, version: str) -> KernelSpec:
+        spec = self._kernels.get(name)
+        if spec is None:
+            raise NotFound(f"there is no kernel {name[:64]!r}{near(name, self._kernels)}", field="model_name")
+        if version and version != spec.version:
+            raise NotFound(f"kernel {name} has version {spec.version}, not {version[:64]!r}", field="model_version")
+        return spec

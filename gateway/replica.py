@@ -1,0 +1,121 @@
+"""One replica: its lane, opened again whenever it breaks, and what it grants."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc
+import grpc.aio
+import structlog
+
+from common.lane import MAX_MESSAGE_BYTES, METHOD, Body, ProtocolViolation
+from common.lane_caller import LaneCaller, Waiter
+from common.rpc import options
+from protos.unlatch_pb2 import Descriptor, Kernel, Welcome
+
+log = structlog.get_logger()
+
+# A lane that broke is opened again soon, but not by all gateways at once.
+_FIRST_BACKOFF_SECONDS = 0.05
+_LONGEST_BACKOFF_SECONDS = 2.0
+_CHANNEL_OPTIONS = [
+    *options(MAX_MESSAGE_BYTES),
+    # gRPC's own backoff starts at a second; ours is above it.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+class Outgoing(Waiter, Protocol):
+    """A call on its way to a replica."""
+
+    descriptor: Descriptor
+    body: Body
+
+    def remaining_microseconds(self) -> int:
+        """What is left of its time."""
+
+
+class Replica:
+    """`on_change` is called when what it serves, grants or takes has changed."""
+
+    def __init__(self, target: str, on_change: Callable[["Replica"], None]) -> None:
+        self.target = target
+        self.kernels: dict[str, Kernel] = {}
+        self.takes_calls = False
+        self._on_change = on_change
+        self._lane: LaneCaller | None = None
+        self._welcome = Welcome()
+        self._calls = 0
+        self._bytes = 0
+
+    def has_room(self, size: int) -> bool:
+        """Whether a call of `size` bytes fits its window. A call larger than the whole window goes alone."""
+        granted = self._welcome
+        return (
+            self.takes_calls
+            and self._calls < granted.window_calls
+            and (self._bytes + size <= granted.window_bytes or not self._calls)
+        )
+
+    def send(self, call: Outgoing) -> int:
+        """Send a call, and give its number on the lane."""
+        assert self._lane is not None
+        self._calls += 1
+        self._bytes += call.body.size
+        call.descriptor.remaining_microseconds = call.remaining_microseconds()
+        return self._lane.call(call.descriptor, call.body, call)
+
+    def ended(self, call: Outgoing) -> None:
+        """A call that was sent has ended: its part of the window is free."""
+        self._calls -= 1
+        self._bytes -= call.body.size
+
+    def cancel(self, number: int) -> None:
+        """Nobody waits for a call any more."""
+        if self._lane is not None:
+            self._lane.cancel(number)
+
+    async def run(self) -> None:
+        """Keep the lane open, for ever."""
+        failures = 0
+        async with grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS) as channel:
+            while True:
+                lane = LaneCaller(self._welcomed, self._drains)
+                stream = channel.stream_stream(METHOD)()
+                self._lane = lane
+                reason = "it closed the lane"
+                try:
+                    await lane.run(stream)
+                except grpc.aio.AioRpcError as error:
+                    reason = error.details() or error.code().name
+                except ProtocolViolation as violation:
+                    reason = str(violation)
+                finally:
+                    stream.cancel()
+                    failures = 0 if self.takes_calls else failures + 1
+                    self._lost(reason)
+                longest = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(failures, 10))
+                await asyncio.sleep(random.uniform(longest / 2, longest))
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self._welcome = welcome
+        self.kernels = {kernel.name: kernel for kernel in welcome.kernels}
+        self.takes_calls = True
+        log.info("replica is ready", replica=self.target, name=welcome.server, kernels=len(self.kernels))
+        self._on_change(self)
+
+    def _drains(self) -> None:
+        log.info("replica drains", replica=self.target)
+        self.takes_calls = False
+        self._on_change(self)
+
+    def _lost(self, reason: str) -> None:
+        self._lane = None
+        if self.takes_calls:
+            log.warning("lane to replica broke", replica=self.target, reason=reason)
+        self.takes_calls = False
+        self.kernels = {}
+        self._on_change(self)

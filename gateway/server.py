@@ -1,0 +1,90 @@
+"""The gateway put together: fleet, calls, doors; in the order of their lives."""
+
+import os
+from importlib.metadata import version
+
+from common import lane
+from common.health import Health
+from common.lane_server import Lanes
+from common.policy import FirstComeFirstServed
+from common.processes import ProcessWatch
+from common.recorder import Recorder
+from common.rpc import handlers
+from common.service import serve as serve_until_stopped
+from gateway import oip
+from gateway.calls import Calls
+from gateway.client_lane import ClientDoor
+from gateway.fleet import Fleet, Routed
+from gateway.metrics import GatewayMetrics
+from gateway.replica import Replica
+from gateway.settings import GatewaySettings
+from protos.unlatch_pb2 import Welcome
+
+
+class Gateway:
+    """What the parts of a gateway tell one another."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self.recorder = Recorder()
+        self.health = Health(oip.SERVICE, lane.SERVICE)
+        self._fleet = Fleet(settings.replicas, FirstComeFirstServed[Routed](), self)
+        self.metrics = GatewayMetrics(self.recorder, lambda: self._fleet.held, lambda: len(self.calls))
+        self.calls = Calls(self._fleet, settings, self.metrics)
+        self.lanes = Lanes(self._welcome, ClientDoor(self.calls).accept)
+
+    def start(self) -> None:
+        """Open the lanes to the replicas."""
+        self._fleet.start()
+
+    def fleet_changed(self, replica: Replica) -> None:
+        """Tell clients, probes and metrics."""
+        self.metrics.replica(replica.target, up=replica.takes_calls)
+        self.health.set(serving=self._fleet.takes_calls)
+        self.lanes.greet_again()
+
+    async def drain(self) -> None:
+        """Answer what has come, by either door, and take nothing new."""
+        await self.calls.drain()
+        await self.lanes.drain()
+
+    async def close(self) -> None:
+        """Close the lanes to the replicas."""
+        await self._fleet.close()
+
+    def _welcome(self) -> Welcome:
+        return Welcome(
+            server="gateway",
+            version=version("unlatch"),
+            kernels=self._fleet.kernels(),
+            window_calls=self._settings.window_calls,
+            window_bytes=self._settings.window_bytes,
+        )
+
+
+async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
+    """Run a gateway until it is told to stop. Raises BindError when it cannot start."""
+    with ProcessWatch() as processes:
+        processes.watch("gateway", os.getpid())
+        gateway = Gateway(settings)
+        gateway.start()
+        methods = oip.OpenInference(gateway.calls, settings.max_message_bytes).methods()
+        measured = {name: gateway.metrics.measured(oip.SERVICE, name, method) for name, method in methods.items()}
+        try:
+            await serve_until_stopped(
+                "gateway",
+                settings,
+                handlers=[
+                    handlers(oip.SERVICE, unary=measured),
+                    handlers(lane.SERVICE, streams={"Open": gateway.lanes.open}),
+                ],
+                reflected=[oip.SERVICE, lane.SERVICE],
+                max_message_bytes=settings.max_message_bytes + lane.MAX_MESSAGE_BYTES,
+                health=gateway.health,
+                recorder=gateway.recorder,
+                collectors=[processes],
+                drain=gateway.drain,
+                notify_socket=notify_socket,
+            )
+        finally:
+            await gateway.close()

@@ -1,0 +1,36 @@
+"""The gateway's settings."""
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from common.settings import MiB, Settings, separated
+
+
+class GatewaySettings(Settings):
+    """`unlatch gateway`: the door to a fleet of replicas."""
+
+    listen: str = Field("127.0.0.1:8001", description="Where the Open Inference Protocol and clients' lanes are served")
+    metrics_listen: str = Field("127.0.0.1:8002", description="Where Prometheus scrapes /metrics")
+    health_listen: str = Field("127.0.0.1:8003", description="Where grpc.health.v1 answers, in plaintext")
+    replicas: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("127.0.0.1:8011",), min_length=1, description="Compute replicas: host:port,unix:/path,…"
+    )
+
+    # A caller that gives no deadline gets the first; one that gives a longer one than the second gets that.
+    default_timeout_seconds: float = Field(60.0, gt=0, description="A call's time when its caller sets no deadline")
+    max_timeout_seconds: float = Field(3600.0, gt=0, description="Most time that any call gets")
+    # One gRPC message stalls the loop while grpcio copies it: 0.1 s at 64 MiB. Larger calls belong on a lane.
+    max_message_bytes: int = Field(64 * MiB, gt=0, description="Most bytes of one ModelInfer request or response")
+    # Together they bound the gateway's memory: it holds a call's bytes until the call has ended.
+    max_live_calls: int = Field(20_000, gt=0, description="Most calls that the gateway holds at a time")
+    max_live_bytes: int = Field(4096 * MiB, gt=0, description="Most bytes of all calls that the gateway holds")
+    # What one client's lane may have unanswered; the client holds the rest back.
+    window_calls: int = Field(1024, gt=0, description="Most unanswered calls of one client's lane")
+    window_bytes: int = Field(1024 * MiB, gt=0, description="Most bytes of one client's unanswered calls")
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _separated(cls, value: object) -> object:
+        return separated(value)
