@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import structlog
 
+from common.describe import described
 from common.health import Health
 from common.lane import MAX_MESSAGE_BYTES, SERVICE
 from common.lane_server import Lanes
@@ -15,7 +16,6 @@ from common.rpc import handlers
 from common.service import serve as serve_until_stopped
 from compute.arena import InputArena
 from compute.call import Call
-from compute.describe import described
 from compute.forkserver import ForkServer
 from compute.lane import Door
 from compute.metrics import FORKSERVER, ComputeMetrics

@@ -1,0 +1,253 @@
+"""Kernels for the tests: they report what a worker sees, or misbehave in one way each."""
+
+import os
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Complex128, Float, Float64, Int64, Shaped, UInt8
+
+from unlatch import KernelError, kernel
+
+Vector = Float64[np.ndarray, "n"]
+
+
+# What a worker sees and is.
+
+
+@kernel
+def alignments(x: Shaped[np.ndarray, "..."], y: Shaped[np.ndarray, "..."]) -> Int64[np.ndarray, "2"]:
+    """Each input's address modulo 64."""
+    return np.array([x.ctypes.data % 64, y.ctypes.data % 64])
+
+
+@kernel
+def module_names() -> Shaped[np.ndarray, "names"]:
+    """What is imported here."""
+    return np.array(sorted(sys.modules))
+
+
+@kernel
+def numpy_loaded_in() -> Int64[np.ndarray, "2"]:
+    """The process in which this module, and with it NumPy, was loaded; and this process."""
+    return np.array([LOADED_IN, os.getpid()])
+
+
+@kernel
+def process_id() -> Int64[np.ndarray, ""]:
+    """The worker's own."""
+    return np.array(os.getpid())
+
+
+LOADED_IN = os.getpid()
+
+
+# Time.
+
+
+@kernel
+def sleeps(*, seconds: float) -> Float64[np.ndarray, ""]:
+    """Hold a worker without using its core."""
+    time.sleep(seconds)
+    return np.array(seconds)
+
+
+@kernel
+def burns(*, seconds: float) -> Float64[np.ndarray, ""]:
+    """Use that much CPU time in Python, and say how much it was."""
+    began = time.process_time()
+    while time.process_time() - began < seconds:
+        pass
+    return np.array(time.process_time() - began)
+
+
+# Signatures.
+
+
+@kernel
+def shared_axes(
+    a: Float64[np.ndarray, "rows cols"], b: Float64[np.ndarray, "cols k"], c: Float64[np.ndarray, "rows"]
+) -> Float64[np.ndarray, "rows k"]:
+    """`a @ b + c`: three inputs that share axes."""
+    return np.asarray(a @ b + c[:, None])
+
+
+@kernel
+def fixed_axes(pixels: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "height width"]:
+    """The largest channel."""
+    return np.asarray(pixels.max(axis=2))
+
+
+@kernel
+def batches(a: Float64[np.ndarray, "*batch n"], b: Float64[np.ndarray, "*batch m"]) -> Float64[np.ndarray, "*batch"]:
+    """Sums over the last axes; the axes before must be the same ones."""
+    return np.asarray(a.sum(axis=-1) + b.sum(axis=-1))
+
+
+@kernel
+def first_two(x: Float64[np.ndarray, "_"]) -> Float64[np.ndarray, "_"]:
+    """An axis of any length becomes another of any length."""
+    return x[:2]
+
+
+@kernel
+def required_scalars(*, flag: bool, count: int, ratio: float, label: str) -> Shaped[np.ndarray, "4"]:
+    """A scalar of each type, each needed; they are returned as Python prints them."""
+    return np.array([repr(flag), repr(count), repr(ratio), repr(label)])
+
+
+@kernel
+def default_scalars(
+    *, flag: bool = True, count: int = -3, ratio: float = 0.5, label: str = "größe"
+) -> Shaped[np.ndarray, "4"]:
+    """The same with defaults."""
+    return required_scalars(flag=flag, count=count, ratio=ratio, label=label)
+
+
+class Summary(NamedTuple):
+    """Two outputs by name."""
+
+    mean: Float64[np.ndarray, ""]
+    ranks: Int64[np.ndarray, "n"]
+
+
+@kernel
+def summarise(x: Vector) -> Summary:
+    """Named outputs."""
+    return Summary(mean=np.asarray(x.mean()), ranks=np.argsort(np.argsort(x)))
+
+
+@kernel
+def conjugate(z: Complex128[np.ndarray, "n"]) -> Complex128[np.ndarray, "n"]:
+    """Complex in and out."""
+    return np.asarray(z.conj())
+
+
+@kernel
+def halve(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Any float dtype, and that one back."""
+    return np.asarray(x / x.dtype.type(2))
+
+
+# Misbehaviour.
+
+
+@kernel
+def raises_value_error(x: Vector) -> Vector:
+    """An exception that is not the caller's business."""
+    raise ValueError("a secret of the server")
+
+
+@kernel
+def raises_kernel_error(*, message: str) -> Vector:
+    """An exception that is."""
+    raise KernelError(message)
+
+
+@kernel
+def raises_kernel_error_of(*, kind: str) -> Vector:
+    """A KernelError about something that is no plain text."""
+    raise KernelError({"surrogate": "\ud800", "exception": ValueError("inner")}[kind])  # type: ignore[arg-type]
+
+
+@kernel
+def raises_system_exit(x: Vector) -> Vector:
+    """What would end a process."""
+    sys.exit(3)
+
+
+@kernel
+def raises_keyboard_interrupt(x: Vector) -> Vector:
+    """What Ctrl-C would raise."""
+    raise KeyboardInterrupt
+
+
+@kernel
+def raises_memory_error(x: Vector) -> Vector:
+    """More than any machine has."""
+    return np.empty(2**60)
+
+
+@kernel
+def returns_list(x: Vector) -> Vector:
+    """No array."""
+    return x.tolist()  # type: ignore[return-value]
+
+
+@kernel
+def returns_none(x: Vector) -> Vector:
+    """Nothing at all."""
+    return None  # type: ignore[return-value]
+
+
+@kernel
+def returns_wrong_dtype(x: Vector) -> Vector:
+    """The right shape of the wrong dtype."""
+    return x.astype(np.float32)
+
+
+@kernel
+def returns_wrong_rank(x: Vector) -> Vector:
+    """An axis too many."""
+    return x[None]
+
+
+@kernel
+def returns_wrong_length(x: Vector) -> Vector:
+    """An axis that is named like the input's, but longer."""
+    return np.append(x, 0.0)
+
+
+@kernel
+def returns_wrong_count(x: Vector) -> tuple[Vector, Vector]:
+    """Three where two are declared."""
+    return x, x, x  # type: ignore[return-value]
+
+
+@kernel
+def returns_unserved_dtype(x: Vector, *, dtype: str) -> Shaped[np.ndarray, "..."]:
+    """Any dtype is declared, but no datatype carries this one."""
+    return np.zeros(2, np.dtype(eval(dtype)))
+
+
+@kernel
+def returns_integers_as_objects(x: Vector) -> Shaped[np.ndarray, "..."]:
+    """Objects that are no strings."""
+    return np.array([1, None], dtype=object)
+
+
+@kernel
+def returns_big_endian(x: Vector) -> Vector:
+    """The declared dtype, in a byte order that the wire does not have."""
+    return x.astype(">f8")
+
+
+@kernel
+def returns_strided(x: Float64[np.ndarray, "rows cols"]) -> Float64[np.ndarray, "cols rows"]:
+    """An array that is not contiguous."""
+    return x.T
+
+
+@kernel
+def prints(x: Vector) -> Vector:
+    """A megabyte on each of stdout and stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        for _ in range(1024):
+            print("x" * 1023, file=stream)
+    return x
+
+
+@kernel
+def writes_to_input(x: Vector) -> Vector:
+    """In place, on memory that others read."""
+    x += 1
+    return x
+
+
+@kernel
+def unlocks_input(x: Vector) -> Vector:
+    """Tries to make its input writable first."""
+    x.flags.writeable = True
+    x += 1
+    return x

@@ -1,0 +1,180 @@
+"""One lane of a client, from its opening to its end, and the calls on it."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from common.describe import understood
+from common.errors import NotFound, Unavailable, UnlatchError, near
+from common.failures import raised
+from common.lane import METHOD, ProtocolViolation, Sink
+from common.lane_caller import LaneCaller
+from common.spec import KernelSpec
+from protos.unlatch_pb2 import Reply, Welcome
+from unlatch.arrays import Arriving, Caller, arrays
+from unlatch.results import Result, result
+
+
+class Link:
+    """A lane to a gateway. Once `broken` it stays so."""
+
+    def __init__(self, channel: grpc.aio.Channel, target: str) -> None:
+        self.kernels: dict[str, KernelSpec] = {}
+        self.broken = False
+        self._target = target
+        self._welcome: Welcome | None = None
+        self._why = "the gateway did not answer"
+        self._calls = 0
+        self._bytes = 0
+        # Set whenever something changes that somebody may wait for.
+        self._changed = asyncio.Event()
+        self._lane = LaneCaller(self._welcomed, lambda: None)
+        self._running = asyncio.create_task(self._run(channel))
+
+    async def ready(self, seconds: float) -> None:
+        """Wait until the gateway has said what it serves. Raises Unavailable."""
+        try:
+            async with asyncio.timeout(seconds):
+                while self._welcome is None and not self.broken:
+                    await self._change()
+        except TimeoutError:
+            pass
+        if self._welcome is None:
+            raise Unavailable(f"no lane to {self._target}: {self._why}")
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the gateway's window lets one more call out."""
+        window = self._welcome
+        return window is not None and self._calls < window.window_calls and self._bytes < window.window_bytes
+
+    async def room(self) -> None:
+        """Wait until the window lets one more call out. A lane that breaks has room: the call then says so."""
+        while not self.has_room and not self.broken:
+            await self._change()
+
+    def caller(self, name: str, named: Mapping[str, Any]) -> Caller:
+        """What makes calls of one kernel. Raises NotFound with near names."""
+        spec = self.kernels.get(name)
+        if spec is None:
+            raise NotFound(f"there is no kernel {name[:64]!r}{near(name, self.kernels)}", field="model_name")
+        return Caller(spec, named)
+
+    def begin(self, caller: Caller, given: Sequence[Any], seconds: float | None) -> "PendingCall":
+        """Send a call. Raises InvalidArgument for arrays that cannot travel, Unavailable when the lane has broken."""
+        if self.broken:
+            raise Unavailable(f"the lane to {self._target} broke: {self._why}")
+        descriptor, body = caller.request(given)
+        descriptor.remaining_microseconds = 0 if seconds is None else max(1, round(seconds * 1e6))
+        call = PendingCall(self, caller.spec, body.size)
+        self._calls += 1
+        self._bytes += body.size
+        call.number = self._lane.call(descriptor, body, call)
+        return call
+
+    def ended(self, size: int) -> None:
+        """A call is over: its part of the window is free."""
+        self._calls -= 1
+        self._bytes -= size
+        self._tell()
+
+    def cancel(self, number: int) -> None:
+        """Nobody waits for this call any more."""
+        self._lane.cancel(number)
+
+    async def close(self) -> None:
+        """Close the lane. Calls in flight fail."""
+        self._running.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._running
+
+    async def _run(self, channel: grpc.aio.Channel) -> None:
+        stream = channel.stream_stream(METHOD)()
+        try:
+            await self._lane.run(stream)
+        except grpc.aio.AioRpcError as error:
+            self._why = error.details() or error.code().name
+        except ProtocolViolation as violation:
+            self._why = str(violation)
+        else:
+            self._why = "the gateway closed it"
+        finally:
+            stream.cancel()
+            self.broken = True
+            self._tell()
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self._welcome = welcome
+        self.kernels = {kernel.name: understood(kernel) for kernel in welcome.kernels}
+        self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+class PendingCall:
+    """A call in flight. `result` is a future of what the kernel gives."""
+
+    def __init__(self, link: Link, spec: KernelSpec, size: int) -> None:
+        self.number = 0
+        self.result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._link = link
+        self._spec = spec
+        self._size = size
+        self._over = False
+
+    def replied(self, reply: Reply, whole: list[memoryview] | None) -> Sink | None:
+        """The reply, or the failure that follows a reply which broke off."""
+        if reply.HasField("failure"):
+            self.lost(raised(reply.failure))
+            return None
+        if whole is None:
+            return _Arriving(self, reply)
+        self.give(arrays(reply.response.tensors, [bytearray(piece) for piece in whole]))
+        return None
+
+    def give(self, outputs: list[Any]) -> None:
+        """The kernel's outputs are here."""
+        self._end()
+        if not self.result.done():
+            self.result.set_result(result(self._spec.name, [output.name for output in self._spec.outputs], outputs))
+
+    def lost(self, error: UnlatchError) -> None:
+        """There is no result."""
+        self._end()
+        if not self.result.done():
+            self.result.set_exception(error)
+            # A map that ends with an earlier failure never looks at this one.
+            self.result.exception()
+
+    def abandon(self) -> None:
+        """Nobody waits any more. After the end it means nothing."""
+        if not self._over:
+            self._end()
+            self._link.cancel(self.number)
+
+    def _end(self) -> None:
+        if not self._over:
+            self._over = True
+            self._link.ended(self._size)
+
+
+class _Arriving(Arriving):
+    """A reply in pieces, which ends its call when it is complete."""
+
+    def __init__(self, call: PendingCall, reply: Reply) -> None:
+        super().__init__(reply)
+        self._call = call
+
+    def feed(self, piece: memoryview) -> None:
+        super().feed(piece)
+        if self.complete:
+            self._call.give(self.arrays())

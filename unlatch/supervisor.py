@@ -1,0 +1,194 @@
+"""`unlatch serve`: a gateway and a compute replica on this machine, started, watched, started again, and ended.
+
+    supervisor ──> compute   on a Unix socket that only this user can reach
+               ──> gateway   on the address that callers use
+
+Each child is told to die with the supervisor (PDEATHSIG); the front's workers die with the front. So whoever is killed,
+nothing is left.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from common.life import notify_ready
+from common.log import configure
+from common.settings import Settings, parse, separated
+
+log = structlog.get_logger()
+
+_FIRST_BACKOFF_SECONDS = 0.1
+_LONGEST_BACKOFF_SECONDS = 5.0
+# A child that served this long is taken to be well: its next end is the first in a row again.
+_WELL_SECONDS = 10.0
+# What a child may take beyond its drain before it is killed.
+_STOP_MARGIN_SECONDS = 2.0
+
+
+class ServeSettings(Settings):
+    """`unlatch serve`: gateway and compute on this machine. Their other settings are taken from the environment."""
+
+    listen: str = Field("127.0.0.1:8001", description="Where callers reach the gateway")
+    metrics_listen: str = Field("127.0.0.1:8002", description="The gateway's /metrics")
+    health_listen: str = Field("127.0.0.1:8003", description="The gateway's grpc.health.v1")
+    compute_metrics_listen: str = Field("127.0.0.1:8012", description="The replica's /metrics")
+    compute_health_listen: str = Field("127.0.0.1:8013", description="The replica's grpc.health.v1")
+    kernels: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Kernel modules besides the built-in ones: pkg.module,path/to/file.py"
+    )
+    workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 means one for each core granted")
+    # Somebody waits for the prompt to come back; a replica in a cluster has twenty seconds.
+    drain_seconds: float = Field(1.0, ge=0, description="How long calls in flight may take to end after SIGTERM")
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _separated(cls, value: object) -> object:
+        return separated(value)
+
+
+class Child:
+    """One of the two processes: its life again and again until the supervisor stops."""
+
+    def __init__(self, name: str, arguments: Sequence[str], directory: Path, drain_seconds: float) -> None:
+        self._name = name
+        self._arguments = arguments
+        self._directory = directory
+        self._drain_seconds = drain_seconds
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+
+    async def start(self) -> int | None:
+        """Start it and wait until it serves: None, or its exit code when it ended instead."""
+        loop = asyncio.get_running_loop()
+        address = self._directory / f"{self._name}.notify"
+        address.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notices:
+            notices.bind(str(address))
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", self._name, *self._arguments),
+                env={**os.environ, "NOTIFY_SOCKET": str(address), "UNLATCH_SUPERVISOR": str(os.getpid())},
+                # A terminal's Ctrl-C reaches the supervisor alone, which then stops its children in order.
+                start_new_session=True,
+            )
+            ready = asyncio.ensure_future(loop.sock_recv(notices, 64))
+            ended = asyncio.ensure_future(self._process.wait())
+            await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
+            for waiting in (ready, ended):
+                waiting.cancel()
+            await asyncio.wait((ready, ended))
+        return self._process.returncode
+
+    async def keep(self) -> None:
+        """Start it again whenever it ends, ever more slowly if it does not stay well."""
+        loop = asyncio.get_running_loop()
+        ends_in_a_row = 0
+        while self._process is not None:
+            since = loop.time()
+            code = await self._process.wait()
+            if self._stopping:
+                return
+            ends_in_a_row = 1 if loop.time() - since > _WELL_SECONDS else ends_in_a_row + 1
+            delay = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(ends_in_a_row - 1, 10))
+            log.warning("started again", service=self._name, ended_with=code, after_seconds=delay)
+            await asyncio.sleep(delay)
+            await self.start()
+
+    async def stop(self) -> None:
+        """Let it drain; end it if it does not."""
+        self._stopping = True
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(self._drain_seconds + _STOP_MARGIN_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+
+class Stop:
+    """The first SIGTERM or SIGINT asks for an orderly end, a second for one at once."""
+
+    def __init__(self, children: Sequence[Child]) -> None:
+        self._children = children
+        self.asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+
+    def _signalled(self, number: int) -> None:
+        if self.asked.is_set():
+            for child in self._children:
+                child.kill()
+            os._exit(128 + number)
+        self.asked.set()
+
+
+async def supervise(settings: ServeSettings, notify_socket: str) -> int:
+    """Run both services until told to stop; the exit code of one that could not start."""
+    with tempfile.TemporaryDirectory(prefix="unlatch-") as name:
+        directory = Path(name)
+        lane = f"unix:{directory}/front.sock"
+        common = ("--drain-seconds", str(settings.drain_seconds), "--log-level", settings.log_level)
+        compute = Child("compute", (*_compute_flags(settings, lane), *common), directory, settings.drain_seconds)
+        gateway = Child("gateway", (*_gateway_flags(settings, lane), *common), directory, settings.drain_seconds)
+        stop = Stop((compute, gateway))
+        serving = asyncio.ensure_future(_serve(compute, gateway, notify_socket))
+        asked = asyncio.ensure_future(stop.asked.wait())
+        await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
+        # The gateway first: it answers what is in flight, for which it needs the replica.
+        await gateway.stop()
+        await compute.stop()
+        asked.cancel()
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            return await serving
+        return 0
+
+
+async def _serve(compute: Child, gateway: Child, notify_socket: str) -> int:
+    for child in (compute, gateway):
+        code = await child.start()
+        if code is not None:
+            return code or 1
+    notify_ready(notify_socket)
+    await asyncio.gather(compute.keep(), gateway.keep())
+    return 0
+
+
+def _compute_flags(settings: ServeSettings, lane: str) -> Sequence[str]:
+    return (
+        *("--listen", lane, "--workers", str(settings.workers), "--kernels", ",".join(settings.kernels)),
+        *("--metrics-listen", settings.compute_metrics_listen, "--health-listen", settings.compute_health_listen),
+    )
+
+
+def _gateway_flags(settings: ServeSettings, lane: str) -> Sequence[str]:
+    return (
+        *("--listen", settings.listen, "--replicas", lane),
+        *("--metrics-listen", settings.metrics_listen, "--health-listen", settings.health_listen),
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `unlatch serve` with settings from flags and the environment; its exit code."""
+    settings = parse(ServeSettings, "unlatch serve", arguments)
+    configure("supervisor", settings.log_level)
+    return asyncio.run(supervise(settings, os.environ.pop("NOTIFY_SOCKET", "")))
