@@ -40,7 +40,9 @@ class Seen:
 class Process:
     """One child in a session of its own, so Ctrl-C reaches the bench first. It ends with the bench, come what may."""
 
-    def __init__(self, name: str, argv: Sequence[str], *, cpus: Iterable[int] | None = None, piped: bool = False):
+    def __init__(
+        self, name: str, argv: Sequence[str], *, cpus: Iterable[int] | None = None, piped: bool = False
+    ) -> None:
         self.name = name
         self.log = OUT / "log" / f"{name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ class Process:
 class Child(Process):
     """A Python child that answers JSON lines: one question, one answer."""
 
-    def __init__(self, name: str, module: str, *args: str, cpus: Iterable[int] | None = None):
+    def __init__(self, name: str, module: str, *args: str, cpus: Iterable[int] | None = None) -> None:
         super().__init__(name, [PYTHON, "-m", module, *args], cpus=cpus, piped=True)
 
     def ask(self, **question: Any) -> dict[str, Any]:
@@ -120,7 +122,7 @@ class Child(Process):
 
 def environment() -> dict[str, str]:
     """The same for every subject: this process's own, with one BLAS thread and the repository importable."""
-    one_thread = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {**os.environ, **one_thread, "PYTHONPATH": str(ROOT)}
 
 
@@ -143,9 +145,9 @@ def free_port() -> int:
 def tree(root: int) -> list[Seen]:
     """`root` and everything that descends from it."""
     children: defaultdict[int, list[int]] = defaultdict(list)
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (parent := _parent(int(entry))) is not None:
-            children[parent].append(int(entry))
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (parent := _parent(int(entry.name))) is not None:
+            children[parent].append(int(entry.name))
     found: list[Seen] = []
     waiting = [(root, 0)]
     while waiting:

@@ -228,8 +228,7 @@ def _figures(findings: Findings) -> dict[str, float | None]:
     for row in findings.gil:
         name = f"gil_{row.way.name}_{row.cores}cores"
         figures[f"{name}_calls_per_second"], figures[f"{name}_health_p99_ms"] = row.rate, row.p99_ms
-    for key, value in findings.responsive.items():
-        figures[key] = value
+    figures.update(findings.responsive)
     if findings.beside:
         figures["small_beside_64mib_delay_median_ms"] = median(passed["delay_ms"] for passed in findings.beside)
         figures["large_64mib_seconds"] = median(passed["large_seconds"] for passed in findings.beside)

@@ -1,4 +1,4 @@
-"""Datatypes of the Open Inference Protocol and the NumPy dtypes they carry, without NumPy: the front knows them by name.
+"""Datatypes of the Open Inference Protocol and the NumPy dtypes they carry. No NumPy here: the front knows names.
 
 Complex and datetime arrays have no datatype of their own. They travel as FP32 or FP64 with a last axis of 2, or as
 INT64, and the tensor parameter `np_dtype` says what they are.
@@ -32,6 +32,7 @@ DATATYPES: dict[str, tuple[str, int]] = {
 _BY_DTYPE = {dtype: datatype for datatype, (dtype, _) in DATATYPES.items()}
 _COMPLEX = {"complex64": "FP32", "complex128": "FP64"}
 _TIMES = ("datetime64", "timedelta64")
+_ITEM_BYTES = {dtype: size for dtype, size in DATATYPES.values()} | {"complex64": 8, "complex128": 16}
 # NumPy addresses at most this many bytes and axes.
 _MOST_BYTES = 2**63 - 1
 _MOST_AXES = 64
@@ -52,6 +53,12 @@ def is_served(dtype: str) -> bool:
 def is_carried(dtype: str) -> bool:
     """Whether a dtype is not its datatype's own, and so needs `np_dtype`."""
     return dtype.startswith(_TIMES) or dtype in _COMPLEX
+
+
+def is_held(dtype: str, shape: Sequence[int], length: int) -> bool:
+    """Whether an array of this dtype and shape, which must be served, is so many bytes; any number where elements vary."""
+    size = _ITEM_BYTES.get(dtype, 8)
+    return len(shape) <= _MOST_AXES and (not size or prod(shape) * size == length)
 
 
 def seen_by_numpy(
@@ -101,4 +108,18 @@ def _carried(field: str, datatype: str, shape: tuple[int, ...], np_dtype: str) -
 
 def _is_time(np_dtype: str) -> bool:
     kind, _, unit = np_dtype.partition("[")
-    return kind in _TIMES and unit.rstrip("]") in {"Y", "M", "W", "D", "h", "m", "s", "ms", "us", "ns", "ps", "fs", "as"}
+    return kind in _TIMES and unit.rstrip("]") in {
+        "Y",
+        "M",
+        "W",
+        "D",
+        "h",
+        "m",
+        "s",
+        "ms",
+        "us",
+        "ns",
+        "ps",
+        "fs",
+        "as",
+    }

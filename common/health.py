@@ -15,7 +15,7 @@ _Status = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """One answer for the server as a whole (service "") and for each service named. NOT_SERVING until told otherwise."""
+    """One answer for the server as a whole (service "") and each service named. NOT_SERVING until told otherwise."""
 
     def __init__(self, *services: str) -> None:
         self._services = {"", *services}
@@ -50,7 +50,7 @@ class Health(health_pb2_grpc.HealthServicer):
             yield _Status(status=self._status(request.service))
             await changed.wait()
 
-    def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus.ValueType:
+    def _status(self, service: str) -> Any:
         if service not in self._services:
             return _Status.SERVICE_UNKNOWN
         return _Status.SERVING if self._serving else _Status.NOT_SERVING

@@ -30,6 +30,13 @@ WHOLE_BYTES = 64 * 1024
 PIECE_BYTES = 512 * 1024
 # A message is closed once it carries this much; what is still due goes with the next one.
 MESSAGE_BYTES = 1024 * 1024
+# A message costs some 150 µs of processor at its two ends, a call in it some 10. So a lane on which many calls are
+# outstanding gathers: it lets this much time pass between messages for each of them, at most two milliseconds. A few
+# calls never wait, nor does any on a lane that was quiet. (docs/decisions/0002)
+_PAUSE_SECONDS_A_CALL = 0.0001
+_LONGEST_PAUSE_SECONDS = 0.003
+# Bodies that a server has still to send to a caller who does not take them; past it no more calls are read from him.
+MOST_UNSENT_BYTES = 256 * 1024 * 1024
 # What gRPC must let through: a closed message, whose last entry and frames came on top.
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 
@@ -169,34 +176,36 @@ class _Sending:
 class Outbox:
     """What one end of a lane has still to say. Nothing here waits, except `run`, which sends."""
 
-    def __init__(self) -> None:
-        self._frames = Frames()
-        self._payload: list[Buffer] = []
-        self._bytes = 0
-        self._closed: deque[tuple[Frames, list[Buffer]]] = deque()
+    def __init__(self, outstanding: Callable[[], int]) -> None:
+        self._outstanding = outstanding
+        self._draft = _Draft()
+        self._closed: deque[_Draft] = deque()
         self._sending: dict[int, _Sending] = {}
         self._turns: deque[_Sending] = deque()
         self._due = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        # Bytes of bodies that were taken on and not sent yet.
+        self._unsent = 0
+        self._relieved = asyncio.Event()
 
     def welcome(self, welcome: Welcome) -> None:
-        self._frames.welcome.CopyFrom(welcome)
+        self._draft.frames.welcome.CopyFrom(welcome)
         self._wake()
 
     def draining(self) -> None:
-        self._frames.draining = True
+        self._draft.frames.draining = True
         self._wake()
 
     def cancel(self, call: int) -> None:
         """Tell the server that nobody waits for a call, and stop sending its body."""
         self.drop(call)
-        self._frames.cancels.append(call)
+        self._draft.frames.cancels.append(call)
         self._wake()
 
     def call(self, descriptor: Descriptor, body: Body) -> None:
         """Send a call. The descriptor is copied, numbered already; its lengths and `whole` are set here."""
-        frame = self._frames.calls.add()
+        frame = self._draft.frames.calls.add()
         frame.CopyFrom(descriptor)
         self._send(frame, body, None)
 
@@ -206,7 +215,7 @@ class Outbox:
         A failure may follow a response whose body could not be sent to its end.
         """
         self.drop(reply.call)
-        frame = self._frames.replies.add()
+        frame = self._draft.frames.replies.add()
         frame.CopyFrom(reply)
         self._send(frame, body, sent)
 
@@ -215,6 +224,7 @@ class Outbox:
         sending = self._sending.pop(call, None)
         if sending is not None:
             sending.body.on_more = None
+            self._sent(sending.body.size)
             if sending in self._turns:
                 self._turns.remove(sending)
             if sending.sent is not None:
@@ -222,17 +232,29 @@ class Outbox:
 
     async def run(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """Send what is due, for ever: until `write` raises or the task is cancelled."""
+        loop = asyncio.get_running_loop()
+        last = 0.0
         while True:
             await self._due.wait()
+            pause = self._pause(loop.time() - last)
+            if pause:
+                await asyncio.sleep(pause)
             self._due.clear()
-            while self._closed or self._payload or self._turns or self._frames.ByteSize():
+            while self._closed or self._turns or self._draft.frames.ByteSize():
                 await write(self._take())
+            last = loop.time()
             if not self._sending:
                 self._idle.set()
 
     async def flushed(self) -> None:
         """Wait until everything, bodies included, has been handed to gRPC."""
         await self._idle.wait()
+
+    async def relieved(self, limit: int) -> None:
+        """Wait until no more than `limit` bytes of bodies are left to send: a peer that reads slowly is served slowly."""
+        while self._unsent > limit:
+            self._relieved.clear()
+            await self._relieved.wait()
 
     def close(self) -> None:
         """The lane is gone: let go of every body."""
@@ -241,17 +263,21 @@ class Outbox:
 
     def _send(self, frame: Descriptor | Reply, body: Body, sent: Callable[[], None] | None) -> None:
         frame.lengths[:] = body.lengths
-        self._bytes += frame.ByteSize()
+        draft = self._draft
+        draft.size += frame.ByteSize()
+        self._unsent += body.size
         if body.whole:
             frame.whole = True
-            self._payload += body.buffers
-            self._bytes += body.size
+            draft.payload += body.buffers
+            draft.size += body.size
+            draft.whole_bytes += body.size
         else:
             frame.whole = False
             sending = self._sending[frame.call] = _Sending(frame.call, body, sent)
             self._take_turns(sending)
-        if self._bytes > MESSAGE_BYTES:
-            self._close_message()
+        if draft.size > MESSAGE_BYTES:
+            self._closed.append(draft)
+            self._draft = _Draft()
         self._wake()
 
     def _take_turns(self, sending: _Sending) -> None:
@@ -263,43 +289,65 @@ class Outbox:
         sending.body.on_more = None if sending.body.complete else more
         self._turns.append(sending)
 
+    def _pause(self, since_last: float) -> float:
+        """How long to gather before the next message: nothing, where calls are few or large or the lane was quiet."""
+        if self._closed or self._draft.size > WHOLE_BYTES or self._turns:
+            return 0.0
+        pause = min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS_A_CALL * self._outstanding()) - since_last
+        # The loop's timers tick in milliseconds: half of one is none.
+        return pause if pause > 0.0005 else 0.0
+
     def _wake(self) -> None:
         self._idle.clear()
         self._due.set()
 
-    def _close_message(self) -> None:
-        self._closed.append((self._frames, self._payload))
-        self._frames, self._payload, self._bytes = Frames(), [], 0
+    def _sent(self, size: int) -> None:
+        self._unsent -= size
+        self._relieved.set()
 
     def _take(self) -> bytes:
         """The next message: frames that are due, then pieces by turns until it is full."""
         if self._closed:
             # Pieces wait: their frames may be in a later message than this.
-            return _pack(*self._closed.popleft())
+            draft = self._closed.popleft()
+            self._sent(draft.whole_bytes)
+            return draft.packed()
+        draft, self._draft = self._draft, _Draft()
         done: list[_Sending] = []
-        while self._turns and self._bytes < MESSAGE_BYTES:
+        while self._turns and draft.size < MESSAGE_BYTES:
             sending = self._turns.popleft()
             piece = sending.next()
             if piece is not None:
-                self._frames.pieces.add().call = sending.call
-                self._payload.append(piece)
-                self._bytes += len(piece)
+                draft.frames.pieces.add().call = sending.call
+                draft.payload.append(piece)
+                draft.size += len(piece)
             if sending.finished:
                 done.append(sending)
             elif piece is not None:
                 self._turns.append(sending)
-        frames, payload = self._frames, self._payload
-        self._frames, self._payload, self._bytes = Frames(), [], 0
-        message = _pack(frames, payload)
+        message = draft.packed()
+        self._sent(draft.whole_bytes)
         for sending in done:
             self.drop(sending.call)
         return message
 
 
-def _pack(frames: Frames, payload: list[Buffer]) -> bytes:
-    header = frames.SerializeToString()
-    parts: list[Buffer] = [bulk_entry(_FRAMES_FIELD, len(header)), header]
-    for buffer in payload:
-        parts.append(bulk_entry(_PAYLOAD_FIELD, len(buffer)))
-        parts.append(buffer)
-    return b"".join(parts)
+class _Draft:
+    """A message that is being filled."""
+
+    __slots__ = ("frames", "payload", "size", "whole_bytes")
+
+    def __init__(self) -> None:
+        self.frames = Frames()
+        self.payload: list[Buffer] = []
+        self.size = 0
+        self.whole_bytes = 0
+
+    def packed(self) -> bytes:
+        """Its bytes. Payload is copied here, once."""
+        header = self.frames.SerializeToString()
+        parts: list[Buffer] = [bulk_entry(_FRAMES_FIELD, len(header)), header]
+        for buffer in self.payload:
+            parts.append(bulk_entry(_PAYLOAD_FIELD, len(buffer)))
+            parts.append(buffer)
+        return b"".join(parts)

@@ -37,7 +37,7 @@ class LaneCaller:
         self._numbers = count(1)
         self._waiting: dict[int, Waiter] = {}
         self._arriving: dict[int, Sink] = {}
-        self._outbox = Outbox()
+        self._outbox = Outbox(lambda: len(self._waiting))
 
     def call(self, descriptor: Descriptor, body: Body, waiter: Waiter) -> int:
         """Send a call and give it its number. The waiter hears exactly one end, unless the call is cancelled."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import grpc
 import structlog
 
-from common.lane import Body, Outbox, ProtocolViolation, Sink, check_pieces, check_whole, unpack
+from common.lane import MOST_UNSENT_BYTES, Body, Outbox, ProtocolViolation, Sink, check_pieces, check_whole, unpack
 from protos.unlatch_pb2 import Descriptor, Reply, Welcome
 
 log = structlog.get_logger()
@@ -34,7 +34,7 @@ class LaneServer:
     def __init__(self, accept: Accept) -> None:
         self._accept = accept
         self._calls: dict[int, Accepted] = {}
-        self._outbox = Outbox()
+        self._outbox = Outbox(lambda: len(self._calls))
         self._quiet = asyncio.Event()
         self._quiet.set()
 
@@ -59,6 +59,7 @@ class LaneServer:
         try:
             while isinstance(message := await read(), bytes):
                 self._receive(message)
+                await self._outbox.relieved(MOST_UNSENT_BYTES)
         finally:
             writer.cancel()
             with suppress(BaseException):

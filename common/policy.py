@@ -1,4 +1,4 @@
-"""The order of waiting: who is next when there is room. The front applies it to its queue, the gateway to what it holds.
+"""The order of waiting: who is next when there is room. The front applies it to its queue, the gateway to its calls.
 
 First come, first served. Priorities, tenants' shares, deadlines and batches will change this module and no other.
 """

@@ -41,8 +41,8 @@ _TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 _TICK_NANOSECONDS = int(_TICK_SECONDS * 1e9)
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
-# User and system time in ticks, minor and major page faults. Whole numbers: sums of fractions depend on their order, and
-# a counter that goes down by the last bit has been reset, as Prometheus sees it.
+# User and system time in ticks, minor and major page faults. Whole numbers: sums of fractions depend on their order,
+# and a counter that goes down by the last bit has been reset, as Prometheus sees it.
 Usage = tuple[int, int, int, int]
 _NOTHING: Usage = (0, 0, 0, 0)
 
@@ -148,7 +148,7 @@ class ProcessWatch:
     def watch(self, name: str, pid: int) -> None:
         """From now on `name` is this process. One that filled it before is still accounted for, to its end.
 
-        Takes about 0.1 ms and waits for nobody. A process that has ended already counts with what its reaper knows of it.
+        Takes about 0.1 ms and waits for nobody. A process that has ended already counts with what its reaper knows.
         """
         self._news.append((name, _Life(pid)))
         self._wake.set()

@@ -13,7 +13,7 @@ class Malformed(ValueError):
     """The bytes are no protobuf message."""
 
 
-def split(message: bytes, bulk_field: int) -> tuple[bytes, list[memoryview]]:
+def split(message: bytes, bulk_field: int) -> tuple[bytes, list[memoryview]]:  # noqa: C901, PLR0912 (one loop, on every call's path)
     """A message without its `bulk_field` entries, and those entries in order, as slices that keep `message` alive.
 
     Raises Malformed when the top level cannot be walked to its end.

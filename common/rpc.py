@@ -53,7 +53,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: UnlatchError
 
 
 def _trailers(error: UnlatchError) -> tuple[tuple[str, str | bytes], ...]:
-    """BadRequest for a field at fault, RetryInfo and gRPC's own push-back for overload (google/rpc/error_details.proto)."""
+    """BadRequest for a field at fault, RetryInfo and gRPC's push-back for overload (google/rpc/error_details.proto)."""
     details: list[error_details_pb2.BadRequest | error_details_pb2.RetryInfo] = []
     trailers: list[tuple[str, str | bytes]] = []
     if error.field:
@@ -83,9 +83,8 @@ def handlers(
 ) -> grpc.GenericRpcHandler:
     """A service's methods, each given its request as the bytes that came."""
     methods: dict[str, Any] = {
-        name: grpc.unary_unary_rpc_method_handler(method)  # type: ignore[arg-type]
-        for name, method in (unary or {}).items()
+        name: grpc.unary_unary_rpc_method_handler(method) for name, method in (unary or {}).items()
     }
     for name, method in (streams or {}).items():
-        methods[name] = grpc.stream_stream_rpc_method_handler(method)  # type: ignore[arg-type]
+        methods[name] = grpc.stream_stream_rpc_method_handler(method)
     return grpc.method_handlers_generic_handler(service, methods)

@@ -43,7 +43,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def parse(kind: type[S], program: str, arguments: Sequence[str]) -> S:
-    """Settings from flags, then the environment, then their defaults. Exits with code 2 and a message for wrong ones."""
+    """Settings from flags, then the environment, then defaults. Exits with code 2 and a message for wrong ones."""
     try:
         return CliApp.run(kind, cli_args=list(arguments), cli_settings_source=_source(kind, program))
     except ValidationError as error:

@@ -5,6 +5,7 @@ the tensor's. Elements of BYTES are each preceded by their length (uint32, littl
 """
 
 import struct
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,9 @@ def unpack_bytes(field: str, packed: memoryview, shape: tuple[int, ...]) -> Arra
     while at < end:
         body = at + _LENGTH.size
         if body > end:
-            raise InvalidArgument(f"{field}: {end - at} bytes are left where element {len(elements)}'s length is due", field=field)
+            raise InvalidArgument(
+                f"{field}: {end - at} bytes are left where element {len(elements)}'s length is due", field=field
+            )
         (size,) = _LENGTH.unpack_from(packed, at)
         at = body + size
         if at > end:
@@ -62,6 +65,12 @@ def pack_bytes(array: Array) -> bytes:
     return b"".join(parts)
 
 
+@cache
+def _name(dtype: np.dtype[Any]) -> str:
+    return OBJECT if dtype.kind in "OSU" else dtype.name
+
+
 def dtype_name(array: Array) -> str:
     """NumPy's name of an array's dtype as Unlatch says it: strings and objects alike are "object"."""
-    return OBJECT if array.dtype.kind in "OSU" else array.dtype.name
+    # NumPy computes a dtype's name anew, in Python, each time.
+    return _name(array.dtype)

@@ -58,12 +58,15 @@ class Segment:
             seals |= fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
 
-    def follow_growth_to(self, needed: int) -> None:
-        """Map what the worker has added, if `needed` bytes are more than is mapped. Views given out stay valid."""
-        if needed > self.size and (size := os.fstat(self.fd).st_size) > self.size:
+    def follow_growth_to(self, needed: int) -> bool:
+        """Whether it has `needed` bytes, once what the worker has added is mapped. Views given out stay valid."""
+        if needed > self.size and (size := os.fstat(self.fd).st_size) >= needed:
+            # As far as the next power of two, to which a worker grows it; one that lies may have made it enormous.
+            size = min(size, 1 << (needed - 1).bit_length())
             self._map = mmap.mmap(self.fd, size)
             self.view = memoryview(self._map)
             self.size = size
+        return needed <= self.size
 
     def close(self) -> None:
         """Let go. The memory is free once no view and no worker holds it."""
@@ -141,7 +144,7 @@ class InputArena:
 
 
 class ReplySegments:
-    """One worker's reply segments. A segment is lent from when a call is given to the worker until its reply is read."""
+    """One worker's reply segments. One is lent from when a call is given to the worker until its reply is read."""
 
     def __init__(self) -> None:
         self._numbers = count()

@@ -1,6 +1,6 @@
 """A call's arguments, held against its kernel's signature before the call waits for anything.
 
-The front knows dtypes by name and axes by length; what only NumPy can see (the prefixes within BYTES) the worker checks.
+The front knows dtypes by name and axes by length; what only NumPy can see (the prefixes within BYTES) a worker checks.
 Every refusal is an InvalidArgument that names the argument, what it should be and what came.
 """
 
@@ -57,7 +57,9 @@ def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
     return Arguments(dtypes, shapes, order, _scalars(spec, descriptor.request.parameters))
 
 
-def _check_array(declared: ArraySpec, dtype: str, shape: tuple[int, ...], axes: dict[str, tuple[int, str]]) -> None:
+def _check_array(  # noqa: C901 (the axes in order, once: on every call's path)
+    declared: ArraySpec, dtype: str, shape: tuple[int, ...], axes: dict[str, tuple[int, str]]
+) -> None:
     if declared.dtypes and dtype not in declared.dtypes:
         _refuse_array(declared, dtype, shape)
     dims: Sequence[str] = declared.dims
@@ -87,9 +89,7 @@ def _check_array(declared: ArraySpec, dtype: str, shape: tuple[int, ...], axes: 
                 )
 
 
-def _bind_many(
-    declared: ArraySpec, dim: str, sizes: tuple[int, ...], axes: dict[str, tuple[int, str]]
-) -> None:
+def _bind_many(declared: ArraySpec, dim: str, sizes: tuple[int, ...], axes: dict[str, tuple[int, str]]) -> None:
     """Axes under one `*name` agree as a whole; they are bound one by one, and their number too."""
     for index, size in enumerate((len(sizes), *sizes)):
         known, owner = axes.setdefault(f"{dim}[{index}]", (size, declared.name))

@@ -144,6 +144,7 @@ class Call:
         timings.run = round(run_seconds * 1e6)
         timings.worker = worker
         self._metrics.call_ended(self.spec.name, code)
-        self._metrics.stages(self.spec.name, self.landed - self.arrived, queue, run_seconds, now - self.begun - run_seconds)
+        self._metrics.stages(
+            self.spec.name, self.landed - self.arrived, queue, run_seconds, now - self.begun - run_seconds
+        )
         self._lane.reply(reply, body, sent)
-

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
+from typing import Any
 
 from compute.entry import PRELOAD_VARIABLE, enter
 
@@ -30,7 +31,7 @@ class ForkServer:
 
     def __init__(self, kernels: Sequence[str], blas_threads: int, max_reply_bytes: int) -> None:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self._max_reply_bytes = max_reply_bytes
+        self.max_reply_bytes = max_reply_bytes
         # Workers hold the reading end, the front alone the writing end: when the front is gone, so is the pipe.
         self._front_alive, self._held = os.pipe2(os.O_CLOEXEC)
         # The forkserver takes nothing but an environment and names of modules to preload. The environment stays as it
@@ -43,13 +44,14 @@ class ForkServer:
     @property
     def pid(self) -> int:
         """The forkserver's process; 0 when there is none."""
-        return forkserver._forkserver._forkserver_pid or 0
+        server: Any = forkserver._forkserver  # noqa: SLF001 (it tells its pid in no other way)
+        return server._forkserver_pid or 0  # noqa: SLF001
 
     def spawn(self) -> tuple[ForkServerProcess, socket.socket]:
         """A new worker process, and the front's end of its channel. Blocks for the milliseconds that a fork takes."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            arguments = (theirs, _Inherited(self._front_alive), self._max_reply_bytes)
+            arguments = (theirs, _Inherited(self._front_alive), self.max_reply_bytes)
             process = self._context.Process(target=enter, args=arguments)
             try:
                 process.start()
@@ -72,4 +74,3 @@ class _Inherited:
 
 def _itself(copy: object) -> object:
     return copy
-

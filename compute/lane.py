@@ -52,7 +52,9 @@ class Door:
         spec = self._spec(descriptor.request.kernel, descriptor.request.version)
         size = sum(descriptor.lengths)
         if size > self._max_call_bytes:
-            raise ResourceExhausted(f"the call's tensors are {size} bytes, more than max_call_bytes={self._max_call_bytes}")
+            raise ResourceExhausted(
+                f"the call's tensors are {size} bytes, more than max_call_bytes={self._max_call_bytes}"
+            )
         arguments = check(spec, descriptor)
         return Call(
             lane, descriptor, spec, arguments, self._arena, self._metrics, self._queue.offer, self._queue.withdraw

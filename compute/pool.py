@@ -26,7 +26,12 @@ class Pool:
     """The workers of one replica."""
 
     def __init__(
-        self, forkserver: ForkServer, workers: int, arena: InputArena, metrics: ComputeMetrics, on_room: Callable[[], None]
+        self,
+        forkserver: ForkServer,
+        workers: int,
+        arena: InputArena,
+        metrics: ComputeMetrics,
+        on_room: Callable[[], None],
     ) -> None:
         self._arena = arena
         # Starting a worker blocks on the forkserver; one thread, so that starts do not race in multiprocessing.

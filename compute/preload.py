@@ -11,7 +11,6 @@ import os
 from compute.catalogue import Catalogue, LoadError, load
 from compute.entry import PRELOAD_VARIABLE
 
-
 catalogue = Catalogue()
 failure = ""
 

@@ -17,10 +17,15 @@ from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 
 import msgspec
+import structlog
 
 from compute import wire
 
+log = structlog.get_logger()
+
 _REAPED_WITHIN_SECONDS = 0.5
+# A process that ends closes its socket a moment before its pidfd tells. One that takes longer has closed nothing else.
+_ENDS_WITHIN_SECONDS = 0.2
 # Loaded frames carry docstrings and are larger than any other; more than a datagram can hold is never received.
 _RECEIVE_BYTES = 256 * 1024
 
@@ -46,23 +51,31 @@ class WorkerProcess:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._verdict = ""
+        self._grace: asyncio.TimerHandle | None = None
+        # From the first sign of its end on: nothing more is to be given to it.
+        self.ending = False
         self._loop.add_reader(self._channel, self._readable)
         self._loop.add_reader(self._pidfd, self._ended)
 
     def send(self, frame: wire.Run | wire.Forget, descriptors: Sequence[int] = ()) -> None:
         """Send a frame. A worker whose socket takes none is beyond help and killed."""
+        if self.ending:
+            return
         encoded = wire.encode(frame)
         try:
             if descriptors:
                 socket.send_fds(self._channel, [encoded], descriptors)
             else:
                 self._channel.send(encoded)
+        except (BrokenPipeError, ConnectionResetError):
+            self._hung_up()
         except OSError as error:
             self.kill(f"its socket refuses frames: {error.strerror}")
 
     def kill(self, why: str) -> None:
         """End the worker and whatever it started. `on_end` follows."""
         self._verdict = self._verdict or why
+        self._hear_no_more()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
@@ -76,23 +89,36 @@ class WorkerProcess:
         except OSError:
             frame = b""
         if not frame:
-            # A worker that closed its socket can never answer again, whether it lives or not.
-            self._loop.remove_reader(self._channel)
-            self.kill("it closed its socket")
+            self._hung_up()
             return
         try:
             message = wire.decode_for_front(frame)
         except msgspec.DecodeError as error:
-            self.kill(f"it sent a frame that is none: {error}")
+            # The worker chooses what the error says, and a verdict becomes a label: the log alone has it whole.
+            log.warning("worker sent a frame that is none", pid=self.pid, error=str(error)[:200])
+            self.kill("it sent a frame that is none")
             return
         self._on_frame(message)
 
+    def _hung_up(self) -> None:
+        """Its end of the socket is closed, so it can never answer again: it ends now, or is ended."""
+        self._hear_no_more()
+        if self._grace is None:
+            self._grace = self._loop.call_later(_ENDS_WITHIN_SECONDS, self.kill, "it closed its socket")
+
+    def _hear_no_more(self) -> None:
+        if not self.ending:
+            self.ending = True
+            self._loop.remove_reader(self._channel)
+
     def _ended(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        self._loop.remove_reader(self._channel)
-        # What it said before it ended still counts.
+        self._hear_no_more()
+        if self._grace is not None:
+            self._grace.cancel()
+        # What it said before it ended still counts; not what it said after it was found to be at fault.
         with contextlib.suppress(OSError, msgspec.DecodeError):
-            while frame := self._channel.recv(_RECEIVE_BYTES):
+            while not self._verdict and (frame := self._channel.recv(_RECEIVE_BYTES)):
                 self._on_frame(wire.decode_for_front(frame))
         self._channel.close()
         self._timeout = self._loop.call_later(_REAPED_WITHIN_SECONDS, self._reaped)

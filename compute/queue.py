@@ -1,4 +1,4 @@
-"""The queue: calls whose bytes have landed wait here for a worker. The policy says who is next, the bound who may wait."""
+"""The queue: calls whose bytes have landed wait for a worker. The policy says who is next, the bound who may wait."""
 
 from time import monotonic
 from typing import Protocol

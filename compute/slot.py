@@ -9,7 +9,7 @@ from time import monotonic
 
 import structlog
 
-from common.datatypes import is_served
+from common.datatypes import is_held, is_served
 from common.errors import Unavailable, from_code
 from common.spec import KernelSpec
 from compute.arena import ReplySegments, Segment
@@ -69,7 +69,13 @@ class Slot:
     @property
     def has_room(self) -> bool:
         """Whether the worker can take one more."""
-        return self._ready is not None and self._ready.done() and len(self._in_hand) < _MOST_IN_HAND
+        return (
+            self._ready is not None
+            and self._ready.done()
+            and len(self._in_hand) < _MOST_IN_HAND
+            and self._process is not None
+            and not self._process.ending
+        )
 
     async def start(self) -> None:
         """Fill the slot. Raises StartError when the worker does not become ready."""
@@ -146,8 +152,10 @@ class Slot:
             self._kill("it answered a call that it was not running")
             return
         _, call, segment = self._in_hand[0]
-        if isinstance(frame, Done) and not _is_sound(frame.tensors, call, segment):
-            self._kill("its reply is not within its segment")
+        if isinstance(frame, Done) and not _is_sound(
+            frame.tensors, call, segment, self._forkserver.max_reply_bytes
+        ):
+            self._kill("its reply is not what it can be")
             return
         self._in_hand.popleft()
         self._ends_in_a_row = 0
@@ -226,11 +234,13 @@ class Slot:
                 return
 
 
-def _is_sound(tensors: tuple[Tensor, ...], call: Call, segment: Segment) -> bool:
+def _is_sound(tensors: tuple[Tensor, ...], call: Call, segment: Segment, max_reply_bytes: int) -> bool:
     """Whether a reply is one that the front can send on: whatever a worker writes, it must not hurt the front."""
     if len(tensors) != len(call.spec.outputs):
         return False
-    if any(tensor.offset < 0 or tensor.length < 0 or not is_served(tensor.dtype) for tensor in tensors):
-        return False
-    segment.follow_growth_to(max((tensor.offset + tensor.length for tensor in tensors), default=0))
-    return all(tensor.offset + tensor.length <= segment.size for tensor in tensors)
+    end = 0
+    for tensor in tensors:
+        if not is_served(tensor.dtype) or not is_held(tensor.dtype, tensor.shape, tensor.length):
+            return False
+        end = max(end, tensor.offset + tensor.length)
+    return end <= max_reply_bytes and segment.follow_growth_to(end)

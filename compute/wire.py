@@ -6,9 +6,11 @@
           <───────────────────────────────────────────── Done, or Failed ──
 
 A worker answers Runs in order. The end of the socket is the end of the worker, whoever closes it. Frames are decoded by
-type: a worker that sends anything else is killed. A frame is bounded by what a datagram may hold, so whoever makes one
+type and range: a worker that sends anything else is killed. A frame is bounded by what a datagram may hold, so whoever makes one
 refuses what would not fit (`FRAME_BYTES`).
 """
+
+from typing import Annotated
 
 import msgspec
 
@@ -19,6 +21,10 @@ FRAME_BYTES = 64 * 1024
 # Descriptors that may come along with one Run: an input segment and a reply segment.
 MOST_DESCRIPTORS = 2
 
+# What a worker says is not believed: numbers that the front reckons or answers with are what they can be.
+Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Code = Annotated[int, msgspec.Meta(ge=1, le=16)]
+
 Parameters = dict[str, bool | int | float | str]
 
 
@@ -26,9 +32,9 @@ class Tensor(msgspec.Struct, array_like=True, frozen=True):
     """One array: where it lies in its segment, and what it is."""
 
     dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
+    shape: tuple[Number, ...]
+    offset: Number
+    length: Number
 
 
 class Run(msgspec.Struct, array_like=True, tag="run"):
@@ -72,18 +78,18 @@ class Done(msgspec.Struct, array_like=True, tag="done"):
 
     call: int
     tensors: tuple[Tensor, ...]
-    run_nanoseconds: int
+    run_nanoseconds: Number
 
 
 class Failed(msgspec.Struct, array_like=True, tag="failed"):
     """A call that ended with an error. `log` is the whole story, for the front's log alone."""
 
     call: int
-    code: int
+    code: Code
     message: str
     field: str
     log: str
-    run_nanoseconds: int
+    run_nanoseconds: Number
 
 
 encode = msgspec.msgpack.Encoder().encode

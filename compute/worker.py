@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import Internal, InvalidArgument, KernelError, ResourceExhausted, UnlatchError, opaque
+from common.errors import Internal, ResourceExhausted, UnlatchError, opaque
 from common.spec import ELLIPSIS, ArraySpec, KernelSpec
 from common.tensors import Array, dtype_name, pack_bytes, view
 from compute import preload, wire
@@ -81,7 +81,7 @@ class _Worker:
             error = expected
         except MemoryError:
             error = ResourceExhausted(f"kernel {run.kernel} needed more memory than its worker may have")
-        except BaseException as unexpected:  # a kernel may raise anything, SystemExit included, and the worker goes on
+        except BaseException as unexpected:  # noqa: BLE001 (a kernel may raise anything, and the worker goes on)
             error, identity = opaque(f"kernel {run.kernel} failed")
             log = f"{identity} {_story(unexpected)}"
         taken = time.perf_counter_ns() - started
@@ -121,7 +121,9 @@ def _call(
         result = function(*arrays, **parameters)
     except ValueError as error:
         if "read-only" in str(error):
-            raise Internal(f"kernel {spec.name} writes to its input; inputs are read-only, so it must copy first") from error
+            raise Internal(
+                f"kernel {spec.name} writes to its input; inputs are read-only, so it must copy first"
+            ) from error
         raise
     outputs = list(result) if isinstance(result, tuple) else [result]
     if len(outputs) != len(spec.outputs):
@@ -155,14 +157,16 @@ def _checked(spec: KernelSpec, declared: ArraySpec, output: Any, lengths: dict[s
     array = np.asarray(output)
     if declared.dtypes and dtype_name(array) not in declared.dtypes:
         raise Internal(
-            f"kernel {spec.name} returned {array.dtype} for {declared.name}, but declares {' or '.join(declared.dtypes)}"
+            f"kernel {spec.name} returned {array.dtype} for {declared.name}, "
+            f"but declares {' or '.join(declared.dtypes)}"
         )
     dims, sizes = _axes(declared, array.shape)
     if len(dims) != len(sizes) or not all(
         size == (int(dim) if dim.isdecimal() else lengths.get(dim, size)) for dim, size in zip(dims, sizes, strict=True)
     ):
         raise Internal(
-            f"kernel {spec.name} returned shape {array.shape} for {declared.name}, but declares ({', '.join(declared.dims)})"
+            f"kernel {spec.name} returned shape {array.shape} for {declared.name}, "
+            f"but declares ({', '.join(declared.dims)})"
         )
     return array
 
@@ -173,13 +177,16 @@ def _story(error: BaseException) -> str:
 
 
 def _become_worker(front_alive: int) -> None:
-    # A process group of its own: a terminal's Ctrl-C is the front's business, and whatever a kernel starts ends with it.
+    # A process group of its own: a terminal's Ctrl-C is the front's business, and what a kernel starts ends with it.
     os.setpgid(0, 0)
     # The front alone holds the other end of this pipe. When the front is gone, however it went, the kernel sends SIGIO
     # to the group; its default action ends even a worker that is deep in C and holds the interpreter lock.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(front_alive, fcntl.F_SETOWN, -os.getpgid(0))
-    fcntl.fcntl(front_alive, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    # Opened anew, since whom to signal belongs to the open file: on a shared one only the last worker would be told.
+    own = os.open(f"/proc/self/fd/{front_alive}", os.O_RDONLY | os.O_NONBLOCK)
+    os.close(front_alive)
+    fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgid(0))
+    fcntl.fcntl(own, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A kernel's prints belong in the log, and never on the protocol of whoever reads the service's stdout.
     os.dup2(2, 1)

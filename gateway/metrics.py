@@ -31,7 +31,9 @@ class GatewayMetrics:
         self._replica_up = recorder.gauge("unlatch_replica_up", "Whether a replica's lane is open.", ("replica",))
         rpc = ("grpc_type", "grpc_service", "grpc_method")
         self._started = recorder.counter("grpc_server_started_total", "RPCs that began.", rpc)
-        self._handled = recorder.counter("grpc_server_handled_total", "RPCs that ended, by status.", (*rpc, "grpc_code"))
+        self._handled = recorder.counter(
+            "grpc_server_handled_total", "RPCs that ended, by status.", (*rpc, "grpc_code")
+        )
         self._handling = recorder.histogram("grpc_server_handling_seconds", "How long RPCs took.", rpc)
 
     def call_ended(self, kernel: str, code: str, seconds: float, timings: Timings | None) -> None:
@@ -64,10 +66,10 @@ class GatewayMetrics:
                 code = NAMES.get(error.code, "UNKNOWN")
                 await abort(context, error)
             except Exception as unexpected:
-                error, identity = opaque(f"{name} failed")
+                told, identity = opaque(f"{name} failed")
                 log.exception("unexpected error", method=name, id=identity, exc_info=unexpected)
                 code = "INTERNAL"
-                await abort(context, error)
+                await abort(context, told)
             finally:
                 self._handled.add(1, *labels, code)
                 handling.observe(perf_counter() - began)

@@ -1,5 +1,7 @@
-"""The Open Inference Protocol's door: ModelInferRequest bytes become a descriptor and a body, a reply becomes
-ModelInferResponse bytes; and what the protocol asks about server and kernels.
+"""The Open Inference Protocol's door.
+
+ModelInferRequest bytes become a descriptor and a body, a reply becomes ModelInferResponse bytes; and what the protocol
+asks about server and kernels is answered.
 
 The message is walked once. What is not tensors is a descriptor's request as it stands (protos/unlatch.proto), the
 tensors are slices of the message.
@@ -160,9 +162,10 @@ def write_response(reply: Reply, buffers: list[Buffer], max_message_bytes: int) 
     pieces = iter(buffers)
     for length in reply.lengths:
         parts.append(bulk_entry(_RAW_OUTPUTS, length))
-        while length:
+        left = length
+        while left:
             piece = next(pieces)
-            length -= len(piece)
+            left -= len(piece)
             parts.append(piece)
     return b"".join(parts)
 
@@ -181,5 +184,3 @@ def _metadata(array: Array) -> ModelMetadataResponse.TensorMetadata:
     if dtype.startswith("complex"):
         shape.append(2)
     return ModelMetadataResponse.TensorMetadata(name=array.name, datatype=carrier(dtype), shape=shape)
-
-

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -84,7 +84,7 @@ class Replica:
         async with grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS) as channel:
             while True:
                 lane = LaneCaller(self._welcomed, self._drains)
-                stream = channel.stream_stream(METHOD)()
+                stream: Any = channel.stream_stream(METHOD)()
                 self._lane = lane
                 reason = "it closed the lane"
                 try:
@@ -98,7 +98,7 @@ class Replica:
                     failures = 0 if self.takes_calls else failures + 1
                     self._lost(reason)
                 longest = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(failures, 10))
-                await asyncio.sleep(random.uniform(longest / 2, longest))
+                await asyncio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 (jitter)
 
     def _welcomed(self, welcome: Welcome) -> None:
         self._welcome = welcome

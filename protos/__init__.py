@@ -1,0 +1,1 @@
+"""The contracts (`*.proto`) and the code that protoc makes of them (`make protos`)."""

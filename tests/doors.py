@@ -9,11 +9,12 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
+from common.lane import PIECE_BYTES, WHOLE_BYTES
 from common.parameters import Value, parameter
 from protos.inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Reply, Welcome
 
-_WITHIN_SECONDS = 20.0
+_WITHIN_SECONDS = 10.0
 # The doors' own limits are what tests are about, not the client's.
 LARGE = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
@@ -63,7 +64,7 @@ class Oip:
 
     def send(self, message: bytes, method: str = "ModelInfer", timeout: float = _WITHIN_SECONDS) -> bytes:
         """Bytes to bytes. Raises grpc.RpcError."""
-        rpc = self._channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
+        rpc: Any = self._channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
         answer: bytes = rpc(message, timeout=timeout)
         return answer
 
@@ -85,7 +86,7 @@ class Oip:
     def serves(self) -> bool:
         """Whether a right call gets its right answer."""
         (y,) = arrays_of(self.infer(vector("identity", 1.0, 2.0)))
-        return y.tolist() == [1.0, 2.0]
+        return bool(y.tolist() == [1.0, 2.0])
 
 
 class LaneEnd:
@@ -93,9 +94,8 @@ class LaneEnd:
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._stream: Any = channel.stream_stream("/unlatch.v1.Lane/Open")(
-            iter(self._outgoing.get, None), timeout=_WITHIN_SECONDS
-        )
+        opening: Any = channel.stream_stream("/unlatch.v1.Lane/Open")
+        self._stream = opening(iter(self._outgoing.get, None), timeout=_WITHIN_SECONDS)
         self._replies: dict[int, Reply] = {}
         self._bytes: dict[int, bytearray] = {}
         self.welcome = Welcome()
@@ -117,9 +117,15 @@ class LaneEnd:
         self._outgoing.put(message)
 
     def call(self, number: int, message: ModelInferRequest, remaining_microseconds: int = 0) -> None:
-        """A call with its whole body."""
-        frames = Frames(calls=[descriptor(number, message, remaining_microseconds=remaining_microseconds)])
-        self.send(frames, *message.raw_input_contents)
+        """A call with its body."""
+        raw = message.raw_input_contents
+        small = sum(map(len, raw)) <= WHOLE_BYTES
+        self.send(
+            Frames(calls=[descriptor(number, message, whole=small, remaining_microseconds=remaining_microseconds)]),
+            *(raw if small else ()),
+        )
+        for frames, piece in () if small else pieces(number, raw, PIECE_BYTES):
+            self.send(frames, piece)
 
     def reply(self, number: int) -> tuple[Reply, bytes]:
         """The reply to a call and all its bytes, once both are here. Raises grpc.RpcError when the lane ends."""
@@ -147,10 +153,10 @@ class LaneEnd:
         except StopIteration:
             return Refusal("OK", "")
 
-    def close(self) -> None:
-        """Say that no more will come, and wait for the server's end of it."""
+    def close(self) -> Refusal:
+        """Say that no more will come; how the server then ended the lane."""
         self._outgoing.put(None)
-        self.end()
+        return self.end()
 
     def serves(self, number: int) -> bool:
         """Whether a right call gets its right answer on this lane."""
@@ -199,7 +205,7 @@ def pieces(number: int, body: Sequence[bytes], size: int) -> Iterator[tuple[Fram
             yield frames, tensor[start : start + size]
 
 
-def _refusal(error: grpc.RpcError) -> Refusal:
+def _refusal(error: Any) -> Refusal:
     fields: list[str] = []
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":

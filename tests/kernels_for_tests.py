@@ -140,9 +140,9 @@ def raises_value_error(x: Vector) -> Vector:
 
 
 @kernel
-def raises_kernel_error(*, message: str) -> Vector:
+def raises_kernel_error(*, message: str, times: int = 1) -> Vector:
     """An exception that is."""
-    raise KernelError(message)
+    raise KernelError(message * times)
 
 
 @kernel
@@ -166,13 +166,13 @@ def raises_keyboard_interrupt(x: Vector) -> Vector:
 @kernel
 def raises_memory_error(x: Vector) -> Vector:
     """More than any machine has."""
-    return np.empty(2**60)
+    return np.empty(2**45)
 
 
 @kernel
 def returns_list(x: Vector) -> Vector:
     """No array."""
-    return x.tolist()  # type: ignore[return-value]
+    return x.tolist()  # type: ignore[no-any-return]
 
 
 @kernel

@@ -101,7 +101,7 @@ def arrays(tensors: Sequence[Tensor], memory: Sequence[bytearray]) -> list[Array
 
 
 def _array(spec: ArraySpec, value: Any) -> Array:
-    """What was given, as an array in C order and the machine's byte order; a list or number takes the kernel's dtype."""
+    """What was given, as an array in C order and native byte order; a list or number takes the kernel's dtype."""
     try:
         if isinstance(value, np.ndarray | np.generic):
             array = np.asarray(value, order="C")

@@ -96,7 +96,7 @@ async def _bunch(results: AsyncIterator[Result]) -> tuple[list[Result], Exceptio
             bunch.append(given)
             if len(bunch) == _BUNCH:
                 break
-    except Exception as error:  # handed to the caller's thread, after the results that came before it
+    except Exception as error:  # noqa: BLE001 (handed to the caller's thread, after the results before it)
         return bunch, error
     return bunch, None
 

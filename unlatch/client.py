@@ -1,7 +1,7 @@
 """The async client: kernels as methods, over one lane to a gateway.
 
-    async with Client("127.0.0.1:8001") as mesh:
-        y = await mesh.normalise(points, eps=1e-6)
+async with Client("127.0.0.1:8001") as mesh:
+    y = await mesh.normalise(points, eps=1e-6)
 """
 
 import asyncio

@@ -93,7 +93,7 @@ class Link:
             await self._running
 
     async def _run(self, channel: grpc.aio.Channel) -> None:
-        stream = channel.stream_stream(METHOD)()
+        stream: Any = channel.stream_stream(METHOD)()
         try:
             await self._lane.run(stream)
         except grpc.aio.AioRpcError as error:

@@ -17,4 +17,4 @@ def result(kernel: str, names: Sequence[str], outputs: list[Array]) -> Result:
 
 @cache
 def _tuple(kernel: str, names: tuple[str, ...]) -> Callable[..., Any]:
-    return namedtuple(kernel, names)  # type: ignore[misc]  # noqa: PYI024 - the names come from the server
+    return namedtuple(kernel, names)  # noqa: PYI024 (the names come from the server)

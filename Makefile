@@ -1,0 +1,52 @@
+# `make run` and `make test` set everything up themselves: Linux, Python 3.11 or newer with venv, and make are enough.
+# ARGS goes to what a target starts: make run ARGS="--workers 2", make test ARGS="-k lane", make bench ARGS=--quick.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml
+# protoc finds its plugins for typed stubs by PATH.
+protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) \
+	--grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) protos/inference.proto protos/unlatch.proto
+
+.PHONY: help setup run test check fmt protos bench demo lock clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name says; do printf '  %-8s %s\n' "$$name" "$$says"; done
+
+setup: $(READY) ## make .venv with everything in it, at the versions that the lock names
+
+run: setup ## serve on this machine: gateway and compute, all cores
+	@$(BIN)/unlatch serve $(ARGS)
+
+test: setup ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## lint, types, import contracts, stub drift, and what the docs say
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy . && $(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_contracts.py tests/test_docs.py tests/test_readme.py tests/test_stubs.py
+
+fmt: setup ## format, and mend what the linter can mend
+	$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
+
+protos: setup ## generate the stubs from protos/*.proto
+	$(call protoc,$(or $(OUT),.))
+
+bench: setup ## measure everything; ARGS=--quick for a minute's worth
+	@$(BIN)/python -m bench $(ARGS)
+
+demo: setup ## blur a photograph and find its edges on all workers; pictures in demo/
+	@$(BIN)/python examples/photograph.py $(ARGS)
+
+lock: setup ## resolve the dependencies anew into both locks; ARGS=--upgrade for the newest
+	$(LOCK) $(ARGS) --extra dev -o requirements-dev.lock && $(LOCK) -c requirements-dev.lock -o requirements.lock
+
+clean: ## remove everything that is generated, .venv too
+	rm -rf .venv .*_cache .hypothesis .coverage* bench/out demo dist
+
+$(READY): requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; make PYTHON=…")'
+	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e . && touch $@

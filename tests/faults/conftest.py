@@ -1,0 +1,41 @@
+"""Meshes for faults: their workers serve kernels that misbehave, and their services may end other than asked to."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.watching import Gate
+from tests.mesh import Mesh, running_mesh
+from unlatch import Client
+
+FAULT_KERNELS = Path(__file__).with_name("fault_kernels.py")
+
+
+@pytest.fixture(scope="session")
+def at_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where a file `way.start` makes the next worker of a mesh of faults die while it starts."""
+    directory = tmp_path_factory.mktemp("start")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAULTS_DIRECTORY", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
+    """A mesh of two workers that serve the kernels of faults; it must outlive every fault, and end cleanly."""
+    with running_mesh(tmp_path_factory.mktemp("faulty"), front=["--kernels", str(FAULT_KERNELS)]) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(faulty: Mesh) -> AsyncIterator[Client]:
+    """A client of the mesh of faults."""
+    async with Client(faulty.gateway, timeout=30.0) as opened:
+        yield opened
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Callable[[str], Gate]:
+    """Makes gates."""
+    return lambda name: Gate(tmp_path / name)

@@ -1,0 +1,361 @@
+"""Kernels that do what no kernel should: they die, hang, lie on their worker's socket and scribble over its memory.
+
+A test paces them by gates: named pipes that a kernel opens for reading, so that whoever opens one for writing knows
+that the kernel has come that far.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64, Shaped
+
+from compute import wire
+from compute import worker as worker_module
+from unlatch import kernel
+
+Vector = Float64[np.ndarray, "n"]
+Matrix = Float64[np.ndarray, "rows cols"]
+Scalar = Float64[np.ndarray, ""]
+
+_EVER = 3600.0
+# While a file named after a way to die lies here, the next worker to start takes it away and dies so.
+_AT_START = Path(os.environ.get("FAULTS_DIRECTORY", "/nonexistent"))
+
+
+# Time.
+
+
+@kernel
+def echo(x: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """What came."""
+    return x
+
+
+@kernel
+def waits(x: Vector, *, gate: str) -> Vector:
+    """Write the worker's pid beside the gate, wait until it opens, and give the input back."""
+    _pass(gate)
+    return x
+
+
+@kernel
+def burns(*, seconds: float) -> Scalar:
+    """Use that much processor time, and say how much it was."""
+    return np.array(_burn(seconds))
+
+
+@kernel
+def burns_and_dies(*, seconds: float, record: str) -> Scalar:
+    """Use that much processor time, write down how much it was, and die by SIGKILL."""
+    Path(record).write_text(repr(_burn(seconds)))
+    os.kill(os.getpid(), signal.SIGKILL)
+    return np.array(0.0)
+
+
+@kernel
+def half_busy(*, seconds: float, share: float) -> Scalar:
+    """For that long by the clock, keep a core busy for that share of the time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        began, used = time.monotonic(), time.process_time()
+        while time.process_time() - used < share * 0.02:
+            pass
+        time.sleep(max(0.0, began + 0.02 - time.monotonic()))
+    return np.array(seconds)
+
+
+@kernel
+def running_at_once(*, directory: str, seconds: float) -> Int64[np.ndarray, ""]:
+    """How many calls of this kernel run while this one does, itself counted."""
+    mine = Path(directory) / f"{os.getpid()}-{time.monotonic_ns()}"
+    mine.touch()
+    time.sleep(seconds)
+    running = len(list(Path(directory).iterdir()))
+    mine.unlink()
+    return np.array(running)
+
+
+class Twins(NamedTuple):
+    """Two outputs by name."""
+
+    double: Vector
+    length: Int64[np.ndarray, ""]
+
+
+@kernel
+def twins(x: Vector) -> Twins:
+    """Named outputs."""
+    return Twins(double=x * 2, length=np.array(len(x)))
+
+
+# Deaths. Those that leave the process alive wait for whatever the front does about it.
+
+
+@kernel
+def dies(x: Vector, *, how: str, gate: str = "") -> Vector:
+    """Die, or misbehave, in one of the ways below; once the gate opens, where one is named."""
+    run = _local("run")
+    _pass(gate)
+    _WAYS[how](run.call)
+    time.sleep(_EVER)
+    return x
+
+
+@kernel
+def dies_idle(x: Vector, *, how: str, gate: str) -> Vector:
+    """Answer; and die once the gate opens."""
+
+    def later() -> None:
+        _pass(gate)
+        _WAYS[how](0)
+
+    _worker()  # found now: a thread has other frames
+    threading.Thread(target=later, daemon=True).start()
+    return x
+
+
+@kernel
+def leaves_child(x: Vector, *, record: str) -> Vector:
+    """Start a process that outlives the call, and write down its pid."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(_EVER)
+        os._exit(0)
+    Path(record).write_text(str(child))
+    return x
+
+
+@kernel
+def hangs(x: Vector, *, how: str, record: str) -> Vector:
+    """Never come back from C, and keep the interpreter lock meanwhile; write the worker's pid down first."""
+    started = Path(record)
+    started.with_suffix(".new").write_text(str(os.getpid()))
+    started.with_suffix(".new").rename(started)
+    if how == "sleep":
+        ctypes.PyDLL(None).sleep(int(_EVER))
+    elif how == "power":
+        pow(3, 10**9)
+    elif how == "regex":
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    return x
+
+
+def _burn(seconds: float) -> float:
+    began = time.process_time()
+    while time.process_time() - began < seconds:
+        pass
+    return time.process_time() - began
+
+
+def _pass(gate: str) -> None:
+    if gate:
+        Path(f"{gate}.pid").write_text(str(os.getpid()))
+        with open(gate, "rb") as opened:
+            opened.read(1)
+
+
+_found: Any = None
+
+
+def _worker() -> Any:
+    """The object that serves this worker's calls."""
+    global _found
+    _found = _found or _local("self", lambda value: hasattr(value, "_channel"))
+    return _found
+
+
+def _local(name: str, fits: Callable[[Any], bool] = lambda value: isinstance(value, wire.Run)) -> Any:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        value = frame.f_locals.get(name)
+        if value is not None and fits(value):
+            return value
+        frame = frame.f_back
+    raise LookupError(name)
+
+
+def _send(frame: Any) -> None:
+    _worker()._channel.send(frame if isinstance(frame, bytes) else wire.encode(frame))
+
+
+def _done(call: int, *tensors: tuple[Any, ...], nanoseconds: int = 1) -> list[Any]:
+    """A Done frame as it is on the wire, right or wrong."""
+    return ["done", call, [list(tensor) for tensor in tensors], nanoseconds]
+
+
+def _grow(size: int) -> None:
+    _, (fd, _) = next(iter(_worker()._mapped._replies.items()))
+    os.ftruncate(fd, size)
+
+
+def _claim_grown(call: int, claimed: int, size: int) -> None:
+    _grow(size)
+    _send(_done(call, ("float64", (claimed // 8,), 0, claimed)))
+
+
+def _flood(_: int) -> None:
+    while True:
+        _send(["ready"])
+
+
+_GOOD = ("float64", (1,), 0, 8)
+
+_WAYS: dict[str, Callable[[int], Any]] = {
+    "sigkill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "sigsegv": lambda _: ctypes.string_at(0),
+    "sigbus": lambda _: os.kill(os.getpid(), signal.SIGBUS),
+    "exit": lambda _: os._exit(3),
+    "abort": lambda _: ctypes.CDLL(None).abort(),
+    "closes": lambda _: _worker()._channel.close(),
+    "garbage": lambda _: _send(b"\xc1" + os.urandom(1000)),
+    "empty map": lambda _: _send(b"\x80"),
+    "unknown frame": lambda _: _send(["nonsense", 1]),
+    "other call": lambda call: _send(_done(call + 999, _GOOD)),
+    "no output": lambda call: _send(_done(call)),
+    "too many outputs": lambda call: _send(_done(call, _GOOD, _GOOD)),
+    "outside": lambda call: _send(_done(call, ("float64", (1,), 1 << 40, 8))),
+    "before": lambda call: _send(_done(call, ("float64", (1,), -8, 8))),
+    "longer than segment": lambda call: _send(_done(call, ("float64", (1 << 40,), 0, 1 << 43))),
+    "negative length": lambda call: _send(_done(call, ("float64", (1,), 0, -8))),
+    "offsets overflow": lambda call: _send(_done(call, ("float64", (1,), (1 << 64) - 8, 8))),
+    "unserved dtype": lambda call: _send(_done(call, ("float128", (1,), 0, 16))),
+    "shape disagrees": lambda call: _send(_done(call, ("float64", (5,), 0, 8))),
+    "negative shape": lambda call: _send(_done(call, ("float64", (-1, -1), 0, 8))),
+    "endless shape": lambda call: _send(_done(call, ("float64", ((1 << 64) - 1,), 0, 8))),
+    "negative time": lambda call: _send(_done(call, _GOOD, nanoseconds=-(1 << 62))),
+    "endless time": lambda call: _send(_done(call, _GOOD, nanoseconds=(1 << 64) - 1)),
+    "negative code": lambda call: _send(["failed", call, -1, "", "", "", 1]),
+    "endless code": lambda call: _send(["failed", call, 1 << 40, "", "", "", 1]),
+    "code of success": lambda call: _send(["failed", call, 0, "", "", "", 1]),
+    "another misfit": lambda _: _send(["misfit", "no"]),
+    "grown beyond memory": lambda call: _claim_grown(call, 1 << 46, 1 << 50),
+    "grown beyond limit": lambda call: _claim_grown(call, 1 << 30, 1 << 40),
+}
+
+
+# What a worker may try on the memory that it shares with the front.
+
+
+@kernel
+def tampers(x: Vector, *, how: str) -> Shaped[np.ndarray, ""]:
+    """Try it; the name of the error that stopped it, or "done"."""
+    try:
+        _ATTEMPTS[how](_worker()._mapped)
+    except OSError as error:
+        return np.array(errno.errorcode[error.errno or 0])
+    return np.array("done")
+
+
+def _input_fd(_: Any) -> int:
+    """A descriptor of an input segment, opened anew for reading and writing."""
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            if "unlatch-input" in os.readlink(f"/proc/self/fd/{number}"):
+                return os.open(f"/proc/self/fd/{number}", os.O_RDWR)
+        except FileNotFoundError:
+            continue
+    raise LookupError("no input segment")
+
+
+def _reply_fd(mapped: Any) -> int:
+    fd, _ = next(iter(mapped._replies.values()))
+    return int(fd)
+
+
+def _unprotect(mapped: Any) -> None:
+    memory = next(iter(mapped._inputs.values()))
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), mmap.PROT_READ | mmap.PROT_WRITE):
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def _punch(fd: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    keep_size, punch_hole = 1, 2
+    if libc.fallocate(fd, keep_size | punch_hole, ctypes.c_long(0), ctypes.c_long(4096)):
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+_ATTEMPTS: dict[str, Callable[[Any], Any]] = {
+    "truncate input": lambda mapped: os.ftruncate(_input_fd(mapped), 0),
+    "grow input": lambda mapped: os.ftruncate(_input_fd(mapped), 1 << 40),
+    "write input": lambda mapped: os.pwrite(_input_fd(mapped), b"x" * 4096, 0),
+    "punch input": lambda mapped: _punch(_input_fd(mapped)),
+    "map input": lambda mapped: mmap.mmap(_input_fd(mapped), 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE),
+    "unprotect input": _unprotect,
+    "seal input": lambda mapped: fcntl.fcntl(_input_fd(mapped), fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE),
+    "truncate reply": lambda mapped: os.ftruncate(_reply_fd(mapped), 0),
+    "shorten reply": lambda mapped: os.ftruncate(_reply_fd(mapped), 4096),
+    "write-seal reply": lambda mapped: fcntl.fcntl(_reply_fd(mapped), fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE),
+}
+
+
+@kernel
+def scribbles(*, megabytes: int, seconds: float) -> Float64[np.ndarray, "n"]:
+    """Ones; and for a while after the answer a thread writes noise over the whole of every reply segment."""
+    mapped = _worker()._mapped
+
+    def scribble() -> None:
+        noise = os.urandom(4096)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for _, memory in list(mapped._replies.values()):
+                for at in range(0, len(memory) - len(noise), len(noise)):
+                    memory[at : at + len(noise)] = noise
+
+    threading.Thread(target=scribble, daemon=True).start()
+    return np.ones(megabytes << 17)
+
+
+@kernel
+def grows(x: Vector, *, size: int) -> Vector:
+    """Make the reply segment that large before the answer is written to it."""
+    _grow(size)
+    return x
+
+
+# Starting.
+
+
+def _at_start() -> None:
+    """In the forkserver's new child: die where a test wants it."""
+    for way in sorted(_AT_START.glob("*.start")) if _AT_START.is_dir() else ():
+        try:
+            way.unlink()
+        except FileNotFoundError:
+            continue
+        how = way.name.partition(".")[0]
+        if how in ("closes", "garbage", "silent"):
+            worker_module.main = _misbegin(how)
+        else:
+            _WAYS[how](0)
+        return
+
+
+def _misbegin(how: str) -> Callable[..., None]:
+    def main(channel: Any, *_: Any) -> None:
+        os.setpgid(0, 0)
+        if how == "closes":
+            channel.close()
+        elif how == "garbage":
+            channel.send(b"\xc1garbage")
+        time.sleep(_EVER)
+
+    return main
+
+
+os.register_at_fork(after_in_child=_at_start)

@@ -1,0 +1,85 @@
+"""Rules of the code that import-linter cannot see: who opens channels, who reads the environment, who loads what."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+
+import pytest
+
+from tests.mesh import ROOT
+
+PACKAGES = ("gateway", "compute", "common", "unlatch")
+# The lane's calling end in the gateway, and the client.
+OPEN_CHANNELS = {"gateway/replica.py", "unlatch/client.py", "unlatch/link.py"}
+READ_THE_ENVIRONMENT = {
+    "gateway/__main__.py": "who supervises this process",
+    "compute/__main__.py": "who supervises this process",
+    "unlatch/__main__.py": "the command line",
+    "unlatch/cli.py": "the command line",
+    "unlatch/supervisor.py": "it makes its children's environment",
+    "compute/forkserver.py": "multiprocessing's forkserver takes nothing but an environment",
+    "compute/preload.py": "the other end of that",
+}
+CHANNELS = {"insecure_channel", "secure_channel"}
+ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+
+
+def names(tree: ast.Module) -> set[str]:
+    """Every name and attribute that a module mentions."""
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return named | imported | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def test_only_the_ends_of_a_lane_open_channels() -> None:
+    """A third place that opens one would need its own reconnecting, limits and credentials."""
+    assert {path for path, tree in sources() if names(tree) & CHANNELS} <= OPEN_CHANNELS
+
+
+def test_only_entry_points_read_the_environment() -> None:
+    """Settings are parsed once, at the door; what is inside is given what it needs."""
+    assert {path for path, tree in sources() if names(tree) & ENVIRONMENT} <= READ_THE_ENVIRONMENT.keys()
+
+
+def test_every_module_of_compute_is_the_fronts_or_a_workers() -> None:
+    """A new file in compute/ is put under one of the two import contracts, or under both."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = project["tool"]["importlinter"]["contracts"]
+    about = ("The front never", "What a worker loads")
+    placed = {
+        module for contract in contracts if contract["name"].startswith(about) for module in contract["source_modules"]
+    }
+    modules = {f"compute.{path.stem}" for path in (ROOT / "compute").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert modules - {"compute.__init__", "compute.__pycache__"} == placed
+
+
+@pytest.mark.parametrize(
+    ("loaded", "absent"),
+    [
+        ("gateway.server", {"numpy", "jaxtyping", "compute", "unlatch.client"}),
+        ("compute.server", {"numpy", "jaxtyping", "gateway"}),
+        ("compute.worker", {"grpc", "uvloop", "prometheus_client", "google.protobuf", "asyncio", "structlog"}),
+        ("unlatch.declaration", {"numpy", "grpc", "google.protobuf", "compute", "gateway"}),
+    ],
+)  # fmt: skip
+def test_a_process_loads_only_what_is_its_own(loaded: str, absent: set[str]) -> None:
+    """What Python has really imported, libraries' own imports included."""
+    program = f"import sys, {loaded}; print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not absent & set(told.stdout.split())
+
+
+def test_one_process_may_use_unlatch_and_tritonclient() -> None:
+    """Both load protobuf stubs, made by different protocs, and the newer runtime serves both."""
+    program = (
+        "import unlatch, tritonclient.grpc; unlatch.Client; import protos.inference_pb2_grpc, protos.unlatch_pb2_grpc"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=50)
