@@ -8,7 +8,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml
 # protoc finds its plugins for typed stubs by PATH.
 protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) \
-	--grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) protos/inference.proto protos/unlatch.proto
+	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/inference.proto protos/unlatch.proto
 
 .PHONY: help setup run test check fmt protos bench demo lock clean
 .DEFAULT_GOAL := help

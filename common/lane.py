@@ -33,8 +33,8 @@ MESSAGE_BYTES = 1024 * 1024
 # A message costs some 150 µs of processor at its two ends, a call in it some 10. So a lane on which many calls are
 # outstanding gathers: it lets this much time pass between messages for each of them, at most two milliseconds. A few
 # calls never wait, nor does any on a lane that was quiet. (docs/decisions/0002)
-_PAUSE_SECONDS_A_CALL = 0.0001
-_LONGEST_PAUSE_SECONDS = 0.003
+_PAUSE_SECONDS_A_CALL = 0.0005
+_LONGEST_PAUSE_SECONDS = 0.002
 # Bodies that a server has still to send to a caller who does not take them; past it no more calls are read from him.
 MOST_UNSENT_BYTES = 256 * 1024 * 1024
 # What gRPC must let through: a closed message, whose last entry and frames came on top.

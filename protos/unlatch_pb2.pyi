@@ -76,7 +76,9 @@ class Frames(_message.Message):
 
     @_builtins.property
     def replies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reply]:
-        """Server to caller: exactly one for each call that was not cancelled."""
+        """Server to caller: exactly one for each call that was not cancelled; or two, where a failure follows a response of
+        which some pieces can no longer be had.
+        """
 
     @_builtins.property
     def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Piece]:

@@ -2,8 +2,10 @@
 
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -22,7 +24,7 @@ from protos.inference_pb2 import (
 from protos.unlatch_pb2 import Frames, LaneMessage, Reply
 from tests.conftest import StartMesh
 from tests.doors import LARGE, LaneEnd, Oip, Refusal, arrays_of, descriptor, pieces, request, vector
-from tests.mesh import Mesh
+from tests.mesh import Mesh, running_front
 
 INVALID, INTERNAL = "INVALID_ARGUMENT", "INTERNAL"
 KIBIBYTE = 1024
@@ -584,3 +586,15 @@ def test_call_left_in_the_middle_of_its_body_gives_its_memory_back(how: str, sta
                 lane.close()
         (x,) = arrays_of(Oip(channel).infer(LONG))
         assert x.tobytes() == LONG_BODY
+
+
+def test_caller_that_leaves_during_a_drain_does_not_hold_it_up(tmp_path: Path) -> None:
+    """Calls that nobody waits for any more are not drained: the service ends before its drain_seconds are over."""
+    with running_front(tmp_path / "front.sock") as front:
+        with grpc.insecure_channel(front.wait_for("serving")["listen"]) as channel, LaneEnd(channel) as lane:
+            lane.call(1, request("sleeps", None, seconds=0.2))
+            assert lane.serves(2)
+            front.signal(signal.SIGTERM)
+            front.wait_for("draining")
+        front.wait()
+        assert not [entry for entry in front.entries if entry["event"] == "calls are cut off"], front

@@ -26,7 +26,7 @@ def test_demo_processes_a_photograph_on_all_workers(tmp_path: Path) -> None:
     before, blurred, edges = (_saved(tmp_path / "demo" / name) for name in ("before.png", "blurred.png", "edges.png"))
     assert np.array_equal(before, photo)
     assert np.abs(blurred.astype(int) - gaussian_blur(photo, sigma=4.0)).max() <= 1
-    assert np.abs(edges[..., 0] - np.clip(sobel(photo).max(axis=2), 0, 255)).max() <= 1
+    assert np.abs(edges[..., 0] - np.clip(sobel(photo).max(axis=2), 0, 255)).max() <= 2  # levels of grey
 
 
 def _workers(told: str) -> int:

@@ -39,7 +39,8 @@ class Peer:
         entries = [bytes(entry) for entry in payload]
         self.messages.append((frames, entries))
         at = 0
-        for frame in (*frames.calls, *frames.replies):
+        bodied: list[Descriptor | Reply] = [*frames.calls, *frames.replies]
+        for frame in bodied:
             self._lengths[frame.call] = list(frame.lengths)
             self.bodies[frame.call] = [b"" for _ in frame.lengths]
             if frame.whole:
@@ -87,8 +88,8 @@ bodies = st.lists(st.lists(sizes, max_size=3), min_size=1, max_size=6)
 
 
 @settings(max_examples=40, deadline=None)
-@given(bodies, st.booleans())
-def test_calls_and_replies_arrive_as_they_were_sent(bodies: list[list[int]], replies: bool) -> None:
+@given(bodies=bodies, replies=st.booleans())
+def test_calls_and_replies_arrive_as_they_were_sent(*, bodies: list[list[int]], replies: bool) -> None:
     """Bodies of any sizes, small ones whole and large ones in pieces, are the same at the other end."""
     peer, sent = Peer(), {}
 

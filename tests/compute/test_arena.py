@@ -91,7 +91,7 @@ def test_worker_reads_what_the_front_writes() -> None:
     block.segment.view[block.offset : block.offset + 5] = b"later"
     memory = mapped.input(block.segment.number)
     assert memory[block.offset : block.offset + 5] == b"later"
-    with pytest.raises(TypeError, match="readonly|read-only"):
+    with pytest.raises(TypeError, match=r"readonly|read-only"):
         memory[block.offset] = 0
     arena.close()
 

@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -196,9 +197,13 @@ def _done(call: int, *tensors: tuple[Any, ...], nanoseconds: int = 1) -> list[An
     return ["done", call, [list(tensor) for tensor in tensors], nanoseconds]
 
 
-def _grow(size: int) -> None:
-    _, (fd, _) = next(iter(_worker()._mapped._replies.items()))
+def _grow(size: int, segment: int | None = None) -> None:
+    replies = _worker()._mapped._replies
+    number = next(iter(replies)) if segment is None else segment
+    fd, _ = replies[number]
     os.ftruncate(fd, size)
+    # Not the whole of it, which nobody could map.
+    replies[number] = fd, mmap.mmap(fd, 1 << 24)
 
 
 def _claim_grown(call: int, claimed: int, size: int) -> None:
@@ -219,7 +224,7 @@ _WAYS: dict[str, Callable[[int], Any]] = {
     "sigbus": lambda _: os.kill(os.getpid(), signal.SIGBUS),
     "exit": lambda _: os._exit(3),
     "abort": lambda _: ctypes.CDLL(None).abort(),
-    "closes": lambda _: _worker()._channel.close(),
+    "closes": lambda _: _worker()._channel.shutdown(socket.SHUT_RDWR),
     "garbage": lambda _: _send(b"\xc1" + os.urandom(1000)),
     "empty map": lambda _: _send(b"\x80"),
     "unknown frame": lambda _: _send(["nonsense", 1]),
@@ -324,7 +329,7 @@ def scribbles(*, megabytes: int, seconds: float) -> Float64[np.ndarray, "n"]:
 @kernel
 def grows(x: Vector, *, size: int) -> Vector:
     """Make the reply segment that large before the answer is written to it."""
-    _grow(size)
+    _grow(size, _local("run").reply_segment)
     return x
 
 
