@@ -32,7 +32,7 @@ DATATYPES: dict[str, tuple[str, int]] = {
 _BY_DTYPE = {dtype: datatype for datatype, (dtype, _) in DATATYPES.items()}
 _COMPLEX = {"complex64": "FP32", "complex128": "FP64"}
 _TIMES = ("datetime64", "timedelta64")
-_ITEM_BYTES = {dtype: size for dtype, size in DATATYPES.values()} | {"complex64": 8, "complex128": 16}
+_ITEM_BYTES = dict(DATATYPES.values()) | {"complex64": 8, "complex128": 16}
 # NumPy addresses at most this many bytes and axes.
 _MOST_BYTES = 2**63 - 1
 _MOST_AXES = 64
@@ -56,7 +56,7 @@ def is_carried(dtype: str) -> bool:
 
 
 def is_held(dtype: str, shape: Sequence[int], length: int) -> bool:
-    """Whether an array of this dtype and shape, which must be served, is so many bytes; any number where elements vary."""
+    """Whether an array of this dtype (a served one) and shape is so many bytes; any number where elements vary."""
     size = _ITEM_BYTES.get(dtype, 8)
     return len(shape) <= _MOST_AXES and (not size or prod(shape) * size == length)
 

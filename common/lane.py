@@ -251,7 +251,7 @@ class Outbox:
         await self._idle.wait()
 
     async def relieved(self, limit: int) -> None:
-        """Wait until no more than `limit` bytes of bodies are left to send: a peer that reads slowly is served slowly."""
+        """Wait until no more than `limit` bytes of bodies are unsent: a peer that reads slowly is served slowly."""
         while self._unsent > limit:
             self._relieved.clear()
             await self._relieved.wait()

@@ -152,9 +152,7 @@ class Slot:
             self._kill("it answered a call that it was not running")
             return
         _, call, segment = self._in_hand[0]
-        if isinstance(frame, Done) and not _is_sound(
-            frame.tensors, call, segment, self._forkserver.max_reply_bytes
-        ):
+        if isinstance(frame, Done) and not _is_sound(frame.tensors, call, segment, self._forkserver.max_reply_bytes):
             self._kill("its reply is not what it can be")
             return
         self._in_hand.popleft()

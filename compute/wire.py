@@ -6,8 +6,8 @@
           <───────────────────────────────────────────── Done, or Failed ──
 
 A worker answers Runs in order. The end of the socket is the end of the worker, whoever closes it. Frames are decoded by
-type and range: a worker that sends anything else is killed. A frame is bounded by what a datagram may hold, so whoever makes one
-refuses what would not fit (`FRAME_BYTES`).
+type and range: a worker that sends anything else is killed. A frame is bounded by what a datagram may hold, so whoever
+makes one refuses what would not fit (`FRAME_BYTES`).
 """
 
 from typing import Annotated

@@ -564,6 +564,17 @@ def test_numbers_of_one_lane_mean_nothing_on_another(size: int, channel: grpc.Ch
         assert one.serves(41)
 
 
+def test_answer_to_one_lane_takes_nothing_from_another(start_mesh: StartMesh) -> None:
+    """A call answered under a number that another lane's call has at the gateway leaves that call what it is."""
+    mesh = start_mesh()
+    with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel) as one, LaneEnd(channel) as other:
+        # The first call that this gateway sends on, so it is number 1 on the replica's lane.
+        one.call(5, request("sleeps", None, seconds=0.2))
+        assert one.serves(6)
+        assert other.serves(1)
+        assert one.refusal(5).code == "OK"
+
+
 @pytest.mark.parametrize("how", ["closed", "broken", "cancelled", "expired"])
 def test_call_left_in_the_middle_of_its_body_gives_its_memory_back(how: str, start_mesh: StartMesh) -> None:
     """However a call ends that never had its whole body, far more of them than fit the arena do not exhaust it."""

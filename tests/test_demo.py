@@ -34,4 +34,4 @@ def _workers(told: str) -> int:
 
 
 def _saved(path: Path) -> np.ndarray:
-    return np.rint(images.imread(path)[..., :3] * 255).astype(np.uint8)
+    return np.asarray(np.rint(images.imread(path)[..., :3] * 255), np.uint8)

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from tests.faults.watching import Gate
 from tests.mesh import Mesh, running_mesh
@@ -28,7 +29,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator
         yield running
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def client(faulty: Mesh) -> AsyncIterator[Client]:
     """A client of the mesh of faults."""
     async with Client(faulty.gateway, timeout=30.0) as opened:
