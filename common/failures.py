@@ -4,9 +4,9 @@ from common.errors import UnlatchError, from_code
 from protos.unlatch_pb2 import Failure, Reply
 
 
-def failed(call: int, error: UnlatchError) -> Reply:
+def failed(error: UnlatchError) -> Reply:
     """The reply that tells a call's caller of an error."""
-    reply = Reply(call=call)
+    reply = Reply()
     reply.failure.code = error.code
     reply.failure.message = error.message
     reply.failure.field = error.field

@@ -35,6 +35,11 @@ class Health(health_pb2_grpc.HealthServicer):
         self.set(serving=False)
         self._ending = True
 
+    async def until_serving(self) -> None:
+        """Wait for it."""
+        while not self._serving:
+            await self._changed.wait()
+
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
         """How it stands."""
         if request.service not in self._services:

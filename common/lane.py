@@ -203,20 +203,22 @@ class Outbox:
         self._draft.frames.cancels.append(call)
         self._wake()
 
-    def call(self, descriptor: Descriptor, body: Body) -> None:
-        """Send a call. The descriptor is copied, numbered already; its lengths and `whole` are set here."""
+    def call(self, number: int, descriptor: Descriptor, body: Body) -> None:
+        """Send a call under its number here. The descriptor is copied: it may be under way on another lane too."""
         frame = self._draft.frames.calls.add()
         frame.CopyFrom(descriptor)
+        frame.call = number
         self._send(frame, body, None)
 
-    def reply(self, reply: Reply, body: Body, sent: Callable[[], None] | None = None) -> None:
-        """Send a reply, copied. `sent` is called when the body's buffers are no longer needed.
+    def reply(self, number: int, reply: Reply, body: Body, sent: Callable[[], None] | None = None) -> None:
+        """Send a call's reply, copied. `sent` is called when the body's buffers are no longer needed.
 
         A failure may follow a response whose body could not be sent to its end.
         """
-        self.drop(reply.call)
+        self.drop(number)
         frame = self._draft.frames.replies.add()
         frame.CopyFrom(reply)
+        frame.call = number
         self._send(frame, body, sent)
 
     def drop(self, call: int) -> None:

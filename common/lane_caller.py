@@ -41,9 +41,9 @@ class LaneCaller:
 
     def call(self, descriptor: Descriptor, body: Body, waiter: Waiter) -> int:
         """Send a call and give it its number. The waiter hears exactly one end, unless the call is cancelled."""
-        descriptor.call = number = next(self._numbers)
+        number = next(self._numbers)
         self._waiting[number] = waiter
-        self._outbox.call(descriptor, body)
+        self._outbox.call(number, descriptor, body)
         return number
 
     def cancel(self, number: int) -> None:

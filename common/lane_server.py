@@ -46,12 +46,12 @@ class LaneServer:
         """Say that new calls belong elsewhere."""
         self._outbox.draining()
 
-    def reply(self, reply: Reply, body: Body, sent: Callable[[], None] | None = None) -> None:
+    def reply(self, number: int, reply: Reply, body: Body, sent: Callable[[], None] | None = None) -> None:
         """Answer a call, and forget it. `sent` is called when the body's buffers are no longer needed."""
-        self._calls.pop(reply.call, None)
+        self._calls.pop(number, None)
         if not self._calls:
             self._quiet.set()
-        self._outbox.reply(reply, body, sent)
+        self._outbox.reply(number, reply, body, sent)
 
     async def run(self, read: Callable[[], Awaitable[object]], write: Callable[[bytes], Awaitable[None]]) -> None:
         """Carry calls until the caller closes the stream. Raises ProtocolViolation when it breaks the protocol."""

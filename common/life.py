@@ -34,11 +34,11 @@ class Life:
 
     def _signalled(self, number: int) -> None:
         if self._stop.is_set():
-            log.warning("stopping at once", signal=signal.Signals(number).name)
             # Everything that we started ends by our end: see die_with_parent and compute.worker.
             os._exit(128 + number)
-        log.info("draining", signal=signal.Signals(number).name)
+        # First of all: a log that nobody reads any more must not stand between a signal and its effect.
         self._stop.set()
+        log.info("draining", signal=signal.Signals(number).name)
 
 
 def notify_ready(notify_socket: str) -> None:

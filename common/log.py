@@ -1,7 +1,9 @@
 """Logs: one JSON object a line, on stderr."""
 
+import io
 import logging
 import sys
+from contextlib import suppress
 
 import structlog
 
@@ -18,11 +20,11 @@ def configure(process: str, level: str) -> None:
     structlog.configure(
         processors=[*shared, render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(_Stderr()),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(process=process)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(_Stderr())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, _named(process)],
@@ -30,6 +32,19 @@ def configure(process: str, level: str) -> None:
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class _Stderr(io.TextIOBase):
+    """stderr, of which a reader that has gone must not become an error in whoever logs."""
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):
+            return sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def _named(process: str) -> structlog.types.Processor:

@@ -55,8 +55,9 @@ async def serve(
         await server.start()
         await probes.start()
         log.info("serving", listen=listen, health_listen=health_listen, metrics_listen=metrics_listen)
-        notify_ready(notify_socket)
+        telling = asyncio.create_task(_tell(health, notify_socket))
         await life.until_stop()
+        telling.cancel()
         health.end()
         try:
             async with asyncio.timeout(settings.drain_seconds):
@@ -67,3 +68,9 @@ async def serve(
         await probes.stop(_STOP_GRACE_SECONDS)
     await asyncio.to_thread(close_metrics)
     log.info("stopped")
+
+
+async def _tell(health: Health, notify_socket: str) -> None:
+    """Tell a supervisor once calls are served: for a gateway that is when it has a replica."""
+    await health.until_serving()
+    notify_ready(notify_socket)

@@ -88,7 +88,7 @@ class Call:
         self, tensors: Sequence[Tensor], memory: memoryview, run_seconds: float, worker: int, sent: Callable[[], None]
     ) -> None:
         """Send a kernel's results, which lie in `memory`. `sent` is called when they need not lie there any longer."""
-        reply = Reply(call=self._number)
+        reply = Reply()
         response = reply.response
         response.kernel, response.version, response.id = self.spec.name, self.spec.version, self._request.id
         buffers: list[Buffer] = []
@@ -111,7 +111,7 @@ class Call:
         """End the call with an error."""
         if self.ended:
             return
-        reply = failed(self._number, error)
+        reply = failed(error)
         self._end(reply, Body((), []), NAMES.get(error.code, "UNKNOWN"), run_seconds, worker, None)
 
     def abandon(self) -> None:
@@ -147,4 +147,4 @@ class Call:
         self._metrics.stages(
             self.spec.name, self.landed - self.arrived, queue, run_seconds, now - self.begun - run_seconds
         )
-        self._lane.reply(reply, body, sent)
+        self._lane.reply(self._number, reply, body, sent)

@@ -40,7 +40,7 @@ class Door:
             kernel = descriptor.request.kernel
             known = kernel if kernel in self._kernels else _UNKNOWN
             self._metrics.call_ended(known, NAMES.get(error.code, "UNKNOWN"))
-            lane.reply(failed(descriptor.call, error), Body((), []))
+            lane.reply(descriptor.call, failed(error), Body((), []))
             return None
         if whole is not None:
             call.land(whole)

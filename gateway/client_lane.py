@@ -54,11 +54,10 @@ class _ClientCall:
         if self.over:
             return None
         self.over = True
-        reply.call = self._number
         body = Body(reply.lengths, None if whole is None else list(whole))
-        self._lane.reply(reply, body)
+        self._lane.reply(self._number, reply, body)
         return body
 
     def fail(self, error: UnlatchError) -> None:
         self.over = True
-        self._lane.reply(failed(self._number, error), Body((), []))
+        self._lane.reply(self._number, failed(error), Body((), []))

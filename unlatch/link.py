@@ -60,6 +60,8 @@ class Link:
     def caller(self, name: str, named: Mapping[str, Any]) -> Caller:
         """What makes calls of one kernel. Raises NotFound with near names."""
         spec = self.kernels.get(name)
+        if not self.kernels:
+            raise Unavailable(f"the gateway at {self._target} has no replica that takes calls now")
         if spec is None:
             raise NotFound(f"there is no kernel {name[:64]!r}{near(name, self.kernels)}", field="model_name")
         return Caller(spec, named)

@@ -99,9 +99,9 @@ def test_calls_and_replies_arrive_as_they_were_sent(*, bodies: list[list[int]], 
         for call, lengths in enumerate(bodies):
             sent[call] = [pattern(call + i, length) for i, length in enumerate(lengths)]
             if replies:
-                outbox.reply(Reply(call=call), body(*sent[call]))
+                outbox.reply(call, Reply(), body(*sent[call]))
             else:
-                outbox.call(Descriptor(call=call), body(*sent[call]))
+                outbox.call(call, Descriptor(), body(*sent[call]))
         outbox.draining()
         await delivered(outbox, peer)
 
@@ -120,12 +120,12 @@ async def test_pieces_take_turns() -> None:
     async def take(message: bytes) -> None:
         await peer.take(message)
         if len(peer.messages) == 2:
-            outbox.call(Descriptor(call=3), body(b"small"))
+            outbox.call(3, Descriptor(), body(b"small"))
         if 3 in peer.bodies and not small_after:
             small_after.append(len(peer.messages))
 
     for call in (1, 2):
-        outbox.call(Descriptor(call=call), body(pattern(call, large)))
+        outbox.call(call, Descriptor(), body(pattern(call, large)))
     running = asyncio.ensure_future(outbox.run(take))
     async with asyncio.timeout(10):
         await outbox.flushed()
@@ -144,7 +144,7 @@ async def test_messages_are_bounded(size: int) -> None:
     outbox = Outbox(no_calls)
     peer = Peer(within_bytes=MESSAGE_BYTES + PIECE_BYTES + 64 * KIBIBYTE)
     for call in range(300 if size <= WHOLE_BYTES else 12):
-        outbox.call(Descriptor(call=call), body(pattern(call, size)))
+        outbox.call(call, Descriptor(), body(pattern(call, size)))
     await delivered(outbox, peer)
     assert all(tensors == [pattern(call, size)] for call, tensors in peer.bodies.items())
 
@@ -155,7 +155,7 @@ async def test_many_frames_are_bounded_too() -> None:
     for call in range(30):
         descriptor = Descriptor(call=call)
         descriptor.request.parameters["label"].string_param = "x" * 200 * KIBIBYTE
-        outbox.call(descriptor, body())
+        outbox.call(descriptor.call, descriptor, body())
     await delivered(outbox, peer)
     assert len(peer.bodies) == 30
 
@@ -164,7 +164,7 @@ async def test_body_that_still_arrives_is_passed_on() -> None:
     """Pieces leave as they come in, and the last of them ends the body."""
     outbox, peer = Outbox(no_calls), Peer()
     arriving = Body([5, 0, 3])
-    outbox.call(Descriptor(call=1), arriving)
+    outbox.call(1, Descriptor(), arriving)
     running = asyncio.ensure_future(outbox.run(peer.take))
     for piece in (b"ab", b"cde", b"f", b"gh"):
         assert not arriving.complete
@@ -181,12 +181,12 @@ async def test_dropped_body_is_let_go_of() -> None:
     """After a cancel no more of a call's body is sent; after a drop of a reply its buffers are given back, once."""
     outbox, peer = Outbox(no_calls), Peer()
     given_back: list[int] = []
-    outbox.call(Descriptor(call=1), body(pattern(1, 4 * PIECE_BYTES)))
+    outbox.call(1, Descriptor(), body(pattern(1, 4 * PIECE_BYTES)))
     outbox.cancel(1)
-    outbox.reply(Reply(call=2), body(pattern(2, 4 * PIECE_BYTES)), lambda: given_back.append(2))
+    outbox.reply(2, Reply(), body(pattern(2, 4 * PIECE_BYTES)), lambda: given_back.append(2))
     outbox.drop(2)
     outbox.drop(2)
-    outbox.reply(Reply(call=3), body(pattern(3, 4 * PIECE_BYTES)), lambda: given_back.append(3))
+    outbox.reply(3, Reply(), body(pattern(3, 4 * PIECE_BYTES)), lambda: given_back.append(3))
     await delivered(outbox, peer)
     assert given_back == [2, 3]
     assert set(peer.order) == {3}
@@ -198,7 +198,7 @@ async def test_closed_outbox_gives_every_buffer_back() -> None:
     outbox = Outbox(no_calls)
     given_back: list[int] = []
     for call in (1, 2):
-        outbox.reply(Reply(call=call), body(bytes(2 * WHOLE_BYTES)), lambda call=call: given_back.append(call))  # type: ignore[misc]
+        outbox.reply(call, Reply(), body(bytes(2 * WHOLE_BYTES)), lambda call=call: given_back.append(call))  # type: ignore[misc]
     outbox.close()
     assert given_back == [1, 2]
 

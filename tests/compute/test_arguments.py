@@ -144,10 +144,9 @@ def test_any_description_is_refused_or_is_an_array(datatype: str, shape: list[in
     assert is_served(dtype)
     assert carrier(dtype) == datatype
     if dtype != "object":
-        itemsize = np.dtype(dtype).itemsize
-        assert int(np.prod(seen, dtype=object)) * itemsize == length
-    if length == 0:
-        assert np.ndarray(seen, dtype, b"").shape == seen
+        assert int(np.prod(seen, dtype=object)) * np.dtype(dtype).itemsize == length
+        if not length:
+            assert np.ndarray(seen, dtype, b"").shape == seen
 
 
 @given(st.sampled_from(["datetime64", "timedelta64"]), st.text("[]nsDYMW7 ", max_size=6))

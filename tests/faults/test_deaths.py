@@ -112,9 +112,7 @@ async def test_lie_about_a_reply_ends_the_worker(faulty: Mesh, client: Client, h
 
 
 @pytest.mark.parametrize("how", DEATHS)
-async def test_death_of_an_idle_worker_fails_nothing(
-    faulty: Mesh, client: Client, gate: GateMaker, how: str
-) -> None:
+async def test_death_of_an_idle_worker_fails_nothing(faulty: Mesh, client: Client, gate: GateMaker, how: str) -> None:
     """A worker that dies between calls is replaced, and no call knows."""
     here = gate("idle")
     np.testing.assert_array_equal(await client.dies_idle(X, how=how, gate=str(here)), X)
