@@ -4,6 +4,7 @@ Complex and datetime arrays have no datatype of their own. They travel as FP32 o
 INT64, and the tensor parameter `np_dtype` says what they are.
 """
 
+import re
 from collections.abc import Sequence
 from math import prod
 
@@ -32,6 +33,7 @@ DATATYPES: dict[str, tuple[str, int]] = {
 _BY_DTYPE = {dtype: datatype for datatype, (dtype, _) in DATATYPES.items()}
 _COMPLEX = {"complex64": "FP32", "complex128": "FP64"}
 _TIMES = ("datetime64", "timedelta64")
+_TIME = re.compile(r"(datetime64|timedelta64)\[(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\]")
 _ITEM_BYTES = dict(DATATYPES.values()) | {"complex64": 8, "complex128": 16}
 # NumPy addresses at most this many bytes and axes.
 _MOST_BYTES = 2**63 - 1
@@ -107,19 +109,4 @@ def _carried(field: str, datatype: str, shape: tuple[int, ...], np_dtype: str) -
 
 
 def _is_time(np_dtype: str) -> bool:
-    kind, _, unit = np_dtype.partition("[")
-    return kind in _TIMES and unit.rstrip("]") in {
-        "Y",
-        "M",
-        "W",
-        "D",
-        "h",
-        "m",
-        "s",
-        "ms",
-        "us",
-        "ns",
-        "ps",
-        "fs",
-        "as",
-    }
+    return _TIME.fullmatch(np_dtype) is not None

@@ -9,6 +9,17 @@ import secrets
 from collections.abc import Iterable
 from typing import ClassVar
 
+# A status travels in trailers, percent-encoded and once more in each of its details. From 8 KiB on gRPC drops trailers,
+# and the status with them. The frames between front and worker are bounded too.
+_MOST_MESSAGE_BYTES = 1024
+_MOST_FIELD_BYTES = 64
+
+
+def _bounded(text: str, most_bytes: int) -> str:
+    """What UTF-8 can hold of a text, cut to so many bytes of it."""
+    encoded = text.encode(errors="replace")
+    return encoded[:most_bytes].decode(errors="ignore")
+
 
 class UnlatchError(Exception):
     """A call that did not end well. `code` is its google.rpc.Code; `field` names the argument at fault, if one is."""
@@ -16,9 +27,10 @@ class UnlatchError(Exception):
     code: ClassVar[int] = 2
 
     def __init__(self, message: str, *, field: str = "", retry_after_milliseconds: int = 0) -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
+        # A kernel may raise KernelError of anything at all.
+        self.message = _bounded(str(message), _MOST_MESSAGE_BYTES)
+        super().__init__(self.message)
+        self.field = _bounded(field, _MOST_FIELD_BYTES)
         self.retry_after_milliseconds = retry_after_milliseconds
 
 

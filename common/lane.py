@@ -259,9 +259,10 @@ class Outbox:
             await self._relieved.wait()
 
     def close(self) -> None:
-        """The lane is gone: let go of every body."""
+        """The lane is gone: let go of every body, and of whoever waits for them to be sent."""
         for call in list(self._sending):
             self.drop(call)
+        self._idle.set()
 
     def _send(self, frame: Descriptor | Reply, body: Body, sent: Callable[[], None] | None) -> None:
         frame.lengths[:] = body.lengths

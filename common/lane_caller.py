@@ -34,6 +34,8 @@ class LaneCaller:
     def __init__(self, on_welcome: Callable[[Welcome], None], on_draining: Callable[[], None]) -> None:
         self._on_welcome = on_welcome
         self._on_draining = on_draining
+        # Nothing that is sent from now on arrives, and nobody would be told.
+        self.ended = False
         self._numbers = count(1)
         self._waiting: dict[int, Waiter] = {}
         self._arriving: dict[int, Sink] = {}
@@ -59,6 +61,8 @@ class LaneCaller:
             while isinstance(message := await stream.read(), bytes):
                 self._receive(message)
         finally:
+            # Before the waiters hear of it: one that is told may make room for the next call at once.
+            self.ended = True
             writer.cancel()
             # A lane that breaks breaks for its writer too; the reader's reason is the one to tell.
             with suppress(BaseException):

@@ -13,6 +13,9 @@ from protos.unlatch_pb2 import Descriptor, Reply, Welcome
 
 log = structlog.get_logger()
 
+# How long a caller who does not read holds up the end of its lane.
+_LAST_WRITE_SECONDS = 1.0
+
 
 class Accepted(Sink, Protocol):
     """A call that was taken in. Its body is fed to it; it is abandoned when its caller does not wait any more."""
@@ -55,19 +58,35 @@ class LaneServer:
 
     async def run(self, read: Callable[[], Awaitable[object]], write: Callable[[bytes], Awaitable[None]]) -> None:
         """Carry calls until the caller closes the stream. Raises ProtocolViolation when it breaks the protocol."""
-        writer = asyncio.ensure_future(self._outbox.run(write))
+        writing = asyncio.Lock()
+
+        async def write_whole(message: bytes) -> None:
+            async with writing:
+                await write(message)
+
+        writer = asyncio.ensure_future(self._outbox.run(write_whole))
         try:
             while isinstance(message := await read(), bytes):
                 self._receive(message)
                 await self._outbox.relieved(MOST_UNSENT_BYTES)
         finally:
-            writer.cancel()
-            with suppress(BaseException):
-                await writer
-            self._outbox.close()
-            calls, self._calls = self._calls, {}
-            for call in calls.values():
-                call.abandon()
+            try:
+                # gRPC can end no stream in the middle of a write: the caller would never hear how it ended.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LAST_WRITE_SECONDS):
+                        await writing.acquire()
+            finally:
+                await self._let_go(writer)
+
+    async def _let_go(self, writer: asyncio.Future[None]) -> None:
+        writer.cancel()
+        with suppress(BaseException):
+            await writer
+        self._outbox.close()
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.abandon()
+        self._quiet.set()
 
     async def drain(self) -> None:
         """Ask the caller for no more calls, and wait until all that came are answered and the answers handed on."""

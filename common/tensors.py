@@ -65,12 +65,11 @@ def pack_bytes(array: Array) -> bytes:
     return b"".join(parts)
 
 
-@cache
-def _name(dtype: np.dtype[Any]) -> str:
-    return OBJECT if dtype.kind in "OSU" else dtype.name
+_name = cache(lambda dtype: str(dtype.name))
 
 
 def dtype_name(array: Array) -> str:
     """NumPy's name of an array's dtype as Unlatch says it: strings and objects alike are "object"."""
     # NumPy computes a dtype's name anew, in Python, each time.
-    return _name(array.dtype)
+    # (Strings have a dtype a length: a cache of them would grow for ever.)
+    return OBJECT if array.dtype.kind in "OSU" else _name(array.dtype)

@@ -11,7 +11,7 @@ from common.datatypes import NP_DTYPE, seen_by_numpy
 from common.errors import InvalidArgument, near
 from common.parameters import Value, scalar
 from common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec
-from compute.wire import Parameters
+from compute.wire import MOST_STRING_BYTES, Parameters
 from protos.unlatch_pb2 import Descriptor, Parameter
 
 
@@ -43,7 +43,7 @@ def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
             raise InvalidArgument(f"{name}: the array is given twice", field=name)
         position[name] = index
         np_dtype = tensor.parameters[NP_DTYPE].string_param if tensor.parameters else ""
-        dtype, shape = seen_by_numpy(name, tensor.datatype, tensor.shape, np_dtype, lengths[index])
+        dtype, shape = seen_by_numpy(name[:64], tensor.datatype, tensor.shape, np_dtype, lengths[index])
         dtypes.append(dtype)
         shapes.append(shape)
     if len(position) != len(spec.inputs) or any(array.name not in position for array in spec.inputs):
@@ -111,11 +111,24 @@ def _scalars(spec: KernelSpec, given: Mapping[str, Parameter]) -> Parameters:
             raise InvalidArgument(
                 f"{declared.name}: kernel {spec.name} needs this {declared.type} parameter", field=declared.name
             )
+    _bound_strings(parameters)
     if len(parameters) < len(given):
         for name in given:
             if name not in parameters:
                 _refuse_unknown(spec, name, "parameter")
     return parameters
+
+
+def _bound_strings(parameters: Parameters) -> None:
+    """They go to the worker in one frame, which must fit a datagram."""
+    sizes = {name: len(value.encode()) for name, value in parameters.items() if isinstance(value, str)}
+    together = sum(sizes.values())
+    if together > MOST_STRING_BYTES:
+        longest = max(sizes, key=sizes.__getitem__)
+        raise InvalidArgument(
+            f"{longest}: str parameters of {together} bytes are more than {MOST_STRING_BYTES}; send a BYTES array",
+            field=longest,
+        )
 
 
 def _scalar(declared: ScalarSpec, given: Parameter) -> Value:

@@ -118,7 +118,11 @@ class Call:
         """Nobody waits for the reply any more."""
         self.ended = True
         self._metrics.call_ended(self.spec.name, "CANCELLED")
-        self._when_abandoned(self)
+        if self.complete:
+            self._when_abandoned(self)
+        else:
+            # Nobody else knows of it before its bytes are here, and no more of them come.
+            self.release()
 
     def release(self) -> None:
         """Give its memory back. Only when no worker can be reading it."""

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from common.spec import KernelSpec
-from unlatch.declaration import DeclarationError, spec_of
+from unlatch.declaration import DECLARED, DeclarationError, spec_of
 
 BUILT_IN = "compute.kernels"
 
@@ -32,7 +32,7 @@ class Catalogue:
 
     def add(self, module: ModuleType) -> None:
         """Take every kernel in a module. Raises LoadError for a name that another kernel has."""
-        for candidate in vars(module).values():
+        for candidate in (*vars(module).get(DECLARED, ()), *vars(module).values()):
             spec = spec_of(candidate)
             if spec is None:
                 continue

@@ -46,7 +46,10 @@ class Pool:
 
     async def start(self) -> None:
         """Fill every slot. Raises StartError, with file and line, when the kernels do not load."""
-        await asyncio.gather(*(slot.start() for slot in self._slots))
+        # All have started or failed before any failure ends the start: who is still being forked could not be stopped.
+        results = await asyncio.gather(*(slot.start() for slot in self._slots), return_exceptions=True)
+        for failure in filter(None, results):
+            raise failure
         self._sweeping = asyncio.create_task(self._sweep())
 
     def has_room(self) -> bool:

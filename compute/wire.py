@@ -18,6 +18,8 @@ from common.spec import KernelSpec
 
 # Under the kernel's default socket buffer, with two frames on their way at most.
 FRAME_BYTES = 64 * 1024
+# What a Run's str parameters may take of that together: the rest is names, shapes and numbers.
+MOST_STRING_BYTES = FRAME_BYTES // 2
 # Descriptors that may come along with one Run: an input segment and a reply segment.
 MOST_DESCRIPTORS = 2
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from common.datatypes import is_served
 from common.errors import Internal, ResourceExhausted, UnlatchError, opaque
-from common.spec import ELLIPSIS, ArraySpec, KernelSpec
+from common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec
 from common.tensors import Array, dtype_name, pack_bytes, view
 from compute import preload, wire
 from compute.arena import Mapped, offsets
@@ -35,6 +36,8 @@ def main(channel: socket.socket, front_alive: int, max_reply_bytes: int) -> None
     _become_worker(front_alive)
     if preload.failure:
         channel.send(wire.encode(wire.Misfit(preload.failure)))
+        # The front ends this process. One that had ended by itself might be gone before the front has heard why.
+        channel.recv(1)
         return
     for spec in preload.catalogue.specs.values():
         channel.send(wire.encode(wire.Loaded(spec)))
@@ -88,7 +91,7 @@ class _Worker:
         return wire.Failed(run.call, error.code, error.message, error.field, log, taken)
 
     def _arrays(self, spec: KernelSpec, run: wire.Run) -> list[Array]:
-        memory = self._mapped.input(run.input_segment) if run.tensors else b""
+        memory = self._mapped.input(run.input_segment) if run.input_segment >= 0 else b""
         return [
             view(array.name, memory, tensor.dtype, tensor.shape, tensor.offset, tensor.length)
             for array, tensor in zip(spec.inputs, run.tensors, strict=True)
@@ -107,7 +110,8 @@ class _Worker:
             if isinstance(output, bytes):
                 memory[start : start + len(output)] = output
             else:
-                np.copyto(np.ndarray(output.shape, output.dtype, memory, start), output)
+                native = output.dtype.newbyteorder("=")
+                np.copyto(np.ndarray(output.shape, native, memory, start), output)
         return tuple(
             wire.Tensor(dtype_name(output), output.shape, start, length)
             for output, start, length in zip(outputs, starts, lengths, strict=True)
@@ -137,6 +141,7 @@ def _named_lengths(spec: KernelSpec, arrays: list[Array]) -> dict[str, int]:
     lengths: dict[str, int] = {}
     for declared, array in zip(spec.inputs, arrays, strict=True):
         lengths.update(zip(*_axes(declared, array.shape), strict=True))
+    lengths.pop(ANY_LENGTH, None)
     return lengths
 
 
@@ -155,6 +160,8 @@ def _checked(spec: KernelSpec, declared: ArraySpec, output: Any, lengths: dict[s
     if not isinstance(output, np.ndarray | np.generic):
         raise Internal(f"kernel {spec.name} returned a {type(output).__name__} for {declared.name}, not an array")
     array = np.asarray(output)
+    if not is_served(dtype_name(array)):
+        raise Internal(f"kernel {spec.name} returned {array.dtype} for {declared.name}, which no datatype carries")
     if declared.dtypes and dtype_name(array) not in declared.dtypes:
         raise Internal(
             f"kernel {spec.name} returned {array.dtype} for {declared.name}, "
@@ -173,7 +180,8 @@ def _checked(spec: KernelSpec, declared: ArraySpec, output: Any, lengths: dict[s
 
 def _story(error: BaseException) -> str:
     """A traceback that fits a frame; its end tells most."""
-    return "".join(traceback.format_exception(error))[-wire.FRAME_BYTES // 4 :]
+    story = "".join(traceback.format_exception(error))[-wire.FRAME_BYTES // 4 :]
+    return story.encode(errors="replace").decode()
 
 
 def _become_worker(front_alive: int) -> None:

@@ -58,7 +58,8 @@ class Fleet:
         """A kernel that some replica serves. Raises NotFound with near names, Unavailable when there is no replica."""
         other = None
         for replica in self._replicas:
-            kernel = replica.kernels.get(name)
+            # One that drains still says what it serves, but a call would wait for nothing.
+            kernel = replica.kernels.get(name) if replica.takes_calls else None
             if kernel is not None:
                 if not version or version == kernel.version:
                     return kernel

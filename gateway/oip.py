@@ -59,6 +59,12 @@ class OpenInference:
         }
 
     async def _model_infer(self, message: bytes, context: Any) -> bytes:
+        # gRPC's own limit leaves room for lanes' messages, which come by the same port.
+        if len(message) > self._max_message_bytes:
+            raise ResourceExhausted(
+                f"the request is {len(message)} bytes, more than max_message_bytes={self._max_message_bytes}; "
+                "the Python client's lane carries larger ones"
+            )
         descriptor, body = read_request(message)
         answer = _Answer()
         call = self._calls.begin(descriptor, body, context.time_remaining(), answer)

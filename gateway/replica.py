@@ -56,6 +56,8 @@ class Replica:
         granted = self._welcome
         return (
             self.takes_calls
+            and self._lane is not None
+            and not self._lane.ended
             and self._calls < granted.window_calls
             and (self._bytes + size <= granted.window_bytes or not self._calls)
         )

@@ -22,6 +22,8 @@ __all__ = ["DeclarationError", "KernelError", "kernel", "spec_of"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SPEC = "__unlatch_kernel__"
+# Where a module keeps what it has declared, in order.
+DECLARED = "__unlatch_declared__"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _INPUT_DIM = re.compile(r"(\d+|\*?[A-Za-z_][A-Za-z0-9_]*|\.\.\.)\Z")
 _SCALARS = {bool: "bool", int: "int", float: "float", str: "str"}
@@ -86,6 +88,8 @@ def kernel(
         if not _NAME.match(spec.name):
             raise _refusal(function, f"the name {spec.name!r} is no identifier")
         setattr(function, _SPEC, spec)
+        # A second function of one name hides the first from its module, but not from here.
+        function.__globals__.setdefault(DECLARED, []).append(function)
         return function
 
     return declare if function is None else declare(function)

@@ -1,7 +1,7 @@
 """One lane of a client, from its opening to its end, and the calls on it."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 
 from common.describe import understood
-from common.errors import NotFound, Unavailable, UnlatchError, near
+from common.errors import Internal, NotFound, Unavailable, UnlatchError, near
 from common.failures import raised
 from common.lane import METHOD, ProtocolViolation, Sink
 from common.lane_caller import LaneCaller
@@ -140,14 +140,20 @@ class PendingCall:
             return None
         if whole is None:
             return _Arriving(self, reply)
-        self.give(arrays(reply.response.tensors, [bytearray(piece) for piece in whole]))
+        self.give(lambda: arrays(reply.response.tensors, [bytearray(piece) for piece in whole]))
         return None
 
-    def give(self, outputs: list[Any]) -> None:
-        """The kernel's outputs are here."""
+    def give(self, outputs: Callable[[], list[Any]]) -> None:
+        """The kernel's outputs are here, to be read."""
+        try:
+            given = result(self._spec.name, [output.name for output in self._spec.outputs], outputs())
+        except (UnlatchError, LookupError, TypeError, ValueError) as error:
+            # Nobody before this could see that the reply is not what it says. It fails its call, and not the lane.
+            self.lost(Internal(f"kernel {self._spec.name} answered what cannot be read: {error}"))
+            return
         self._end()
         if not self.result.done():
-            self.result.set_result(result(self._spec.name, [output.name for output in self._spec.outputs], outputs))
+            self.result.set_result(given)
 
     def lost(self, error: UnlatchError) -> None:
         """There is no result."""
@@ -179,4 +185,4 @@ class _Arriving(Arriving):
     def feed(self, piece: memoryview) -> None:
         super().feed(piece)
         if self.complete:
-            self._call.give(self.arrays())
+            self._call.give(self.arrays)

@@ -48,8 +48,9 @@ class ServeSettings(Settings):
         (), description="Kernel modules besides the built-in ones: pkg.module,path/to/file.py"
     )
     workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 means one for each core granted")
-    # Somebody waits for the prompt to come back; a replica in a cluster has twenty seconds.
-    drain_seconds: float = Field(1.0, ge=0, description="How long calls in flight may take to end after SIGTERM")
+    # Somebody waits for the prompt to come back, two seconds at most, of which closing both services takes 0.7; a
+    # replica in a cluster has twenty.
+    drain_seconds: float = Field(0.5, ge=0, description="How long calls in flight may take to end after SIGTERM")
 
     @field_validator("kernels", mode="before")
     @classmethod

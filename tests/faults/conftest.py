@@ -1,16 +1,34 @@
 """Meshes for faults: their workers serve kernels that misbehave, and their services may end other than asked to."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytest_asyncio
 
+from common.errors import Unavailable
 from tests.faults.watching import Gate
 from tests.mesh import Mesh, running_mesh
 from unlatch import Client
 
 FAULT_KERNELS = Path(__file__).with_name("fault_kernels.py")
+
+
+async def answered(client: Client, within: float = 10.0) -> None:
+    """Wait until a call is answered: what was killed is up again, and this client knows it."""
+    x = np.arange(3.0)
+    end = time.monotonic() + within
+    while True:
+        try:
+            np.testing.assert_array_equal(await client.echo(x, timeout=5.0), x)
+        except Unavailable:
+            assert time.monotonic() < end, f"no call is answered within {within} s"
+            await asyncio.sleep(0.02)
+        else:
+            return
 
 
 @pytest.fixture(scope="session")

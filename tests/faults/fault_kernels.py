@@ -79,14 +79,23 @@ def half_busy(*, seconds: float, share: float) -> Scalar:
 
 
 @kernel
-def running_at_once(*, directory: str, seconds: float) -> Int64[np.ndarray, ""]:
-    """How many calls of this kernel run while this one does, itself counted."""
-    mine = Path(directory) / f"{os.getpid()}-{time.monotonic_ns()}"
-    mine.touch()
+def dawdles(x: Vector, *, seconds: float) -> Vector:
+    """What came, after that long."""
     time.sleep(seconds)
-    running = len(list(Path(directory).iterdir()))
-    mine.unlink()
-    return np.array(running)
+    return x
+
+
+@kernel
+def garbles(x: Vector) -> Shaped[np.ndarray, "n"]:
+    """Strings whose bytes, by a fault of the worker, are none."""
+    packed = worker_module.pack_bytes
+
+    def garbled(_: Any) -> bytes:
+        worker_module.pack_bytes = packed
+        return b"\xff" * 8
+
+    worker_module.pack_bytes = garbled
+    return np.array(["a"] * len(x))
 
 
 class Twins(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from common.errors import Unavailable, UnlatchError
-from tests.faults.conftest import FAULT_KERNELS
+from tests.faults.conftest import FAULT_KERNELS, answered
 from tests.faults.watching import (
     Process,
     alive,
@@ -98,22 +98,6 @@ def who_mentions(directory: Path) -> list[Process]:
     return found
 
 
-async def answered(client: Client) -> None:
-    """Wait until a call is answered: what was killed is up again."""
-
-    async def answers() -> bool:
-        try:
-            return bool((await client.echo(X, timeout=5.0) == X).all())
-        except Unavailable:
-            return False
-
-    for _ in range(200):
-        if await answers():
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("no call is answered")
-
-
 async def stick(client: Client, directory: Path, how: str) -> list["asyncio.Task[object]"]:
     """Have both workers hang in C, each with the interpreter lock: the calls, still in flight."""
     records = [directory / f"stuck-{number}" for number in range(2)]
@@ -175,12 +159,14 @@ async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> 
 
 async def test_front_killed_alone_takes_its_workers_along(tmp_path: Path) -> None:
     """A front without a supervisor that is killed leaves nothing either, whatever its workers are doing."""
-    with pytest.raises(AssertionError, match="exit code -9"), running_front(
-        tmp_path / "front.sock", "--kernels", str(FAULT_KERNELS)
-    ) as front, Service(
-        *("gateway", "--listen", "127.0.0.1:0", "--replicas", f"unix:{tmp_path}/front.sock"),
-        *("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"),
-    ) as gateway:
+    with (
+        pytest.raises(AssertionError, match="exit code -9"),
+        running_front(tmp_path / "front.sock", "--kernels", str(FAULT_KERNELS)) as front,
+        Service(
+            *("gateway", "--listen", "127.0.0.1:0", "--replicas", f"unix:{tmp_path}/front.sock"),
+            *("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"),
+        ) as gateway,
+    ):
         gateway.wait_for("replica is ready")
         async with Client(gateway.wait_for("serving")["listen"], timeout=30.0) as client:
             calls = await stick(client, tmp_path, "sleep")
