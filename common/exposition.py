@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 def serve_metrics(address: str, collectors: Iterable[Collector]) -> tuple[str, Callable[[], None]]:
     """Serve what the collectors yield over HTTP: the address that was bound, and a function that ends it.
 
-    `address` is `host:port`, an IPv6 host in brackets, port 0 for any that is free. Ending blocks for some milliseconds,
+    `address` is `host:port`, an IPv6 host in brackets, port 0 for any that is free. Ending blocks for milliseconds,
     so an event loop that has other work leaves it to a thread. Raises ValueError for an address that is none, OSError
     for one that cannot be had.
     """
@@ -30,7 +30,7 @@ def serve_metrics(address: str, collectors: Iterable[Collector]) -> tuple[str, C
         ending.start()
         while ending.is_alive():
             with suppress(OSError):
-                socket.create_connection((bound_host, bound_port), timeout=1).close()
+                socket.create_connection((str(bound_host), bound_port), timeout=1).close()
             ending.join(0.01)
         server.server_close()
         thread.join()

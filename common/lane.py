@@ -30,7 +30,7 @@ WHOLE_BYTES = 64 * 1024
 PIECE_BYTES = 512 * 1024
 # A message is closed once it carries this much; what is still due goes with the next one.
 MESSAGE_BYTES = 1024 * 1024
-# A message costs some 200 µs of processor at its two ends, a call in it a tenth of that. So a lane on which many calls are
+# A message costs some 200 µs of processor at its two ends, a call in it a tenth. So a lane on which many calls are
 # outstanding gathers: it lets this much time pass between messages for each of them, at most two milliseconds. A few
 # calls never wait, nor does any on a lane that was quiet. (docs/decisions/0002)
 _PAUSE_SECONDS_A_CALL = 0.0005

@@ -3,9 +3,6 @@
 import socket
 from typing import Protocol
 
-# How the forkserver is told which kernel modules to load; the front sets it for the forkserver alone.
-PRELOAD_VARIABLE = "UNLATCH_PRELOAD"
-
 
 class Inherited(Protocol):
     """A descriptor as multiprocessing hands it to a child."""

@@ -13,7 +13,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-from compute.entry import PRELOAD_VARIABLE, enter
+from compute.entry import enter
+from compute.wire import PRELOAD_VARIABLE
 
 # Every BLAS and OpenMP that NumPy may come with reads its own.
 _THREAD_VARIABLES = (

@@ -9,7 +9,7 @@ import gc
 import os
 
 from compute.catalogue import Catalogue, LoadError, load
-from compute.entry import PRELOAD_VARIABLE
+from compute.wire import PRELOAD_VARIABLE
 
 catalogue = Catalogue()
 failure = ""

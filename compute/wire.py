@@ -16,6 +16,8 @@ import msgspec
 
 from common.spec import KernelSpec
 
+# How the forkserver is told which kernel modules to load; the front sets it for the forkserver alone.
+PRELOAD_VARIABLE = "UNLATCH_PRELOAD"
 # Under the kernel's default socket buffer, with two frames on their way at most.
 FRAME_BYTES = 64 * 1024
 # What a Run's str parameters may take of that together: the rest is names, shapes and numbers.

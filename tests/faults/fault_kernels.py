@@ -86,15 +86,23 @@ def dawdles(x: Vector, *, seconds: float) -> Vector:
 
 
 @kernel
+def rests(x: Vector) -> Vector:
+    """What came, after as many seconds as it says."""
+    time.sleep(float(x[0]))
+    return x
+
+
+@kernel
 def garbles(x: Vector) -> Shaped[np.ndarray, "n"]:
     """Strings whose bytes, by a fault of the worker, are none."""
-    packed = worker_module.pack_bytes
+    names = vars(worker_module)
+    packed = names["pack_bytes"]
 
-    def garbled(_: Any) -> bytes:
-        worker_module.pack_bytes = packed
+    def garbled(_: object) -> bytes:
+        names["pack_bytes"] = packed
         return b"\xff" * 8
 
-    worker_module.pack_bytes = garbled
+    names["pack_bytes"] = garbled
     return np.array(["a"] * len(x))
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,10 @@ def restarts(scrape: Scrape) -> float:
 
 def is_full(mesh: Mesh) -> bool:
     return Scrape(mesh.front_metrics).sum("unlatch_worker_up") == 2
+
+
+def is_dead(process: Process) -> bool:
+    return not process.alive
 
 
 @contextmanager
@@ -175,7 +180,7 @@ async def test_dead_worker_takes_one_call_at_most(faulty: Mesh, client: Client) 
         victim = Process.of(faulty.workers[-1])
         with replaced(faulty, "SIGKILL"):
             os.kill(victim.pid, signal.SIGKILL)
-            await until(lambda: not victim.alive, "it is dead")
+            await until(partial(is_dead, victim), "it is dead")
             calls = [client.echo(X * factor) for factor in range(20)]
             answers = await asyncio.gather(*calls, return_exceptions=True)
         assert sum(isinstance(answer, Unavailable) for answer in answers) <= 1
@@ -213,7 +218,8 @@ async def test_forkserver_killed(faulty: Mesh, client: Client, gate: GateMaker) 
     others = [asyncio.ensure_future(client.echo(X)) for _ in range(20)]
     # One of them is staged behind the call that waits.
     await until(lambda: sum(other.done() for other in others) == 19, "the other worker serves")
-    assert len(alive(processes)) == 2 and restarts(Scrape(faulty.front_metrics)) == restarts(before)
+    assert len(alive(processes)) == 2
+    assert restarts(Scrape(faulty.front_metrics)) == restarts(before)
     here.open()
     np.testing.assert_array_equal(await running, X)
     await asyncio.gather(*others)
@@ -223,7 +229,8 @@ async def test_forkserver_killed(faulty: Mesh, client: Client, gate: GateMaker) 
             os.kill(process.pid, signal.SIGKILL)
         await busy(client)
     assert faulty.pids["forkserver"] != forkserver
-    assert len(faulty.workers) == 2 and not workers & set(faulty.workers)
+    assert len(faulty.workers) == 2
+    assert not workers & set(faulty.workers)
     assert not children(faulty.front_service.pid, zombies=True)
     assert not Scrape(faulty.front_metrics).fell_since(before)
 

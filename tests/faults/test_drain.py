@@ -55,7 +55,8 @@ def front_at(socket: Path, *flags: str) -> Iterator[Service]:
 async def watched(address: str, service: str = "") -> AsyncIterator[Any]:
     """A health Watch: await its `read`."""
     async with grpc.aio.insecure_channel(address) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service), timeout=30)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=service), timeout=30)
         yield watch
         watch.cancel()
 
@@ -67,7 +68,7 @@ async def status(watch: Any) -> int:
 
 async def infer(channel: grpc.aio.Channel, message: ModelInferRequest) -> ModelInferResponse:
     """A call by the Open Inference Protocol's door."""
-    rpc = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    rpc: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
     answer: bytes = await rpc(message.SerializeToString(), timeout=20)
     return ModelInferResponse.FromString(answer)
 
@@ -106,7 +107,8 @@ async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: sig
                 await infer(channel, vector("echo", 1.0))
             assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
             assert time.monotonic() - began < 1.0
-            assert not by_lane.done() and not by_door.done()
+            assert not by_lane.done()
+            assert not by_door.done()
             lane_gate.open()
             door_gate.open()
             np.testing.assert_array_equal(await by_lane, X)
@@ -185,7 +187,8 @@ async def test_health_follows_the_replica(tmp_path: Path) -> None:
             watches = (whole, door, lane)
             assert await status(unknown) == UNKNOWN
             assert [await status(watch) for watch in watches] == [NOT_SERVING] * 3
-            check = health_pb2_grpc.HealthStub(channel).Check
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            check = stub.Check
             assert (await check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
             with pytest.raises(Unavailable, match="no replica"):
                 await client.call("echo", X)
@@ -229,8 +232,9 @@ async def test_reflection_lists_services(tmp_path: Path) -> None:
         }
         for address, services in expected.items():
             async with grpc.aio.insecure_channel(address) as channel:
-                stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-                asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+                stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]  # or an aio one
+                request: Any = reflection_pb2.ServerReflectionRequest
+                asked = iter([request(list_services="")])
                 answers = [answer async for answer in stub.ServerReflectionInfo(asked, timeout=10)]
             listed = {service.name for service in answers[0].list_services_response.service}
             assert services <= listed, listed

@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -194,7 +196,8 @@ async def test_gateway_killed_is_started_again(tmp_path: Path) -> None:
                 again = await asyncio.to_thread(serve.service.wait_for, "started again", after=seen)
                 pauses.append(again["after_seconds"])
                 await answered(client)
-                assert not killed.alive and again["ended_with"] == -signal.SIGKILL
+                assert not killed.alive
+                assert again["ended_with"] == -signal.SIGKILL
             assert pauses == [0.1, 0.2]
             assert len(alive(replica)) == len(replica)
         serve.service.stop()
@@ -217,6 +220,18 @@ async def test_front_killed_is_started_again(tmp_path: Path) -> None:
         serve.service.stop()
 
 
+TAKEN_NAME = """\
+import numpy as np
+from jaxtyping import Float64
+from unlatch import kernel
+
+
+@kernel
+def identity(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
+    return x
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -224,8 +239,7 @@ async def test_front_killed_is_started_again(tmp_path: Path) -> None:
         ("x = 1\ny = (\n", r"bad.py:2: SyntaxError"),
         ("raise SystemExit(0)\n", r"bad.py:1: SystemExit"),
         (
-            "import numpy as np\nfrom jaxtyping import Float64\nfrom unlatch import kernel\n\n\n@kernel\n"
-            "def identity(x: Float64[np.ndarray, 'n']) -> Float64[np.ndarray, 'n']:\n    return x\n",
+            TAKEN_NAME,
             r"bad.py:6: kernel 'identity' is already defined at .*basics.py:\d+",
         ),
         (None, r"bad.py: there is no such kernel file"),
@@ -267,8 +281,6 @@ async def test_sigterm_while_starting(tmp_path: Path) -> None:
 
 async def complains(serve: Serve, says: str) -> None:
     """It ends with code 2 and says so, in a line that is for people."""
-    import re
-
     assert serve.service.wait() == 2, serve.service
     said = [line for line in serve.service.lines if not line.startswith("{")]
     assert any(re.search(says, line) for line in said), serve.service
@@ -282,6 +294,6 @@ async def test_health_and_metrics_ports_are_each_their_own(tmp_path: Path) -> No
         for process in ("gateway", "front"):
             entry = serve.service.wait_for("serving", process=process)
             async with grpc.aio.insecure_channel(entry["health_listen"]) as channel:
-                check = channel.unary_unary("/grpc.health.v1.Health/Check")
+                check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
                 assert await check(b"") == b"\x08\x01"
         serve.service.stop()

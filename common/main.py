@@ -1,0 +1,37 @@
+"""What both services' mains do: settings, logs, the loop, and an exit code."""
+
+import sys
+from collections.abc import Callable, Coroutine, MutableMapping, Sequence
+from typing import TypeVar
+
+import uvloop
+
+from common.life import die_with_parent
+from common.log import configure
+from common.rpc import BindError
+from common.settings import Settings, parse
+
+S = TypeVar("S", bound=Settings)
+
+
+def run(
+    program: str,
+    process: str,
+    settings_kind: type[S],
+    serve: Callable[[S, str], Coroutine[None, None, None]],
+    arguments: Sequence[str],
+    environment: MutableMapping[str, str],
+    refusals: tuple[type[Exception], ...] = (),
+) -> int:
+    """Serve until told to stop: 0, or 2 with a line on stderr for an address or a refusal that prevents it."""
+    if supervisor := environment.pop("UNLATCH_SUPERVISOR", ""):
+        die_with_parent(int(supervisor))
+    settings = parse(settings_kind, program, arguments)
+    configure(process, settings.log_level)
+    refusals = (BindError, *refusals)
+    try:
+        uvloop.run(serve(settings, environment.pop("NOTIFY_SOCKET", "")))
+    except refusals as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    return 0
