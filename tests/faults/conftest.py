@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,29 @@ import pytest_asyncio
 
 from common.errors import Unavailable
 from tests.faults.watching import Gate
-from tests.mesh import Mesh, running_mesh
+from tests.mesh import Mesh, Service, running_mesh
 from unlatch import Client
 
 FAULT_KERNELS = Path(__file__).with_name("fault_kernels.py")
+ANY_PORTS = ("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")
+
+
+@contextmanager
+def gateway_to(socket: Path, *flags: str) -> Iterator[Service]:
+    """A gateway that may end any way; killed afterwards if it has not."""
+    arguments = ("--listen", "127.0.0.1:0", "--replicas", f"unix:{socket}", *ANY_PORTS, "--drain-seconds", "5")
+    with Service("gateway", *arguments, *flags) as gateway:
+        gateway.wait_for("serving")
+        yield gateway
+
+
+@contextmanager
+def front_at(socket: Path, *flags: str) -> Iterator[Service]:
+    """The same of a replica."""
+    arguments = ("--listen", f"unix:{socket}", *ANY_PORTS, "--workers", "2", "--kernels", str(FAULT_KERNELS))
+    with Service("compute", *arguments, *flags) as front:
+        front.wait_for("serving")
+        yield front
 
 
 async def answered(client: Client, within: float = 10.0) -> None:

@@ -3,8 +3,8 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from common.errors import Unavailable, UnlatchError
 from protos.inference_pb2 import ModelInferRequest, ModelInferResponse
 from tests.doors import arrays_of, vector
-from tests.faults.conftest import FAULT_KERNELS, answered
+from tests.faults.conftest import answered, front_at, gateway_to
 from tests.faults.watching import Gate, Scrape, until
-from tests.mesh import Service, running_front
+from tests.mesh import running_front
 from unlatch import Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -29,26 +29,7 @@ X = np.arange(3.0)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-ANY_PORTS = ("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")
 GateMaker = Callable[[str], Gate]
-
-
-@contextmanager
-def gateway_to(socket: Path, *flags: str) -> Iterator[Service]:
-    """A gateway that may end any way; killed afterwards if it has not."""
-    arguments = ("--listen", "127.0.0.1:0", "--replicas", f"unix:{socket}", *ANY_PORTS, "--drain-seconds", "5")
-    with Service("gateway", *arguments, *flags) as gateway:
-        gateway.wait_for("serving")
-        yield gateway
-
-
-@contextmanager
-def front_at(socket: Path, *flags: str) -> Iterator[Service]:
-    """The same of a replica."""
-    arguments = ("--listen", f"unix:{socket}", *ANY_PORTS, "--workers", "2", "--kernels", str(FAULT_KERNELS))
-    with Service("compute", *arguments, *flags) as front:
-        front.wait_for("serving")
-        yield front
 
 
 @asynccontextmanager
@@ -76,9 +57,7 @@ async def infer(channel: grpc.aio.Channel, message: ModelInferRequest) -> ModelI
 @pytest.mark.parametrize("draining", ["gateway", "front"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: signal.Signals) -> None:
-    """Told to stop, a service says NOT_SERVING first; what is in flight by either door is answered, new calls are
-    refused UNAVAILABLE at once, and the process ends with 0.
-    """
+    """Told to stop, a service says NOT_SERVING, refuses new calls at once, answers what is in flight, ends with 0."""
     socket = tmp_path / "front.sock"
     lane_gate, door_gate = gate("lane"), gate("door")
     with front_at(socket, "--drain-seconds", "5") as front, gateway_to(socket) as gateway:

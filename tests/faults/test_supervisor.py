@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from common.errors import Unavailable, UnlatchError
-from tests.faults.conftest import FAULT_KERNELS, answered
+from tests.faults.conftest import FAULT_KERNELS, answered, front_at, gateway_to
 from tests.faults.watching import (
     Process,
     alive,
@@ -27,7 +27,7 @@ from tests.faults.watching import (
     until,
     wait_until,
 )
-from tests.mesh import Service, running_front
+from tests.mesh import Service
 from unlatch import Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -161,14 +161,8 @@ async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> 
 
 async def test_front_killed_alone_takes_its_workers_along(tmp_path: Path) -> None:
     """A front without a supervisor that is killed leaves nothing either, whatever its workers are doing."""
-    with (
-        pytest.raises(AssertionError, match="exit code -9"),
-        running_front(tmp_path / "front.sock", "--kernels", str(FAULT_KERNELS)) as front,
-        Service(
-            *("gateway", "--listen", "127.0.0.1:0", "--replicas", f"unix:{tmp_path}/front.sock"),
-            *("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"),
-        ) as gateway,
-    ):
+    address = tmp_path / "front.sock"
+    with front_at(address) as front, gateway_to(address) as gateway:
         gateway.wait_for("replica is ready")
         async with Client(gateway.wait_for("serving")["listen"], timeout=30.0) as client:
             calls = await stick(client, tmp_path, "sleep")
