@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 from common.errors import UnlatchError
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-_SMALLEST_WINDOW_BYTES = 4 * 1024 * 1024
+_SMALLEST_WINDOW_BYTES = 1 * 1024 * 1024
 
 
 class BindError(Exception):

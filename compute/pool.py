@@ -76,5 +76,6 @@ class Pool:
                 slot.sweep(dropped)
 
 
-def _in_hand(slot: Slot) -> int:
-    return slot.in_hand
+def _in_hand(slot: Slot) -> tuple[int, int]:
+    # Of two workers that both run a call, the next is staged behind the one with less to go through.
+    return slot.in_hand, slot.bytes_in_hand

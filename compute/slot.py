@@ -67,6 +67,11 @@ class Slot:
         return len(self._in_hand)
 
     @property
+    def bytes_in_hand(self) -> int:
+        """How many bytes of tensors those calls bring."""
+        return sum(call.block.size for _, call, _ in self._in_hand if call.block is not None)
+
+    @property
     def has_room(self) -> bool:
         """Whether the worker can take one more."""
         return (

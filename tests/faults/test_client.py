@@ -170,10 +170,10 @@ async def test_map_gives_every_result(client: Client, order: str, size: int) -> 
 
 
 async def test_unordered_map_does_not_wait_for_the_slowest(client: Client) -> None:
-    """As they are ready: the slowest result comes last. In order: it comes first, and the others wait."""
+    """As they are ready, the slowest result lets by all but what its worker has staged; in order, all wait for it."""
     items = [np.array([seconds]) for seconds in (0.3, *[0.001] * 9)]
     as_ready = [float(y[0]) async for y in client.map("rests", items, ordered=False)]
-    assert as_ready[-1] == 0.3
+    assert as_ready.index(0.3) >= 8
     assert len(as_ready) == 10
     assert [float(y[0]) async for y in client.map("rests", items)] == [0.3, *[0.001] * 9]
 
@@ -300,20 +300,20 @@ SCRIPTS = {
         from unlatch import Client
         async def main():
             async with Client(sys.argv[1]) as mesh:
-                await mesh.dawdles(np.ones(3), seconds=3.0)
+                await mesh.dawdles(np.ones(3), seconds=2.0)
         asyncio.run(main())
         """,
     "blocking": """
         import sys, numpy as np
         from unlatch import BlockingClient
         with BlockingClient(sys.argv[1]) as mesh:
-            mesh.dawdles(np.ones(3), seconds=3.0)
+            mesh.dawdles(np.ones(3), seconds=2.0)
         """,
     "blocking map": """
         import sys, numpy as np
         from unlatch import BlockingClient
         with BlockingClient(sys.argv[1]) as mesh:
-            for _ in mesh.map("dawdles", [np.ones(3)] * 2, seconds=3.0):
+            for _ in mesh.map("dawdles", [np.ones(3)] * 2, seconds=2.0):
                 pass
         """,
 }
@@ -323,7 +323,7 @@ SCRIPTS = {
 async def test_interrupted_caller_leaves_nothing(faulty: Mesh, tmp_path: Path, how: str) -> None:
     """Ctrl-C ends a caller at once, and what it waited for is cancelled at the gateway."""
     if how == "command line":
-        command = ["-m", "unlatch", "call", "dawdles", "x=[1.0]", "seconds=3", "--server", faulty.gateway]
+        command = ["-m", "unlatch", "call", "dawdles", "x=[1.0]", "seconds=2", "--server", faulty.gateway]
     else:
         script = tmp_path / "script.py"
         lines = SCRIPTS[how].split("\n")
