@@ -14,6 +14,7 @@ Whoever sends what the protocol does not allow loses the lane: ProtocolViolation
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from time import monotonic
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
@@ -30,6 +31,9 @@ WHOLE_BYTES = 64 * 1024
 PIECE_BYTES = 512 * 1024
 # A message is closed once it carries this much; what is still due goes with the next one.
 MESSAGE_BYTES = 1024 * 1024
+# Both, where a small body was sent within the seconds below: the next one then waits for so much less.
+MIXED_BYTES = 128 * 1024
+_MIXED_SECONDS = 0.1
 # A message costs some 200 µs of processor at its two ends, a call in it a tenth. So a lane on which many calls are
 # outstanding gathers: it lets this much time pass between messages for each of them, at most two milliseconds. A few
 # calls never wait, nor does any on a lane that was quiet. (docs/decisions/0002)
@@ -152,15 +156,15 @@ class _Sending:
         self.sent = sent
         self._buffer = self._offset = 0
 
-    def next(self) -> Buffer | None:
+    def next(self, most_bytes: int) -> Buffer | None:
         """The next piece, or None when there is none yet, or no more."""
         buffers = self.body.buffers
         while self._buffer < len(buffers):
             buffer = buffers[self._buffer]
             left = len(buffer) - self._offset
-            if left > PIECE_BYTES:
+            if left > most_bytes:
                 start = self._offset
-                self._offset += PIECE_BYTES
+                self._offset += most_bytes
                 return memoryview(buffer)[start : self._offset]
             start, self._offset = self._offset, 0
             self._buffer += 1
@@ -180,6 +184,7 @@ class Outbox:
         self._outstanding = outstanding
         self._draft = _Draft()
         self._closed: deque[_Draft] = deque()
+        self._whole_at = float("-inf")
         self._sending: dict[int, _Sending] = {}
         self._turns: deque[_Sending] = deque()
         self._due = asyncio.Event()
@@ -271,6 +276,7 @@ class Outbox:
         self._unsent += body.size
         if body.whole:
             frame.whole = True
+            self._whole_at = monotonic()
             draft.payload += body.buffers
             draft.size += body.size
             draft.whole_bytes += body.size
@@ -316,10 +322,12 @@ class Outbox:
             self._sent(draft.whole_bytes)
             return draft.packed()
         draft, self._draft = self._draft, _Draft()
+        mixed = monotonic() - self._whole_at < _MIXED_SECONDS
+        message_bytes, piece_bytes = (MIXED_BYTES, MIXED_BYTES) if mixed else (MESSAGE_BYTES, PIECE_BYTES)
         done: list[_Sending] = []
-        while self._turns and draft.size < MESSAGE_BYTES:
+        while self._turns and draft.size < message_bytes:
             sending = self._turns.popleft()
-            piece = sending.next()
+            piece = sending.next(piece_bytes)
             if piece is not None:
                 draft.frames.pieces.add().call = sending.call
                 draft.payload.append(piece)
