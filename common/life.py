@@ -41,6 +41,20 @@ class Life:
         log.info("draining", signal=signal.Signals(number).name)
 
 
+def let_threads_give_way() -> None:
+    """Have threads that are started from now on not interrupt others when they wake up (SCHED_BATCH; docs/decisions/0007).
+
+    gRPC's threads wake for every event, each time in the middle of what the event loop is doing. To be called before
+    there are any; the loop's own thread takes it back with `go_first` once they are there.
+    """
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def go_first() -> None:
+    """Have the calling thread interrupt those that give way."""
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def notify_ready(notify_socket: str) -> None:
     """Tell a supervisor that the service serves. Without one (an empty address) nobody is told."""
     if notify_socket:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import uvloop
 
-from common.life import die_with_parent
+from common.life import die_with_parent, let_threads_give_way
 from common.log import configure
 from common.rpc import BindError
 from common.settings import Settings, parse
@@ -28,6 +28,7 @@ def run(
         die_with_parent(int(supervisor))
     settings = parse(settings_kind, program, arguments)
     configure(process, settings.log_level)
+    let_threads_give_way()
     refusals = (BindError, *refusals)
     try:
         uvloop.run(serve(settings, environment.pop("NOTIFY_SOCKET", "")))

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from common.exposition import serve_metrics
 from common.health import Health
-from common.life import Life, notify_ready
+from common.life import Life, go_first, notify_ready
 from common.loop_watch import LoopWatch
 from common.recorder import Recorder
 from common.rpc import BindError, bind, options
@@ -54,6 +54,7 @@ async def serve(
     with LoopWatch(recorder, process):
         await server.start()
         await probes.start()
+        go_first()
         log.info("serving", listen=listen, health_listen=health_listen, metrics_listen=metrics_listen)
         telling = asyncio.create_task(_tell(health, notify_socket))
         await life.until_stop()

