@@ -42,7 +42,7 @@ class Life:
 
 
 def let_threads_give_way() -> None:
-    """Have threads that are started from now on not interrupt others when they wake up (SCHED_BATCH; docs/decisions/0007).
+    """Have threads started from now on not interrupt others when they wake (SCHED_BATCH; docs/decisions/0007).
 
     gRPC's threads wake for every event, each time in the middle of what the event loop is doing. To be called before
     there are any; the loop's own thread takes it back with `go_first` once they are there.
