@@ -10,7 +10,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) \
 	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/inference.proto protos/unlatch.proto
 
-.PHONY: help setup run test check fmt protos bench demo lock clean
+.PHONY: help setup run test check fmt protos bench soak demo lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,6 +36,9 @@ protos: setup ## generate the stubs from protos/*.proto
 
 bench: setup ## measure everything; ARGS=--quick for a minute's worth
 	@$(BIN)/python -m bench $(ARGS)
+
+soak: setup ## kill a worker a second under load, look at every reply; ARGS="--seconds 600" for longer
+	@$(BIN)/python -m bench.soak $(ARGS)
 
 demo: setup ## blur a photograph and find its edges on all workers; pictures in demo/
 	@$(BIN)/python examples/photograph.py $(ARGS)

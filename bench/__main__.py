@@ -1,29 +1,37 @@
-"""`python -m bench`: everything in one run of some eight minutes; `--quick` in one, with figures to match.
+"""`python -m bench`: everything in one run of some ten minutes; `--quick` in one, with figures to match.
 
-`--only NAME` (repeatable) narrows it: a part (throughput, client, responsive, beside, gil), a subject (echo, recipe,
-unlatch, bare, inline, threads) or a work (identity_1k, spin10, …). Exit codes: 1 calls failed, 2 could not measure.
+`--only NAME` (repeatable) narrows it: a part (throughput, client, responsive, beside, gil, pool), a subject (echo,
+recipe, unlatch, bare, inline, threads) or a work (identity_1k, spin10, …). Exit codes: 1 calls failed, 2 could not
+measure.
 """
 
 import argparse
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Never
 
 from rich.console import Console
 from rich.text import Text
 
-from bench import clients, gil, oip, responsive, subjects, throughput
+from bench import clients, gil, oip, pool, responsive, subjects, throughput
 from bench.load import connections, require_h2load
 from bench.processes import BenchError
 from bench.report import Findings, failed_calls, ratios, show, write
 
-PARTS = frozenset({"throughput", "client", "responsive", "beside", "gil"})
+PARTS = frozenset({"throughput", "client", "responsive", "beside", "gil", "pool"})
 SUBJECTS = frozenset({"echo", "recipe", "unlatch", "bare", "inline", "threads"})
 WORKS = frozenset(work for work, _ in throughput.CASES)
 # Rounds and seconds of each part.
-FULL = {"throughput": (5, 2.0), "client": (5, 1.5), "gil": (2, 2.0), "responsive": (1, 8.0), "beside": (5, 1.0)}
-QUICK = {"throughput": (1, 0.5), "client": (1, 0.5), "gil": (1, 0.5), "responsive": (1, 1.5), "beside": (1, 0.5)}
+FULL = {
+    "throughput": (5, 2.0), "client": (5, 1.5), "gil": (2, 2.0), "responsive": (1, 18.0), "beside": (5, 1.0),
+    "pool": (3, 2.5),
+}  # fmt: skip
+QUICK = {
+    "throughput": (1, 0.5), "client": (1, 0.5), "gil": (1, 0.5), "responsive": (1, 1.5), "beside": (1, 0.5),
+    "pool": (1, 0.5),
+}  # fmt: skip
 
 
 def run(only: frozenset[str], quick: bool, console: Console) -> Findings:
@@ -56,21 +64,36 @@ def run(only: frozenset[str], quick: bool, console: Console) -> Findings:
                         running["unlatch"], rounds=rounds, seconds=seconds, on_step=status.update
                     )
                 if "responsive" in parts:
-                    _, seconds = plan["responsive"]
+                    rounds, seconds = plan["responsive"]
                     findings.responsive = responsive.measure(
-                        running["unlatch"], works["spin10"], seconds=seconds, on_step=status.update
+                        running["unlatch"], works["spin10"], rounds=rounds, seconds=seconds, on_step=status.update
                     )
                 if "beside" in parts:
                     passes, seconds = plan["beside"]
                     findings.beside = clients.beside_64mib(
                         running["unlatch"], passes=passes, seconds=seconds, on_step=status.update
                     )
-        if "gil" in parts:
-            rounds, seconds = plan["gil"]
-            findings.gil, findings.gil_idle = gil.measure(
-                works, rounds=rounds, seconds=seconds, on_step=status.update, names=names
-            )
+        _measure_apart(findings, parts, plan, works, names, status.update)
     return findings
+
+
+def _measure_apart(
+    findings: Findings,
+    parts: frozenset[str],
+    plan: Mapping[str, tuple[int, float]],
+    works: dict[str, oip.Work],
+    names: frozenset[str],
+    on_step: Callable[[str], None],
+) -> None:
+    """The parts that start servers of their own, once the others' have ended."""
+    if "gil" in parts:
+        rounds, seconds = plan["gil"]
+        findings.gil, findings.gil_idle = gil.measure(
+            works, rounds=rounds, seconds=seconds, on_step=on_step, names=names
+        )
+    if "pool" in parts and "unlatch" in names:
+        rounds, seconds = plan["pool"]
+        findings.pool = pool.measure(works["identity_1k"], rounds=rounds, seconds=seconds, on_step=on_step)
 
 
 def _settings(only: frozenset[str], quick: bool, works: dict[str, oip.Work]) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """A process that asks "are you well?" every 20 ms and notes how long the answer took.
 
-Checks leave on a fixed schedule whether or not the last one is back, and each is timed from when it was due: a server
-that stalls for a second shows fifty bad checks, not one. Asked and answered in JSON lines.
+Checks leave on a fixed schedule whether or not the last one is back: a server that stalls for a second shows fifty bad
+checks, not one. Each is timed from when it was due; how late it left is this process's own lag, and told beside. Asked
+and answered in JSON lines.
 """
 
 import argparse
@@ -32,13 +33,15 @@ class Probe:
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._seconds: list[float] = []
+        self._late: list[float] = []
         self._failed = 0
         self._running: set[asyncio.Task[None]] = set()
 
     async def run(self, stop: asyncio.Event) -> None:
-        self._seconds, self._failed = [], 0
+        self._seconds, self._late, self._failed = [], [], 0
         due = time.perf_counter()
         while not stop.is_set():
+            self._late.append(time.perf_counter() - due)
             task = asyncio.create_task(self._once(due))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
@@ -61,6 +64,7 @@ class Probe:
             "p50_ms": float(p50),
             "p99_ms": float(p99),
             "max_ms": max(self._seconds) * 1e3,
+            "late_p99_ms": float(np.percentile(self._late, 99)) * 1e3,
         }
 
 

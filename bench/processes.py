@@ -41,7 +41,13 @@ class Process:
     """One child in a session of its own, so Ctrl-C reaches the bench first. It ends with the bench, come what may."""
 
     def __init__(
-        self, name: str, argv: Sequence[str], *, cpus: Iterable[int] | None = None, piped: bool = False
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        cpus: Iterable[int] | None = None,
+        piped: bool = False,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.log = OUT / "log" / f"{name}.log"
@@ -55,7 +61,7 @@ class Process:
                 stdout=pipe if piped else log,
                 stderr=log,
                 cwd=ROOT,
-                env=environment(),
+                env={**environment(), **(variables or {})},
                 start_new_session=True,
             )
 
@@ -90,7 +96,7 @@ class Process:
             time.sleep(0.05)
         for seen in left:
             if seen.command:
-                _kill(seen.pid)
+                kill(seen.pid)
 
 
 class Child(Process):
@@ -180,6 +186,24 @@ def labelled_cpu(root: int) -> dict[str, float]:
     return dict(total)
 
 
+def zombies(root: int) -> list[int]:
+    """What of the tree under `root` has ended, and nobody has waited for."""
+    parents = {seen.pid for seen in tree(root)}
+    seen = {int(entry.name): _stat(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+    return [pid for pid, fields in seen.items() if fields and fields[0] == "Z" and int(fields[1]) in parents]
+
+
+def workers(root: int) -> list[int]:
+    """The workers in the tree under `root`."""
+    return [pid for pid, name in label(tree(root)).items() if name == "workers"]
+
+
+def rss_anon_bytes(pid: int) -> int:
+    """What of a process is in memory and its own alone."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
 def label(processes: Sequence[Seen]) -> dict[int, str]:
     """What each process is, by its command line and its parent. Forked workers keep their forkserver's command line."""
     by_pid = {seen.pid: seen for seen in processes}
@@ -203,11 +227,16 @@ def _label(seen: Seen, by_pid: Mapping[int, Seen]) -> str:
 
 
 def _parent(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/pid/stat from its state on; none once it is gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
-    return int(stat.rpartition(")")[2].split()[1])
+        return []
 
 
 def _command(pid: int) -> str:
@@ -217,6 +246,6 @@ def _command(pid: int) -> str:
         return ""
 
 
-def _kill(pid: int) -> None:
+def kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

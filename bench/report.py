@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench import pool
 from bench.gil import Idle, Row
 from bench.processes import OUT, ROOT, cores, load_core
 from bench.throughput import Cell
@@ -78,6 +79,7 @@ class Findings:
     gil_idle: list[Idle] = field(default_factory=list)
     responsive: dict[str, float | None] = field(default_factory=dict)
     beside: list[dict[str, Any]] = field(default_factory=list)
+    pool: dict[str, float] = field(default_factory=dict)
 
 
 def ratios(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
@@ -161,6 +163,7 @@ def document(findings: Findings) -> dict[str, Any]:
             f"{idle.subject}_{idle.cores}cores": idle.health_p99_ms for idle in findings.gil_idle
         },
         "beside_64mib": findings.beside,
+        "pool": pool.judged(findings.pool),
     }
 
 
@@ -189,6 +192,8 @@ def show(findings: Findings, console: Console) -> None:
         console.print(_gil_table(findings.gil, findings.gil_idle))
     if findings.responsive or findings.beside:
         console.print(_bound_table(bounds(findings), findings))
+    if findings.pool:
+        console.print(_pool_table(findings.pool))
     if failed := failed_calls(findings):
         console.print(f"[bold red]{failed} calls failed; the ratios they touch count as not met[/]")
 
@@ -229,6 +234,8 @@ def _figures(findings: Findings) -> dict[str, float | None]:
         name = f"gil_{row.way.name}_{row.cores}cores"
         figures[f"{name}_calls_per_second"], figures[f"{name}_health_p99_ms"] = row.rate, row.p99_ms
     figures.update(findings.responsive)
+    figures.update(dict.fromkeys(bound.name for bound in pool.BOUNDS))
+    figures.update(findings.pool)
     if findings.beside:
         figures["small_beside_64mib_delay_median_ms"] = median(passed["delay_ms"] for passed in findings.beside)
         figures["large_64mib_seconds"] = median(passed["large_seconds"] for passed in findings.beside)
@@ -311,8 +318,26 @@ def _bound_table(limits: dict[str, dict[str, Any]], findings: Findings) -> Table
         if limit["value"] is not None:
             verdict = "[green]met[/]" if limit["met"] else "[bold red]not met[/]"
             table.add_row(name, f"{limit['value']:.2f}", f"{limit['at_most']:.0f}", verdict)
-    for name in ("health_idle_p99_ms", "serverlive_idle_p99_ms"):
+    for name in ("health_idle_p99_ms", "serverlive_idle_p99_ms", "probe_late_p99_ms"):
         if (value := findings.responsive.get(name)) is not None:
+            table.add_row(name, f"{value:.2f}", "", "", style="dim")
+    return table
+
+
+def _pool_table(found: dict[str, float]) -> Table:
+    table = Table(title="The pool: hurt, crowded, and asked for many small things", title_justify="left")
+    table.add_column("figure")
+    for name in ("value", "bound"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    limits = pool.judged(found)
+    for name, limit in limits.items():
+        if limit["value"] is not None:
+            bound = f"≤ {limit['at_most']:g}" if limit["at_most"] is not None else f"≥ {limit['at_least']:g}"
+            verdict = "[green]met[/]" if limit["met"] else "[bold red]not met[/]"
+            table.add_row(name, f"{limit['value']:.2f}", bound, verdict)
+    for name, value in found.items():
+        if name not in limits:
             table.add_row(name, f"{value:.2f}", "", "", style="dim")
     return table
 

@@ -1,14 +1,13 @@
 """Is the server still there while it computes? Health checks, ServerLive and loop lag beside 64 calls of spin10."""
 
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
-
-from prometheus_client.parser import text_string_to_metric_families
+from statistics import median
 
 from bench.load import calls_for, load
 from bench.oip import Work
 from bench.processes import Child
+from bench.scrape import scrape
 from bench.subjects import Subject, check
 
 IN_FLIGHT = 64
@@ -17,9 +16,26 @@ LAG = "unlatch_event_loop_lag_seconds"
 Buckets = dict[float, float]
 
 
-def measure(subject: Subject, work: Work, *, seconds: float, on_step: Callable[[str], None]) -> dict[str, float | None]:
-    """Latencies at p99 and loop lag at p99, in milliseconds, over one stretch of load."""
-    on_step(f"{IN_FLIGHT} calls of {work.name} in flight: health, ServerLive, loop lag")
+def measure(
+    subject: Subject, work: Work, *, rounds: int, seconds: float, on_step: Callable[[str], None]
+) -> dict[str, float | None]:
+    """Latencies and loop lag at p99, in milliseconds: the median of several stretches of load; failures are summed."""
+    figures = []
+    for number in range(rounds):
+        on_step(f"{IN_FLIGHT} calls of {work.name} in flight: health, ServerLive, loop lag · {number + 1}/{rounds}")
+        figures.append(_once(subject, work, seconds))
+    return {
+        name: sum(figure[name] or 0 for figure in figures) if "failed" in name else _median(name, figures)
+        for name in figures[0]
+    }
+
+
+def _median(name: str, figures: list[dict[str, float | None]]) -> float | None:
+    known = [value for figure in figures if (value := figure[name]) is not None]
+    return median(known) if known else None
+
+
+def _once(subject: Subject, work: Work, seconds: float) -> dict[str, float | None]:
     reply_bytes = check(subject, work)
     addresses = ["--health", f"127.0.0.1:{subject.health_port}", "--live", f"127.0.0.1:{subject.port}"]
     body = work.body()
@@ -41,6 +57,7 @@ def measure(subject: Subject, work: Work, *, seconds: float, on_step: Callable[[
         "serverlive_p99_ms": beside["live"]["p99_ms"],
         "serverlive_max_ms": beside["live"]["max_ms"],
         "serverlive_idle_p99_ms": idle["live"]["p99_ms"],
+        "probe_late_p99_ms": beside["health"]["late_p99_ms"],
         "failed_checks": beside["health"]["failed"] + beside["live"]["failed"],
         "responsive_calls_per_second": loaded.calls_per_second,
         "responsive_failed_calls": loaded.failed_calls,
@@ -50,14 +67,12 @@ def measure(subject: Subject, work: Work, *, seconds: float, on_step: Callable[[
 
 def lag_buckets(port: int, process: str) -> Buckets:
     """The lag histogram's cumulative buckets, of the series that says it is of `process` (or says nothing)."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5.0) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
     buckets: Buckets = {}
-    for family in families:
-        for sample in family.samples:
-            if sample.name == f"{LAG}_bucket" and sample.labels.get("process", process) == process:
-                bound = float(sample.labels["le"])
-                buckets[bound] = buckets.get(bound, 0.0) + sample.value
+    for (name, labels), value in scrape(port).items():
+        said = dict(labels)
+        if name == f"{LAG}_bucket" and said.get("process", process) == process:
+            bound = float(said["le"])
+            buckets[bound] = buckets.get(bound, 0.0) + value
     return buckets
 
 

@@ -1,7 +1,7 @@
 """What is measured: each a server with a port for calls and one for health checks, and a process tree to watch."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from bench.oip import METHOD, Work
-from bench.processes import PYTHON, ROOT, BenchError, Child, Process, cores, free_port, labelled_cpu
+from bench.processes import PYTHON, ROOT, BenchError, Child, Process, cores, free_port, label, labelled_cpu, tree
 
 UNLATCH = ROOT / ".venv" / "bin" / "unlatch"
 START_SECONDS = 30.0
@@ -28,11 +28,31 @@ class Subject:
     def cpu(self) -> dict[str, float]:
         return labelled_cpu(self.process.pid)
 
+    def pid(self, name: str) -> int:
+        """Of the process that is the gateway, or the front."""
+        return next(pid for pid, found in label(tree(self.process.pid)).items() if found == name)
 
-def start(stack: ExitStack, name: str, *, cpus: Iterable[int] | None = None, workers: int = 2) -> Subject:
-    """Start `name`, bound to `cpus` with its whole tree if given; `stack` ends it."""
+    def front_target(self) -> str:
+        """Where the front takes lanes: the supervisor has told it so."""
+        command = next(seen.command for seen in tree(self.process.pid) if seen.pid == self.pid("front"))
+        return command.partition("--listen ")[2].split()[0]
+
+
+def start(
+    stack: ExitStack,
+    name: str,
+    *,
+    cpus: Iterable[int] | None = None,
+    workers: int = 2,
+    log: str = "",
+    settings: Mapping[str, str] | None = None,
+) -> Subject:
+    """Start `name`, bound to `cpus` with its whole tree if given; `stack` ends it.
+
+    `settings` are Unlatch's, by their variables' names.
+    """
     bound = None if cpus is None else list(cpus)
-    log = name if bound is None else f"{name}-{len(bound)}-cores"
+    log = log or (name if bound is None else f"{name}-{len(bound)}-cores")
     port = free_port()
     if name != "unlatch":
         argv = [PYTHON, "-m", "bench.baselines", name, "--port", str(port)]
@@ -43,8 +63,9 @@ def start(stack: ExitStack, name: str, *, cpus: Iterable[int] | None = None, wor
     health, gateway, front = free_port(), free_port(), free_port()
     argv = [str(UNLATCH), "serve", "--listen", f"127.0.0.1:{port}", "--health-listen", f"127.0.0.1:{health}"]
     argv += ["--metrics-listen", f"127.0.0.1:{gateway}", "--compute-metrics-listen", f"127.0.0.1:{front}"]
+    argv += ["--compute-health-listen", "127.0.0.1:0"]
     argv += ["--workers", str(workers), "--kernels", "bench/kernels.py"]
-    process = stack.enter_context(Process(log, argv, cpus=bound))
+    process = stack.enter_context(Process(log, argv, cpus=bound, variables=settings))
     ports = {"gateway": gateway, "front": front}
     return Subject(name=name, process=process, port=port, health_port=health, metrics=ports)
 

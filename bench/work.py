@@ -3,6 +3,7 @@
 How much there is to do comes in as an array, so one calibration (in the bench's own process) holds for all subjects.
 """
 
+import os
 import time
 
 import numpy as np
@@ -60,3 +61,32 @@ def wait10(milliseconds: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
     """A blocking wait, as for a disk or another service."""
     time.sleep(float(milliseconds[0]) / 1e3)
     return milliseconds.copy()
+
+
+def burnt(milliseconds: float) -> Float64[np.ndarray, "3"]:
+    """Use that much processor time.
+
+    When it began by the machine's monotonic clock, what it used, both in seconds, and the process that it ran in.
+    """
+    began, cpu = time.monotonic(), time.thread_time()
+    while (used := time.thread_time() - cpu) < milliseconds / 1e3:
+        pass
+    return np.array([began, used, os.getpid()])
+
+
+def costly(x: Float64[np.ndarray, "rows columns"]) -> Float64[np.ndarray, "rows columns"]:
+    """Twice the rows, for 1 ms of processor time however many they are, and 10 µs for each."""
+    burnt(1.0 + 0.01 * len(x))
+    return x * 2.0
+
+
+def light(x: Float64[np.ndarray, "rows columns"]) -> Float64[np.ndarray, "rows columns"]:
+    """Some thirty plain steps over small rows: about 20 µs for one of them, and hardly more for many.
+
+    Every step is rounded alike wherever a row lies, so a row's result is the same to the bit in any batch.
+    """
+    y = x + 1.0
+    for _ in range(6):
+        y = np.sqrt(y * y + x)
+        y = y / (1.0 + np.abs(y))
+    return y

@@ -6,7 +6,7 @@ Only these errors' text reaches a caller. Anything else is logged whole and answ
 
 import difflib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 # A status travels in trailers, percent-encoded and once more in each of its details. From 8 KiB on gRPC drops trailers,
@@ -32,6 +32,11 @@ class UnlatchError(Exception):
         super().__init__(self.message)
         self.field = _bounded(field, _MOST_FIELD_BYTES)
         self.retry_after_milliseconds = retry_after_milliseconds
+
+    @property
+    def status(self) -> str:
+        """What gRPC calls its code."""
+        return NAMES[self.code]
 
 
 class Cancelled(UnlatchError):
@@ -62,6 +67,12 @@ class ResourceExhausted(UnlatchError):
     """A bound was reached, and the message says which. Come back later, or send less."""
 
     code = 8
+
+
+class FailedPrecondition(UnlatchError):
+    """This call has done harm before, and is not run again. Find out from the log what it does to its worker."""
+
+    code = 9
 
 
 class Unimplemented(UnlatchError):
@@ -96,6 +107,7 @@ NAMES = {
     4: "DEADLINE_EXCEEDED",
     5: "NOT_FOUND",
     8: "RESOURCE_EXHAUSTED",
+    9: "FAILED_PRECONDITION",
     12: "UNIMPLEMENTED",
     13: "INTERNAL",
     14: "UNAVAILABLE",
@@ -112,6 +124,14 @@ def opaque(what: str) -> tuple[Internal, str]:
     """An Internal error that tells its caller nothing but an id, and the id to log the whole story under."""
     identity = secrets.token_hex(6)
     return Internal(f"{what}; the server's log has it under {identity}"), identity
+
+
+def no_kernel(name: str, version: str, versions: Mapping[str, str]) -> NotFound:
+    """What is said of a kernel that nobody serves, or not in that version; `versions` are those that are served."""
+    served = versions.get(name)
+    if served is not None:
+        return NotFound(f"kernel {name} has version {served}, not {version[:64]!r}", field="model_version")
+    return NotFound(f"there is no kernel {name[:64]!r}{near(name, versions)}", field="model_name")
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
+from common.pace import Pace, gathered
 from common.protowire import Malformed, bulk_entry, split
 from protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Reply, Welcome
 
@@ -34,15 +35,19 @@ MESSAGE_BYTES = 1024 * 1024
 # Both, where a small body was sent within the seconds below: the next one then waits for so much less.
 MIXED_BYTES = 128 * 1024
 _MIXED_SECONDS = 0.1
-# A message costs some 200 µs of processor at its two ends, a call in it a tenth. So a lane on which many calls are
-# outstanding gathers: it lets this much time pass between messages for each of them, at most two milliseconds. A few
-# calls never wait, nor does any on a lane that was quiet. (docs/decisions/0002)
-_PAUSE_SECONDS_A_CALL = 0.0005
-_LONGEST_PAUSE_SECONDS = 0.002
-# Bodies that a server has still to send to a caller who does not take them; past it no more calls are read from him.
+# What one call's descriptor may measure, and how many tensors it may bring: a lane carries everybody's, so the doors
+# refuse what is larger.
+MOST_DESCRIPTOR_BYTES = 128 * 1024
+MOST_TENSORS = 256
+# A message is closed, too, once it has so many calls or replies, which hold their reader's loop for a millisecond or
+# two, or so many entries.
+_MOST_FRAMES = 64
+_MOST_ENTRIES = 1024
+# Frames and bodies that a server has still to send to a caller who does not take them; past it no more are read of him.
 MOST_UNSENT_BYTES = 256 * 1024 * 1024
 # What gRPC must let through: a closed message, whose last entry and frames came on top.
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+_MAX_MESSAGE_ENTRIES = 2 * _MOST_ENTRIES
 
 _FRAMES_FIELD = LaneMessage.FRAMES_FIELD_NUMBER
 _PAYLOAD_FIELD = LaneMessage.PAYLOAD_FIELD_NUMBER
@@ -67,8 +72,10 @@ class Sink(Protocol):
 
 def unpack(message: bytes) -> tuple[Frames, list[memoryview]]:
     """A lane message's frames and payload. Raises ProtocolViolation for bytes that are none."""
+    if len(message) > MAX_MESSAGE_BYTES:
+        raise ProtocolViolation(f"a lane message of {len(message)} bytes; {MAX_MESSAGE_BYTES} are the most")
     try:
-        header, payload = split(message, _PAYLOAD_FIELD)
+        header, payload = split(message, _PAYLOAD_FIELD, _MAX_MESSAGE_ENTRIES)
         # What is left is the field `frames` alone, or it is not a lane message that we know.
         return LaneMessage.FromString(header).frames, payload
     except (Malformed, DecodeError) as error:
@@ -148,12 +155,14 @@ class Body:
 class _Sending:
     """A body on its way out, piece by piece."""
 
-    __slots__ = ("_buffer", "_offset", "body", "call", "sent")
+    __slots__ = ("_buffer", "_keeps", "_offset", "body", "call", "sent")
 
-    def __init__(self, call: int, body: Body, sent: Callable[[], None] | None) -> None:
+    def __init__(self, call: int, body: Body, sent: Callable[[], None] | None, *, keeps: bool) -> None:
         self.call = call
         self.body = body
         self.sent = sent
+        # Whether somebody may want the buffers again: a call's, to send it elsewhere; a reply's nobody.
+        self._keeps = keeps
         self._buffer = self._offset = 0
 
     def next(self, most_bytes: int) -> Buffer | None:
@@ -167,6 +176,8 @@ class _Sending:
                 self._offset += most_bytes
                 return memoryview(buffer)[start : self._offset]
             start, self._offset = self._offset, 0
+            if not self._keeps:
+                buffers[self._buffer] = b""
             self._buffer += 1
             if left:
                 return memoryview(buffer)[start:] if start else buffer
@@ -187,15 +198,17 @@ class Outbox:
         self._whole_at = float("-inf")
         self._sending: dict[int, _Sending] = {}
         self._turns: deque[_Sending] = deque()
-        self._due = asyncio.Event()
+        self._pace = Pace()
         self._idle = asyncio.Event()
         self._idle.set()
-        # Bytes of bodies that were taken on and not sent yet.
+        # Bytes of frames and bodies that were taken on and not sent yet.
         self._unsent = 0
         self._relieved = asyncio.Event()
 
     def welcome(self, welcome: Welcome) -> None:
         self._draft.frames.welcome.CopyFrom(welcome)
+        # It would be applied after the welcome, which takes it back.
+        self._draft.frames.draining = False
         self._wake()
 
     def draining(self) -> None:
@@ -209,22 +222,32 @@ class Outbox:
         self._wake()
 
     def call(self, number: int, descriptor: Descriptor, body: Body) -> None:
-        """Send a call under its number here. The descriptor is copied: it may be under way on another lane too."""
+        """Send a call under its number here. The descriptor is copied: a caller makes several calls of one."""
         frame = self._draft.frames.calls.add()
         frame.CopyFrom(descriptor)
         frame.call = number
-        self._send(frame, body, None)
+        self._send(frame, body, None, gathered(self._outstanding()))
 
-    def reply(self, number: int, reply: Reply, body: Body, sent: Callable[[], None] | None = None) -> None:
-        """Send a call's reply, copied. `sent` is called when the body's buffers are no longer needed.
+    def reply(
+        self,
+        number: int,
+        reply: Reply,
+        body: Body,
+        sent: Callable[[], None] | None = None,
+        taken_seconds: float = 0.0,
+    ) -> None:
+        """Send a call's reply, copied, after the call has taken so long.
 
-        A failure may follow a response whose body could not be sent to its end.
+        `sent` is called when the body's buffers are no longer needed. A failure may follow a response whose body could
+        not be sent to its end.
         """
         self.drop(number)
         frame = self._draft.frames.replies.add()
         frame.CopyFrom(reply)
         frame.call = number
-        self._send(frame, body, sent)
+        # A refusal is worth something while its caller can still go elsewhere.
+        within = 0.0 if reply.HasField("failure") else gathered(self._outstanding(), taken_seconds)
+        self._send(frame, body, sent, within)
 
     def drop(self, call: int) -> None:
         """Send no more of a call's or a reply's body."""
@@ -236,20 +259,17 @@ class Outbox:
                 self._turns.remove(sending)
             if sending.sent is not None:
                 sending.sent()
+            if not self._sending:
+                # Somebody may wait for there to be nothing left.
+                self._wake()
 
     async def run(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """Send what is due, for ever: until `write` raises or the task is cancelled."""
-        loop = asyncio.get_running_loop()
-        last = 0.0
         while True:
-            await self._due.wait()
-            pause = self._pause(loop.time() - last)
-            if pause:
-                await asyncio.sleep(pause)
-            self._due.clear()
+            await self._pace.next()
             while self._closed or self._turns or self._draft.frames.ByteSize():
                 await write(self._take())
-            last = loop.time()
+            self._pace.sent()
             if not self._sending:
                 self._idle.set()
 
@@ -267,27 +287,33 @@ class Outbox:
         """The lane is gone: let go of every body, and of whoever waits for them to be sent."""
         for call in list(self._sending):
             self.drop(call)
+        self._closed.clear()
+        self._draft = _Draft()
         self._idle.set()
 
-    def _send(self, frame: Descriptor | Reply, body: Body, sent: Callable[[], None] | None) -> None:
+    def _send(self, frame: Descriptor | Reply, body: Body, sent: Callable[[], None] | None, within: float) -> None:
         frame.lengths[:] = body.lengths
         draft = self._draft
-        draft.size += frame.ByteSize()
-        self._unsent += body.size
+        frame_bytes = frame.ByteSize()
+        draft.size += frame_bytes
+        draft.own_bytes += frame_bytes
+        draft.count += 1
+        self._unsent += frame_bytes + body.size
         if body.whole:
             frame.whole = True
             self._whole_at = monotonic()
             draft.payload += body.buffers
             draft.size += body.size
-            draft.whole_bytes += body.size
+            draft.own_bytes += body.size
         else:
             frame.whole = False
-            sending = self._sending[frame.call] = _Sending(frame.call, body, sent)
+            keeps = isinstance(frame, Descriptor)
+            sending = self._sending[frame.call] = _Sending(frame.call, body, sent, keeps=keeps)
             self._take_turns(sending)
-        if draft.size > MESSAGE_BYTES:
+        if draft.full:
             self._closed.append(draft)
             self._draft = _Draft()
-        self._wake()
+        self._wake(within)
 
     def _take_turns(self, sending: _Sending) -> None:
         def more() -> None:
@@ -298,17 +324,11 @@ class Outbox:
         sending.body.on_more = None if sending.body.complete else more
         self._turns.append(sending)
 
-    def _pause(self, since_last: float) -> float:
-        """How long to gather before the next message: nothing, where calls are few or large or the lane was quiet."""
-        if self._closed or self._draft.size > WHOLE_BYTES or self._turns:
-            return 0.0
-        pause = min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS_A_CALL * self._outstanding()) - since_last
-        # The loop's timers tick in milliseconds: half of one is none.
-        return pause if pause > 0.0005 else 0.0
-
-    def _wake(self) -> None:
+    def _wake(self, within: float | None = None) -> None:
         self._idle.clear()
-        self._due.set()
+        # What is large, or comes in pieces, gains nothing by waiting.
+        at_once = self._closed or self._turns or self._draft.size > WHOLE_BYTES
+        self._pace.send_within(0.0 if at_once else gathered(self._outstanding()) if within is None else within)
 
     def _sent(self, size: int) -> None:
         self._unsent -= size
@@ -319,7 +339,7 @@ class Outbox:
         if self._closed:
             # Pieces wait: their frames may be in a later message than this.
             draft = self._closed.popleft()
-            self._sent(draft.whole_bytes)
+            self._sent(draft.own_bytes)
             return draft.packed()
         draft, self._draft = self._draft, _Draft()
         mixed = monotonic() - self._whole_at < _MIXED_SECONDS
@@ -337,7 +357,7 @@ class Outbox:
             elif piece is not None:
                 self._turns.append(sending)
         message = draft.packed()
-        self._sent(draft.whole_bytes)
+        self._sent(draft.own_bytes)
         for sending in done:
             self.drop(sending.call)
         return message
@@ -346,13 +366,19 @@ class Outbox:
 class _Draft:
     """A message that is being filled."""
 
-    __slots__ = ("frames", "payload", "size", "whole_bytes")
+    __slots__ = ("count", "frames", "own_bytes", "payload", "size")
 
     def __init__(self) -> None:
         self.frames = Frames()
+        self.count = 0
         self.payload: list[Buffer] = []
         self.size = 0
-        self.whole_bytes = 0
+        # Of its frames, and of the bodies that go beside them.
+        self.own_bytes = 0
+
+    @property
+    def full(self) -> bool:
+        return self.size > MESSAGE_BYTES or self.count >= _MOST_FRAMES or len(self.payload) >= _MOST_ENTRIES
 
     def packed(self) -> bytes:
         """Its bytes. Payload is copied here, once."""

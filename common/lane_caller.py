@@ -72,10 +72,6 @@ class LaneCaller:
             for waiter in waiting.values():
                 waiter.lost(Unavailable("the lane to the server broke before the reply was here"))
 
-    async def flushed(self) -> None:
-        """Wait until everything said so far has been handed to gRPC."""
-        await self._outbox.flushed()
-
     def _receive(self, message: bytes) -> None:
         frames, payload = unpack(message)
         at = 0

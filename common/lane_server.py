@@ -1,15 +1,18 @@
 """The serving end of a lane: takes calls in, sends replies out, and lets go of everything when the caller is gone."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
 from typing import Protocol
 
 import grpc
 import structlog
 
 from common.lane import MOST_UNSENT_BYTES, Body, Outbox, ProtocolViolation, Sink, check_pieces, check_whole, unpack
-from protos.unlatch_pb2 import Descriptor, Reply, Welcome
+from protos.unlatch_pb2 import Descriptor, Frames, Reply, Welcome
 
 log = structlog.get_logger()
 
@@ -27,6 +30,16 @@ class Accepted(Sink, Protocol):
 Accept = Callable[["LaneServer", Descriptor, list[memoryview] | None], Accepted | None]
 
 
+@dataclass(slots=True)
+class _Taken:
+    """A call that was taken in: when it came, until when its caller waits, and the bytes of its tensors."""
+
+    call: Accepted
+    came: float
+    deadline: float
+    size: int
+
+
 class LaneServer:
     """One lane, from its opening to its end.
 
@@ -36,13 +49,19 @@ class LaneServer:
 
     def __init__(self, accept: Accept) -> None:
         self._accept = accept
-        self._calls: dict[int, Accepted] = {}
+        self._calls: dict[int, _Taken] = {}
+        self._bytes = 0
         self._outbox = Outbox(lambda: len(self._calls))
+        # The most that this side has granted.
+        self._window_calls = self._window_bytes = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
 
     def welcome(self, welcome: Welcome) -> None:
         """Say what this side serves and grants."""
+        # What was granted is not taken back.
+        self._window_calls = max(self._window_calls, welcome.window_calls)
+        self._window_bytes = max(self._window_bytes, welcome.window_bytes)
         self._outbox.welcome(welcome)
 
     def draining(self) -> None:
@@ -51,10 +70,11 @@ class LaneServer:
 
     def reply(self, number: int, reply: Reply, body: Body, sent: Callable[[], None] | None = None) -> None:
         """Answer a call, and forget it. `sent` is called when the body's buffers are no longer needed."""
-        self._calls.pop(number, None)
-        if not self._calls:
-            self._quiet.set()
-        self._outbox.reply(number, reply, body, sent)
+        taken = self._forget(number)
+        now = monotonic()
+        # How long it may be gathered goes by its time so far, and by what is left of it.
+        seconds = 0.0 if taken is None else min(now - taken.came, taken.deadline - now)
+        self._outbox.reply(number, reply, body, sent, seconds)
 
     async def run(self, read: Callable[[], Awaitable[object]], write: Callable[[bytes], Awaitable[None]]) -> None:
         """Carry calls until the caller closes the stream. Raises ProtocolViolation when it breaks the protocol."""
@@ -84,8 +104,8 @@ class LaneServer:
             await writer
         self._outbox.close()
         calls, self._calls = self._calls, {}
-        for call in calls.values():
-            call.abandon()
+        for taken in calls.values():
+            taken.call.abandon()
         self._quiet.set()
 
     async def drain(self) -> None:
@@ -98,6 +118,38 @@ class LaneServer:
 
     def _receive(self, message: bytes) -> None:
         frames, payload = unpack(message)
+        if len(frames.cancels) > self._window_calls + len(frames.calls):
+            raise ProtocolViolation(f"{len(frames.cancels)} calls are cancelled, more than there can be")
+        # What is cancelled makes room for the calls that come with it.
+        self._cancel(frames.cancels)
+        at = self._take_calls(frames, payload)
+        check_pieces(frames, payload, at)
+        for piece, bytes_ in zip(frames.pieces, payload[at:], strict=True):
+            # A call that was already answered may still have pieces on their way.
+            taken = self._calls.get(piece.call)
+            if taken is not None:
+                taken.call.feed(bytes_)
+        # A call may be cancelled by the message that brings it.
+        self._cancel(frames.cancels)
+
+    def _cancel(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._outbox.drop(number)
+            taken = self._forget(number)
+            if taken is not None:
+                taken.call.abandon()
+
+    def _forget(self, number: int) -> "_Taken | None":
+        """A call, if it was one, is over on this lane."""
+        taken = self._calls.pop(number, None)
+        if taken is not None:
+            self._bytes -= taken.size
+        if not self._calls:
+            self._quiet.set()
+        return taken
+
+    def _take_calls(self, frames: Frames, payload: list[memoryview]) -> int:
+        """Accept the calls of a message; how many of its entries were theirs."""
         at = 0
         for descriptor in frames.calls:
             whole: list[memoryview] | None = None
@@ -105,24 +157,21 @@ class LaneServer:
                 whole = payload[at : at + len(descriptor.lengths)]
                 at += len(descriptor.lengths)
                 check_whole(descriptor.lengths, whole)
+            if self._calls and (len(self._calls) >= self._window_calls or self._bytes >= self._window_bytes):
+                raise ProtocolViolation(
+                    f"more calls are unanswered than window_calls={self._window_calls} and "
+                    f"window_bytes={self._window_bytes} let be"
+                )
             if descriptor.call in self._calls:
                 raise ProtocolViolation(f"call {descriptor.call} is already under way")
             accepted = self._accept(self, descriptor, whole)
             if accepted is not None:
-                self._calls[descriptor.call] = accepted
-        check_pieces(frames, payload, at)
-        for piece, bytes_ in zip(frames.pieces, payload[at:], strict=True):
-            # A call that was already answered may still have pieces on their way.
-            call = self._calls.get(piece.call)
-            if call is not None:
-                call.feed(bytes_)
-        for number in frames.cancels:
-            self._outbox.drop(number)
-            call = self._calls.pop(number, None)
-            if call is not None:
-                call.abandon()
-        if not self._calls:
-            self._quiet.set()
+                size, came = sum(descriptor.lengths), monotonic()
+                remaining = descriptor.remaining_microseconds
+                deadline = came + remaining / 1e6 if remaining else math.inf
+                self._calls[descriptor.call] = _Taken(accepted, came, deadline, size)
+                self._bytes += size
+        return at
 
 
 class Lanes:
@@ -132,13 +181,13 @@ class Lanes:
         self._welcome = welcome
         self._accept = accept
         self._open: set[LaneServer] = set()
-        self._draining = False
+        self._draining = self._resting = False
 
     async def open(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """The RPC: one lane, for as long as its caller keeps it."""
         lane = LaneServer(self._accept)
         lane.welcome(self._welcome())
-        if self._draining:
+        if self._draining or self._resting:
             lane.draining()
         self._open.add(lane)
         try:
@@ -150,9 +199,18 @@ class Lanes:
             self._open.discard(lane)
 
     def greet_again(self) -> None:
-        """What is served here has changed: say so on every lane."""
+        """What is served here has changed, or is served again: say so on every lane."""
+        self._resting = False
         for lane in self._open:
             lane.welcome(self._welcome())
+            if self._draining:
+                lane.draining()
+
+    def rest(self) -> None:
+        """Ask every caller for no more calls until they are greeted again."""
+        self._resting = True
+        for lane in self._open:
+            lane.draining()
 
     async def drain(self) -> None:
         """Ask every caller for no more calls, and wait until all that came are answered."""

@@ -8,8 +8,9 @@ import uvloop
 
 from common.life import die_with_parent, let_threads_give_way
 from common.log import configure
+from common.memory import keep_freed
 from common.rpc import BindError
-from common.settings import Settings, parse
+from common.settings import MiB, Settings, parse
 
 S = TypeVar("S", bound=Settings)
 
@@ -29,6 +30,8 @@ def run(
     settings = parse(settings_kind, program, arguments)
     configure(process, settings.log_level)
     let_threads_give_way()
+    # Messages of a lane, a mebibyte and more each, come and go in what others left; larger ones are given back at once.
+    keep_freed(largest_bytes=8 * MiB, most_bytes=64 * MiB, step_bytes=4 * MiB)
     refusals = (BindError, *refusals)
     try:
         uvloop.run(serve(settings, environment.pop("NOTIFY_SOCKET", "")))

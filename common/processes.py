@@ -242,7 +242,8 @@ class ProcessWatch:
         for _, life in lives:
             if not life.gone and life is not self._reaper:
                 life.read(self._window_seconds)
-                between |= life.gone or (life.leaving and life.reaper is not None)
+                # An orphan's end is for others to see to, and may take them long.
+                between |= life.gone or (life.leaving and life.reaper is not None and life.reaper is self._reaper)
         if between:
             return False
         self._settle(gone)

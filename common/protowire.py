@@ -7,22 +7,25 @@ way back. Wire format: https://protobuf.dev/programming-guides/encoding/
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _LONGEST_VARINT = 10
+# Fields that are no bulk: a request has some for each of its tensors, parameters and outputs.
+_MOST_FIELDS = 4096
 
 
 class Malformed(ValueError):
     """The bytes are no protobuf message."""
 
 
-def split(message: bytes, bulk_field: int) -> tuple[bytes, list[memoryview]]:  # noqa: C901, PLR0912 (one loop, on every call's path)
+def split(message: bytes, bulk_field: int, most_entries: int) -> tuple[bytes, list[memoryview]]:  # noqa: C901, PLR0912 (one loop, on every call's path)
     """A message without its `bulk_field` entries, and those entries in order, as slices that keep `message` alive.
 
-    Raises Malformed when the top level cannot be walked to its end.
+    Raises Malformed when the top level cannot be walked to its end, or has more entries than `most_entries`, or more
+    other fields than any message of ours: one of no bytes takes two on the wire and far more of the loop's time.
     """
     view = memoryview(message)
     end = len(message)
     bulk: list[memoryview] = []
     kept: list[memoryview] = []
-    at = kept_from = 0
+    at = kept_from = fields = 0
     try:
         while at < end:
             start = at
@@ -43,6 +46,9 @@ def split(message: bytes, bulk_field: int) -> tuple[bytes, list[memoryview]]:  #
                         kept.append(view[kept_from:start])
                     kept_from = at
                     bulk.append(view[body:at])
+                    if len(bulk) > most_entries:
+                        raise Malformed(f"it has more than {most_entries} entries of field {bulk_field}")
+                    continue
             elif kind == _VARINT:
                 _, at = _varint(message, at)
             elif kind == _FIXED64:
@@ -51,6 +57,9 @@ def split(message: bytes, bulk_field: int) -> tuple[bytes, list[memoryview]]:  #
                 at += 4
             else:
                 raise Malformed(f"wire type {kind} at byte {start} is not one of protobuf's")
+            fields += 1
+            if fields > _MOST_FIELDS:
+                raise Malformed(f"it has more than {_MOST_FIELDS} fields")
     except IndexError:
         raise Malformed("the message ends within a field") from None
     if at > end:

@@ -99,6 +99,10 @@ class _Metric(ABC, Generic[Series]):
         """
         return self._series.get(values) or self._add_series(values)
 
+    def seen(self, *values: str) -> Series | None:
+        """The series under these values, if there is one of its own."""
+        return self._series.get(values)
+
     @abstractmethod
     def _family(self) -> Metric:
         """What prometheus_client exports, still without samples."""

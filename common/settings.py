@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 
+from common.errors import near
+
 MiB = 1024 * 1024
 
 
@@ -44,6 +46,7 @@ S = TypeVar("S", bound=Settings)
 
 def parse(kind: type[S], program: str, arguments: Sequence[str]) -> S:
     """Settings from flags, then the environment, then defaults. Exits with code 2 and a message for wrong ones."""
+    _refuse_unknown(kind, program, arguments)
     try:
         return CliApp.run(kind, cli_args=list(arguments), cli_settings_source=_source(kind, program))
     except ValidationError as error:
@@ -51,6 +54,15 @@ def parse(kind: type[S], program: str, arguments: Sequence[str]) -> S:
             flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
             print(f"{program}: {flag}: {problem['msg']}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _refuse_unknown(kind: type[S], program: str, arguments: Sequence[str]) -> None:
+    """Argparse would refuse it too, but knows no near ones. It lets a flag be shortened: that is left to it."""
+    known = ["--help", *(f"--{name.replace('_', '-')}" for name in kind.model_fields)]
+    for flag in (word.partition("=")[0] for word in arguments if word.startswith("--")):
+        if not any(name.startswith(flag.replace("--no-", "--")) for name in known):
+            print(f"{program}: there is no option {flag}{near(flag, known)}", file=sys.stderr)
+            raise SystemExit(2)
 
 
 def _source(kind: type[S], program: str) -> CliSettingsSource[Any]:

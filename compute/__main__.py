@@ -9,9 +9,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run a replica with settings from flags and the environment; 2 when it cannot start."""
     # Imported here: multiprocessing's children import this module again under another name.
     from common.main import run
+    from compute.forkserver import StartError
     from compute.server import serve
     from compute.settings import ComputeSettings
-    from compute.slot import StartError
 
     return run("unlatch compute", "front", ComputeSettings, serve, arguments, os.environ, (StartError,))
 

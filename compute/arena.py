@@ -15,6 +15,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
@@ -43,14 +44,19 @@ def offsets(lengths: Sequence[int]) -> tuple[list[int], int]:
 
 
 class Segment:
-    """One shared memory file as the front holds it."""
+    """One shared memory file as the front holds it. Raises ResourceExhausted where the system gives none."""
 
     def __init__(self, number: int, size: int, *, name: str, sealed: bool) -> None:
         self.number = number
         self.size = size
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, size)
-        self._map = mmap.mmap(self.fd, size)
+        try:
+            self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self.fd, size)
+            self._map = mmap.mmap(self.fd, size)
+        except OSError as error:
+            with suppress(AttributeError):
+                os.close(self.fd)
+            raise ResourceExhausted(f"the replica can share no more memory: {error.strerror}") from error
         self.view = memoryview(self._map)
         seals = fcntl.F_SEAL_SHRINK
         if sealed:

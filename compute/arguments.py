@@ -10,19 +10,26 @@ from dataclasses import dataclass
 from common.datatypes import NP_DTYPE, seen_by_numpy
 from common.errors import InvalidArgument, near
 from common.parameters import Value, scalar
-from common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec
+from common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec, one_by_one
 from compute.wire import MOST_STRING_BYTES, Parameters
-from protos.unlatch_pb2 import Descriptor, Parameter
+from protos.unlatch_pb2 import Descriptor, Parameter, RequestedOutput
+
+# Of the protocol's extension for HTTP; here every output is binary.
+_BINARY_DATA = "binary_data"
 
 
 @dataclass(slots=True)
 class Arguments:
-    """What a call gives its kernel. `order[i]` says which of the descriptor's tensors is the kernel's i-th array."""
+    """What a call gives its kernel, and which of the outputs it wants back.
+
+    `order[i]` says which of the descriptor's tensors is the kernel's i-th array; `outputs` are positions in the spec.
+    """
 
     dtypes: list[str]
     shapes: list[tuple[int, ...]]
     order: list[int]
     parameters: Parameters
+    outputs: Sequence[int]
 
 
 def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
@@ -42,7 +49,7 @@ def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
         if name in position:
             raise InvalidArgument(f"{name}: the array is given twice", field=name)
         position[name] = index
-        np_dtype = tensor.parameters[NP_DTYPE].string_param if tensor.parameters else ""
+        np_dtype = _np_dtype(name[:64], tensor.parameters) if tensor.parameters else ""
         dtype, shape = seen_by_numpy(name[:64], tensor.datatype, tensor.shape, np_dtype, lengths[index])
         dtypes.append(dtype)
         shapes.append(shape)
@@ -54,28 +61,52 @@ def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
         found = position[declared.name]
         _check_array(declared, dtypes[found], shapes[found], axes)
         order.append(found)
-    return Arguments(dtypes, shapes, order, _scalars(spec, descriptor.request.parameters))
+    scalars = _scalars(spec, descriptor.request.parameters)
+    return Arguments(dtypes, shapes, order, scalars, _outputs(spec, descriptor.request.outputs))
 
 
-def _check_array(  # noqa: C901 (the axes in order, once: on every call's path)
-    declared: ArraySpec, dtype: str, shape: tuple[int, ...], axes: dict[str, tuple[int, str]]
-) -> None:
+def _np_dtype(field: str, parameters: Mapping[str, Parameter]) -> str:
+    """What NumPy sees, where the datatype does not say it. Raises InvalidArgument for bytes that are elsewhere."""
+    for name in parameters:
+        if name.startswith("shared_memory"):
+            raise InvalidArgument(
+                f"{field}: shared memory is not served; send the bytes in raw_input_contents", field=field
+            )
+    if NP_DTYPE not in parameters:
+        return ""
+    np_dtype = scalar(parameters[NP_DTYPE])
+    if not isinstance(np_dtype, str):
+        raise InvalidArgument(f"{field}: {NP_DTYPE} is a string, such as complex128, not {np_dtype!r:.64}", field=field)
+    return np_dtype
+
+
+def _outputs(spec: KernelSpec, requested: Sequence[RequestedOutput]) -> Sequence[int]:
+    """Which outputs are wanted, in the order asked for: all, where none is named. Raises InvalidArgument."""
+    if not requested:
+        return range(len(spec.outputs))
+    positions = {output.name: index for index, output in enumerate(spec.outputs)}
+    wanted: dict[int, None] = {}
+    for output in requested:
+        name = output.name[:64]
+        if output.name not in positions:
+            raise InvalidArgument(f"{name}: kernel {spec.name} has no such output{near(name, positions)}", field=name)
+        if positions[output.name] in wanted:
+            raise InvalidArgument(f"{name}: the output is asked for twice", field=name)
+        for parameter in output.parameters:
+            if parameter != _BINARY_DATA:
+                raise InvalidArgument(f"{name}: an output's parameter {parameter[:64]!r} is not served", field=name)
+        wanted[positions[output.name]] = None
+    return tuple(wanted)
+
+
+def _check_array(declared: ArraySpec, dtype: str, shape: tuple[int, ...], axes: dict[str, tuple[int, str]]) -> None:
     if declared.dtypes and dtype not in declared.dtypes:
         _refuse_array(declared, dtype, shape)
-    dims: Sequence[str] = declared.dims
-    sizes: Sequence[int] = shape
-    for index, dim in enumerate(dims):
-        if dim == ELLIPSIS or dim[0] == "*":
-            after = len(dims) - index - 1
-            if len(shape) < index + after:
-                _refuse_array(declared, dtype, shape)
-            if dim != ELLIPSIS:
-                _bind_many(declared, dim, shape[index : len(shape) - after], axes)
-            dims = [*dims[:index], *dims[index + 1 :]]
-            sizes = [*shape[:index], *shape[len(shape) - after :]]
-            break
+    dims, sizes, many, lengths = one_by_one(declared.dims, shape)
     if len(dims) != len(sizes):
         _refuse_array(declared, dtype, shape)
+    if many and many != ELLIPSIS:
+        _bind_many(declared, many, lengths, axes)
     for dim, size in zip(dims, sizes, strict=True):
         if dim.isdecimal():
             if int(dim) != size:
@@ -89,7 +120,7 @@ def _check_array(  # noqa: C901 (the axes in order, once: on every call's path)
                 )
 
 
-def _bind_many(declared: ArraySpec, dim: str, sizes: tuple[int, ...], axes: dict[str, tuple[int, str]]) -> None:
+def _bind_many(declared: ArraySpec, dim: str, sizes: Sequence[int], axes: dict[str, tuple[int, str]]) -> None:
     """Axes under one `*name` agree as a whole; they are bound one by one, and their number too."""
     for index, size in enumerate((len(sizes), *sizes)):
         known, owner = axes.setdefault(f"{dim}[{index}]", (size, declared.name))

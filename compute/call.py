@@ -1,19 +1,33 @@
 """A call as the front holds it: from its descriptor's arrival until its reply is on its way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from time import monotonic
 
 from common.datatypes import NP_DTYPE, carrier, is_carried
-from common.errors import NAMES, UnlatchError
+from common.errors import UnlatchError
 from common.failures import failed
 from common.lane import Arrival, Body, Buffer
 from common.lane_server import LaneServer
+from common.priority import NORMAL, RANKS
 from common.spec import KernelSpec
 from compute.arena import Block, InputArena, offsets
 from compute.arguments import Arguments
 from compute.metrics import ComputeMetrics
 from compute.wire import Tensor
 from protos.unlatch_pb2 import Descriptor, Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A run that calls were in: for how long, in which worker's slot, and how many of them."""
+
+    seconds: float
+    worker: int
+    calls: int = 1
+
+
+_NOT_RUN = Ran(0.0, 0, 0)
 
 
 class Call:
@@ -32,7 +46,17 @@ class Call:
     ) -> None:
         self.spec = spec
         self.arguments = arguments
+        self.tenant = descriptor.tenant
+        self.priority = RANKS.get(descriptor.priority, RANKS[NORMAL])
+        # What the queue expects of it.
+        self.cost_seconds = 0.0
+        self.long = False
+        self.batch = _batch(spec, arguments)
         self.ended = False
+        # Workers that ended while they ran it.
+        self.deaths = 0
+        # What it is, once somebody has had reason to read it (compute/suspects.py).
+        self.digest = b""
         remaining = descriptor.remaining_microseconds
         self.arrived = monotonic()
         self.deadline = self.arrived + remaining / 1e6 if remaining else None
@@ -47,8 +71,18 @@ class Call:
         self._when_landed = landed
         self._when_abandoned = abandoned
         self._arrival = Arrival(self._lengths)
-        self._starts, size = offsets(self._lengths)
-        self.block: Block | None = arena.allocate(size) if size else None
+        self._starts, self.size = offsets(self._lengths)
+        self.block: Block | None = None
+
+    @property
+    def rows(self) -> int:
+        """How long the first axis of its arrays is, of a kernel whose calls may run as one."""
+        return self.arguments.shapes[0][0]
+
+    def make_room(self) -> None:
+        """Have room for its bytes. Raises ResourceExhausted where there is none."""
+        if self.size:
+            self.block = self._arena.allocate(self.size)
 
     @property
     def complete(self) -> bool:
@@ -84,15 +118,14 @@ class Call:
             self.landed = monotonic()
             self._when_landed(self)
 
-    def answer(
-        self, tensors: Sequence[Tensor], memory: memoryview, run_seconds: float, worker: int, sent: Callable[[], None]
-    ) -> None:
+    def answer(self, tensors: Sequence[Tensor], memory: memoryview, ran: Ran, sent: Callable[[], None]) -> None:
         """Send a kernel's results, which lie in `memory`. `sent` is called when they need not lie there any longer."""
         reply = Reply()
         response = reply.response
         response.kernel, response.version, response.id = self.spec.name, self.spec.version, self._request.id
         buffers: list[Buffer] = []
-        for declared, tensor in zip(self.spec.outputs, tensors, strict=True):
+        wanted = [(self.spec.outputs[index], tensors[index]) for index in self.arguments.outputs]
+        for declared, tensor in wanted:
             shape = tensor.shape
             described = response.tensors.add(name=declared.name, datatype=carrier(tensor.dtype))
             if is_carried(tensor.dtype):
@@ -100,22 +133,23 @@ class Call:
                 shape = (*shape, 2) if tensor.dtype.startswith("complex") else shape
             described.shape[:] = shape
             buffers.append(memory[tensor.offset : tensor.offset + tensor.length])
-        body = Body([tensor.length for tensor in tensors], buffers)
+        body = Body([len(buffer) for buffer in buffers], buffers)
         if body.whole:
             # Copying a small reply out is cheaper than keeping its segment from the worker until it is sent.
             body.buffers = [bytes(buffer) for buffer in buffers]
             sent()
-        self._end(reply, body, "OK", run_seconds, worker, None if body.whole else sent)
+        self._end(reply, body, "OK", ran, None if body.whole else sent)
 
-    def fail(self, error: UnlatchError, run_seconds: float = 0.0, worker: int = 0) -> None:
+    def fail(self, error: UnlatchError, ran: Ran | None = None) -> None:
         """End the call with an error."""
         if self.ended:
             return
-        reply = failed(error)
-        self._end(reply, Body((), []), NAMES.get(error.code, "UNKNOWN"), run_seconds, worker, None)
+        self._end(failed(error), Body((), []), error.status, ran or _NOT_RUN, None)
 
     def abandon(self) -> None:
         """Nobody waits for the reply any more."""
+        if self.ended:
+            return
         self.ended = True
         self._metrics.call_ended(self.spec.name, "CANCELLED")
         if self.complete:
@@ -135,8 +169,7 @@ class Call:
         reply: Reply,
         body: Body,
         code: str,
-        run_seconds: float,
-        worker: int,
+        ran: Ran,
         sent: Callable[[], None] | None,
     ) -> None:
         self.ended = True
@@ -145,10 +178,19 @@ class Call:
         timings = reply.timings
         timings.transfer = round((self.landed - self.arrived) * 1e6)
         timings.queue = round(queue * 1e6)
-        timings.run = round(run_seconds * 1e6)
-        timings.worker = worker
+        timings.run = round(ran.seconds * 1e6)
+        timings.worker = ran.worker
+        timings.batch = ran.calls
         self._metrics.call_ended(self.spec.name, code)
         self._metrics.stages(
-            self.spec.name, self.landed - self.arrived, queue, run_seconds, now - self.begun - run_seconds
+            self.spec.name, self.landed - self.arrived, queue, ran.seconds, now - self.begun - ran.seconds
         )
         self._lane.reply(self._number, reply, body, sent)
+
+
+def _batch(spec: KernelSpec, arguments: Arguments) -> Hashable | None:
+    """What calls have alike that may run as one: all but the lengths of their first axes, and the bytes."""
+    if not spec.batch:
+        return None
+    arrays = tuple((arguments.dtypes[i], arguments.shapes[i][1:]) for i in arguments.order)
+    return spec.name, arrays, repr(arguments.parameters)

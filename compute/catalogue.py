@@ -8,7 +8,7 @@ import importlib.util
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,16 +32,26 @@ class Catalogue:
 
     def add(self, module: ModuleType) -> None:
         """Take every kernel in a module. Raises LoadError for a name that another kernel has."""
-        for candidate in (*vars(module).get(DECLARED, ()), *vars(module).values()):
-            spec = spec_of(candidate)
-            if spec is None:
-                continue
+        for function, spec in kernels_in(module):
             # A kernel that one module imports from another is the same object, and no second one.
             known = self.functions.get(spec.name)
-            if known is not None and known is not candidate:
-                raise LoadError(f"{_place(candidate)}: kernel {spec.name!r} is already defined at {_place(known)}")
-            self.functions[spec.name] = candidate
+            if known is not None and known is not function:
+                raise LoadError(f"{place(function)}: kernel {spec.name!r} is already defined at {place(known)}")
+            self.functions[spec.name] = function
             self.specs[spec.name] = spec
+
+
+def kernels_in(module: ModuleType) -> Iterator[tuple[Callable[..., Any], KernelSpec]]:
+    """Every kernel that a module declares, hidden ones too, or has imported. Some come twice."""
+    for candidate in (*vars(module).get(DECLARED, ()), *vars(module).values()):
+        spec = spec_of(candidate)
+        if spec is not None:
+            yield candidate, spec
+
+
+def place(function: Callable[..., Any]) -> str:
+    """Where a kernel is defined: file:line."""
+    return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
 
 
 def load(modules: Iterable[str]) -> Catalogue:
@@ -54,11 +64,12 @@ def load(modules: Iterable[str]) -> Catalogue:
     for found in pkgutil.iter_modules(package.__path__, f"{BUILT_IN}."):
         catalogue.add(importlib.import_module(found.name))
     for name in modules:
-        catalogue.add(_import(name))
+        catalogue.add(imported(name))
     return catalogue
 
 
-def _import(name: str) -> ModuleType:
+def imported(name: str) -> ModuleType:
+    """A module by dotted name or path to a file, imported. Raises LoadError, naming file and line."""
     try:
         if name.endswith(".py"):
             return _import_file(Path(name))
@@ -94,7 +105,3 @@ def _origin(name: str, error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     frames = [frame for frame in frames if frame.filename != __file__]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else name
-
-
-def _place(function: Callable[..., Any]) -> str:
-    return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"

@@ -11,8 +11,8 @@ class Inherited(Protocol):
         """The child's own copy."""
 
 
-def enter(channel: socket.socket, front_alive: Inherited, max_reply_bytes: int) -> None:
+def enter(channel: socket.socket, front_alive: Inherited, max_reply_bytes: int, memory_bytes: int) -> None:
     """The target of a forkserver's child."""
     from compute import worker
 
-    worker.main(channel, front_alive.detach(), max_reply_bytes)
+    worker.main(channel, front_alive.detach(), max_reply_bytes, memory_bytes)

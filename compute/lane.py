@@ -1,6 +1,6 @@
 """The serving end of lanes: a descriptor becomes a call, its arguments checked and its bytes landing in the arena."""
 
-from common.errors import NAMES, NotFound, ResourceExhausted, UnlatchError, near
+from common.errors import ResourceExhausted, UnlatchError, no_kernel
 from common.failures import failed
 from common.lane import Body
 from common.lane_server import LaneServer
@@ -10,6 +10,7 @@ from compute.arguments import check
 from compute.call import Call
 from compute.metrics import ComputeMetrics
 from compute.queue import Queue
+from compute.suspects import Suspects
 from protos.unlatch_pb2 import Descriptor
 
 _UNKNOWN = "unknown"
@@ -23,12 +24,14 @@ class Door:
         kernels: dict[str, KernelSpec],
         arena: InputArena,
         queue: Queue,
+        suspects: Suspects,
         metrics: ComputeMetrics,
         max_call_bytes: int,
     ) -> None:
         self._kernels = kernels
         self._arena = arena
         self._queue = queue
+        self._suspects = suspects
         self._metrics = metrics
         self._max_call_bytes = max_call_bytes
 
@@ -39,7 +42,7 @@ class Door:
         except UnlatchError as error:
             kernel = descriptor.request.kernel
             known = kernel if kernel in self._kernels else _UNKNOWN
-            self._metrics.call_ended(known, NAMES.get(error.code, "UNKNOWN"))
+            self._metrics.call_ended(known, error.status)
             lane.reply(descriptor.call, failed(error), Body((), []))
             return None
         if whole is not None:
@@ -56,14 +59,18 @@ class Door:
                 f"the call's tensors are {size} bytes, more than max_call_bytes={self._max_call_bytes}"
             )
         arguments = check(spec, descriptor)
-        return Call(
-            lane, descriptor, spec, arguments, self._arena, self._metrics, self._queue.offer, self._queue.withdraw
+        call = Call(
+            lane, descriptor, spec, arguments, self._arena, self._metrics, self._suspects.offer, self._suspects.withdraw
         )
+        self._queue.admit(call)
+        try:
+            call.make_room()
+        except ResourceExhausted as error:
+            raise self._queue.full(error.message) from error
+        return call
 
     def _spec(self, name: str, version: str) -> KernelSpec:
         spec = self._kernels.get(name)
-        if spec is None:
-            raise NotFound(f"there is no kernel {name[:64]!r}{near(name, self._kernels)}", field="model_name")
-        if version and version != spec.version:
-            raise NotFound(f"kernel {name} has version {spec.version}, not {version[:64]!r}", field="model_version")
-        return spec
+        if spec is not None and version in ("", spec.version):
+            return spec
+        raise no_kernel(name, version, {spec.name: spec.version for spec in self._kernels.values()})

@@ -9,6 +9,9 @@ from common.processes import ProcessWatch
 from common.recorder import Recorder
 
 FORKSERVER = "forkserver"
+# Seconds: a fork and a hello take milliseconds; what takes longer is a backoff, or kernels that no longer load.
+_REPLACEMENT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class ComputeMetrics:
@@ -26,12 +29,23 @@ class ComputeMetrics:
         self._queue_wait = recorder.histogram(
             "unlatch_queue_wait_seconds", "How long calls waited between their bytes' arrival and their run."
         ).labels()
+        self._batches = recorder.histogram(
+            "unlatch_batch_calls", "How many calls ran as one, of kernels that take batches.", ("kernel",), _BATCHES
+        )
         recorder.gauge("unlatch_queue_depth", "Calls that wait for a worker.", read=lambda: float(queue_depth()))
         self._worker_calls = recorder.counter(
             "unlatch_worker_calls_total", "Calls that a worker ended.", ("worker", "kernel", "outcome")
         )
         self._restarts = recorder.counter(
             "unlatch_worker_restarts_total", "Workers that ended and were replaced.", ("worker", "reason")
+        )
+        self._replacements = recorder.histogram(
+            "unlatch_worker_replacement_seconds",
+            "From the end of a worker until its replacement takes calls.",
+            buckets=_REPLACEMENT_BUCKETS,
+        ).labels()
+        self._wasted = recorder.counter(
+            "unlatch_wasted_cpu_seconds_total", "Processor time of runs that nobody waited for in the end.", ("worker",)
         )
         self._workers: dict[str, WorkerMetrics] = {}
         recorder.gauge(
@@ -40,6 +54,25 @@ class ComputeMetrics:
             ("worker",),
             lambda: {(slot,): float(worker.up) for slot, worker in list(self._workers.items())},
         )
+        recorder.gauge(
+            "unlatch_worker_running_seconds",
+            "How long a worker has run its present kernel; absent while it runs none.",
+            ("worker", "kernel"),
+            self._running,
+        )
+        recorder.gauge(
+            "unlatch_worker_memory_bytes",
+            "Memory of its own that a worker has in RAM beyond what it started with, shared arenas left out.",
+            ("worker",),
+            lambda: {(slot,): float(worker.memory_bytes) for slot, worker in list(self._workers.items())},
+        )
+        self._memory_limit = recorder.gauge(
+            "unlatch_worker_memory_limit_bytes", "What that may be; 0 is no limit."
+        ).labels()
+
+    def limited(self, memory_bytes: int) -> None:
+        """What a worker may have."""
+        self._memory_limit.set(memory_bytes)
 
     def collect(self) -> Iterator[Metric]:
         """Busy seconds as they stand now, a run that is under way included: a prometheus_client collector."""
@@ -65,6 +98,10 @@ class ComputeMetrics:
         """A worker begins a call that has waited so long."""
         self._queue_wait.observe(seconds)
 
+    def batched(self, kernel: str, calls: int) -> None:
+        """So many calls of a kernel run as one."""
+        self._batches.observe(calls, kernel)
+
     def forkserver_runs(self, pid: int) -> None:
         """Whose child the next worker is. multiprocessing replaces a dead forkserver without a word."""
         if pid != self._forkserver:
@@ -76,13 +113,25 @@ class ComputeMetrics:
         worker = self._workers[str(slot)] = WorkerMetrics(self, str(slot))
         return worker
 
+    def _running(self) -> dict[tuple[str, ...], float]:
+        now = {slot: worker.running() for slot, worker in list(self._workers.items())}
+        return {(slot, run[0]): run[1] for slot, run in now.items() if run is not None}
+
     def worker_ran(self, slot: str, kernel: str, outcome: str) -> None:
         """A worker has ended a call."""
         self._worker_calls.add(1, slot, kernel, outcome)
 
+    def worker_wasted(self, slot: str, seconds: float) -> None:
+        """A run has ended that nobody waited for any more."""
+        self._wasted.add(seconds, slot)
+
     def worker_started(self, slot: str, pid: int) -> None:
         """A new process fills a slot."""
         self._processes.watch(f"worker-{slot}", pid)
+
+    def worker_replaced(self, seconds: float) -> None:
+        """A slot whose worker had ended takes calls again."""
+        self._replacements.observe(seconds)
 
     def worker_ended(self, slot: str, reason: str) -> None:
         """The process in a slot is gone; a reason is given where it is to be replaced."""
@@ -98,14 +147,22 @@ class WorkerMetrics:
         self._metrics = metrics
         self._slot = slot
         # One reference, replaced whole, since a scrape reads it from its own thread: seconds before the present run,
-        # and since when that run goes on.
-        self._busy: tuple[float, float | None] = (0.0, None)
+        # since when that run goes on, and of which kernel.
+        self._busy: tuple[float, float | None, str] = (0.0, None, "")
         self.up = False
+        # Since when nothing that takes calls fills the slot, once something has.
+        self._lost_at: float | None = None
+        self.memory_bytes = 0
 
     def busy_seconds(self) -> float:
         """How long this slot's workers have run kernels."""
-        before, since = self._busy
+        before, since, _ = self._busy
         return before if since is None else before + max(0.0, monotonic() - since)
+
+    def running(self) -> tuple[str, float] | None:
+        """The kernel that its worker runs now, and for how many seconds already; None while it runs none."""
+        _, since, kernel = self._busy
+        return None if since is None else (kernel, max(0.0, monotonic() - since))
 
     def started(self, pid: int, forkserver: int) -> None:
         """A process was started, by that forkserver."""
@@ -115,19 +172,37 @@ class WorkerMetrics:
     def ready(self) -> None:
         """It takes calls."""
         self.up = True
+        if self._lost_at is not None:
+            self._metrics.worker_replaced(monotonic() - self._lost_at)
+            self._lost_at = None
 
-    def begins(self, now: float, waited: float) -> None:
+    def begins(self, kernel: str, now: float, calls: int, *, batch: bool) -> None:
+        """It begins a run of so many calls, of a kernel whose calls may run as one or not."""
+        self._busy = (self.busy_seconds(), now, kernel)
+        if batch:
+            self._metrics.batched(kernel, calls)
+
+    def waited(self, seconds: float) -> None:
         """It begins a call that has waited so long."""
-        self._busy = (self.busy_seconds(), now)
-        self._metrics.waited(waited)
+        self._metrics.waited(seconds)
 
     def ran(self, kernel: str, outcome: str) -> None:
-        """It has ended the call that it ran."""
-        self._busy = (self.busy_seconds(), None)
+        """It has ended a call."""
         self._metrics.worker_ran(self._slot, kernel, outcome)
+
+    def rests(self) -> None:
+        """It has ended the run that it was in."""
+        self._busy = (self.busy_seconds(), None, "")
+
+    def wasted(self, cpu_seconds: float) -> None:
+        """What the run that has just ended used was for nothing."""
+        self._metrics.worker_wasted(self._slot, cpu_seconds)
 
     def ended(self, reason: str) -> None:
         """It is gone."""
+        if self.up:
+            self._lost_at = monotonic()
         self.up = False
-        self._busy = (self.busy_seconds(), None)
+        self.memory_bytes = 0
+        self._busy = (self.busy_seconds(), None, "")
         self._metrics.worker_ended(self._slot, reason)

@@ -2,7 +2,7 @@
 
     forkserver forks          worker sends Loaded…, Ready      ──> on_frame
     send()   ── Run ──>       worker sends Done or Failed      ──> on_frame
-    kill()   ── SIGKILL ──>   worker ends, this way or another ──> on_end(reason)
+    kill()   ── SIGKILL ──>   worker ends, this way or another ──> on_end(End)
 
 An end is an event: the pidfd becomes readable. (A sentinel alone would not do: when the forkserver dies, all its
 children's sentinels fire although they live.) The reason follows once the forkserver has reaped the process.
@@ -13,13 +13,16 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 
 import msgspec
 import structlog
 
-from compute import wire
+from compute import ends, wire
+from compute.ends import End
+from compute.standstill import Standstill
 
 log = structlog.get_logger()
 
@@ -29,8 +32,6 @@ _ENDS_WITHIN_SECONDS = 0.2
 # Loaded frames carry docstrings and are larger than any other; more than a datagram can hold is never received.
 _RECEIVE_BYTES = 256 * 1024
 
-Frame = wire.Loaded | wire.Ready | wire.Misfit | wire.Done | wire.Failed
-
 
 class WorkerProcess:
     """A process that was started. `on_frame` and `on_end` are called on the event loop."""
@@ -39,8 +40,10 @@ class WorkerProcess:
         self,
         process: ForkServerProcess,
         channel: socket.socket,
-        on_frame: Callable[[Frame], None],
-        on_end: Callable[[str], None],
+        on_frame: Callable[[wire.ToFront], None],
+        on_end: Callable[[End], None],
+        *,
+        stopped_seconds: float = 0.0,
     ) -> None:
         assert process.pid is not None
         self.pid = process.pid
@@ -50,61 +53,78 @@ class WorkerProcess:
         self._on_frame = on_frame
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
-        self._verdict = ""
+        self._verdict: End | None = None
         self._grace: asyncio.TimerHandle | None = None
         # From the first sign of its end on: nothing more is to be given to it.
         self.ending = False
         self._loop.add_reader(self._channel, self._readable)
         self._loop.add_reader(self._pidfd, self._ended)
+        self._standstill = Standstill(self.pid, stopped_seconds, self.kill)
 
-    def send(self, frame: wire.Run | wire.Forget, descriptors: Sequence[int] = ()) -> None:
-        """Send a frame. A worker whose socket takes none is beyond help and killed."""
+    def send(self, frame: wire.ToWorker, fd: int | None = None) -> None:
+        """Send a frame, with a descriptor or none. A worker whose socket takes none is beyond help and killed."""
         if self.ending:
             return
         encoded = wire.encode(frame)
         try:
-            if descriptors:
-                socket.send_fds(self._channel, [encoded], descriptors)
-            else:
+            if fd is None:
                 self._channel.send(encoded)
+            else:
+                socket.send_fds(self._channel, [encoded], [fd])
         except (BrokenPipeError, ConnectionResetError):
             self._hung_up()
         except OSError as error:
-            self.kill(f"its socket refuses frames: {error.strerror}")
+            self.kill(ends.DEAF.with_detail(error.strerror or str(error)))
 
-    def kill(self, why: str) -> None:
-        """End the worker and whatever it started. `on_end` follows."""
-        self._verdict = self._verdict or why
+    @property
+    def cpu_seconds(self) -> float:
+        """The processor time that it has used, all its threads together; 0 once it is gone."""
+        try:
+            # The system's MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED): to the nanosecond, and without reading a file.
+            return time.clock_gettime((~self.pid << 3) | 2)
+        except OSError:
+            return 0.0
+
+    def kill(self, end: End) -> None:
+        """End the worker and whatever it started. `on_end` follows, with the first end that it was given."""
+        self._verdict = self._verdict or end
         self._hear_no_more()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def _readable(self) -> None:
+    def hear(self) -> None:
+        """Take in what it has said already, though the loop has not come to it yet."""
+        while not self.ending and self._readable():
+            pass
+
+    def _readable(self) -> bool:
+        """Take in a frame. False where there is none."""
         try:
             frame = self._channel.recv(_RECEIVE_BYTES)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             frame = b""
         if not frame:
             self._hung_up()
-            return
+            return False
         try:
             message = wire.decode_for_front(frame)
         except msgspec.DecodeError as error:
-            # The worker chooses what the error says, and a verdict becomes a label: the log alone has it whole.
+            # The worker chooses what the error says: callers are not told, and the log has it no longer than this.
             log.warning("worker sent a frame that is none", pid=self.pid, error=str(error)[:200])
-            self.kill("it sent a frame that is none")
-            return
+            self.kill(ends.NO_FRAME)
+            return False
         self._on_frame(message)
+        return True
 
     def _hung_up(self) -> None:
         """Its end of the socket is closed, so it can never answer again: it ends now, or is ended."""
         self._hear_no_more()
         if self._grace is None:
-            self._grace = self._loop.call_later(_ENDS_WITHIN_SECONDS, self.kill, "it closed its socket")
+            self._grace = self._loop.call_later(_ENDS_WITHIN_SECONDS, self.kill, ends.HUNG_UP)
 
     def _hear_no_more(self) -> None:
         if not self.ending:
@@ -113,6 +133,7 @@ class WorkerProcess:
 
     def _ended(self) -> None:
         self._loop.remove_reader(self._pidfd)
+        self._standstill.close()
         self._hear_no_more()
         if self._grace is not None:
             self._grace.cancel()
@@ -133,12 +154,4 @@ class WorkerProcess:
         os.close(self._pidfd)
         with contextlib.suppress(ValueError):  # not reaped within the time: the forkserver is in trouble itself
             self._process.close()
-        self._on_end(self._verdict or _reason(code))
-
-
-def _reason(code: int | None) -> str:
-    if code is None:
-        return "it ended in a way that nobody saw"
-    if code < 0:
-        return f"{signal.Signals(-code).name} ended it"
-    return f"it exited with code {code}"
+        self._on_end(self._verdict or ends.by_itself(code))

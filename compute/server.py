@@ -3,13 +3,13 @@
 import os
 from importlib.metadata import version
 
-import structlog
-
 from common.describe import described
+from common.errors import Unavailable
 from common.health import Health
 from common.lane import MAX_MESSAGE_BYTES, SERVICE
 from common.lane_server import Lanes
-from common.policy import FirstComeFirstServed
+from common.memory import granted_memory
+from common.policy import Policy
 from common.processes import ProcessWatch
 from common.recorder import Recorder
 from common.rpc import handlers
@@ -18,53 +18,112 @@ from compute.arena import InputArena
 from compute.call import Call
 from compute.forkserver import ForkServer
 from compute.lane import Door
+from compute.limits import Limits
 from compute.metrics import FORKSERVER, ComputeMetrics
 from compute.pool import Pool
 from compute.queue import Queue
+from compute.readiness import Readiness
 from compute.settings import ComputeSettings
+from compute.shares import share_out
+from compute.slot import Slot
+from compute.suspects import Suspects
 from protos.unlatch_pb2 import Welcome
 
-log = structlog.get_logger()
+
+class Replica:
+    """What the parts of a replica tell one another."""
+
+    def __init__(
+        self,
+        settings: ComputeSettings,
+        forkserver: ForkServer,
+        arena_bytes: int,
+        limits: Limits,
+        processes: ProcessWatch,
+    ) -> None:
+        self._settings = settings
+        self.forkserver = forkserver
+        self.recorder = Recorder()
+        self.health = Health(SERVICE)
+        self.arena = InputArena(arena_bytes)
+        self.queue = Queue(Policy[Call](settings.tenant_weights), settings.max_queued_calls, settings.long_call_seconds)
+        self.metrics = ComputeMetrics(self.recorder, processes, self.queue.__len__)
+        self.metrics.forkserver_runs(forkserver.pid)
+        self.suspects = Suspects(self.queue, settings.poison_seconds)
+        self.readiness = Readiness(self.readiness_changed)
+        self.metrics.limited(limits.memory_bytes)
+        parts = self.queue, self.suspects, self.readiness, limits, settings
+        slots = [
+            Slot(number, forkserver, self.metrics.worker(number), *parts) for number in range(settings.worker_count)
+        ]
+        self.pool = Pool(slots, self.arena, self.queue, settings.workers_reserved)
+        self.queue.feed(self.pool)
+        door = Door(
+            self.readiness.kernels, self.arena, self.queue, self.suspects, self.metrics, settings.max_call_bytes
+        )
+        self._welcome = Welcome()
+        self.lanes = Lanes(lambda: self._welcome, door.accept)
+
+    async def start(self) -> None:
+        """Fill the pool. Raises StartError."""
+        await self.pool.start()
+        self._welcome = self._greeting()
+        self.health.set(serving=True)
+
+    def readiness_changed(self, why: str) -> None:
+        """Tell callers, probes and what waits whether calls are taken; `why` says why not."""
+        self.queue.shut(Unavailable(f"no worker can be started: {why}", retry_after_milliseconds=1000) if why else None)
+        self.health.set(serving=not why)
+        if why:
+            self.lanes.rest()
+        else:
+            self._welcome = self._greeting()
+            self.lanes.greet_again()
+
+    async def close(self) -> None:
+        """End every worker and let go of all memory."""
+        await self.pool.stop()
+        await self.forkserver.close()
+        self.suspects.close()
+        self.arena.close()
+
+    def _greeting(self) -> Welcome:
+        return Welcome(
+            server=self._settings.name,
+            version=version("unlatch"),
+            kernels=[described(spec) for spec in self.readiness.kernels.values()],
+            window_calls=self._settings.window_calls,
+            window_bytes=self._settings.window_bytes,
+        )
 
 
 async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
     """Run a replica until it is told to stop. Raises StartError or BindError when it cannot start."""
-    forkserver = ForkServer(settings.kernels, settings.worker_blas_threads, settings.max_reply_bytes)
-    recorder = Recorder()
+    shares = share_out(settings, granted_memory())
+    limits = Limits(
+        memory_bytes=shares.worker_bytes,
+        recycle_calls=settings.recycle_calls,
+        recycle_growth_bytes=settings.recycle_growth_bytes,
+    )
+    forkserver = ForkServer(
+        settings.kernels, settings.worker_blas_threads, settings.max_reply_bytes, limits.memory_bytes
+    )
     with ProcessWatch(reaper=FORKSERVER) as processes:
         processes.watch("front", os.getpid())
-        arena = InputArena(settings.input_arena_bytes)
-        queue = Queue(FirstComeFirstServed[Call](), settings.max_queued_calls)
-        metrics = ComputeMetrics(recorder, processes, queue.__len__)
-        metrics.forkserver_runs(forkserver.pid)
-        pool = Pool(forkserver, settings.worker_count, arena, metrics, queue.pump)
-        queue.feed(pool)
+        replica = Replica(settings, forkserver, shares.arena_bytes, limits, processes)
         try:
-            await pool.start()
-            welcome = Welcome(
-                server=settings.name,
-                version=version("unlatch"),
-                kernels=[described(spec) for spec in pool.kernels.values()],
-                window_calls=settings.window_calls,
-                window_bytes=settings.window_bytes,
-                max_call_bytes=settings.max_call_bytes,
-            )
-            door = Door(pool.kernels, arena, queue, metrics, settings.max_call_bytes)
-            lanes = Lanes(lambda: welcome, door.accept)
-            health = Health(SERVICE)
-            health.set(serving=True)
+            await replica.start()
             await serve_until_stopped(
                 "front",
                 settings,
-                handlers=[handlers(SERVICE, streams={"Open": lanes.open})],
+                handlers=[handlers(SERVICE, streams={"Open": replica.lanes.open})],
                 reflected=[SERVICE],
                 max_message_bytes=MAX_MESSAGE_BYTES,
-                health=health,
-                recorder=recorder,
-                collectors=[metrics, processes],
-                drain=lanes.drain,
+                health=replica.health,
+                recorder=replica.recorder,
+                collectors=[replica.metrics, processes],
+                drain=replica.lanes.drain,
                 notify_socket=notify_socket,
             )
         finally:
-            await pool.stop()
-            arena.close()
+            await replica.close()

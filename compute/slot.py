@@ -1,249 +1,241 @@
-"""A slot: one place in the pool, the process that fills it now, and the calls in that process's hands."""
+"""A slot: one place in the pool, and the process that fills it now. What a worker has in hand is its `Hand`'s."""
 
 import asyncio
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Executor
-from itertools import count
-from time import monotonic
+from collections.abc import Sequence
+from contextlib import suppress
 
 import structlog
 
-from common.datatypes import is_held, is_served
-from common.errors import Unavailable, from_code
 from common.spec import KernelSpec
-from compute.arena import ReplySegments, Segment
+from compute import ends
+from compute.backoff import Backoff
 from compute.call import Call
-from compute.forkserver import ForkServer
-from compute.metrics import ComputeMetrics
-from compute.process import Frame, WorkerProcess
-from compute.wire import Done, Failed, Forget, Loaded, Misfit, Run, Tensor
+from compute.ends import End
+from compute.forkserver import ForkServer, StartError
+from compute.hand import Hand
+from compute.limits import Limits
+from compute.metrics import WorkerMetrics
+from compute.process import WorkerProcess
+from compute.queue import Queue
+from compute.readiness import Readiness
+from compute.settings import ComputeSettings
+from compute.suspects import Suspects
+from compute.upkeep import Upkeep
+from compute.wire import Done, Failed, Loaded, Misfit, Ready, Shrunk, ToFront
 
 log = structlog.get_logger()
 
-# One that runs and one staged.
-_MOST_IN_HAND = 2
-# A worker that keeps ending is started again ever more slowly, from the first of these to the second.
-_FIRST_BACKOFF_SECONDS = 0.05
-_LONGEST_BACKOFF_SECONDS = 5.0
-
-
-class StartError(Exception):
-    """A worker cannot start; the message says why, with file and line where a kernel module is at fault."""
+# So many starts that fail in a row do so for a reason that lasts.
+_MOST_VAIN_STARTS = 3
 
 
 class Slot:
-    """`on_room` is called whenever the slot can take a call that it could not take before."""
+    """The queue is asked for more whenever the slot can take a call that it could not take before."""
 
     def __init__(
         self,
         number: int,
         forkserver: ForkServer,
-        starter: Executor,
-        metrics: ComputeMetrics,
-        on_room: Callable[[], None],
+        metrics: WorkerMetrics,
+        queue: Queue,
+        suspects: Suspects,
+        readiness: Readiness,
+        limits: Limits,
+        settings: ComputeSettings,
     ) -> None:
         self.number = number
-        self.kernels: dict[str, KernelSpec] = {}
         self._forkserver = forkserver
-        self._starter = starter
-        self._metrics = metrics.worker(number)
-        self._on_room = on_room
+        self._metrics = metrics
+        self._queue = queue
+        self._suspects = suspects
+        self._readiness = readiness
+        self._limits = limits
+        self._settings = settings
         self._process: WorkerProcess | None = None
         self._ready: asyncio.Future[None] | None = None
         self._gone = asyncio.Event()
         self._gone.set()
         self._stopping = False
-        self._ends_in_a_row = 0
-        self._runs = count(1)
-        self._in_hand: deque[tuple[int, Call, Segment]] = deque()
-        self._replies = ReplySegments()
-        self._known_inputs: set[int] = set()
-        self._known_replies: set[int] = set()
+        # Of the worker that starts: its kernels so far, whose child it is, and why it cannot serve.
+        self._loaded: dict[str, KernelSpec] = {}
+        self._parent = self._unfit_parent = 0
+        self._misfit = ""
+        # Ends of a kernel's doing with no call finished between them; the first is made good at once.
+        self._ends = Backoff(first_seconds=0.05, longest_seconds=5.0, free_tries=1)
+        # A start costs more, where the kernels are loaded anew, and what is in its way takes longer to mend.
+        self._start_failures = Backoff(first_seconds=0.1, longest_seconds=20.0)
+        self._restarting: asyncio.Task[None] | None = None
+        self._hand: Hand | None = None
+        # Its worker's, while that is ready.
+        self.upkeep: Upkeep | None = None
 
     @property
     def in_hand(self) -> int:
-        """How many calls the worker holds."""
-        return len(self._in_hand)
+        """How many runs the worker holds."""
+        return len(self._hand) if self._hand is not None else 0
+
+    @property
+    def runs_long(self) -> bool:
+        """Whether the worker runs a call that takes long."""
+        return self._hand is not None and self._hand.runs_long
+
+    def seconds_left(self, now: float) -> float:
+        """What its worker's runs are expected to take from now on."""
+        return self._hand.seconds_left(now) if self._hand is not None else 0.0
 
     @property
     def bytes_in_hand(self) -> int:
-        """How many bytes of tensors those calls bring."""
-        return sum(call.block.size for _, call, _ in self._in_hand if call.block is not None)
+        """How many bytes of tensors their calls bring."""
+        return self._hand.bytes if self._hand is not None else 0
 
     @property
     def has_room(self) -> bool:
-        """Whether the worker can take one more."""
-        return (
-            self._ready is not None
-            and self._ready.done()
-            and len(self._in_hand) < _MOST_IN_HAND
-            and self._process is not None
-            and not self._process.ending
-        )
+        """Whether the worker can take one run more."""
+        return self.upkeep is not None and not self.upkeep.retires and self._hand is not None and self._hand.has_room
 
     async def start(self) -> None:
         """Fill the slot. Raises StartError when the worker does not become ready."""
-        loop = asyncio.get_running_loop()
-        try:
-            process, channel = await loop.run_in_executor(self._starter, self._forkserver.spawn)
-            self._ready = loop.create_future()
-            self._process = WorkerProcess(process, channel, self._on_frame, self._on_end)
-        except (OSError, EOFError) as error:
-            raise StartError(f"worker {self.number} did not start: {error}") from error
-        self._gone.clear()
-        self._metrics.started(self._process.pid, self._forkserver.pid)
-        await self._ready
-
-    def run(self, call: Call) -> None:
-        """Give the worker a call."""
-        assert self._process is not None
-        number = next(self._runs)
-        source, target = call.block, self._replies.lend()
-        descriptors: list[int] = []
-        input_is_new = source is not None and source.segment.number not in self._known_inputs
-        if source is not None and input_is_new:
-            self._known_inputs.add(source.segment.number)
-            descriptors.append(source.segment.fd)
-        reply_is_new = target.number not in self._known_replies
-        if reply_is_new:
-            self._known_replies.add(target.number)
-            descriptors.append(target.fd)
-        if not self._in_hand:
-            self._begin(call)
-        self._in_hand.append((number, call, target))
-        run = Run(
-            call=number,
-            kernel=call.spec.name,
-            tensors=call.tensors,
-            parameters=call.arguments.parameters,
-            input_segment=source.segment.number if source is not None else -1,
-            reply_segment=target.number,
-            input_is_new=input_is_new,
-            reply_is_new=reply_is_new,
+        self._misfit, self._loaded = "", {}
+        process, channel, self._parent = await self._forkserver.spawn_within(
+            self._settings.worker_start_seconds, unfit=self._unfit_parent
         )
-        self._process.send(run, descriptors)
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        try:
+            self._process = WorkerProcess(
+                process, channel, self._on_frame, self._on_end, stopped_seconds=self._settings.stopped_worker_seconds
+            )
+        except ProcessLookupError as error:
+            raise StartError(f"a worker ended as it was forked: {ends.by_itself(process.exitcode)}") from error
+        except OSError as error:
+            raise StartError(f"a worker did not start: {error}") from error
+        self._hand = Hand(
+            self.number,
+            self._process,
+            self._metrics,
+            self._queue,
+            self._suspects,
+            kill_grace_seconds=self._settings.kill_grace_seconds,
+            long_call_seconds=self._settings.long_call_seconds,
+            max_reply_bytes=self._forkserver.max_reply_bytes,
+        )
+        self._gone.clear()
+        self._metrics.started(self._process.pid, self._parent)
+        late = loop.call_later(self._settings.worker_start_seconds, self._process.kill, ends.UNREADY)
+        try:
+            await self._ready
+        finally:
+            late.cancel()
+
+    def run(self, calls: Sequence[Call]) -> None:
+        """Give the worker a call, or several to run as one."""
+        assert self._hand is not None
+        self._hand.run(calls)
+
+    def abandon(self, call: Call) -> None:
+        """Nobody waits for a call any more, which this worker may have."""
+        if self._hand is not None:
+            self._hand.abandon(call)
 
     def sweep(self, dropped_inputs: list[int]) -> None:
         """Let the worker forget segments that are gone, and those of its own that it has not needed for a while."""
-        inputs = [number for number in dropped_inputs if number in self._known_inputs]
-        replies = self._replies.drop_idle()
-        self._known_inputs.difference_update(inputs)
-        self._known_replies.difference_update(replies)
-        if self._process is not None and (inputs or replies):
-            self._process.send(Forget(inputs, replies))
+        if self._hand is not None:
+            self._hand.sweep(dropped_inputs)
+
+    def look(self) -> None:
+        """See to it that the worker keeps to its limits."""
+        if self.upkeep is not None:
+            self.upkeep.look()
+            self._metrics.memory_bytes = self.upkeep.taken_bytes
 
     async def stop(self) -> None:
         """End the worker for good, whatever it is doing, and wait until it is gone."""
         self._stopping = True
         if self._process is not None:
-            self._process.kill("the pool stops")
+            self._process.kill(ends.POOL_STOPS)
         await self._gone.wait()
 
-    def _on_frame(self, frame: Frame) -> None:
+    def _on_frame(self, frame: ToFront) -> None:
         if isinstance(frame, Done | Failed):
-            self._finished(frame)
-        elif isinstance(frame, Loaded):
-            self.kernels[frame.kernel.name] = frame.kernel
-        elif isinstance(frame, Misfit):
-            self._give_up(frame.message)
-        elif self._ready is not None and not self._ready.done():
-            self._ready.set_result(None)
-            self._metrics.ready()
-            self._on_room()
-
-    def _finished(self, frame: Done | Failed) -> None:
-        if not self._in_hand or self._in_hand[0][0] != frame.call:
-            self._kill("it answered a call that it was not running")
-            return
-        _, call, segment = self._in_hand[0]
-        if isinstance(frame, Done) and not _is_sound(frame.tensors, call, segment, self._forkserver.max_reply_bytes):
-            self._kill("its reply is not what it can be")
-            return
-        self._in_hand.popleft()
-        self._ends_in_a_row = 0
-        self._metrics.ran(call.spec.name, "ok" if isinstance(frame, Done) else "error")
-        if self._in_hand:
-            self._begin(self._in_hand[0][1])
-        run_seconds = frame.run_nanoseconds / 1e9
-        call.release()
-        if isinstance(frame, Done):
-            self._answer(call, frame, segment, run_seconds)
+            assert self._hand is not None
+            if self._hand.heard(frame):
+                self._ends.succeeded()
+                if self.upkeep is not None:
+                    self.upkeep.rested()
+                self._queue.pump()
+        elif isinstance(frame, Shrunk):
+            if self.upkeep is not None:
+                self.upkeep.shrunk(frame)
+        elif self._ready is None or self._ready.done():
+            self._kill(ends.NOT_STARTING)
         else:
-            self._replies.give_back(segment)
-            if frame.log:
-                log.error("kernel failed", kernel=call.spec.name, worker=self.number, story=frame.log)
-            call.fail(from_code(frame.code, frame.message, field=frame.field), run_seconds, self.number)
-        self._on_room()
+            self._starts(frame, self._ready)
 
-    def _answer(self, call: Call, done: Done, segment: Segment, run_seconds: float) -> None:
-        replies = self._replies
-
-        def sent() -> None:
-            replies.give_back(segment)
-
-        if call.ended:
-            sent()
+    def _starts(self, frame: Loaded | Ready | Misfit, ready: asyncio.Future[None]) -> None:
+        if isinstance(frame, Loaded):
+            self._loaded[frame.kernel.name] = frame.kernel
+        elif isinstance(frame, Misfit) or (why := self._limits.refusal(self._loaded.values())):
+            # What its parent has failed to load, or should not have loaded, is the same for all its children.
+            self._unfit_parent = self._parent
+            self._give_up(frame.message if isinstance(frame, Misfit) else why)
+        elif not self._readiness.fits(self._loaded):
+            self._give_up("its kernels are not those of the workers that are up: their files have changed")
         else:
-            call.answer(done.tensors, segment.view, run_seconds, self.number, sent)
+            self._is_ready(ready)
 
-    def _begin(self, call: Call) -> None:
-        call.begun = monotonic()
-        self._metrics.begins(call.begun, call.begun - call.landed)
+    def _is_ready(self, ready: asyncio.Future[None]) -> None:
+        assert self._process is not None
+        assert self._hand is not None
+        with suppress(OSError):  # it has ended meanwhile: nothing is given to it before that is heard
+            self.upkeep = Upkeep(self._process, self._hand, self._limits)
+        ready.set_result(None)
+        self._start_failures.succeeded()
+        self._metrics.ready()
+        self._readiness.up(self.number, self._loaded)
+        self._queue.pump()
 
-    def _kill(self, why: str) -> None:
+    def _kill(self, end: End) -> None:
         if self._process is not None:
-            self._process.kill(why)
+            self._process.kill(end)
 
-    def _give_up(self, message: str) -> None:
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(StartError(message))
-            self._ready = None
-        self._kill("its kernels do not load")
+    def _give_up(self, why: str) -> None:
+        # Told once the process is gone: whoever hears of it may fill the slot again.
+        self._misfit = why
+        self._kill(ends.MISFIT)
 
-    def _on_end(self, reason: str) -> None:
-        self._metrics.ended("" if self._stopping else reason)
-        self._process = None
-        in_hand, self._in_hand = self._in_hand, deque()
-        self._replies.close()
-        self._replies = ReplySegments()
-        self._known_inputs.clear()
-        self._known_replies.clear()
-        for _, call, segment in in_hand:
-            segment.close()
-            call.fail(Unavailable(f"worker {self.number} ended while it had the call: {reason}"), worker=self.number)
-            call.release()
+    def _on_end(self, end: End) -> None:
+        self._metrics.ended("" if self._stopping else end.reason)
+        hand, self._hand, self._process = self._hand, None, None
+        if self.upkeep is not None:
+            self.upkeep.close()
+            self.upkeep = None
+        lost = hand.lost(end, stopping=self._stopping) if hand is not None else 0
         ready, self._ready = self._ready, None
         self._gone.set()
+        self._readiness.down(self.number)
         if ready is None or not ready.done():
             # It never was ready, and whoever starts it hears of that.
             if ready is not None:
-                ready.set_exception(StartError(f"worker {self.number} ended before it was ready: {reason}"))
+                why = self._misfit or f"a worker ended before it was ready: {end}"
+                lasting = end is ends.UNREADY or self._unfit_parent == self._parent
+                ready.set_exception(StartError(why, lasting=lasting))
         elif not self._stopping:
-            log.warning("worker ended", worker=self.number, reason=reason, calls_lost=len(in_hand))
-            self._restarting = asyncio.create_task(self._restart())
+            tell = log.info if end in ends.PLANNED else log.warning
+            tell("worker ended", worker=self.number, reason=str(end), calls_lost=lost)
+            self._restarting = asyncio.create_task(self._restart(end))
+        self._queue.pump()
 
-    async def _restart(self) -> None:
+    async def _restart(self, end: End) -> None:
+        delay = 0.0 if end.at_once else self._ends.failed()
         while not self._stopping:
-            if self._ends_in_a_row:
-                delay = _FIRST_BACKOFF_SECONDS * 2 ** min(self._ends_in_a_row - 1, 10)
-                await asyncio.sleep(min(delay, _LONGEST_BACKOFF_SECONDS))
-            self._ends_in_a_row += 1
+            await asyncio.sleep(delay)
             try:
                 await self.start()
-            except StartError as error:
-                log.error("worker did not start", worker=self.number, reason=str(error))
+            except Exception as error:  # noqa: BLE001 (whatever it is, the slot must not stay empty)
+                if not self._stopping:
+                    delay = self._start_failures.failed()
+                    lasting = self._start_failures.failures >= _MOST_VAIN_STARTS
+                    lasting |= isinstance(error, StartError) and error.lasting
+                    self._readiness.failed(self.number, str(error), lasting=lasting)
             else:
                 return
-
-
-def _is_sound(tensors: tuple[Tensor, ...], call: Call, segment: Segment, max_reply_bytes: int) -> bool:
-    """Whether a reply is one that the front can send on: whatever a worker writes, it must not hurt the front."""
-    if len(tensors) != len(call.spec.outputs):
-        return False
-    end = 0
-    for tensor in tensors:
-        if not is_served(tensor.dtype) or not is_held(tensor.dtype, tensor.shape, tensor.length):
-            return False
-        end = max(end, tensor.offset + tensor.length)
-    return end <= max_reply_bytes and segment.follow_growth_to(end)

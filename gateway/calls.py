@@ -1,26 +1,47 @@
 """The one path of a call, whichever door it came by: admit, give it its time, route it, answer."""
 
 import asyncio
+from collections.abc import Hashable
+from contextlib import suppress
 from time import monotonic
 from typing import Protocol
 
-from common.errors import NAMES, DeadlineExceeded, NotFound, ResourceExhausted, Unavailable, UnlatchError
-from common.lane import Body, Sink
+from google.protobuf.descriptor import FieldDescriptor
+
+from common.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+    UnlatchError,
+)
+from common.failures import raised
+from common.lane import MOST_DESCRIPTOR_BYTES, MOST_TENSORS, Body, Sink
+from common.lane_caller import LaneCaller
+from common.priority import RANKS, take_priority
+from common.protowire import Malformed, split
 from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics
 from gateway.replica import Replica
 from gateway.settings import GatewaySettings
-from protos.unlatch_pb2 import Descriptor, Reply
+from protos.unlatch_pb2 import Descriptor, Reply, Request
 
+# What the Open Inference Protocol calls them.
+_PROTOCOLS_NAMES = {"kernel": "model_name", "version": "model_version"}
+# Of each kind: past it a request is out of all proportion, and what in it is largest does not matter.
+_MOST_NAMED = 1024
 # A caller chooses the kernel's name; until it is known to be one it is not a label.
 _UNKNOWN = "unknown"
 
 
-class Door(Protocol):
-    """Where a call came by and its answer goes. It hears of one end, unless it has abandoned the call."""
+class Caller(Protocol):
+    """Who made a call, at one of the doors. It hears of one end, unless it has left."""
 
-    def answer(self, reply: Reply, whole: list[memoryview] | None) -> Sink | None:
-        """The reply, with its tensors' bytes where they came along; else say where their pieces are to go."""
+    def answer(self, reply: Reply, tensors: list[memoryview] | None) -> Sink | None:
+        """A response, with its tensors' bytes where they came along; else say where their pieces are to go.
+
+        None: the caller has all it needs. Otherwise it leaves once it has. Raises UnlatchError where it cannot take it.
+        """
 
     def fail(self, error: UnlatchError) -> None:
         """The call failed; or, after `answer`, the rest of its pieces will not come."""
@@ -41,30 +62,44 @@ class Calls:
     def __len__(self) -> int:
         return len(self._live)
 
-    def begin(self, descriptor: Descriptor, body: Body, seconds: float | None, door: Door) -> "Call":
+    def begin(self, descriptor: Descriptor, body: Body, seconds: float | None, caller: Caller) -> "Call":
         """Admit a call with `seconds` to live (None: its caller sets no limit) and send it on its way.
 
-        Raises what a call is refused with: NotFound, ResourceExhausted, DeadlineExceeded, Unavailable.
+        Raises what a call is refused with: InvalidArgument, NotFound, ResourceExhausted, Unavailable.
         """
         request = descriptor.request
         try:
-            self._admit(body.size)
+            self._admit(body)
+            descriptor.priority = take_priority(request)
             self.fleet.kernel(request.kernel, request.version)
         except UnlatchError as error:
-            name = _UNKNOWN if isinstance(error, NotFound) else request.kernel
-            self.metrics.call_ended(name, NAMES[error.code], 0.0, None)
+            self.refused(request.kernel if self.fleet.serves(request.kernel) else _UNKNOWN, error)
             raise
         limit = self._settings.default_timeout_seconds if seconds is None else seconds
-        call = Call(self, descriptor, body, min(limit, self._settings.max_timeout_seconds), door)
+        call = Call(self, descriptor, body, min(limit, self._settings.max_timeout_seconds), caller)
         self._live.add(call)
         self._bytes += body.size
         self.fleet.route(call)
         return call
 
-    def ended(self, call: "Call") -> None:
-        """A call is over."""
+    def refused(self, kernel: str, error: UnlatchError) -> None:
+        """A call was not let in."""
+        self.metrics.call_ended(kernel, error.status, 0.0, None)
+
+    def unreadable(self, error: UnlatchError) -> None:
+        """Something came that is no call that could be let in."""
+        self.refused(_UNKNOWN, error)
+
+    def charge(self, size: int, instead_of: int) -> None:
+        """A call holds `size` bytes now. Raises ResourceExhausted where all of them together would hold too many."""
+        if size > instead_of:
+            self._fit(size - instead_of)
+        self._bytes += size - instead_of
+
+    def gone(self, call: "Call", size: int) -> None:
+        """A call holds nothing any more."""
         self._live.discard(call)
-        self._bytes -= call.body.size
+        self._bytes -= size
         if not self._live:
             self._none_left.set()
 
@@ -75,7 +110,7 @@ class Calls:
             self._none_left.clear()
             await self._none_left.wait()
 
-    def _admit(self, size: int) -> None:
+    def _admit(self, body: Body) -> None:
         settings = self._settings
         if self._draining:
             raise Unavailable("this gateway is draining and takes no new calls")
@@ -83,42 +118,118 @@ class Calls:
             raise ResourceExhausted(
                 f"the gateway holds max_live_calls={settings.max_live_calls} already", retry_after_milliseconds=100
             )
-        if self._bytes + size > settings.max_live_bytes:
+        if len(body.lengths) > MOST_TENSORS:
+            raise InvalidArgument(f"{len(body.lengths)} tensors are more than a call's {MOST_TENSORS}")
+        self._fit(body.size)
+
+    def _fit(self, size: int) -> None:
+        most = self._settings.max_live_bytes
+        if self._bytes + size > most:
             raise ResourceExhausted(
-                f"{size} bytes do not fit: calls hold {self._bytes} of max_live_bytes={settings.max_live_bytes}",
+                f"{size} bytes do not fit: calls hold {self._bytes} of max_live_bytes={most}",
                 retry_after_milliseconds=100,
             )
 
 
-class Call:
-    """One call, from its admission to its end. It waits for its own reply on a replica's lane."""
+def too_much_said(header: bytes) -> InvalidArgument:
+    """Why a call is refused that is too large without its tensors' bytes; it names what takes most."""
+    culprit, largest = "", 0
+    with suppress(Malformed):
+        for field in Request.DESCRIPTOR.fields:
+            for entry in split(header, field.number, _MOST_NAMED)[1]:
+                if len(entry) > largest:
+                    culprit, largest = _name_of(field, entry), len(entry)
+    return InvalidArgument(
+        f"{culprit or 'the call'}: what a call says besides its tensors' bytes takes at most {MOST_DESCRIPTOR_BYTES} "
+        f"bytes, and this one {len(header)}",
+        field=culprit,
+    )
 
-    def __init__(self, calls: Calls, descriptor: Descriptor, body: Body, seconds: float, door: Door) -> None:
+
+def _name_of(field: FieldDescriptor, entry: memoryview) -> str:
+    """A parameter's key and a tensor's name are the first field of their entries; what has neither is the field."""
+    if field.message_type is None:
+        return _PROTOCOLS_NAMES.get(field.name, field.name)
+    first = split(bytes(entry), 1, 1)[1]
+    return bytes(first[0][:64]).decode(errors="replace") if first else field.name
+
+
+class Call:
+    """One call, from its admission until its caller has left with the answer.
+
+        begin ──> held by the fleet ──> sent ──> replied ──> pieces ──> over ──> left
+                                          └── lost, expired, failed ──────┘
+
+    Until it is over its deadline holds, and a caller who leaves takes it back from the replica, even when half of the
+    reply is here. It waits for its own reply on a replica's lane, and takes the reply's pieces in.
+    """
+
+    # What runs cost, and in what company, is the replica's to know.
+    cost_seconds = 0.0
+    long = False
+    batch: Hashable | None = None
+
+    def __init__(self, calls: Calls, descriptor: Descriptor, body: Body, seconds: float, caller: Caller) -> None:
         self.descriptor = descriptor
         self.body = body
+        self.tenant = descriptor.tenant
+        self.priority = RANKS[descriptor.priority]
         self._calls = calls
-        self._door = door
+        # None once it has left. Each holds the other: bytes that either has would wait for the garbage collector.
+        self._caller: Caller | None = caller
         self._began = monotonic()
-        self._deadline = self._began + seconds
+        self.deadline = self._began + seconds
         self._seconds = seconds
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expired)
-        self._replica: Replica | None = None
-        self._number = 0
+        self._held_bytes = body.size
+        self._sent: tuple[Replica, LaneCaller, int] | None = None
+        self._reply: Reply | None = None
+        self._sink: Sink | None = None
         self._over = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether no more of the reply is to come."""
+        return self._over
 
     def remaining_microseconds(self) -> int:
         """What is left of its time; never 0, which would mean no limit."""
-        return max(1, round((self._deadline - monotonic()) * 1e6))
+        return max(1, round((self.deadline - monotonic()) * 1e6))
 
-    def sent(self, replica: Replica, number: int) -> None:
-        """It is on that replica's lane now, under that number."""
-        self._replica, self._number = replica, number
+    def sent(self, replica: Replica, lane: LaneCaller, number: int) -> None:
+        """It is on that lane to that replica now, under that number."""
+        self._sent = replica, lane, number
 
     def replied(self, reply: Reply, whole: list[memoryview] | None) -> Sink | None:
-        """The replica has answered."""
-        code = NAMES.get(reply.failure.code, "UNKNOWN") if reply.HasField("failure") else "OK"
-        self._end(code, reply)
-        return self._door.answer(reply, whole)
+        """The replica has answered, or says after all why the rest of its answer does not come."""
+        if reply.HasField("failure"):
+            self._fail(raised(reply.failure), reply)
+            return None
+        try:
+            size = sum(reply.lengths)
+            self._calls.charge(size, self._held_bytes)
+            self._held_bytes = size
+            # Nothing of the call is sent again from here on.
+            self.body.buffers = []
+            self._sink = self._caller.answer(reply, whole) if self._caller is not None else None
+        except UnlatchError as error:
+            self._drop()
+            self._fail(error, reply)
+            return None
+        self._reply = reply
+        if self._sink is None:
+            self._end("OK", reply)
+            self.leave()
+        elif self._sink.complete:
+            self._end("OK", reply)
+        return self
+
+    def feed(self, piece: memoryview) -> None:
+        """Take the reply's next piece."""
+        assert self._sink is not None
+        self._sink.feed(piece)
+        if self._sink.complete:
+            self._end("OK", self._reply)
 
     def lost(self, error: UnlatchError) -> None:
         """The lane broke before the reply was here whole."""
@@ -128,12 +239,16 @@ class Call:
         """No replica takes it any more."""
         self._fail(error)
 
-    def abandon(self) -> None:
-        """Its caller has left: free what it holds, here and in the replica. Heard after its end it means nothing."""
+    def leave(self) -> None:
+        """Its caller has what it came for, or does not wait: free what it holds, here and in the replica."""
         if not self._over:
-            expired = monotonic() >= self._deadline
+            expired = monotonic() >= self.deadline
             self._drop()
             self._end("DEADLINE_EXCEEDED" if expired else "CANCELLED", None)
+        if self._caller is not None:
+            self._caller = None
+            self.body.buffers = []
+            self._calls.gone(self, self._held_bytes)
 
     def _expired(self) -> None:
         self._drop()
@@ -141,24 +256,23 @@ class Call:
         self._fail(DeadlineExceeded(f"kernel {kernel} did not answer within {self._seconds:.3g} s"))
 
     def _drop(self) -> None:
-        if self._replica is None:
+        if self._sent is None:
             self._calls.fleet.withdraw(self)
         else:
-            self._replica.cancel(self._number)
+            _, lane, number = self._sent
+            lane.cancel(number)
 
-    def _fail(self, error: UnlatchError) -> None:
-        if not self._over:
-            self._end(NAMES[error.code], None)
-        self._door.fail(error)
+    def _fail(self, error: UnlatchError, reply: Reply | None = None) -> None:
+        if not self._over and self._caller is not None:
+            self._end(error.status, reply)
+            self._caller.fail(error)
+        self.leave()
 
     def _end(self, code: str, reply: Reply | None) -> None:
-        if self._over:
-            return
         self._over = True
         self._timer.cancel()
-        seconds = monotonic() - self._began
         timings = reply.timings if reply is not None else None
-        self._calls.metrics.call_ended(self.descriptor.request.kernel, code, seconds, timings)
-        self._calls.ended(self)
-        if self._replica is not None:
-            self._calls.fleet.ended(self, self._replica)
+        run_seconds = timings.run / 1e6 / max(timings.batch, 1) if timings is not None else 0.0
+        self._calls.metrics.call_ended(self.descriptor.request.kernel, code, monotonic() - self._began, timings)
+        if self._sent is not None:
+            self._calls.fleet.ended(self, self._sent[0], run_seconds)

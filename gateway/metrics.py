@@ -1,17 +1,21 @@
 """What the gateway reports. Its files tell what happened; this says under which names it is seen."""
 
-from collections.abc import Callable
-from time import perf_counter
-from typing import Any
+from collections.abc import Awaitable, Callable
+from time import perf_counter, time
+from typing import Any, TypeVar
 
 import structlog
 
-from common.errors import NAMES, UnlatchError, opaque
+from common.errors import UnlatchError, opaque
 from common.recorder import Recorder
-from common.rpc import Unary, abort
+from common.rpc import abort
 from protos.unlatch_pb2 import Timings
 
 log = structlog.get_logger()
+
+Answer = TypeVar("Answer")
+# What gRPC calls: with the request, or a stream of them, and the RPC's context.
+Method = Callable[[Any, Any], Awaitable[Answer]]
 
 
 class GatewayMetrics:
@@ -23,8 +27,14 @@ class GatewayMetrics:
         )
         self._stages = recorder.histogram(
             "unlatch_call_seconds",
-            "Where a call's time went: queue and run in the replica, transfer for all else, and the total.",
+            "Where a call's time went: queue and run in the replica, transfer for all else, and the total; failed for "
+            "the whole of calls that did not succeed.",
             ("kernel", "stage"),
+        )
+        # Calls and their seconds of run, by kernel and by how many calls shared a run.
+        self._ran: dict[str, dict[int, tuple[int, float]]] = {}
+        self._last = recorder.gauge(
+            "unlatch_last_call_timestamp_seconds", "When a call of a kernel last ended, since the epoch.", ("kernel",)
         )
         recorder.gauge("unlatch_queue_depth", "Calls that fit no replica's window yet.", read=lambda: float(held()))
         recorder.gauge("unlatch_calls_in_flight", "Calls that have not ended.", read=lambda: float(live()))
@@ -39,31 +49,49 @@ class GatewayMetrics:
     def call_ended(self, kernel: str, code: str, seconds: float, timings: Timings | None) -> None:
         """A call has its answer, or needs none any more."""
         self._calls.add(1, kernel, code)
-        self._stages.observe(seconds, kernel, "total")
-        if timings is not None:
+        self._last.set(time(), kernel)
+        self._stages.observe(seconds, kernel, "total" if code == "OK" else "failed")
+        if timings is not None and code == "OK":
             queue, run = timings.queue / 1e6, timings.run / 1e6
+            calls, total = self._ran.setdefault(kernel, {}).get(timings.batch, (0, 0.0))
+            self._ran[kernel][timings.batch] = calls + 1, total + run
             self._stages.observe(queue, kernel, "queue")
             self._stages.observe(run, kernel, "run")
             self._stages.observe(max(0.0, seconds - queue - run), kernel, "transfer")
+
+    def stage(self, kernel: str, stage: str) -> tuple[int, float]:
+        """How many of a kernel's calls have been through a stage, and the seconds that they spent in it."""
+        series = self._stages.seen(kernel, stage)
+        return (sum(series.counts), series.sum) if series is not None else (0, 0.0)
+
+    def runs(self, kernel: str) -> dict[int, tuple[int, float]]:
+        """By how many calls shared them: how many runs a kernel's calls were in, and the seconds of those runs."""
+        ran = self._ran.get(kernel, {})
+        return {shared: (round(calls / shared), total / shared) for shared, (calls, total) in ran.items() if shared}
+
+    def last_call_seconds(self, kernel: str) -> float:
+        """When a call of a kernel last ended, in seconds since the epoch; 0 where none has."""
+        series = self._last.seen(kernel)
+        return series.value if series is not None else 0.0
 
     def replica(self, target: str, *, up: bool) -> None:
         """A replica's lane is open, or is not."""
         self._replica_up.set(float(up), target)
 
-    def measured(self, service: str, name: str, method: Unary) -> Unary:
-        """A unary method that counts, and whose errors become statuses: only our own errors' text reaches a caller."""
-        labels = ("unary", service, name)
+    def measured(self, service: str, name: str, method: Method[Answer], kind: str = "unary") -> Method[Answer]:
+        """A method that counts, and whose errors become statuses: only our own errors' text reaches a caller."""
+        labels = (kind, service, name)
         started, handling = self._started.labels(*labels), self._handling.labels(*labels)
 
-        async def handle(request: bytes, context: Any) -> bytes:
+        async def handle(request: Any, context: Any) -> Answer:
             began = perf_counter()
             started.add()
             code = "CANCELLED"
             try:
-                response = await method(request, context)
+                answer = await method(request, context)
                 code = "OK"
             except UnlatchError as error:
-                code = NAMES.get(error.code, "UNKNOWN")
+                code = error.status
                 await abort(context, error)
             except Exception as unexpected:
                 told, identity = opaque(f"{name} failed")
@@ -73,6 +101,6 @@ class GatewayMetrics:
             finally:
                 self._handled.add(1, *labels, code)
                 handling.observe(perf_counter() - began)
-            return response
+            return answer
 
         return handle

@@ -62,23 +62,18 @@ class Replica:
             and (self._bytes + size <= granted.window_bytes or not self._calls)
         )
 
-    def send(self, call: Outgoing) -> int:
-        """Send a call, and give its number on the lane."""
+    def send(self, call: Outgoing) -> tuple[LaneCaller, int]:
+        """Send a call, and tell the lane that it is on and its number there."""
         assert self._lane is not None
         self._calls += 1
         self._bytes += call.body.size
         call.descriptor.remaining_microseconds = call.remaining_microseconds()
-        return self._lane.call(call.descriptor, call.body, call)
+        return self._lane, self._lane.call(call.descriptor, call.body, call)
 
     def ended(self, call: Outgoing) -> None:
         """A call that was sent has ended: its part of the window is free."""
         self._calls -= 1
         self._bytes -= call.body.size
-
-    def cancel(self, number: int) -> None:
-        """Nobody waits for a call any more."""
-        if self._lane is not None:
-            self._lane.cancel(number)
 
     async def run(self) -> None:
         """Keep the lane open, for ever."""
@@ -91,6 +86,10 @@ class Replica:
                 reason = "it closed the lane"
                 try:
                     await lane.run(stream)
+                except asyncio.CancelledError:
+                    # It is us who close it.
+                    self.takes_calls = False
+                    raise
                 except grpc.aio.AioRpcError as error:
                     reason = error.details() or error.code().name
                 except ProtocolViolation as violation:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from common import lane
 from common.health import Health
 from common.lane_server import Lanes
-from common.policy import FirstComeFirstServed
+from common.policy import Policy
 from common.processes import ProcessWatch
 from common.recorder import Recorder
 from common.rpc import handlers
@@ -16,6 +16,7 @@ from gateway.calls import Calls
 from gateway.client_lane import ClientDoor
 from gateway.fleet import Fleet, Routed
 from gateway.metrics import GatewayMetrics
+from gateway.oip_about import About
 from gateway.replica import Replica
 from gateway.settings import GatewaySettings
 from protos.unlatch_pb2 import Welcome
@@ -28,19 +29,19 @@ class Gateway:
         self._settings = settings
         self.recorder = Recorder()
         self.health = Health(oip.SERVICE, lane.SERVICE)
-        self._fleet = Fleet(settings.replicas, FirstComeFirstServed[Routed](), self)
-        self.metrics = GatewayMetrics(self.recorder, lambda: self._fleet.held, lambda: len(self.calls))
-        self.calls = Calls(self._fleet, settings, self.metrics)
-        self.lanes = Lanes(self._welcome, ClientDoor(self.calls).accept)
+        self.fleet = Fleet(settings.replicas, Policy[Routed](), self)
+        self.metrics = GatewayMetrics(self.recorder, lambda: self.fleet.held, lambda: len(self.calls))
+        self.calls = Calls(self.fleet, settings, self.metrics)
+        self.lanes = Lanes(self._welcome, ClientDoor(self.calls, settings.stalled_call_seconds).accept)
 
     def start(self) -> None:
         """Open the lanes to the replicas."""
-        self._fleet.start()
+        self.fleet.start()
 
     def fleet_changed(self, replica: Replica) -> None:
         """Tell clients, probes and metrics."""
         self.metrics.replica(replica.target, up=replica.takes_calls)
-        self.health.set(serving=self._fleet.takes_calls)
+        self.health.set(serving=self.fleet.takes_calls)
         self.lanes.greet_again()
 
     async def drain(self) -> None:
@@ -50,13 +51,13 @@ class Gateway:
 
     async def close(self) -> None:
         """Close the lanes to the replicas."""
-        await self._fleet.close()
+        await self.fleet.close()
 
     def _welcome(self) -> Welcome:
         return Welcome(
             server="gateway",
             version=version("unlatch"),
-            kernels=self._fleet.kernels(),
+            kernels=self.fleet.kernels(),
             window_calls=self._settings.window_calls,
             window_bytes=self._settings.window_bytes,
         )
@@ -68,14 +69,16 @@ async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
         processes.watch("gateway", os.getpid())
         gateway = Gateway(settings)
         gateway.start()
-        methods = oip.OpenInference(gateway.calls, settings.max_message_bytes).methods()
+        infer = oip.Infer(gateway.calls, settings.max_message_bytes)
+        methods = {**About(gateway.fleet, gateway.metrics).methods(), "ModelInfer": infer.one}
         measured = {name: gateway.metrics.measured(oip.SERVICE, name, method) for name, method in methods.items()}
+        stream = gateway.metrics.measured(oip.SERVICE, "ModelStreamInfer", infer.stream, "bidi_stream")
         try:
             await serve_until_stopped(
                 "gateway",
                 settings,
                 handlers=[
-                    handlers(oip.SERVICE, unary=measured),
+                    handlers(oip.SERVICE, unary=measured, streams={"ModelStreamInfer": stream}),
                     handlers(lane.SERVICE, streams={"Open": gateway.lanes.open}),
                 ],
                 reflected=[oip.SERVICE, lane.SERVICE],

@@ -26,6 +26,8 @@ class GatewaySettings(Settings):
     # Together they bound the gateway's memory: it holds a call's bytes until the call has ended.
     max_live_calls: int = Field(20_000, gt=0, description="Most calls that the gateway holds at a time")
     max_live_bytes: int = Field(4096 * MiB, gt=0, description="Most bytes of all calls that the gateway holds")
+    # From its descriptor on a call takes room that others could use; one whose bytes stop coming gives it back.
+    stalled_call_seconds: float = Field(10.0, gt=0, description="Most time that a call's bytes may stop coming")
     # What one client's lane may have unanswered; the client holds the rest back.
     window_calls: int = Field(1024, gt=0, description="Most unanswered calls of one client's lane")
     window_bytes: int = Field(1024 * MiB, gt=0, description="Most bytes of one client's unanswered calls")

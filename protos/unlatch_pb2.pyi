@@ -19,6 +19,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -29,6 +30,24 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NORMAL: _Priority.ValueType  # 0
+    INTERACTIVE: _Priority.ValueType  # 1
+    BACKGROUND: _Priority.ValueType  # 2
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Calls that wait run in this order: interactive, normal, background."""
+
+NORMAL: Priority.ValueType  # 0
+INTERACTIVE: Priority.ValueType  # 1
+BACKGROUND: Priority.ValueType  # 2
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
 class LaneMessage(_message.Message):
@@ -117,15 +136,12 @@ class Welcome(_message.Message):
     KERNELS_FIELD_NUMBER: _builtins.int
     WINDOW_CALLS_FIELD_NUMBER: _builtins.int
     WINDOW_BYTES_FIELD_NUMBER: _builtins.int
-    MAX_CALL_BYTES_FIELD_NUMBER: _builtins.int
     server: _builtins.str
     """A name for logs, for example the host's."""
     version: _builtins.str
     window_calls: _builtins.int
     """The window: what the caller may have unanswered at a time. What exceeds it waits with the caller."""
     window_bytes: _builtins.int
-    max_call_bytes: _builtins.int
-    """A single call's tensors and a single reply's tensors together, at most."""
     @_builtins.property
     def kernels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Kernel]: ...
     def __init__(
@@ -136,11 +152,10 @@ class Welcome(_message.Message):
         kernels: _abc.Iterable[Global___Kernel] | None = ...,
         window_calls: _builtins.int = ...,
         window_bytes: _builtins.int = ...,
-        max_call_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kernels", b"kernels", "max_call_bytes", b"max_call_bytes", "server", b"server", "version", b"version", "window_bytes", b"window_bytes", "window_calls", b"window_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kernels", b"kernels", "server", b"server", "version", b"version", "window_bytes", b"window_bytes", "window_calls", b"window_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -158,6 +173,7 @@ class Descriptor(_message.Message):
     WHOLE_FIELD_NUMBER: _builtins.int
     REMAINING_MICROSECONDS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     call: _builtins.int
     """The caller's number for this call, unique on its lane while the call lives."""
     whole: _builtins.bool
@@ -166,6 +182,7 @@ class Descriptor(_message.Message):
     """What remains of the time that the caller gives; 0 means that the caller sets no limit."""
     tenant: _builtins.str
     """Who calls, as authentication at the gateway says. What a client writes here is ignored."""
+    priority: Global___Priority.ValueType
     @_builtins.property
     def request(self) -> Global___Request: ...
     @_builtins.property
@@ -181,10 +198,11 @@ class Descriptor(_message.Message):
         whole: _builtins.bool = ...,
         remaining_microseconds: _builtins.int = ...,
         tenant: _builtins.str = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "lengths", b"lengths", "remaining_microseconds", b"remaining_microseconds", "request", b"request", "tenant", b"tenant", "whole", b"whole"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "lengths", b"lengths", "priority", b"priority", "remaining_microseconds", b"remaining_microseconds", "request", b"request", "tenant", b"tenant", "whole", b"whole"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -525,11 +543,14 @@ class Timings(_message.Message):
     QUEUE_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     transfer: _builtins.int
     queue: _builtins.int
     run: _builtins.int
     worker: _builtins.int
     """The worker's slot."""
+    batch: _builtins.int
+    """How many calls ran as one with it, itself included; 0 where none ran."""
     def __init__(
         self,
         *,
@@ -537,10 +558,11 @@ class Timings(_message.Message):
         queue: _builtins.int = ...,
         run: _builtins.int = ...,
         worker: _builtins.int = ...,
+        batch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["queue", b"queue", "run", b"run", "transfer", b"transfer", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "queue", b"queue", "run", b"run", "transfer", b"transfer", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

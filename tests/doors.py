@@ -136,6 +136,17 @@ class LaneEnd:
                 return reply, bytes(self._bytes.pop(number))
             self._receive()
 
+    def first_frame(self, number: int) -> Reply:
+        """The reply to a call, whether or not its bytes are here."""
+        while number not in self._replies:
+            self._receive()
+        return self._replies[number]
+
+    def forget(self, number: int) -> None:
+        """Take in what still comes for a call that was cancelled, and look at none of it."""
+        self._replies.pop(number, None)
+        self._bytes.setdefault(number, bytearray())
+
     def refusal(self, number: int) -> Refusal:
         """How a call was refused; code OK when it was not."""
         reply, _ = self.reply(number)

@@ -1,5 +1,6 @@
 """Kernels for the tests: they report what a worker sees, or misbehave in one way each."""
 
+import itertools
 import os
 import sys
 import time
@@ -130,6 +131,22 @@ def halve(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return np.asarray(x / x.dtype.type(2))
 
 
+@kernel(pure=True)
+def tripled(x: UInt8[np.ndarray, "n"]) -> UInt8[np.ndarray, "n"]:
+    """One dtype and no other, which wraps."""
+    return np.asarray(x * np.uint8(3))
+
+
+@kernel(pure=True, batch=True, max_batch_size=32)
+def turned(
+    x: Float64[np.ndarray, "rows 3"], z: Complex128[np.ndarray, "rows n"], *, turns: int = 1
+) -> tuple[Float64[np.ndarray, "rows 3"], Complex128[np.ndarray, "rows n"]]:
+    """Quarter turns about the first axis, and of complex numbers: its calls may run as one."""
+    for _ in range(turns % 4):
+        x, z = np.stack((x[:, 0], -x[:, 2], x[:, 1]), axis=1), z * 1j
+    return x, z
+
+
 # Misbehaviour.
 
 
@@ -200,6 +217,12 @@ def returns_wrong_length(x: Vector) -> Vector:
 
 
 @kernel
+def returns_wrong_batch(x: Float64[np.ndarray, "*batch"]) -> Float64[np.ndarray, "*batch"]:
+    """Axes that are named like the input's, but are others."""
+    return np.stack((x, x))
+
+
+@kernel
 def returns_wrong_count(x: Vector) -> tuple[Vector, Vector]:
     """Three where two are declared."""
     return x, x, x  # type: ignore[return-value]
@@ -251,3 +274,25 @@ def unlocks_input(x: Vector) -> Vector:
     x.flags.writeable = True
     x += 1
     return x
+
+
+# Order.
+
+_turns = itertools.count(1)
+
+
+@kernel
+def turn(*, seconds: float = 0.0) -> Int64[np.ndarray, ""]:
+    """How many runs this worker has been given, this one included; it uses that much processor time."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+    return np.array(next(_turns))
+
+
+@kernel
+def waits_for(*, path: str) -> Float64[np.ndarray, ""]:
+    """Hold a worker until somebody opens the named pipe for writing and closes it."""
+    with open(path, "rb") as opened:
+        opened.read()
+    return np.array(0.0)

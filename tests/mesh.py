@@ -31,6 +31,8 @@ class Service:
         self.lines: list[str] = []
         self._logged = threading.Condition()
         self._ended = False
+        self._reads = threading.Event()
+        self._reads.set()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("UNLATCH_")}
         # A service whose supervisor is gone ends itself.
         supervised = {**inherited, "UNLATCH_SUPERVISOR": str(os.getpid()), **(environment or {})}
@@ -87,6 +89,15 @@ class Service:
         assert found is not None, f"no {event!r} with {fields} came within {within} s; {self}"
         return found
 
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """Within, nobody reads what it logs."""
+        self._reads.clear()
+        try:
+            yield
+        finally:
+            self._reads.set()
+
     def signal(self, number: signal.Signals) -> None:
         self._child.send_signal(number)
 
@@ -115,6 +126,7 @@ class Service:
         assert self._child.stderr is not None
         with self._child.stderr as stderr:
             for line in stderr:
+                self._reads.wait()
                 with self._logged:
                     self.lines.append(line.rstrip("\n"))
                     self._logged.notify_all()

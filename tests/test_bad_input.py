@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protos.inference_pb2 import (
-    InferTensorContents,
     ModelInferRequest,
     ModelMetadataRequest,
     ModelMetadataResponse,
@@ -24,6 +23,7 @@ from protos.inference_pb2 import (
 from protos.unlatch_pb2 import Frames, LaneMessage, Reply
 from tests.conftest import StartMesh
 from tests.doors import LARGE, LaneEnd, Oip, Refusal, arrays_of, descriptor, pieces, request, vector
+from tests.faults.watching import Scrape, wait_until
 from tests.mesh import Mesh, running_front
 
 INVALID, INTERNAL = "INVALID_ARGUMENT", "INTERNAL"
@@ -78,7 +78,12 @@ def cases() -> Iterator[Case]:
 def about_kernels() -> Iterator[Case]:
     yield Case("unknown kernel", vector("identiti", 1), "NOT_FOUND", "'identiti'.*did you mean identity", "model_name")
     yield Case("no kernel", ModelInferRequest(), "NOT_FOUND", "there is no kernel ''", "model_name")
-    yield Case("endless kernel", vector("k" * 1_000_000, 1), "NOT_FOUND", "there is no kernel 'k{64}'", "model_name")
+    yield Case("endless kernel", vector("k" * 100_000, 1), "NOT_FOUND", "there is no kernel 'k{64}'", "model_name")
+    yield Case(
+        "more than a descriptor may be", vector("k" * 1_000_000, 1), INVALID, "model_name: .*131072", "model_name"
+    )
+    crowd = ModelInferRequest(model_name="identity", raw_input_contents=[b""] * 257)
+    yield Case("more tensors than a call may bring", crowd, INVALID, "256")
     versioned = spoilt(vector("identity", 1), lambda m: setattr(m, "model_version", "7"))
     yield Case("unknown version", versioned, "NOT_FOUND", "has version 1, not '7'", "model_version")
 
@@ -158,10 +163,6 @@ def about_bytes() -> Iterator[Case]:
     yield Case("no datatype", one_input("", [1], bytes(8)), INVALID, "x: datatype '' is not served", "x")
     yield Case("endless datatype", one_input("F" * 99_999, [1], bytes(8)), INVALID, "x: datatype 'F{32}'", "x")
 
-    typed = one_input("FP64", [1], b"")
-    typed.inputs[0].contents.CopyFrom(InferTensorContents(fp64_contents=[1.0]))
-    yield Case("typed contents", typed, INVALID, "x: typed contents .* raw_input_contents", "contents")
-
     for np_dtype, datatype in (
         ("complex64", "FP64"),
         ("complex128", "INT64"),
@@ -213,7 +214,7 @@ def about_scalars() -> Iterator[Case]:
     yield Case("unknown scalar", unknown, INVALID, "ratios: .* no such parameter; did you mean ratio", "ratios")
     endless = request("default_scalars", None, **{"r" * 99_999: 0.5})
     yield Case("endless scalar", endless, INVALID, "r{64}: .* no such parameter", "r" * 64)
-    long = request("default_scalars", None, count="x" * 1_000_000)
+    long = request("default_scalars", None, count="x" * 100_000)
     yield Case("endless wrong value", long, INVALID, "count: wanted a int parameter, got the str", "count")
     for kibibytes in (100, 300, 3000):
         too_long = request("default_scalars", None, label="x" * kibibytes * KIBIBYTE)
@@ -251,6 +252,7 @@ def test_wrong_calls_are_refused_one_by_one_on_a_lane(lane: LaneEnd) -> None:
         ("returns_wrong_dtype", INTERNAL, "returned float32 for output0, but declares float64"),
         ("returns_wrong_rank", INTERNAL, r"returned shape \(1, 3\) for output0, but declares \(n\)"),
         ("returns_wrong_length", INTERNAL, r"returned shape \(4,\) for output0, but declares \(n\)"),
+        ("returns_wrong_batch", INTERNAL, r"returned shape \(2, 3\) for output0, but declares \(\*batch\)"),
         ("returns_wrong_count", INTERNAL, "returned 3 results, but declares 2"),
         ("returns_integers_as_objects", INTERNAL, "returns_integers_as_objects"),
         ("writes_to_input", INTERNAL, "writes_to_input writes to its input"),
@@ -312,20 +314,31 @@ def test_kernel_error_that_is_no_text_fails_its_own_call(kind: str, mesh: Mesh, 
 def test_kernels_exception_is_logged_whole(mesh: Mesh, oip: Oip) -> None:
     """The id that the caller got leads to the traceback in the front's log."""
     identity = oip.refusal(vector("raises_value_error", 1)).message.split()[-1]
-    entry = mesh.front_service.wait_for("kernel failed", kernel="raises_value_error")
-    stories = [entry.get("story", "") for entry in mesh.front_service.entries]
-    assert entry is not None
-    assert any(story.startswith(identity) and "a secret of the server" in story for story in stories)
+
+    def told() -> list[str]:
+        stories = [entry.get("story", "") for entry in mesh.front_service.entries]
+        return [story for story in stories if story.startswith(identity)]
+
+    # The log may come after the answer, and others of this kernel have failed before.
+    wait_until(told, "it is logged")
+    assert "a secret of the server" in told()[0]
 
 
 @pytest.mark.parametrize("microseconds", [1, 1000, 100_000])
-def test_expired_deadline_is_told(microseconds: int, oip: Oip, lane: LaneEnd) -> None:
+def test_expired_deadline_is_told(microseconds: int, mesh: Mesh, oip: Oip, lane: LaneEnd) -> None:
     """A call whose time is over ends DEADLINE_EXCEEDED by either door, and the others go on."""
     slow = request("sleeps", None, seconds=0.3)
+
+    def idle() -> bool:
+        return not Scrape(mesh.front_metrics).labels("unlatch_worker_running_seconds")
+
+    # Behind a run it would be refused as it comes.
+    wait_until(idle, "the workers are idle")
     lane.call(1, slow, remaining_microseconds=microseconds)
     refusal = lane.refusal(1)
     assert (refusal.code, refusal.fields) == ("DEADLINE_EXCEEDED", ())
     assert "sleeps did not answer within" in refusal.message
+    wait_until(idle, "the workers are idle")
     assert oip.refusal(slow, timeout=microseconds / 1e6).code == "DEADLINE_EXCEEDED"
     assert lane.serves(2)
     assert oip.serves()

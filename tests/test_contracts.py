@@ -17,7 +17,6 @@ READ_THE_ENVIRONMENT = {
     "gateway/__main__.py": "who supervises this process",
     "compute/__main__.py": "who supervises this process",
     "unlatch/__main__.py": "the command line",
-    "unlatch/cli.py": "the command line",
     "unlatch/supervisor.py": "it makes its children's environment",
     "compute/forkserver.py": "multiprocessing's forkserver takes nothing but an environment",
     "compute/preload.py": "the other end of that",

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from common.errors import KernelError, UnlatchError
     from unlatch.blocking import BlockingClient
+    from unlatch.cancellation import cancelled
     from unlatch.client import Client
     from unlatch.declaration import kernel
 
-__all__ = ["BlockingClient", "Client", "KernelError", "UnlatchError", "kernel"]
+__all__ = ["BlockingClient", "Client", "KernelError", "UnlatchError", "cancelled", "kernel"]
 
 _HOMES = {
     "BlockingClient": "unlatch.blocking",
     "Client": "unlatch.client",
     "KernelError": "common.errors",
     "UnlatchError": "common.errors",
+    "cancelled": "unlatch.cancellation",
     "kernel": "unlatch.declaration",
 }
 

@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 # A blocking map hands results over in bunches: crossing threads costs more than a call does.
 _BUNCH = 64
+_END_SECONDS = 1.0
 
 
 class BlockingClient:
@@ -43,6 +44,7 @@ class BlockingClient:
         """Close the lane and end the thread; calls in flight fail."""
         if not self._loop.is_closed():
             self._wait(self._client.close())
+            self._wait(_ended())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -86,6 +88,13 @@ class BlockingClient:
             # Ctrl-C, most likely: what was asked for is not wanted any more.
             future.cancel()
             raise
+
+
+async def _ended() -> None:
+    """Let what still ends come to its end: gRPC hears of a call's end on a task of its own."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=_END_SECONDS)
 
 
 async def _bunch(results: AsyncIterator[Result]) -> tuple[list[Result], Exception | None]:

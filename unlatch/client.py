@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import grpc.aio
 
-from common.errors import DeadlineExceeded
+from common.errors import DeadlineExceeded, Unavailable
 from common.lane import MAX_MESSAGE_BYTES
 from common.rpc import options
 from common.spec import KernelSpec
@@ -28,7 +28,8 @@ class Client:
 
     A call gives one array, or a named tuple of arrays where the kernel has several outputs, or raises an UnlatchError:
     InvalidArgument, NotFound, DeadlineExceeded, ResourceExhausted, Unavailable, Internal. `timeout` is in seconds and
-    holds for each call that sets none itself. Cancelling a call frees what it holds at the other end.
+    holds for each call that sets none itself. Cancelling a call frees what it holds at the other end. `priority` says
+    who goes first where calls wait: "interactive", "normal" (unless given) or "background".
     """
 
     def __init__(self, target: str = "127.0.0.1:8001", *, timeout: float | None = None) -> None:
@@ -76,6 +77,10 @@ class Client:
                     return await call.result
                 finally:
                     call.abandon()
+        except Unavailable:
+            # Who tries again at once, and for ever, must let the lane's reader say that there is a replica again.
+            await asyncio.sleep(0)
+            raise
         except TimeoutError:
             raise DeadlineExceeded(f"kernel {name} did not answer within {seconds:.3g} s") from None
 

@@ -9,13 +9,14 @@ stays what it was: it is called, tested and imported without Unlatch running.
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar, get_type_hints, overload
 
 from common.datatypes import DATATYPES
 from common.errors import KernelError
-from common.spec import ArraySpec, KernelSpec, ScalarSpec
+from common.spec import ANY_LENGTH, ArraySpec, KernelSpec, ScalarSpec
 
 __all__ = ["DeclarationError", "KernelError", "kernel", "spec_of"]
 
@@ -27,6 +28,8 @@ DECLARED = "__unlatch_declared__"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _INPUT_DIM = re.compile(r"(\d+|\*?[A-Za-z_][A-Za-z0-9_]*|\.\.\.)\Z")
 _SCALARS = {bool: "bool", int: "int", float: "float", str: "str"}
+# What a client's call and the protocol take for themselves.
+_RESERVED = frozenset({"priority", "timeout"})
 # What a metadata reader is told first of a kernel that takes several dtypes.
 _PREFERENCE = ("float64", "float32", "complex128", "complex64", "int64", "uint8", "bool")
 _SERVED = [*_PREFERENCE, *(name for name, _ in DATATYPES.values() if name not in _PREFERENCE)]
@@ -66,7 +69,8 @@ def kernel(
     - `name`: what callers say; the function's own name unless given.
     - `version`: an opaque string that callers may ask for.
     - `pure`: the result depends on the arguments alone, so a call whose worker died may be run again.
-    - `batch`, `max_batch_size`: the first axis of every array is a batch; calls may be run together.
+    - `batch`, `max_batch_size`: the first axis of every array and result is a batch, and each row's result depends on
+      that row alone; calls that wait are run as one, up to so many rows.
     - `timeout`: seconds that one run may take.
     - `memory`: bytes that one run may need.
 
@@ -87,6 +91,14 @@ def kernel(
         )
         if not _NAME.match(spec.name):
             raise _refusal(function, f"the name {spec.name!r} is no identifier")
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise _refusal(function, f"timeout={timeout!r} is no number of seconds above 0")
+        if memory is not None and not (isinstance(memory, int) and memory > 0):
+            raise _refusal(function, f"memory={memory!r} is no whole number of bytes above 0")
+        if not (isinstance(max_batch_size, int) and max_batch_size >= 1):
+            raise _refusal(function, f"max_batch_size={max_batch_size!r} is no whole number above 0")
+        if batch:
+            _check_batch(function, spec)
         setattr(function, _SPEC, spec)
         # A second function of one name hides the first from its module, but not from here.
         function.__globals__.setdefault(DECLARED, []).append(function)
@@ -124,6 +136,23 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
     return {"inputs": tuple(inputs), "scalars": tuple(scalars), "outputs": _outputs(function, hints.get("return"))}
 
 
+def _check_batch(function: Callable[..., Any], spec: KernelSpec) -> None:
+    """Calls can run as one where every array has their number of rows first, under one name."""
+    if spec.max_batch_size < 1:
+        raise _refusal(function, f"max_batch_size is a number of rows, at least 1, not {spec.max_batch_size}")
+    arrays = (*spec.inputs, *spec.outputs)
+    first = arrays[0].dims[0] if arrays[0].dims else ""
+    if not spec.inputs or first == ANY_LENGTH or not _NAME.match(first):
+        raise _refusal(function, "with batch=True it takes arrays whose first axis has a name: 'rows' or 'rows n'")
+    for array in arrays:
+        if array.dims[:1] != (first,) or first in array.dims[1:]:
+            raise _refusal(
+                function,
+                f"with batch=True the first axis of every array and result, and no other, is {first!r}; "
+                f"{array.name!r} has {' '.join(array.dims) or 'none'!r}",
+            )
+
+
 def _array(function: Callable[..., Any], name: str, hint: Any) -> ArraySpec:
     dims = getattr(hint, "dim_str", None)
     if dims is None:
@@ -147,6 +176,8 @@ def _dtypes(function: Callable[..., Any], name: str, wanted: Any) -> tuple[str, 
 def _scalar(function: Callable[..., Any], parameter: inspect.Parameter, hint: Any) -> ScalarSpec:
     if hint not in _SCALARS:
         raise _refusal(function, f"{parameter.name!r} must be a bool, int, float or str")
+    if parameter.name in _RESERVED:
+        raise _refusal(function, f"a parameter {parameter.name!r} is the call's own; give it another name")
     required = parameter.default is parameter.empty
     default = None if required else parameter.default
     fitting = (int, float) if hint is float else hint

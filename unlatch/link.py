@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 
 from common.describe import understood
-from common.errors import Internal, NotFound, Unavailable, UnlatchError, near
+from common.errors import DeadlineExceeded, Internal, NotFound, Unavailable, UnlatchError, near
 from common.failures import raised
 from common.lane import METHOD, ProtocolViolation, Sink
 from common.lane_caller import LaneCaller
@@ -72,7 +72,7 @@ class Link:
             raise Unavailable(f"the lane to {self._target} broke: {self._why}")
         descriptor, body = caller.request(given)
         descriptor.remaining_microseconds = 0 if seconds is None else max(1, round(seconds * 1e6))
-        call = PendingCall(self, caller.spec, body.size)
+        call = PendingCall(self, caller.spec, body.size, seconds)
         self._calls += 1
         self._bytes += body.size
         call.number = self._lane.call(descriptor, body, call)
@@ -125,9 +125,13 @@ class Link:
 class PendingCall:
     """A call in flight. `result` is a future of what the kernel gives."""
 
-    def __init__(self, link: Link, spec: KernelSpec, size: int) -> None:
+    def __init__(self, link: Link, spec: KernelSpec, size: int, seconds: float | None) -> None:
         self.number = 0
-        self.result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.result: asyncio.Future[Result] = loop.create_future()
+        self._seconds = seconds
+        # The gateway keeps the time too, but it may be the gateway that has stopped.
+        self._timer = None if seconds is None else loop.call_later(seconds, self._expired)
         self._link = link
         self._spec = spec
         self._size = size
@@ -169,9 +173,15 @@ class PendingCall:
             self._end()
             self._link.cancel(self.number)
 
+    def _expired(self) -> None:
+        self.abandon()
+        self.lost(DeadlineExceeded(f"kernel {self._spec.name} did not answer within {self._seconds:.3g} s"))
+
     def _end(self) -> None:
         if not self._over:
             self._over = True
+            if self._timer is not None:
+                self._timer.cancel()
             self._link.ended(self._size)
 
 

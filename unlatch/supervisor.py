@@ -48,6 +48,7 @@ class ServeSettings(Settings):
         (), description="Kernel modules besides the built-in ones: pkg.module,path/to/file.py"
     )
     workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 means one for each core granted")
+    reload: bool = Field(default=False, description="Serve kernels anew when their files change; for development")
     # Somebody waits for the prompt to come back, two seconds at most, of which closing both services takes 0.7; a
     # replica in a cluster has twenty.
     drain_seconds: float = Field(0.5, ge=0, description="How long calls in flight may take to end after SIGTERM")
@@ -68,10 +69,14 @@ class Child:
         self._drain_seconds = drain_seconds
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
+        # Held from the end of one process to the start of the next, by whoever sees to it.
+        self._replacing = asyncio.Lock()
 
     async def start(self) -> int | None:
         """Start it and wait until it serves: None, or its exit code when it ended instead."""
         loop = asyncio.get_running_loop()
+        # Whoever tidies up temporary files may have taken it.
+        self._directory.mkdir(mode=0o700, exist_ok=True)
         address = self._directory / f"{self._name}.notify"
         address.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notices:
@@ -96,18 +101,35 @@ class Child:
         ends_in_a_row = 0
         while self._process is not None:
             since = loop.time()
-            code = await self._process.wait()
-            if self._stopping:
-                return
-            ends_in_a_row = 1 if loop.time() - since > _WELL_SECONDS else ends_in_a_row + 1
-            delay = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(ends_in_a_row - 1, 10))
-            log.warning("started again", service=self._name, ended_with=code, after_seconds=delay)
-            await asyncio.sleep(delay)
-            await self.start()
+            process = self._process
+            code = await process.wait()
+            async with self._replacing:
+                if self._stopping:
+                    return
+                if self._process is not process:
+                    continue
+                ends_in_a_row = 1 if loop.time() - since > _WELL_SECONDS else ends_in_a_row + 1
+                delay = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(ends_in_a_row - 1, 10))
+                log.warning("started again", service=self._name, ended_with=code, after_seconds=delay)
+                await asyncio.sleep(delay)
+                try:
+                    await self.start()
+                except OSError as error:
+                    log.error("did not start", service=self._name, reason=str(error))
+
+    async def replace(self) -> None:
+        """Stop it, as `stop` would, and start another."""
+        async with self._replacing:
+            await self._end()
+            if not self._stopping:
+                await self.start()
 
     async def stop(self) -> None:
         """Let it drain; end it if it does not."""
         self._stopping = True
+        await self._end()
+
+    async def _end(self) -> None:
         if self._process is None or self._process.returncode is not None:
             return
         self._process.send_signal(signal.SIGTERM)
@@ -151,7 +173,7 @@ async def supervise(settings: ServeSettings, notify_socket: str) -> int:
         compute = Child("compute", (*_compute_flags(settings, lane), *common), directory, settings.drain_seconds)
         gateway = Child("gateway", (*_gateway_flags(settings, lane), *common), directory, settings.drain_seconds)
         stop = Stop((compute, gateway))
-        serving = asyncio.ensure_future(_serve(compute, gateway, notify_socket))
+        serving = asyncio.ensure_future(_serve(settings, compute, gateway, notify_socket))
         asked = asyncio.ensure_future(stop.asked.wait())
         await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
         # The gateway first: it answers what is in flight, for which it needs the replica.
@@ -164,13 +186,19 @@ async def supervise(settings: ServeSettings, notify_socket: str) -> int:
         return 0
 
 
-async def _serve(compute: Child, gateway: Child, notify_socket: str) -> int:
+async def _serve(settings: ServeSettings, compute: Child, gateway: Child, notify_socket: str) -> int:
     for child in (compute, gateway):
         code = await child.start()
         if code is not None:
             return code or 1
     notify_ready(notify_socket)
-    await asyncio.gather(compute.keep(), gateway.keep())
+    keeping = [compute.keep(), gateway.keep()]
+    if settings.reload and settings.kernels:
+        # Imported here: it watches files, which nobody else needs.
+        from unlatch.reload import Reload
+
+        keeping.append(Reload(settings.kernels, compute.replace).run())
+    await asyncio.gather(*keeping)
     return 0
 
 

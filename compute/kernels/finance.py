@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
+from compute.kernels.refusals import require_at_least, require_between, require_choice, require_work
 from unlatch import KernelError, kernel
 
 _MAX_PATHS = 100_000_000
@@ -103,8 +104,7 @@ def _add_payoffs(
 
 def _check_terms(strike: float, rate: float, volatility: float, maturity: float, kind: str) -> None:
     for name, value in (("strike", strike), ("volatility", volatility), ("maturity", maturity)):
-        if not (math.isfinite(value) and value >= 0):
-            raise KernelError(f"{name}: wanted a finite number of at least 0, got {value}")
+        require_at_least(name, value, 0)
     if not abs(rate * maturity) <= _MAX_EXPONENT:
         raise KernelError(
             f"rate: wanted a finite one with rate * maturity between -{_MAX_EXPONENT} and {_MAX_EXPONENT}, "
@@ -115,19 +115,13 @@ def _check_terms(strike: float, rate: float, volatility: float, maturity: float,
             f"volatility: wanted volatility * sqrt(maturity) of at most {_MAX_DEVIATION}, "
             f"got {volatility} over a maturity of {maturity}"
         )
-    if kind not in ("call", "put"):
-        raise KernelError(f'kind: wanted "call" or "put", got "{kind}"')
+    require_choice("kind", kind, ("call", "put"))
 
 
 def _check_simulation(spot: np.ndarray, paths: int, seed: int) -> None:
-    if not 2 <= paths <= _MAX_PATHS:
-        raise KernelError(f"paths: wanted 2 to {_MAX_PATHS}, got {paths}")
-    if len(spot) * paths > _MAX_PAYOFFS:
-        raise KernelError(
-            f"paths: wanted spots times paths of at most {_MAX_PAYOFFS}, got {len(spot)} spots and {paths} paths"
-        )
-    if seed < 0:
-        raise KernelError(f"seed: wanted at least 0, got {seed}")
+    require_between("paths", paths, 2, _MAX_PATHS)
+    require_work("paths", "spots times paths", len(spot) * paths, _MAX_PAYOFFS)
+    require_at_least("seed", seed, 0)
     wrong = np.flatnonzero(~(np.isfinite(spot) & (spot >= 0)))
     if len(wrong):
         raise KernelError(f"spot: wanted finite prices of at least 0, got {spot[wrong[0]]} at [{wrong[0]}]")

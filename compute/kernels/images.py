@@ -2,31 +2,19 @@
 
 Both filters reflect the image at its borders (d c b a | a b c d | d c b a) and work on strips of rows, so that what a
 strip needs stays in the cache of one core.
-
-The blur is a product of matrices. Along an axis, a block of output pixels is a banded matrix of weights times the input
-pixels it can see, so BLAS does the sums; the zeros beside the band cost less than NumPy's passes, one for each weight,
-would. Reflection is folded into the bands of the blocks at the borders, and nothing is padded.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Real
 
-from unlatch import KernelError, kernel
-
-# In single precision the sums of 16-bit integers still round to the right integer.
-_WORKING_DTYPES: dict[np.dtype[Any], np.dtype[Any]] = {
-    np.dtype(np.uint8): np.dtype(np.float32),
-    np.dtype(np.uint16): np.dtype(np.float32),
-    np.dtype(np.int8): np.dtype(np.float32),
-    np.dtype(np.int16): np.dtype(np.float32),
-    np.dtype(np.float16): np.dtype(np.float32),
-    np.dtype(np.float32): np.dtype(np.float32),
-    np.dtype(np.float64): np.dtype(np.float64),
-}
+from compute.kernels.bands import Band, filtered
+from compute.kernels.precision import image_dtype
+from compute.kernels.refusals import require_at_least, require_work
+from unlatch import kernel
 
 # The work for a pixel grows with the radius: at the limit about 0.3 microseconds.
 _MAX_RADIUS_PIXELS = 1024
@@ -38,14 +26,6 @@ _BLOCK_PIXELS = 64
 _NO_BLUR_SIGMA = 1e-15
 
 _STRIP_ELEMENTS = 32_768
-
-
-class _Band(NamedTuple):
-    """Output pixels `pixels` of an axis are `weights` times its input pixels `seen`."""
-
-    pixels: slice
-    seen: slice
-    weights: np.ndarray
 
 
 @kernel(pure=True)
@@ -62,7 +42,7 @@ def gaussian_blur(
     (`truncate * sigma`) above 1024 pixels. Source: `scipy.ndimage.gaussian_filter` with `mode="reflect"`, except that
     integers are rounded once, at the end, where SciPy cuts them off after each axis.
     """
-    dtype = _working_dtype(image)
+    dtype = image_dtype(image)
     weights = _gaussian_weights(sigma, truncate)
     if image.size == 0 or len(weights) == 1:
         return image
@@ -81,7 +61,7 @@ def sobel(image: Real[np.ndarray, "h w *channels"]) -> Float[np.ndarray, "h w *c
     Raises `KernelError` for other dtypes. Source: `scipy.ndimage.sobel` along both axes with `mode="reflect"`, joined
     by `numpy.hypot`.
     """
-    dtype = _working_dtype(image)
+    dtype = image_dtype(image)
     if image.size == 0:
         return np.empty(image.shape, dtype)
     pixels = image.reshape(*image.shape[:2], -1)
@@ -92,26 +72,15 @@ def sobel(image: Real[np.ndarray, "h w *channels"]) -> Float[np.ndarray, "h w *c
     return steepness.reshape(image.shape)
 
 
-def _working_dtype(image: np.ndarray) -> np.dtype[Any]:
-    try:
-        return _WORKING_DTYPES[image.dtype]
-    except KeyError:
-        raise KernelError(f"image: wanted floats or 8- or 16-bit integers, got {image.dtype}") from None
-
-
 def _gaussian_weights(sigma: float, truncate: float) -> np.ndarray:
-    for name, value in (("sigma", sigma), ("truncate", truncate)):
-        if not (math.isfinite(value) and value >= 0):
-            raise KernelError(f"{name}: wanted a finite number of at least 0, got {value}")
-    if truncate * sigma > _MAX_RADIUS_PIXELS:
-        raise KernelError(
-            f"sigma: wanted a radius (truncate * sigma) of at most {_MAX_RADIUS_PIXELS} pixels, "
-            f"got {truncate} * {sigma}"
-        )
+    require_at_least("sigma", sigma, 0)
+    require_at_least("truncate", truncate, 0)
+    radius = truncate * sigma  # which may be infinite
+    require_work("sigma", "a radius (truncate * sigma) in pixels", radius, _MAX_RADIUS_PIXELS)
     if sigma <= _NO_BLUR_SIGMA:
         return np.ones(1)
-    radius = int(truncate * sigma + 0.5)
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    radius_pixels = int(radius + 0.5)
+    weights = np.exp(-0.5 * (np.arange(-radius_pixels, radius_pixels + 1) / sigma) ** 2)
     return np.asarray(weights / weights.sum())
 
 
@@ -137,23 +106,11 @@ def _blur_apart(pixels: np.ndarray, weights: np.ndarray, dtype: np.dtype[Any]) -
 
 
 def _blur_finite(pixels: np.ndarray, weights: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    height, width, channels = pixels.shape
-    rows = pixels.reshape(height, width * channels)
-    blurred = np.empty(pixels.shape, dtype)
-    across = list(_bands(width, weights, pixels.dtype))
-    for down in _bands(height, weights, pixels.dtype):
-        strip = down.weights @ rows[down.seen]
-        planes = np.ascontiguousarray(np.moveaxis(strip.reshape(-1, width, channels), 2, 0)).reshape(-1, width)
-        smooth = np.empty_like(planes)
-        for band in across:
-            np.matmul(planes[:, band.seen], band.weights.T, out=smooth[:, band.pixels])
-        if dtype.kind in "iu":
-            np.rint(smooth, out=smooth)
-        blurred[down.pixels] = np.moveaxis(smooth.reshape(channels, -1, width), 0, 2)
-    return blurred
+    down, across = (_bands(length, weights, pixels.dtype) for length in pixels.shape[:2])
+    return filtered(pixels, down, across, dtype)
 
 
-def _bands(length: int, weights: np.ndarray, dtype: np.dtype[Any]) -> Iterator[_Band]:
+def _bands(length: int, weights: np.ndarray, dtype: np.dtype[Any]) -> Iterator[Band]:
     radius = len(weights) // 2
     block = min(length, max(_BLOCK_PIXELS, radius))
     inner: np.ndarray | None = None  # all blocks that see no border have the same weights
@@ -161,11 +118,11 @@ def _bands(length: int, weights: np.ndarray, dtype: np.dtype[Any]) -> Iterator[_
         pixels = slice(first, min(first + block, length))
         seen = slice(max(first - radius, 0), min(pixels.stop + radius, length))
         if seen.stop - seen.start < block + 2 * radius:
-            yield _Band(pixels, seen, _band_weights(pixels, seen, length, weights).astype(dtype))
+            yield Band(pixels, seen, _band_weights(pixels, seen, length, weights).astype(dtype))
             continue
         if inner is None:
             inner = _band_weights(pixels, seen, length, weights).astype(dtype)
-        yield _Band(pixels, seen, inner)
+        yield Band(pixels, seen, inner)
 
 
 def _band_weights(pixels: slice, seen: slice, length: int, weights: np.ndarray) -> np.ndarray:

@@ -1,30 +1,32 @@
-"""Products and factors of matrices, by the BLAS and LAPACK that NumPy brings."""
+"""Products and equations of matrices, by the BLAS and LAPACK that NumPy brings.
 
-from typing import Any, NamedTuple
+NumPy has LAPACK compute in double precision whatever the dtype: single-precision solutions are rounded once.
+"""
+
+import math
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Inexact, Num
+from jaxtyping import Float, Inexact, Int64, Num
 
+from compute.kernels.precision import real_dtype, working_dtype
+from compute.kernels.refusals import require_at_least, require_finite, require_result_bytes, require_work
 from unlatch import KernelError, kernel
-
-# A result may be this large whatever the arguments are; beyond it, only in proportion to them. An outer product of two
-# 8 MB vectors would be 8 TB, and two arrays of shapes (10**6, 0) and (0, 10**6) have no bytes at all.
-_FREE_RESULT_BYTES = 64 * 2**20
-_RESULT_PER_ARGUMENT_BYTE = 16
 
 # Up to here float64 holds every integer, so a product of integers by BLAS is exact.
 _EXACT_INTEGER = 2**53
 
-# The work grows with the cube of this: about a minute on one core.
+# The work grows with the cube of these: about a minute on one core.
+_MAX_SOLVE_SIDE = 8192
 _MAX_SVD_SIDE = 4096
 
 
-class SingularValues(NamedTuple):
-    """`a = u @ diag(s) @ vt`, with `s` in descending order."""
+class LeastSquares(NamedTuple):
+    """The solution of least norm, the matrix's rank and its singular values in descending order."""
 
-    u: Inexact[np.ndarray, "m k"]
+    x: Inexact[np.ndarray, "n *columns"]
+    rank: Int64[np.ndarray, ""]
     s: Float[np.ndarray, "k"]
-    vt: Inexact[np.ndarray, "k n"]
 
 
 @kernel(pure=True)
@@ -40,49 +42,92 @@ def matmul(a: Num[np.ndarray, "m k"], b: Num[np.ndarray, "k n"]) -> Num[np.ndarr
     dtype = np.result_type(a, b)
     integers = dtype.kind in "iu"
     result_dtype = np.dtype(np.int64) if integers else dtype
-    _check_result_bytes(a, b, result_dtype)
+    require_result_bytes("a, b", (a.shape[0], b.shape[1]), result_dtype, a.nbytes + b.nbytes)
     if integers:
         _check_exact(a, b)
-        dtype = np.dtype(np.float64)
-    elif dtype == np.float16:  # BLAS has no such type; NumPy's own loop for it is 100 times slower
-        dtype = np.dtype(np.float32)
+    dtype = working_dtype(a, b)  # NumPy's own loop for float16 is 100 times slower than BLAS for float32
     with np.errstate(over="ignore", invalid="ignore"):
         product: np.ndarray = np.matmul(a.astype(dtype, copy=False), b.astype(dtype, copy=False))
         return product.astype(result_dtype, copy=False)
 
 
 @kernel(pure=True)
-def svd(a: Inexact[np.ndarray, "m n"]) -> SingularValues:
-    """The thin singular value decomposition of a matrix.
+def solve(a: Inexact[np.ndarray, "n n"], b: Inexact[np.ndarray, "n *columns"]) -> Inexact[np.ndarray, "n *columns"]:
+    """The solution x of the linear equations `a @ x = b`.
 
-    `a` has shape (m, n) and finite elements. With k = min(m, n), `u` is (m, k), `s` (k,), `vt` (k, n); `u` and `vt`
-    have `a`'s dtype and `s` its real one. float16 gives float32. The sign (or phase) of each pair of singular vectors
-    is LAPACK's choice.
+    `a` has shape (n, n), `b` (n,) or (n, columns): one right-hand side or several; the result has `b`'s shape. The
+    dtype is the common one of both; float16 gives float32. Nothing warns of a matrix that is nearly singular.
 
-    Raises `KernelError` for elements that are not finite, for k above 4096, and when the iteration does not converge.
-    Source: LAPACK `gesdd` (`scipy.linalg.svd`).
+    Raises `KernelError` for elements that are not finite, for a singular matrix, and for n above 8192. Source: LAPACK
+    `gesv` (`scipy.linalg.solve`).
     """
-    if min(a.shape) > _MAX_SVD_SIDE:
-        raise KernelError(f"a: wanted a shorter side of at most {_MAX_SVD_SIDE}, got shape {a.shape}")
-    if not np.isfinite(a).all():
-        row, column = np.argwhere(~np.isfinite(a))[0]
-        raise KernelError(f"a: wanted finite elements, got {a[row, column]} at [{row}, {column}]")
-    matrix = a.astype(np.float32) if a.dtype == np.float16 else a
+    require_work("a", "a side", a.shape[0], _MAX_SOLVE_SIDE)
+    require_finite("a", a)
+    require_finite("b", b)
+    dtype = working_dtype(a, b)
+    columns = b.reshape(b.shape[0], math.prod(b.shape[1:])).astype(dtype, copy=False)
     try:
-        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+        return np.linalg.solve(a.astype(dtype, copy=False), columns).reshape(b.shape)
+    except np.linalg.LinAlgError as error:
+        raise KernelError("a: wanted a matrix that can be inverted, got a singular one") from error
+
+
+@kernel(pure=True)
+def lstsq(
+    a: Inexact[np.ndarray, "m n"], b: Inexact[np.ndarray, "m *columns"], *, rcond: float = math.nan
+) -> LeastSquares:
+    """The least squares solution x of `a @ x = b`, of least norm where there are several.
+
+    `a` has shape (m, n), `b` (m,) or (m, columns); `x` is (n,) or (n, columns), `rank` a single number, `s` has shape
+    (min(m, n),). Singular values below `rcond` times the largest count as zero; NaN, the default, stands for the
+    dtype's epsilon times max(m, n). The dtype is the common one of both (`s`: its real one); float16 gives float32.
+
+    Raises `KernelError` for elements that are not finite, for a negative rcond, for min(m, n) above 4096, when x would
+    be larger than 64 MiB and than 16 times its arguments, and when the iteration does not converge. Source: LAPACK
+    `gelsd` (`scipy.linalg.lstsq`).
+    """
+    require_work("a", "a shorter side", min(a.shape), _MAX_SVD_SIDE)
+    require_finite("a", a)
+    require_finite("b", b)
+    dtype = working_dtype(a, b)
+    shape = (a.shape[1], *b.shape[1:])
+    require_result_bytes("a, b", shape, dtype, a.nbytes + b.nbytes)
+    if min(a.size, b.size) == 0:
+        rank = 0 if a.size == 0 else np.linalg.matrix_rank(a.astype(dtype), rtol=_rcond(a, rcond))
+        s = np.linalg.svd(a.astype(dtype), compute_uv=False)
+        return LeastSquares(np.zeros(shape, dtype), np.array(rank, np.int64), s)
+    columns = b.reshape(b.shape[0], -1).astype(dtype, copy=False)
+    try:
+        x, _, rank, s = np.linalg.lstsq(a.astype(dtype, copy=False), columns, rcond=_rcond(a, rcond))
     except np.linalg.LinAlgError as error:
         raise KernelError(f"a: wanted a matrix whose decomposition converges, got {error}") from error
-    return SingularValues(u, s, vt)
+    return LeastSquares(x.reshape(shape), np.array(rank, np.int64), s)
 
 
-def _check_result_bytes(a: np.ndarray, b: np.ndarray, dtype: np.dtype[Any]) -> None:
-    wanted = a.shape[0] * b.shape[1] * dtype.itemsize
-    allowed = max(_FREE_RESULT_BYTES, _RESULT_PER_ARGUMENT_BYTE * (a.nbytes + b.nbytes))
-    if wanted > allowed:
-        raise KernelError(
-            f"a, b: wanted a product of at most {allowed} bytes for arguments of this size, "
-            f"got shapes {a.shape} and {b.shape}, whose product has {wanted}"
-        )
+@kernel(pure=True)
+def pinv(a: Inexact[np.ndarray, "m n"], *, rcond: float = math.nan) -> Inexact[np.ndarray, "n m"]:
+    """The Moore-Penrose inverse of a matrix.
+
+    `a` has shape (m, n), the result (n, m) and `a`'s dtype; float16 gives float32. Singular values below `rcond` times
+    the largest count as zero; NaN, the default, stands for the dtype's epsilon times max(m, n).
+
+    Raises `KernelError` for elements that are not finite, for a negative rcond, for min(m, n) above 4096, and when the
+    iteration does not converge. Source: LAPACK `gesdd` (`scipy.linalg.pinv`).
+    """
+    require_work("a", "a shorter side", min(a.shape), _MAX_SVD_SIDE)
+    require_finite("a", a)
+    try:
+        inverse: np.ndarray = np.linalg.pinv(a.astype(working_dtype(a), copy=False), rcond=_rcond(a, rcond))
+    except np.linalg.LinAlgError as error:
+        raise KernelError(f"a: wanted a matrix whose decomposition converges, got {error}") from error
+    return inverse
+
+
+def _rcond(a: np.ndarray, given: float) -> float:
+    if math.isnan(given):
+        return float(np.finfo(real_dtype(working_dtype(a))).eps * max(a.shape))
+    require_at_least("rcond", given, 0)
+    return given
 
 
 def _check_exact(a: np.ndarray, b: np.ndarray) -> None:

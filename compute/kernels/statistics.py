@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64, Real
 
+from compute.kernels.refusals import require_between
 from unlatch import KernelError, kernel
 
 # One for every level of a 16-bit image. A reply stays within 1 MiB whatever is asked.
@@ -37,8 +38,7 @@ def histogram(
     Raises `KernelError` for bins outside 1 to 65536, for low or high that is infinite, for low above high, and when the
     interval is too wide or too narrow for float64 to hold its edges. Source: `numpy.histogram`.
     """
-    if not 1 <= bins <= _MAX_BINS:
-        raise KernelError(f"bins: wanted 1 to {_MAX_BINS}, got {bins}")
+    require_between("bins", bins, 1, _MAX_BINS)
     values, weights = _levels(x)
     interval = _interval(values, low, high)
     counts = np.zeros(bins, np.int64)

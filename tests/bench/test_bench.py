@@ -4,6 +4,7 @@ import pytest
 
 from bench.load import calls_for, connections, parse
 from bench.oip import works
+from bench.pool import share_error
 from bench.processes import Seen, label
 from bench.report import Findings, document, ratios
 from bench.responsive import p99_seconds
@@ -100,3 +101,31 @@ def test_p99_of_a_histogram_counts_only_what_was_added() -> None:
     after = {0.001: 598.0, 0.01: 700.0, float("inf"): 700.0}
     assert p99_seconds(before, after) == pytest.approx(0.001 + 0.009 * 0.5)
     assert p99_seconds(after, after) is None
+
+
+def test_every_figure_of_the_pool_keeps_its_name_and_is_held_against_its_bound() -> None:
+    """Measured or not; a figure at its bound is met, one beyond it is not."""
+    found = {"replacement_ms_p50": 20.0, "replacement_ms_p99": 100.1, "goodput_ratio": 0.95, "batch_gain": 4.9}
+    written = document(Findings(settings={}, pool=found))
+    met = {name: figure["met"] for name, figure in written["pool"].items() if figure["value"] is not None}
+    assert met == {
+        "replacement_ms_p50": True,
+        "replacement_ms_p99": False,
+        "goodput_ratio": True,
+        "batch_gain": False,
+    }
+    assert {
+        "cancel_to_next_ms_p99",
+        "short_call_p99_ms",
+        "fair_share_error",
+        "refusal_ms_p99",
+        "batch_alone_ratio",
+        "map_cpu_fall",
+    } <= written["figures"].keys()
+
+
+def test_a_share_is_held_against_the_weights() -> None:
+    """In percent of the share: of one who weighs three times as much, and of the one that it leaves less for."""
+    assert share_error({"heavy": 2.0, "equal": 2.0}) == pytest.approx(0.0)
+    assert share_error({"heavy": 1.0, "threefold": 3.0}) == pytest.approx(0.0)
+    assert share_error({"heavy": 2.0, "threefold": 3.0}) == pytest.approx(60.0)

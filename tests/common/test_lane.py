@@ -19,7 +19,7 @@ from common.lane import (
     check_whole,
     unpack,
 )
-from protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Reply, Welcome
+from protos.unlatch_pb2 import Descriptor, Failure, Frames, LaneMessage, Reply, Welcome
 
 KIBIBYTE = 1024
 
@@ -111,6 +111,34 @@ def test_calls_and_replies_arrive_as_they_were_sent(*, bodies: list[list[int]], 
     assert any(frames.draining for frames, _ in peer.messages)
 
 
+async def test_frames_without_bodies_hold_up_a_caller_who_reads_nothing() -> None:
+    """Refusals weigh what they take: a server reads no more of a caller who takes none of them."""
+    outbox = Outbox(no_calls)
+    for number in range(1, 1001):
+        outbox.reply(number, Reply(failure=Failure(code=3, message="m" * 500)), body())
+    waiting = asyncio.ensure_future(outbox.relieved(100_000))
+    done, _ = await asyncio.wait((waiting,), timeout=0.02)
+    assert not done
+    await delivered(outbox, Peer())
+    await asyncio.wait_for(waiting, 1.0)
+
+
+async def test_dropping_the_last_body_lets_go_of_who_waits() -> None:
+    """Whoever waits until all is sent does not wait for a body that is not to be sent any more."""
+    outbox, peer = Outbox(no_calls), Peer()
+    outbox.reply(1, Reply(), Body([100_000]))
+    running = asyncio.ensure_future(outbox.run(peer.take))
+    try:
+        waiting = asyncio.ensure_future(outbox.flushed())
+        done, _ = await asyncio.wait((waiting,), timeout=0.02)
+        assert peer.messages
+        assert not done
+        outbox.drop(1)
+        await asyncio.wait_for(waiting, 1.0)
+    finally:
+        running.cancel()
+
+
 async def test_pieces_take_turns() -> None:
     """Two large bodies advance together; a small call meanwhile waits for neither, and makes their pieces smaller."""
     outbox, peer = Outbox(no_calls), Peer()
@@ -159,6 +187,21 @@ async def test_many_frames_are_bounded_too() -> None:
         outbox.call(descriptor.call, descriptor, body())
     await delivered(outbox, peer)
     assert len(peer.bodies) == 30
+
+
+@pytest.mark.parametrize(("said", "draining"), [("draining, welcome", False), ("welcome, draining", True)])
+async def test_welcome_takes_back_that_no_calls_are_wanted(said: str, *, draining: bool) -> None:
+    """What was said last holds, though both go out as one message, in which `draining` is applied last."""
+    outbox, peer = Outbox(no_calls), Peer()
+    for word in said.split(", "):
+        if word == "draining":
+            outbox.draining()
+        else:
+            outbox.welcome(Welcome(server="one"))
+    await delivered(outbox, peer)
+    ((frames, _),) = peer.messages
+    assert frames.welcome.server == "one"
+    assert frames.draining is draining
 
 
 async def test_body_that_still_arrives_is_passed_on() -> None:

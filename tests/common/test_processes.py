@@ -214,7 +214,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.watch = ProcessWatch(reaper="forkserver")
+        self.watch = ProcessWatch(reaper="forkserver", window_seconds=0.5)
         self.forkserver_pid = running_forkserver()
         self.watch.watch("forkserver", self.forkserver_pid)
         self.started: list[ForkServerProcess] = []
@@ -273,7 +273,8 @@ def test_workers_that_die_together_share_what_is_known(pool: Pool) -> None:
     """Of two that die between readings the sum is right, and the busy one is given the most of it."""
     pool.start("worker-0", spin)
     pool.start("worker-1", wait_for_ever)
-    until(lambda: cpu(pool.watch, "worker-0") > 0.4)
+    # What they cost to start is older than the window: by their last readings one is busy and the other is not.
+    until(lambda: ratio(pool.watch, "worker-0") > 0.3 and ratio(pool.watch, "worker-1") < 0.05, 30)
     before = cpu(pool.watch, "worker-0"), cpu(pool.watch, "worker-1")
     pids = [worker.pid or 0 for worker in pool.started]
     until(lambda: system_seconds(pids[0]) > before[0] + 0.4)

@@ -10,6 +10,7 @@ from protos.inference_pb2 import ModelInferRequest
 from protos.unlatch_pb2 import LaneMessage, Request
 
 RAW = ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
+MOST = 1000
 
 names = st.text(max_size=8)
 requests = st.builds(
@@ -33,7 +34,7 @@ requests = st.builds(
 @given(requests)
 def test_split_gives_header_and_bulk(message: ModelInferRequest) -> None:
     """The bulk is the repeated field's entries, and the rest parses to the message without them."""
-    header, bulk = split(message.SerializeToString(), RAW)
+    header, bulk = split(message.SerializeToString(), RAW, MOST)
     assert [bytes(entry) for entry in bulk] == list(message.raw_input_contents)
     expected = ModelInferRequest()
     expected.CopyFrom(message)
@@ -46,7 +47,7 @@ def test_split_gives_header_and_bulk(message: ModelInferRequest) -> None:
 def test_split_takes_fields_in_any_order(one: ModelInferRequest, other: ModelInferRequest) -> None:
     """Two messages one after the other are one message, whose fields then come twice and out of order."""
     joined = one.SerializeToString() + other.SerializeToString()
-    header, bulk = split(joined, RAW)
+    header, bulk = split(joined, RAW, MOST)
     whole = ModelInferRequest.FromString(joined)
     assert [bytes(entry) for entry in bulk] == list(whole.raw_input_contents)
     assert len(ModelInferRequest.FromString(header).inputs) == len(whole.inputs)
@@ -56,7 +57,7 @@ def test_split_takes_fields_in_any_order(one: ModelInferRequest, other: ModelInf
 def test_split_of_any_bytes_agrees_with_protobuf(message: bytes) -> None:
     """What split takes and protobuf's runtime takes too means the same; nothing but Malformed is raised."""
     try:
-        _, bulk = split(message, LaneMessage.PAYLOAD_FIELD_NUMBER)
+        _, bulk = split(message, LaneMessage.PAYLOAD_FIELD_NUMBER, MOST)
     except Malformed:
         return
     try:
@@ -72,7 +73,7 @@ def test_cut_message_never_gives_bytes_that_are_not_there(message: ModelInferReq
     encoded = message.SerializeToString()
     cut = encoded[: data.draw(st.integers(0, len(encoded)))]
     try:
-        header, bulk = split(cut, RAW)
+        header, bulk = split(cut, RAW, MOST)
     except Malformed:
         return
     assert [bytes(entry) for entry in bulk] == list(message.raw_input_contents)[: len(bulk)]
@@ -82,7 +83,7 @@ def test_cut_message_never_gives_bytes_that_are_not_there(message: ModelInferReq
 def test_bulk_is_sliced_not_copied() -> None:
     """An entry is a view into the message itself."""
     message = LaneMessage(payload=[b"x" * 1000]).SerializeToString()
-    _, (entry,) = split(message, LaneMessage.PAYLOAD_FIELD_NUMBER)
+    _, (entry,) = split(message, LaneMessage.PAYLOAD_FIELD_NUMBER, MOST)
     assert entry.obj is message
 
 
@@ -94,18 +95,26 @@ def test_bulk_is_sliced_not_copied() -> None:
 def test_what_protobuf_cannot_walk_is_malformed(message: bytes) -> None:
     """A field that ends too early, or is of no kind that proto3 has."""
     with pytest.raises(Malformed):
-        split(message, 2)
+        split(message, 2, MOST)
 
 
 def test_number_without_end_is_malformed() -> None:
     """A varint has at most 10 bytes: no caller makes a loop walk megabytes of them as one."""
     with pytest.raises(Malformed, match="10 bytes"):
-        split(b"\x08" + b"\x80" * 1_000_000, 2)
+        split(b"\x08" + b"\x80" * 1_000_000, 2, MOST)
+
+
+def test_message_of_too_many_entries_is_malformed() -> None:
+    """Entries of nothing cost their sender two bytes and their reader far more: their number is bounded."""
+    _, bulk = split(b"\x3a\x00" * MOST, RAW, MOST)
+    assert len(bulk) == MOST
+    with pytest.raises(Malformed, match="1000 entries"):
+        split(b"\x3a\x00" * (MOST + 1), RAW, MOST)
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 2**29 - 1), st.integers(0, 2**40))
 def test_entries_are_written_as_they_are_read(value: int, field: int, size: int) -> None:
     """A varint is what a varint field carries; an entry's head is what its bytes need before them."""
-    _, bulk = split(b"\x08" + varint(value) + bulk_entry(field, 3) + b"abc", field if field != 1 else 2)
+    _, bulk = split(b"\x08" + varint(value) + bulk_entry(field, 3) + b"abc", field if field != 1 else 2, MOST)
     assert [bytes(entry) for entry in bulk] == ([b"abc"] if field != 1 else [])
     assert bulk_entry(field, size).endswith(varint(size))

@@ -54,7 +54,70 @@ WRONG = {
         5,
         "'x' must be a bool",
     ),
+    "no time": (HEAD + FINE.replace("@kernel", "@kernel(timeout=0)"), 5, "timeout=0 is no number of seconds above 0"),
+    "endless time": (HEAD + FINE.replace("@kernel", "@kernel(timeout=1e999)"), 5, "timeout=inf is no number"),
+    "no memory": (HEAD + FINE.replace("@kernel", "@kernel(memory=0)"), 5, "memory=0 is no whole number of bytes"),
+    "part of a byte": (HEAD + FINE.replace("@kernel", "@kernel(memory=1e9)"), 5, "memory=1000000000.0 is no whole"),
+    "no batch": (HEAD + FINE.replace("@kernel", "@kernel(max_batch_size=0)"), 5, "max_batch_size=0 is no whole"),
 }
+
+BATCH = """
+@kernel(batch=True)
+def f(x: Float64[np.ndarray, {0!r}], y: Float64[np.ndarray, {1!r}]) -> Float64[np.ndarray, {2!r}]:
+    return x
+"""
+# What the first axes of a kernel of batches are not: the dims of two inputs and the output, and what is said of them.
+NO_BATCH = {
+    "a length": (("3 n", "3", "3"), "first axis has a name"),
+    "anything": (("_ n", "_", "_"), "first axis has a name"),
+    "any number": (("*rows", "*rows", "*rows"), "first axis has a name"),
+    "several": (("...", "rows", "rows"), "first axis has a name"),
+    "no axes": (("", "rows", "rows"), "first axis has a name"),
+    "another": (("rows", "cols", "rows"), "'y' has 'cols'"),
+    "none": (("rows", "", "rows"), "'y' has 'none'"),
+    "not first": (("rows", "n rows", "rows"), "'y' has 'n rows'"),
+    "twice": (("rows", "rows rows", "rows"), "'y' has 'rows rows'"),
+    "no rows out": (("rows n", "rows", "n"), "'output0' has 'n'"),
+    "a scalar out": (("rows n", "rows", ""), "'output0' has 'none'"),
+    "more rows out": (("rows", "rows", "rows+1"), "'output0' has 'rows\\+1'"),
+}
+
+
+@pytest.mark.parametrize(("dims", "says"), NO_BATCH.values(), ids=NO_BATCH)
+def test_kernel_whose_calls_cannot_run_as_one_is_refused(dims: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    """With `batch=True` every array has the rows first, under one name: file and line, and which array has not."""
+    path = tmp_path / "wrong_kernels.py"
+    path.write_text(HEAD + BATCH.format(*dims))
+    with pytest.raises(LoadError, match=rf"^{re.escape(str(path))}:5: .*batch=True.*{says}"):
+        load([str(path)])
+
+
+def test_kernel_of_no_arrays_is_no_batch(tmp_path: Path) -> None:
+    """There is nothing to put side by side."""
+    path = tmp_path / "wrong_kernels.py"
+    path.write_text(HEAD + "\n@kernel(batch=True)\ndef f(*, n: int) -> Float64[np.ndarray, 'rows']:\n    return n\n")
+    with pytest.raises(LoadError, match=r":5: .*takes arrays"):
+        load([str(path)])
+
+
+@pytest.mark.parametrize("name", ["priority", "timeout"])
+def test_parameter_that_is_the_calls_own_is_refused(name: str, tmp_path: Path) -> None:
+    """No kernel would ever be given it."""
+    path = tmp_path / "wrong_kernels.py"
+    path.write_text(HEAD + FINE.replace('"n"])', f'"n"], *, {name}: str = "")'))
+    with pytest.raises(LoadError, match=rf":5: .*'{name}' is the call's own"):
+        load([str(path)])
+
+
+@pytest.mark.parametrize("size", ["0", "-1"])
+def test_rows_of_a_run_are_one_at_least(size: str, tmp_path: Path) -> None:
+    """`max_batch_size` says how many rows run as one."""
+    path = tmp_path / "wrong_kernels.py"
+    path.write_text(
+        HEAD + BATCH.format("rows", "rows", "rows").replace("batch=True", f"batch=True, max_batch_size={size}")
+    )
+    with pytest.raises(LoadError, match=r":5: .*max_batch_size"):
+        load([str(path)])
 
 
 def test_kernels_of_a_file_are_served_beside_the_built_in(tmp_path: Path) -> None:

@@ -62,8 +62,12 @@ def at_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
-    """A mesh of two workers that serve the kernels of faults; it must outlive every fault, and end cleanly."""
-    with running_mesh(tmp_path_factory.mktemp("faulty"), front=["--kernels", str(FAULT_KERNELS)]) as running:
+    """A mesh of two workers that serve the kernels of faults; it must outlive every fault, and end cleanly.
+
+    However long they run, they do not count as long: calls are staged behind them.
+    """
+    flags = ["--kernels", str(FAULT_KERNELS), "--long-call-seconds", "3600", "--stopped-worker-seconds", "0.5"]
+    with running_mesh(tmp_path_factory.mktemp("faulty"), front=flags) as running:
         yield running
 
 

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
-from compute import wire
+from compute import preload, wire
 from compute import worker as worker_module
-from unlatch import kernel
+from unlatch import KernelError, cancelled, kernel
 
 Vector = Float64[np.ndarray, "n"]
 Matrix = Float64[np.ndarray, "rows cols"]
@@ -127,9 +127,80 @@ def dies(x: Vector, *, how: str, gate: str = "") -> Vector:
     """Die, or misbehave, in one of the ways below; once the gate opens, where one is named."""
     run = _local("run")
     _pass(gate)
-    _WAYS[how](run.call)
+    _WAYS[how](run.members[0].call)
     time.sleep(_EVER)
     return x
+
+
+@kernel
+def dies_replying(x: Vector, *, how: str, gate: str = "") -> Vector:
+    """The same when half of the answer is written."""
+    run, mapped = _local("run"), _worker()._mapped
+    reply = mapped.reply
+
+    def half(segment: int, size: int) -> mmap.mmap:
+        memory: mmap.mmap = reply(segment, size)
+        memory[: size // 2] = bytes(size // 2)
+        _pass(gate)
+        _WAYS[how](run.members[0].call)
+        time.sleep(_EVER)
+        return memory
+
+    mapped.reply = half
+    return x
+
+
+@kernel(pure=True)
+def dies_at_first(x: Vector, *, record: str, times: int = 1) -> Vector:
+    """Die so many times, as the record tells, and then answer."""
+    path = Path(record)
+    died = len(path.read_bytes()) if path.exists() else 0
+    if died < times:
+        path.write_bytes(bytes(died + 1))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+@kernel
+def dies_while(x: Vector, *, record: str) -> Vector:
+    """Die while that file is there."""
+    if Path(record).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+# Calls that nobody waits for.
+
+
+@kernel
+def spins(*, seconds: float, record: str = "") -> Scalar:
+    """A loop in pure Python that asks nobody; it writes down that it has begun."""
+    if record:
+        Path(record).write_text(str(os.getpid()))
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return np.array(seconds)
+
+
+@kernel
+def notices(*, seconds: float, record: str) -> Scalar:
+    """The same, but it asks now and then whether anybody waits; it writes down when nobody did."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if cancelled():
+            Path(record).write_text("noticed")
+            break
+    return np.array(seconds)
+
+
+@kernel(timeout=0.2)
+def timed(*, seconds: float) -> Scalar:
+    """A loop that may run for a fifth of a second."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return np.array(seconds)
 
 
 @kernel
@@ -146,13 +217,15 @@ def dies_idle(x: Vector, *, how: str, gate: str) -> Vector:
 
 
 @kernel
-def leaves_child(x: Vector, *, record: str) -> Vector:
-    """Start a process that outlives the call, and write down its pid."""
+def leaves_child(x: Vector, *, record: str, how: str = "") -> Vector:
+    """Start a process that outlives the call and has all its files, and write down its pid; then die, if wanted."""
     child = os.fork()
     if child == 0:
         time.sleep(_EVER)
         os._exit(0)
     Path(record).write_text(str(child))
+    if how:
+        _WAYS[how](0)
     return x
 
 
@@ -168,6 +241,36 @@ def hangs(x: Vector, *, how: str, record: str) -> Vector:
         pow(3, 10**9)
     elif how == "regex":
         re.match(r"(a+)+$", "a" * 60 + "b")
+    return x
+
+
+@kernel
+def leaves_thread(x: Vector, *, gate: str) -> Vector:
+    """Start a thread that outlives the call, keeps a core busy and its process from ending until the gate opens."""
+    passed = threading.Event()
+
+    def spin() -> None:
+        while not passed.is_set():
+            pass
+
+    def wait() -> None:
+        _pass(gate)
+        passed.set()
+
+    for target in (spin, wait):
+        threading.Thread(target=target).start()
+    return x
+
+
+@kernel
+def prints(x: Vector, *, megabytes: int, record: str = "") -> Vector:
+    """Write so much to stdout and to stderr; say so first."""
+    if record:
+        Path(record).touch()
+    for _ in range(megabytes):
+        for stream in (1, 2):
+            for _ in range(64):
+                os.write(stream, b"." * (1 << 14) + b"\n")
     return x
 
 
@@ -195,6 +298,13 @@ def _worker() -> Any:
     return _found
 
 
+def _end_this_thread() -> None:
+    """The main thread alone, in a way that no Python sees, while another goes on."""
+    threading.Thread(target=time.sleep, args=(_EVER,)).start()
+    exit_of_one_thread = {"x86_64": 60, "aarch64": 93}[os.uname().machine]
+    ctypes.CDLL(None).syscall(exit_of_one_thread, 0)
+
+
 def _local(name: str, fits: Callable[[Any], bool] = lambda value: isinstance(value, wire.Run)) -> Any:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
@@ -211,7 +321,7 @@ def _send(frame: Any) -> None:
 
 def _done(call: int, *tensors: tuple[Any, ...], nanoseconds: int = 1) -> list[Any]:
     """A Done frame as it is on the wire, right or wrong."""
-    return ["done", call, [list(tensor) for tensor in tensors], nanoseconds]
+    return ["done", [[call, [list(tensor) for tensor in tensors]]], nanoseconds]
 
 
 def _grow(size: int, segment: int | None = None) -> None:
@@ -228,11 +338,6 @@ def _claim_grown(call: int, claimed: int, size: int) -> None:
     _send(_done(call, ("float64", (claimed // 8,), 0, claimed)))
 
 
-def _flood(_: int) -> None:
-    while True:
-        _send(["ready"])
-
-
 _GOOD = ("float64", (1,), 0, 8)
 
 _WAYS: dict[str, Callable[[int], Any]] = {
@@ -240,7 +345,13 @@ _WAYS: dict[str, Callable[[int], Any]] = {
     "sigsegv": lambda _: ctypes.string_at(0),
     "sigbus": lambda _: os.kill(os.getpid(), signal.SIGBUS),
     "exit": lambda _: os._exit(3),
+    "real-time signal": lambda _: os.kill(os.getpid(), 35),
     "abort": lambda _: ctypes.CDLL(None).abort(),
+    "stops": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "main thread ends": lambda _: _end_this_thread(),
+    "waits": lambda _: _pass(str(_AT_START / "gate")),
+    "hangs": lambda _: ctypes.PyDLL(None).sleep(int(_EVER)),
+    "forkserver": lambda _: os.kill(os.getppid(), signal.SIGKILL),
     "closes": lambda _: _worker()._channel.shutdown(socket.SHUT_RDWR),
     "garbage": lambda _: _send(b"\xc1" + os.urandom(1000)),
     "empty map": lambda _: _send(b"\x80"),
@@ -263,6 +374,8 @@ _WAYS: dict[str, Callable[[int], Any]] = {
     "endless code": lambda call: _send(["failed", call, 1 << 40, "", "", "", 1]),
     "code of success": lambda call: _send(["failed", call, 0, "", "", "", 1]),
     "another misfit": lambda _: _send(["misfit", "no"]),
+    "another start": lambda _: _send(["ready"]),
+    "another kernel": lambda _: _send(wire.encode(wire.Loaded(preload.catalogue.specs["echo"]))),
     "grown beyond memory": lambda call: _claim_grown(call, 1 << 46, 1 << 50),
     "grown beyond limit": lambda call: _claim_grown(call, 1 << 30, 1 << 40),
 }
@@ -348,6 +461,179 @@ def grows(x: Vector, *, size: int) -> Vector:
     """Make the reply segment that large before the answer is written to it."""
     _grow(size, _local("run").reply_segment)
     return x
+
+
+# Calls that run as one. Each tells, row by row, how many rows its run had.
+
+Rows = Float64[np.ndarray, "rows n"]
+Seen = Int64[np.ndarray, "rows"]
+
+
+class Together(NamedTuple):
+    """A result, and beside each row how many there were."""
+
+    y: Rows
+    seen: Seen
+
+
+class Mixed(NamedTuple):
+    """Two arrays as they came, and beside each row how many there were."""
+
+    a: Shaped[np.ndarray, "rows ..."]
+    b: Shaped[np.ndarray, "rows *more"]
+    seen: Seen
+
+
+def _seen(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.full(len(x), len(x))
+
+
+@kernel(pure=True, batch=True, max_batch_size=4096)
+def scaled(x: Rows, *, factor: float = 1.0, label: str = "") -> Together:
+    """Each row times a factor."""
+    return Together(x * factor, _seen(x))
+
+
+@kernel(pure=True, batch=True, max_batch_size=4096)
+def rescaled(x: Rows, *, factor: float = 1.0) -> Together:
+    """The same under another name."""
+    return Together(x * factor, _seen(x))
+
+
+@kernel(pure=True)
+def scaled_alone(x: Rows, *, factor: float = 1.0) -> Together:
+    """The same, of which no calls run as one."""
+    return Together(x * factor, _seen(x))
+
+
+@kernel(pure=True, batch=True, max_batch_size=8)
+def scaled_by_eight(x: Rows, *, factor: float = 1.0) -> Together:
+    """The same, of at most eight rows at a time."""
+    return Together(x * factor, _seen(x))
+
+
+@kernel(batch=True, max_batch_size=4096)
+def mixed(a: Shaped[np.ndarray, "rows ..."], b: Shaped[np.ndarray, "rows *more"]) -> Mixed:
+    """What came, of any dtype."""
+    return Mixed(a, b, _seen(a))
+
+
+@kernel(batch=True)
+def addresses(x: Rows) -> Int64[np.ndarray, "rows 3"]:
+    """Of each row's array: the address modulo 64, whether it can be written to, and how many rows there were."""
+    return np.full((len(x), 3), [x.ctypes.data % 64, x.flags.writeable, len(x)])
+
+
+@kernel(batch=True, max_batch_size=4096)
+def stretched(x: Float64[np.ndarray, "rows"], *, length: int) -> Float64[np.ndarray, "rows length"]:
+    """Each number so many times."""
+    return np.repeat(x[:, None], length, axis=1)
+
+
+@kernel(batch=True, max_batch_size=4096)
+def picky(x: Rows) -> Together:
+    """Refuse numbers below zero, each in a way of its own."""
+    worst = x.min(initial=0.0)
+    if worst == -1:
+        raise KernelError(f"no {x[x < 0][0]:g} please")
+    if worst == -2:
+        raise ValueError("a secret of the server")
+    if worst == -3:
+        raise MemoryError
+    if worst == -4:
+        return Together(x[1:], _seen(x))
+    if worst == -5:
+        return Together(x.astype("f4"), _seen(x))
+    if worst == -6:
+        sys.exit(3)
+    if worst == -7:
+        x += 1
+    return Together(x, _seen(x))
+
+
+@kernel(pure=True, batch=True, timeout=1.5)
+def slow(x: Rows) -> Together:
+    """Three tenths of a second for each row."""
+    time.sleep(0.3 * len(x))
+    return Together(x, _seen(x))
+
+
+@kernel(batch=True, max_batch_size=4096)
+def deadly(x: Rows) -> Together:
+    """Die of numbers below zero."""
+    if (x < 0).any():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Together(x, _seen(x))
+
+
+@kernel(pure=True, batch=True, max_batch_size=4096)
+def deadly_pure(x: Rows) -> Together:
+    """The same, and it may be run again."""
+    return deadly(x)
+
+
+@kernel(batch=True, max_batch_size=4096)
+def waits_together(x: Rows, *, gate: str, record: str = "") -> Together:
+    """Wait until the gate opens, and then write down whether nobody waits any more."""
+    _pass(gate)
+    if record:
+        Path(record).write_text(str(cancelled()))
+    return Together(x, _seen(x))
+
+
+@kernel(batch=True)
+def spins_together(x: Rows, *, record: str) -> Together:
+    """A loop in pure Python that asks nobody; it writes down how many rows it has."""
+    Path(record).write_text(str(len(x)))
+    while True:
+        pass
+
+
+@kernel(batch=True, timeout=0.3)
+def timed_together(x: Rows) -> Together:
+    """A loop without end where a number is below zero; it may run for less than a third of a second."""
+    while (x < 0).any():
+        pass
+    return Together(x, _seen(x))
+
+
+@kernel(pure=True, batch=True, timeout=0.3)
+def timed_pure(x: Rows) -> Together:
+    """The same, and it may be run again."""
+    return timed_together(x)
+
+
+@kernel(batch=True)
+def lies_together(x: Float64[np.ndarray, "rows"], *, how: str) -> Float64[np.ndarray, "rows"]:
+    """Answer what cannot be, in one of the ways below, where there are several."""
+    calls = [member.call for member in _local("run").members]
+    if len(calls) > 1:
+        for frame in _LIES_TOGETHER[how](calls):
+            _send(frame)
+        time.sleep(_EVER)
+    return x
+
+
+def _all_done(calls: list[int]) -> list[Any]:
+    return ["done", [[call, [list(_GOOD)]] for call in calls], 1]
+
+
+_FAILURE = (3, "", "", "", 1)
+
+_LIES_TOGETHER: dict[str, Callable[[list[int]], Any]] = {
+    "twice": lambda calls: [_all_done([*calls, calls[0]])],
+    "one in another's place": lambda calls: [_all_done([*calls[1:], calls[1]])],
+    "of the next run": lambda calls: [_all_done([*calls[1:], calls[-1] + 1])],
+    "some": lambda calls: [_all_done(calls[:1])],
+    "one by one": lambda calls: [_all_done([call]) for call in calls],
+    "more": lambda calls: [_all_done([*calls, calls[-1] + 999])],
+    "none": lambda _: [["done", [], 1]],
+    "one is no array": lambda calls: [["done", [[calls[0], []], *_all_done(calls[1:])[1]], 1]],
+    "done after failed": lambda calls: [["failed", calls[0], *_FAILURE], _all_done(calls)],
+    "failed twice": lambda calls: [["failed", call, *_FAILURE] for call in calls],
+    "failed after done": lambda calls: [_all_done(calls), ["failed", calls[0], *_FAILURE]],
+    "another call failed": lambda calls: [["failed", calls[-1] + 999, *_FAILURE]],
+}
 
 
 # Starting.

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 
 from common.errors import DeadlineExceeded, InvalidArgument, NotFound, UnlatchError
+from tests.faults.conftest import front_at, gateway_to
 from tests.faults.watching import Scrape, until
-from tests.mesh import ROOT, Mesh
+from tests.mesh import ROOT, Mesh, running_mesh
 from unlatch import BlockingClient, Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -357,6 +359,39 @@ async def test_interrupted_caller_leaves_nothing(faulty: Mesh, tmp_path: Path, h
 def is_idle(mesh: Mesh) -> bool:
     first, second = (Scrape(mesh.front_metrics).sum("unlatch_worker_busy_seconds_total") for _ in range(2))
     return first == second
+
+
+async def test_map_keeps_its_time_when_the_gateway_does_not(tmp_path: Path) -> None:
+    """A gateway that is stopped ends a map as it ends a call: after the time given, by the client's own clock."""
+    with running_mesh(tmp_path) as mesh:
+        async with Client(mesh.gateway) as stopped:
+            await stopped.identity(X)
+            os.kill(mesh.gateway_service.pid, signal.SIGSTOP)
+            try:
+                results = stopped.map("identity", itertools.repeat(X), timeout=0.3)
+                with pytest.raises(DeadlineExceeded, match=r"0\.3 s"):
+                    await asyncio.wait_for(anext(results), 5)
+            finally:
+                os.kill(mesh.gateway_service.pid, signal.SIGCONT)
+            np.testing.assert_array_equal(await stopped.identity(X), X)
+
+
+async def test_caller_who_tries_again_at_once_gets_through(tmp_path: Path) -> None:
+    """A loop of nothing but calls sees the replica come back: what refuses a call lets the client hear of it."""
+    socket = tmp_path / "front.sock"
+    with gateway_to(socket) as gateway, front_at(socket) as front:
+        gateway.wait_for("replica is ready")
+        async with Client(gateway.wait_for("serving")["listen"]) as impatient:
+            await impatient.echo(X)
+            front.kill()
+            with front_at(socket):
+
+                async def insist() -> Any:
+                    while True:
+                        with suppress(UnlatchError):
+                            return await impatient.echo(X)
+
+                np.testing.assert_array_equal(await asyncio.wait_for(insist(), 10), X)
 
 
 async def test_client_of_nobody(client: Client) -> None:

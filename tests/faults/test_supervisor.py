@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from common.errors import Unavailable, UnlatchError
-from tests.faults.conftest import FAULT_KERNELS, answered, front_at, gateway_to
+from tests.faults.conftest import ANY_PORTS, FAULT_KERNELS, answered, front_at, gateway_to
 from tests.faults.watching import (
+    Gate,
     Process,
     alive,
     all_memory_files,
@@ -159,19 +160,45 @@ async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> 
             assert not list(serve.directory.iterdir())
 
 
-async def test_front_killed_alone_takes_its_workers_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("doing", ["running", "replying"])
+async def test_front_killed_alone_takes_its_workers_along(tmp_path: Path, doing: str) -> None:
     """A front without a supervisor that is killed leaves nothing either, whatever its workers are doing."""
     address = tmp_path / "front.sock"
     with front_at(address) as front, gateway_to(address) as gateway:
         gateway.wait_for("replica is ready")
         async with Client(gateway.wait_for("serving")["listen"], timeout=30.0) as client:
-            calls = await stick(client, tmp_path, "sleep")
+            calls = await (stick(client, tmp_path, "sleep") if doing == "running" else reply_half(client, tmp_path))
             processes = tree(front.pid)
             memory = memory_files(process.pid for process in processes)
             front.signal(signal.SIGKILL)
             await gone(processes, memory, "SIGKILL of a front alone, workers in sleep")
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 assert isinstance(outcome, Unavailable)
+
+
+async def reply_half(client: Client, directory: Path) -> list["asyncio.Task[object]"]:
+    """Have both workers hang in the middle of writing a large reply: the calls, still in flight."""
+    gates = [Gate(directory / f"half-{number}") for number in range(2)]
+    x = np.ones(1 << 20)
+    calls = [asyncio.ensure_future(client.dies_replying(x, how="hangs", gate=str(gate))) for gate in gates]
+    await until(lambda: all(gate.reached for gate in gates), "both replies are half written")
+    for gate in gates:
+        gate.open()
+    return calls
+
+
+async def test_front_killed_while_it_starts_workers(tmp_path: Path, at_start: Path) -> None:
+    """A worker that has been forked, and has not come to its channel yet, ends when it does: nobody is there."""
+    (at_start / "waits.start").touch()
+    gate = Gate(at_start / "gate")
+    flags = ("--listen", f"unix:{tmp_path / 'front.sock'}", *ANY_PORTS, "--kernels", str(FAULT_KERNELS))
+    with Service("compute", *flags, "--workers", "2") as front:
+        await until(lambda: gate.reached, "a worker starts")
+        processes = tree(front.pid)
+        assert gate.pid in {process.pid for process in processes}
+        front.signal(signal.SIGKILL)
+        gate.open()
+        await gone(processes, set(), "SIGKILL of a front that starts workers")
 
 
 async def test_gateway_killed_is_started_again(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The image filters against `scipy.ndimage`, channel by channel."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,47 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compute.kernels.images import gaussian_blur, sobel
+from tests.kernels.pictures import DTYPES, Image, by_channel, random_image, shapes
 from unlatch import KernelError
 
-Image = np.ndarray[Any, Any]
-
-DTYPES = ["u1", "u2", "i1", "i2", "f2", "f4", "f8"]
 TOLERANCES = {"f2": 1e-3, "f4": 2e-6, "f8": 1e-12}
-
-shapes = st.one_of(
-    st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 4)),
-)
-
-
-def random_image(seed: int, shape: tuple[int, ...], dtype: str) -> Image:
-    """A read-only image of noise: over a dtype's whole range for integers, -100 to 100 for floats."""
-    random = np.random.default_rng(seed)
-    if np.dtype(dtype).kind in "iu":
-        limits = np.iinfo(dtype)
-        image = random.integers(limits.min, limits.max, shape, dtype, endpoint=True)
-    else:
-        image = random.uniform(-100, 100, shape).astype(dtype)
-    image.setflags(write=False)
-    return image
-
-
-def by_channel(filtered: Callable[[Image], Image], image: Image) -> Image:
-    """A filter of two axes, in double precision, over each channel by itself."""
-    wide = image.astype(np.float64)
-    if image.ndim == 2:
-        return filtered(wide)
-    return np.stack([filtered(wide[..., channel]) for channel in range(image.shape[2])], axis=2)
 
 
 def scipy_blur(image: Image, sigma: float, truncate: float) -> Image:
     """SciPy's Gaussian filter of each channel, in double precision."""
-    return by_channel(lambda plane: scipy.ndimage.gaussian_filter(plane, sigma, truncate=truncate), image)
+    return by_channel(
+        lambda plane: scipy.ndimage.gaussian_filter(plane.astype(np.float64), sigma, truncate=truncate), image
+    )
 
 
 def scipy_sobel(image: Image) -> Image:
     """The magnitude of SciPy's two Sobel derivatives of each channel, in double precision."""
-    return by_channel(lambda plane: np.hypot(scipy.ndimage.sobel(plane, 0), scipy.ndimage.sobel(plane, 1)), image)
+    wide = image.astype(np.float64)
+    return by_channel(lambda plane: np.hypot(scipy.ndimage.sobel(plane, 0), scipy.ndimage.sobel(plane, 1)), wide)
 
 
 @given(
@@ -128,7 +103,7 @@ def test_blur_refuses_a_width_that_is_none(name: str, value: float) -> None:
 @pytest.mark.parametrize(("sigma", "truncate"), [(257.0, 4.0), (1e300, 1e300)])
 def test_blur_refuses_a_radius_out_of_proportion(sigma: float, truncate: float) -> None:
     """A small image can't ask for the work of a huge one."""
-    with pytest.raises(KernelError, match=r"sigma: wanted a radius .* at most 1024 pixels, got"):
+    with pytest.raises(KernelError, match=r"sigma: wanted a radius .* in pixels of at most 1024, got"):
         gaussian_blur(np.zeros((4, 4)), sigma=sigma, truncate=truncate)
 
 

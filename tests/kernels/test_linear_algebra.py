@@ -1,5 +1,6 @@
-"""`matmul` against sums written out, `svd` against what defines it."""
+"""`matmul` against sums written out, the others against SciPy's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.linear_algebra import matmul, svd
+from compute.kernels.linear_algebra import lstsq, matmul, pinv, solve
 from unlatch import KernelError
 
 
@@ -80,51 +81,106 @@ def test_matmul_rounds_halves_once() -> None:
 @pytest.mark.parametrize("shared", [0, 1])
 def test_matmul_refuses_results_out_of_proportion(shared: int) -> None:
     """Small arguments can't ask for a product of terabytes."""
-    with pytest.raises(KernelError, match=r"a, b: wanted a product of at most \d+ bytes.*\(1000000, "):
+    with pytest.raises(KernelError, match=r"a, b: wanted a result of at most \d+ bytes.*\(1000000, "):
         matmul(np.zeros((10**6, shared)), np.zeros((shared, 10**6)))
 
 
+def well_conditioned(seed: int, n: int, dtype: str) -> np.ndarray[Any, Any]:
+    """A read-only square matrix whose diagonal outweighs the rest."""
+    matrix: np.ndarray[Any, Any] = random_matrix(seed, (n, n), dtype) + np.eye(n, dtype=dtype) * 150 * max(n, 1)
+    matrix.setflags(write=False)
+    return matrix
+
+
 @given(
-    m=st.integers(1, 12),
-    n=st.integers(1, 12),
+    n=sides,
+    columns=st.lists(st.integers(0, 4), max_size=1),
     dtype=st.sampled_from(["f2", "f4", "f8", "c8", "c16"]),
     seed=st.integers(0, 2**32),
 )
-def test_svd_is_what_defines_it(m: int, n: int, dtype: str, seed: int) -> None:
-    """The factors multiply to the matrix, have orthonormal columns, and SciPy's singular values in descending order."""
+def test_solve_agrees_with_scipy(n: int, columns: list[int], dtype: str, seed: int) -> None:
+    """One right-hand side, several and none, in every dtype."""
+    a = well_conditioned(seed, n, dtype)
+    b = random_matrix(seed + 1, (n, *columns), dtype)
+    x = solve(a, b)
+    assert x.shape == b.shape
+    assert x.dtype == (np.float32 if dtype == "f2" else a.dtype)
+    expected = scipy.linalg.solve(a.astype(np.complex128), b.astype(np.complex128)) if b.size else b
+    np.testing.assert_allclose(x, expected, rtol=1e-3 if x.dtype.itemsize < 8 or dtype == "c8" else 1e-10, atol=1e-5)
+
+
+def test_solve_refuses_a_singular_matrix() -> None:
+    """Equations with no solution, or many, are refused."""
+    with pytest.raises(KernelError, match="a: wanted a matrix that can be inverted, got a singular one"):
+        solve(np.ones((2, 2)), np.ones(2))
+
+
+@given(
+    m=sides,
+    n=sides,
+    columns=st.lists(st.integers(0, 3), max_size=1),
+    dtype=st.sampled_from(["f4", "f8", "c16"]),
+    seed=st.integers(0, 2**32),
+)
+def test_lstsq_agrees_with_scipy(m: int, n: int, columns: list[int], dtype: str, seed: int) -> None:
+    """Too many equations, too few, and none: SciPy's solution of least norm, rank and singular values."""
+    a, b = random_matrix(seed, (m, n), dtype), random_matrix(seed + 1, (m, *columns), dtype)
+    x, rank, s = lstsq(a, b)
+    assert x.shape == (n, *columns)
+    assert x.dtype == a.dtype
+    assert s.dtype == a.real.dtype
+    assert s.shape == (min(m, n),)
+    if a.size and b.size:
+        wide_x, _, wide_rank, wide_s = scipy.linalg.lstsq(a, b)
+        assert rank == wide_rank
+        tolerance = 2e-3 if dtype == "f4" else 1e-8
+        np.testing.assert_allclose(s, wide_s, rtol=tolerance, atol=tolerance)
+        if wide_s[-1] > wide_s[0] / 100:
+            np.testing.assert_allclose(x, wide_x, rtol=tolerance, atol=tolerance)
+    else:
+        assert not x.any()
+
+
+@given(m=sides, n=sides, dtype=st.sampled_from(["f2", "f4", "f8", "c16"]), seed=st.integers(0, 2**32))
+def test_pinv_is_what_defines_it(m: int, n: int, dtype: str, seed: int) -> None:
+    """The four conditions of Penrose hold."""
     a = random_matrix(seed, (m, n), dtype)
-    u, s, vt = svd(a)
-    k = min(m, n)
-    assert (u.shape, s.shape, vt.shape) == ((m, k), (k,), (k, n))
-    assert u.dtype == vt.dtype == (np.float32 if dtype == "f2" else a.dtype)
-    assert s.dtype == u.real.dtype
-    epsilon = 100 * np.finfo(s.dtype).eps
-    scale = max(float(s[0]), 1.0)
-    np.testing.assert_allclose((u * s) @ vt, a, atol=epsilon * scale)
-    np.testing.assert_allclose(u.conj().T @ u, np.eye(k), atol=epsilon)
-    np.testing.assert_allclose(vt @ vt.conj().T, np.eye(k), atol=epsilon)
-    assert (np.diff(s) <= 0).all()
-    expected = scipy.linalg.svdvals(a.astype(u.dtype), check_finite=True)
-    np.testing.assert_allclose(s, expected, atol=epsilon * scale)
+    p = pinv(a, rcond=1e-4)
+    assert p.shape == (n, m)
+    assert p.dtype == (np.float32 if dtype == "f2" else a.dtype)
+    wide, p = a.astype(np.complex128), p.astype(np.complex128)
+    tolerance = 0.05 if dtype in ("f2", "f4") else 1e-8
+    np.testing.assert_allclose(wide @ p @ wide, wide, atol=50 * tolerance)
+    np.testing.assert_allclose(p @ wide @ p, p, atol=tolerance, rtol=tolerance)
+    for product in (wide @ p, p @ wide):
+        np.testing.assert_allclose(product, product.conj().T, atol=tolerance)
 
 
-@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
-def test_svd_of_nothing_is_nothing(shape: tuple[int, int]) -> None:
-    """A matrix without elements has factors without singular values."""
-    u, s, vt = svd(np.zeros(shape))
-    assert (u.shape, s.shape, vt.shape) == ((shape[0], 0), (0,), (0, shape[1]))
+def test_pinv_and_lstsq_forget_what_is_below_rcond() -> None:
+    """A singular value below rcond times the largest counts as zero."""
+    a = np.diag([1.0, 1e-3])
+    np.testing.assert_allclose(pinv(a, rcond=1e-2), np.diag([1.0, 0.0]))
+    np.testing.assert_allclose(pinv(a), np.diag([1.0, 1e3]))
+    assert lstsq(a, np.ones(2), rcond=1e-2).rank == 1
+    np.testing.assert_allclose(lstsq(a, np.ones(2), rcond=1e-2).x, [1, 0], atol=1e-12)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_svd_names_the_element_that_is_not_finite(value: float) -> None:
-    """A NaN or an infinity is refused with its place."""
-    a = np.ones((3, 4))
-    a[1, 2] = value
-    with pytest.raises(KernelError, match=r"a: wanted finite elements, got (nan|inf) at \[1, 2\]"):
-        svd(a)
-
-
-def test_svd_refuses_a_side_out_of_proportion() -> None:
-    """A matrix that would take minutes is refused by its shape, before anything is read."""
-    with pytest.raises(KernelError, match=r"a: wanted a shorter side of at most 4096, got shape \(4097, 4097\)"):
-        svd(np.broadcast_to(np.float64(0), (4097, 4097)))
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: solve(np.full((2, 2), np.nan), np.ones(2)), r"a: wanted finite elements, got nan at \[0, 0\]"),
+        (lambda: solve(np.eye(2), np.array([1, np.inf])), r"b: wanted finite elements, got inf at \[1\]"),
+        (lambda: solve(np.broadcast_to(1.0, (8193, 8193)), np.ones(8193)), "a: wanted a side of at most 8192"),
+        (lambda: lstsq(np.eye(2), np.array([np.nan, 1])), "b: wanted finite elements"),
+        (lambda: lstsq(np.eye(2), np.ones(2), rcond=-1.0), "rcond: wanted a finite number of at least 0, got -1.0"),
+        (lambda: lstsq(np.broadcast_to(1.0, (4097, 4097)), np.ones(4097)), "a: wanted a shorter side of at most 4096"),
+        (lambda: lstsq(np.zeros((0, 10**7)), np.zeros((0, 10**3))), "a, b: wanted a result of at most"),
+        (lambda: pinv(np.full((2, 2), np.inf)), "a: wanted finite elements"),
+        (lambda: pinv(np.eye(2), rcond=-1.0), "rcond: wanted a finite number of at least 0"),
+        (lambda: pinv(np.broadcast_to(1.0, (4097, 4097))), "a: wanted a shorter side of at most 4096, got 4097"),
+    ],
+)
+def test_equations_refuse_what_they_cannot_solve(call: Callable[[], object], message: str) -> None:
+    """Elements that are not finite and work out of proportion are refused by name."""
+    with pytest.raises(KernelError, match=message):
+        call()

@@ -1,14 +1,18 @@
-"""`fft` against SciPy's, and against the sum that defines it."""
+"""`fft` and `convolve` against SciPy's, and against the sums that define them."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import scipy.fft
+import scipy.signal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.signals import fft
+from compute.kernels.signals import convolve, fft
+from unlatch import KernelError
+
+MODES: dict[str, Literal["full", "same", "valid"]] = {"full": "full", "same": "same", "valid": "valid"}
 
 
 def random_signal(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
@@ -74,3 +78,76 @@ def test_fft_of_a_row_that_is_not_finite_spoils_that_row_only(dtype: str, value:
     finite = np.isfinite(fft(x))
     assert finite[[0, 2]].all()
     assert not finite[1].any()
+
+
+@given(
+    batch=st.sampled_from([(), (1,), (3,), (2, 2)]),
+    n=st.sampled_from([1, 2, 7, 64, 300, 1500]),
+    m=st.sampled_from([1, 2, 5, 63, 70, 140, 300]),
+    dtypes=st.sampled_from([("f2", "f2"), ("f4", "f4"), ("f8", "f4"), ("f8", "f8"), ("c8", "f4"), ("f8", "c16")]),
+    mode=st.sampled_from(sorted(MODES)),
+    seed=st.integers(0, 2**32),
+)
+def test_convolve_agrees_with_scipy(
+    batch: tuple[int, ...], n: int, m: int, dtypes: tuple[str, str], mode: str, seed: int
+) -> None:
+    """Sums and transforms, one block and many, rows longer and shorter than the taps, in every mode."""
+    if mode == "valid" and m > n:
+        n, m = m, n
+    x, taps = random_signal(seed, (*batch, n), dtypes[0]), random_signal(seed + 1, (m,), dtypes[1])
+    convolved = convolve(x, taps, mode=mode)
+    common = np.result_type(x, taps)
+    assert convolved.dtype == (np.float32 if common == np.float16 else common)
+    rows = x.reshape(-1, n).astype(np.complex128)
+    wide_taps = taps.astype(np.complex128)
+    expected = np.array([scipy.signal.convolve(row, wide_taps, MODES[mode], "direct") for row in rows])
+    assert convolved.shape == (*batch, expected.shape[1])
+    tolerance = 1e-12 if np.finfo(common).eps < 1e-10 else 1e-5
+    np.testing.assert_allclose(convolved.reshape(expected.shape), expected, atol=tolerance * 10 * min(n, m))
+
+
+@pytest.mark.parametrize("m", [3, 200])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_convolve_of_what_is_not_finite_spoils_what_it_reaches_only(m: int, value: float) -> None:
+    """By sums and by transforms, a NaN takes part in as many samples as there are taps."""
+    x, taps = random_signal(5, (2, 2000), "f8"), random_signal(6, (m,), "f8")
+    spoiled = np.array(x)
+    spoiled[1, 700] = value
+    expected = np.array([np.convolve(row, taps) for row in x])
+    expected[1, 700 : 700 + m] = np.nan
+    np.testing.assert_allclose(convolve(spoiled, taps), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("x", "taps", "mode", "shape"),
+    [
+        ((0,), (3,), "full", (2,)),
+        ((5,), (0,), "full", (4,)),
+        ((0,), (0,), "full", (0,)),
+        ((2, 5), (0,), "same", (2, 5)),
+        ((0, 5), (3,), "valid", (0, 3)),
+        ((5,), (0,), "valid", (5,)),
+    ],
+)
+def test_convolve_of_nothing_is_zeros(x: tuple[int, ...], taps: tuple[int], mode: str, shape: tuple[int, ...]) -> None:
+    """Without samples, rows or taps there is nothing to sum."""
+    convolved = convolve(np.ones(x), np.ones(taps), mode=mode)
+    assert convolved.shape == shape
+    assert not convolved.any()
+
+
+@pytest.mark.parametrize(
+    ("x", "taps", "mode", "message"),
+    [
+        (np.ones(3), np.ones(2), "half", 'mode: wanted "full" or "same" or "valid", got "half"'),
+        (np.ones(3), np.ones(4), "valid", "taps: wanted at most the 3 samples of x with mode valid, got 4"),
+        (np.ones(3), np.array([1, np.nan]), "full", r"taps: wanted finite elements, got nan at \[1\]"),
+        (np.ones((10**4, 1)), np.ones(10**4), "full", "x, taps: wanted a result of at most 67108864 bytes"),
+    ],
+)
+def test_convolve_refuses_what_it_cannot_do(
+    x: np.ndarray[Any, Any], taps: np.ndarray[Any, Any], mode: str, message: str
+) -> None:
+    """Bad words, bad taps and results out of proportion are refused by name."""
+    with pytest.raises(KernelError, match=message):
+        convolve(x, taps, mode=mode)

@@ -1,0 +1,33 @@
+"""What a /metrics says."""
+
+import urllib.request
+from collections.abc import Mapping
+
+from prometheus_client.parser import text_string_to_metric_families
+
+# A series by its sample's name and its labels.
+Scrape = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
+
+_GROWING = ("_total", "_count", "_bucket")
+
+
+def scrape(port: int) -> Scrape:
+    """Every series as it stands."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5.0) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    samples = (sample for family in families for sample in family.samples)
+    return {(sample.name, frozenset(sample.labels.items())): sample.value for sample in samples}
+
+
+def total(seen: Scrape, name: str) -> float:
+    """The sum of all series of a name."""
+    return sum(value for (found, _), value in seen.items() if found == name)
+
+
+def fallen(before: Scrape, after: Scrape) -> list[str]:
+    """What only grows, and yet has fallen, or is gone."""
+    return [
+        f"{name}{dict(labels)}: {value} -> {after.get((name, labels))}"
+        for (name, labels), value in before.items()
+        if name.endswith(_GROWING) and after.get((name, labels), -1.0) < value
+    ]

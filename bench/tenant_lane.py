@@ -1,0 +1,70 @@
+"""A lane straight to a front, which believes whom its calls are said to come from."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import grpc.aio
+
+from common.describe import understood
+from common.errors import UnlatchError
+from common.failures import raised
+from common.lane import METHOD
+from common.lane_caller import LaneCaller
+from common.spec import KernelSpec
+from protos.unlatch_pb2 import Reply, Welcome
+from unlatch.arrays import Caller, arrays
+
+
+class TenantLane:
+    """Calls of any tenant's, of kernels that take no arrays and answer with one small one."""
+
+    def __init__(self) -> None:
+        self.caller = LaneCaller(self._welcomed, lambda: None)
+        self.welcomed = asyncio.Event()
+        self._kernels: dict[str, KernelSpec] = {}
+
+    async def call(self, kernel: str, tenant: str) -> Any:
+        """What the kernel gives. Raises UnlatchError."""
+        descriptor, body = Caller(self._kernels[kernel], {}).request(())
+        descriptor.tenant = tenant
+        waiter = _Waiter()
+        self.caller.call(descriptor, body, waiter)
+        return await waiter.result
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self._kernels = {kernel.name: understood(kernel) for kernel in welcome.kernels}
+        self.welcomed.set()
+
+
+class _Waiter:
+    def __init__(self) -> None:
+        self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def replied(self, reply: Reply, whole: list[memoryview] | None) -> None:
+        """Small arrays come along with their reply."""
+        if reply.HasField("failure"):
+            self.lost(raised(reply.failure))
+        elif not self.result.done():
+            self.result.set_result(arrays(reply.response.tensors, whole or [])[0])
+
+    def lost(self, error: UnlatchError) -> None:
+        if not self.result.done():
+            self.result.set_exception(error)
+
+
+@asynccontextmanager
+async def tenant_lane(target: str) -> AsyncIterator[TenantLane]:
+    """Such a lane, open."""
+    async with grpc.aio.insecure_channel(target) as channel:
+        lane = TenantLane()
+        stream: Any = channel.stream_stream(METHOD)()
+        running = asyncio.create_task(lane.caller.run(stream))
+        await lane.welcomed.wait()
+        try:
+            yield lane
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running

@@ -1,0 +1,71 @@
+"""Whether this replica takes calls: as long as a worker is up, and while one may be up any moment.
+
+A worker that ends is replaced within milliseconds, and calls wait for that. It is otherwise where none can be started
+as things stand: the kernels do not load any more, or do not in time. Then, once no worker is left, calls are refused
+with the reason, until a worker is up again. Why workers do not start is said once, not at every try.
+"""
+
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from common.spec import KernelSpec
+
+log = structlog.get_logger()
+
+
+class Readiness:
+    """Slots report to it. `on_change` is told why no calls are taken; "" when they are again, or others than before."""
+
+    def __init__(self, on_change: Callable[[str], None]) -> None:
+        # What all workers serve: the same object for ever.
+        self.kernels: dict[str, KernelSpec] = {}
+        self._on_change = on_change
+        self._up: set[int] = set()
+        self._refuses = False
+        # Why starts fail as things stand, and what was last said of one that failed.
+        self._obstacle = self._said = ""
+
+    def fits(self, kernels: dict[str, KernelSpec]) -> bool:
+        """Whether a worker with these may serve: calls are checked by what those that are up have."""
+        return not self._up or _are_alike(kernels, self.kernels)
+
+    def up(self, worker: int, kernels: dict[str, KernelSpec]) -> None:
+        """A worker that fits takes calls."""
+        self._up.add(worker)
+        self._obstacle = self._said = ""
+        others = not _are_alike(kernels, self.kernels)
+        news = self._refuses or (others and bool(self.kernels))
+        self._refuses = False
+        if others:
+            self.kernels.clear()
+            self.kernels.update(kernels)
+        if news:
+            log.info("replica takes calls again", kernels=len(kernels))
+            self._on_change("")
+
+    def down(self, worker: int) -> None:
+        """A worker has ended."""
+        self._up.discard(worker)
+        self._reconsider()
+
+    def failed(self, worker: int, why: str, *, lasting: bool) -> None:
+        """A worker could not be started in place of one that ended; `lasting` when the next try will fare no better."""
+        if why != self._said:
+            self._said = why
+            log.error("worker did not start", worker=worker, reason=why)
+        if lasting:
+            self._obstacle = why
+            self._reconsider()
+
+    def _reconsider(self) -> None:
+        if self._obstacle and not self._up and not self._refuses:
+            self._refuses = True
+            log.error("replica takes no calls", reason=self._obstacle)
+            self._on_change(self._obstacle)
+
+
+def _are_alike(some: dict[str, KernelSpec], others: dict[str, KernelSpec]) -> bool:
+    # As they are sent: NaN, which may be a default, equals nothing.
+    return msgspec.msgpack.encode(some) == msgspec.msgpack.encode(others)

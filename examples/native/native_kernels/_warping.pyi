@@ -1,0 +1,3 @@
+import numpy as np
+
+def distances(rows: np.ndarray, reference: np.ndarray, out: np.ndarray) -> None: ...

@@ -1,0 +1,64 @@
+"""What the examples share: their arguments, and a mesh to call."""
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import Any
+
+from unlatch import BlockingClient
+
+_ANY_PORTS = [
+    f"--{door}listen=127.0.0.1:0" for door in ("", "metrics-", "health-", "compute-metrics-", "compute-health-")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A client of a mesh, and where that has its replica's /metrics, if this is known."""
+
+    mesh: BlockingClient
+    metrics: str
+
+
+def arguments(about: str | None, output: str) -> Namespace:
+    """An example's command line: `output`, a path, and `server`, an address or nothing."""
+    parser = ArgumentParser(description=about)
+    parser.add_argument("output", nargs="?", type=Path, default=Path(output), help=f"what to save; {output} by default")
+    parser.add_argument("--server", default="", help="a gateway's address; without it a mesh is started")
+    return parser.parse_args()
+
+
+@contextmanager
+def served(server: str, *flags: str) -> Iterator[Served]:
+    """The mesh at an address, or else one of `unlatch serve` with these flags, on free ports, until the end."""
+    if server:
+        with BlockingClient(server) as mesh:
+            yield Served(mesh=mesh, metrics="")
+        return
+    command = [str(Path(sys.executable).with_name("unlatch")), "serve", *_ANY_PORTS, *flags]
+    with Popen(command, stderr=PIPE, text=True) as process:
+        try:
+            log = _log_until_ready(process)
+            with BlockingClient(log["gateway", "serving"]["listen"]) as mesh:
+                yield Served(mesh=mesh, metrics=log["front", "serving"]["metrics_listen"])
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def _log_until_ready(process: "Popen[str]") -> dict[tuple[str, str], dict[str, Any]]:
+    """What it logs, by process and event. Raises SystemExit, with its last words, when it ends instead."""
+    log: dict[tuple[str, str], dict[str, Any]] = {}
+    line = ""
+    while ("gateway", "serving") not in log or ("gateway", "replica is ready") not in log:
+        said, line = line, process.stderr.readline() if process.stderr else ""
+        if not line:
+            raise SystemExit(f"unlatch serve ended: {said}")
+        entry = json.loads(line) if line.startswith("{") else {}
+        log[entry.get("process", ""), entry.get("event", "")] = entry
+    return log

@@ -1,0 +1,107 @@
+"""The soak's own judgement: what it takes for wrong, since a soak that finds nothing has shown nothing."""
+
+import numpy as np
+import pytest
+
+from bench.counted import Answers
+from bench.soak import Watched, uncounted
+from bench.soak_calls import KINDS, Kind
+from protos.unlatch_pb2 import Frames, LaneMessage
+
+X = np.arange(1.0, 17.0)
+BY_NAME = {kind.name: kind for kind in KINDS}
+DIED = "worker 1 ended while it ran the call: SIGKILL ended it"
+POISON = "2 workers ended while they ran this call, the last one because SIGKILL ended it"
+
+SMALL, PURE, HURRIED = BY_NAME["small"], BY_NAME["small, pure"], BY_NAME["short deadline"]
+LEAVER, OBJECTED = BY_NAME["caller leaves"], BY_NAME["refused by its kernel"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said", "right"),
+    [
+        (SMALL, "OK", -X, True),
+        (SMALL, "OK", X, False),
+        (SMALL, "OK", (-X).astype("f4"), False),
+        (SMALL, "UNAVAILABLE", DIED, True),
+        (PURE, "UNAVAILABLE", DIED, False),
+        (SMALL, "UNAVAILABLE", "the lane to the server broke before the reply was here", False),
+        (PURE, "FAILED_PRECONDITION", POISON, True),
+        (SMALL, "FAILED_PRECONDITION", POISON, False),
+        (HURRIED, "DEADLINE_EXCEEDED", "", True),
+        (SMALL, "DEADLINE_EXCEEDED", "", False),
+        (SMALL, "RESOURCE_EXHAUSTED", "the queue is full", False),
+        (LEAVER, "left", "", True),
+        (SMALL, "left", "", False),
+        (SMALL, "LOST", "", False),
+        (OBJECTED, "INVALID_ARGUMENT", f"the first value is {X[0]!r}", True),
+        (OBJECTED, "INVALID_ARGUMENT", "another vector's", False),
+        (OBJECTED, "OK", X, False),
+    ],
+)
+def test_an_end_is_right_only_as_the_table_of_failures_has_it(
+    kind: Kind, code: str, said: object, *, right: bool
+) -> None:
+    """By content where it succeeds, by status and message where it does not."""
+    assert (kind.wrong(X, code, said) is None) is right  # type: ignore[arg-type]
+
+
+def reply(frames: Frames, length: int, *, whole: bool = True, failed: bool = False) -> None:
+    frame = frames.replies.add(call=7, whole=whole)
+    if failed:
+        frame.failure.code = 14
+    else:
+        frame.response.kernel = "doubled"
+        frame.lengths.append(length)
+
+
+@pytest.mark.parametrize(
+    ("what", "right"),
+    [
+        (("whole",), True),
+        (("whole", "whole"), False),
+        (("whole", "failure"), False),
+        (("failure", "whole"), False),
+        (("in pieces", "piece", "piece"), True),
+        (("in pieces", "piece", "failure"), True),
+        (("in pieces", "piece", "piece", "failure"), False),
+        (("in pieces", "piece", "piece", "piece"), False),
+        (("in pieces", "in pieces"), False),
+        (("piece",), False),
+    ],
+)
+def test_a_second_answer_is_seen(what: tuple[str, ...], *, right: bool) -> None:
+    """Whoever waits for a call takes its first answer; the lane's count sees what follows."""
+    answers = Answers()
+    for part in what:
+        frames = Frames()
+        if part == "piece":
+            frames.pieces.add(call=7)
+        else:
+            reply(frames, 8, whole=part == "whole", failed=part == "failure")
+        payload = {"whole": [bytes(8)], "piece": [bytes(4)]}.get(part, [])
+        answers.note(LaneMessage(frames=frames, payload=payload).SerializeToString())
+    assert (not answers.wrong) is right
+
+
+def test_a_call_that_never_ends_is_missed() -> None:
+    """By its caller's count and by the gateway's."""
+    door = {"begun": {"small": 3}, "ended": [["small", "OK", 1], ["small", "left", 1]], "wrong": []}
+    none = frozenset[tuple[str, str]]()
+    before = {"gateway": {("unlatch_calls_total", none): 5.0}, "front": {}}
+    after = {"gateway": {("unlatch_calls_total", none): 6.0}, "front": {}}
+    found = uncounted([("client", door)], before, after, kills=1)
+    assert [what.partition(":")[0] for what in found] == ["client", "gateway", "front"]
+
+
+def test_growth_is_told_from_what_comes_and_goes() -> None:
+    """Two MiB a minute, with and without tens of MiB that come and go."""
+    steady, noisy = Watched(), Watched()
+    for at in range(0, 600, 5):
+        steady.memory["front"].append((at, 50e6 + at * 2 * 2**20 / 60))
+        noisy.memory["front"].append((at, 50e6 + at * 2 * 2**20 / 60 + 100e6 * (at * 7919 % 11 / 11)))
+    slope, unsure = steady.growth("front")
+    assert slope == pytest.approx(2.0)
+    assert unsure == pytest.approx(0.0, abs=1e-6)
+    slope, unsure = noisy.growth("front")
+    assert abs(slope - 2.0) < unsure > 1.0

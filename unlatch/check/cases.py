@@ -1,0 +1,191 @@
+"""Inputs as a kernel's signature allows them: every declared dtype, axes of several lengths, values from a seed."""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from common.datatypes import OBJECT
+from common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec
+from common.tensors import Array
+from compute.wire import Parameters
+
+# Where every dtype is allowed, these are tried: one for each way in which elements are laid out.
+_ANY_DTYPE = ("float64", "float32", "float16", "complex128", "int64", "uint8", "bool", "datetime64[s]", OBJECT)
+_SMALL = 3
+# The longest of these whose arrays stay within so many bytes: an array may have many axes.
+_TYPICAL, _TYPICAL_BYTES = (24, 12, 6, 4), 1024 * 1024
+# A `...` or `*name` stands for none to so many axes.
+_MOST_MANY = 3
+# What a required scalar is unless the user says.
+_SCALARS: Mapping[str, bool | int | float | str] = {"bool": True, "int": 2, "float": 0.5, "str": "a"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One call's arguments. `says` describes them; `finite` is false where NaN and infinities are among them."""
+
+    says: str
+    arrays: tuple[Array, ...]
+    scalars: Parameters
+    finite: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays together."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def row(self, number: int) -> "Case":
+        """One row of a batch, as a batch of one."""
+        arrays = tuple(array[number : number + 1] for array in self.arrays)
+        return Case(says=f"row {number} of {self.says}", arrays=arrays, scalars=self.scalars)
+
+
+class Cases:
+    """Makes a kernel's cases; the same seed gives the same ones. Where `positive` is set, no number is negative."""
+
+    def __init__(self, spec: KernelSpec, seed: int, given: Mapping[str, bool | int | float | str]) -> None:
+        self.positive = False
+        self._spec = spec
+        self._seed = [seed, zlib.crc32(spec.name.encode())]
+        self._scalars: Parameters = {
+            scalar.name: given.get(scalar.name, _SCALARS[scalar.type])
+            for scalar in spec.scalars
+            if scalar.required or scalar.name in given
+        }
+
+    def dry(self) -> Iterator[Case]:
+        """Each once: every dtype, then lengths at the edge of what is declared, then values at the edge of floats."""
+        families = [_dtypes(array) for array in self._spec.inputs]
+        # All arrays of one dtype, and then each of another.
+        for apart in (0, 1) if sum(len(family) > 1 for family in families) > 1 else (0,):
+            for turn in range(max(map(len, families), default=1)):
+                dtypes = [family[(turn + apart * place) % len(family)] for place, family in enumerate(families)]
+                yield self._case(_SMALL, dtypes=dtypes)
+        if not families:
+            return
+        for length in (0, 1):
+            yield self._case(length)
+        if any(_is_many(dim) for array in self._spec.inputs for dim in array.dims):
+            for many in range(_MOST_MANY + 1):
+                yield self._case(_SMALL, many=many)
+        if any(family[0].startswith(("float", "complex")) for family in families):
+            yield self._case(_SMALL, finite=False)
+
+    def typical(self, draw: int) -> Case:
+        """A middling one. Each draw has other values in the same shapes."""
+        fitting = (length for length in _TYPICAL if self.nbytes(length) <= _TYPICAL_BYTES)
+        return self._case(next(fitting, _SMALL), draw=draw)
+
+    def batch(self, rows: int) -> Case:
+        """One whose first axes are all `rows` long."""
+        return self._case(_SMALL, rows=rows, many=1)
+
+    def of_length(self, length: int) -> Case:
+        """One whose named axes are about that long."""
+        return self._case(length)
+
+    def nbytes(self, length: int) -> int:
+        """What the arrays of `of_length` take together, without making them."""
+        lengths = self._lengths(length)
+        return sum(
+            prod(_shape(array, lengths, self._many())) * np.dtype(_dtypes(array)[0]).itemsize
+            for array in self._spec.inputs
+        )
+
+    @property
+    def grows(self) -> bool:
+        """Whether any input may be larger or smaller."""
+        return self.nbytes(8) > self.nbytes(4)
+
+    def _many(self) -> int:
+        """How many axes a `...` stands for unless a case says: one, where it is all there is."""
+        named = any(not _is_many(dim) and not dim.isdecimal() for array in self._spec.inputs for dim in array.dims)
+        return 0 if named else 1
+
+    def _lengths(self, length: int) -> dict[str, int]:
+        """A length for each name, no two alike: what is mixed up should show."""
+        names = dict.fromkeys(dim for array in self._spec.inputs for dim in array.dims if not dim.isdecimal())
+        return {name: length + place if length > 1 else length for place, name in enumerate(names)}
+
+    def _case(
+        self,
+        length: int,
+        *,
+        dtypes: list[str] | None = None,
+        many: int | None = None,
+        rows: int | None = None,
+        draw: int = 0,
+        finite: bool = True,
+    ) -> Case:
+        dtypes = dtypes or [_dtypes(array)[0] for array in self._spec.inputs]
+        lengths = self._lengths(length)
+        many = self._many() if many is None else many
+        if rows is not None:
+            lengths |= {array.dims[0]: rows for array in self._spec.inputs}
+        shapes = [_shape(array, lengths, many) for array in self._spec.inputs]
+        if rows is not None:
+            shapes = [(rows, *shape[1:]) for shape in shapes]
+        random = np.random.default_rng([*self._seed, draw])
+        arrays = tuple(
+            _values(random, dtype, shape, finite=finite, positive=self.positive)
+            for dtype, shape in zip(dtypes, shapes, strict=True)
+        )
+        says = ", ".join(
+            f"{array.name}: {dtype}[{', '.join(map(str, shape))}]"
+            for array, dtype, shape in zip(self._spec.inputs, dtypes, shapes, strict=True)
+        )
+        if not finite:
+            says += " with NaN and infinity"
+        if self.positive:
+            says += " of positive numbers"
+        says += "".join(f", {name}={value!r}" for name, value in self._scalars.items())
+        return Case(says=says or "no arguments", arrays=arrays, scalars=dict(self._scalars), finite=finite)
+
+
+def _dtypes(array: ArraySpec) -> tuple[str, ...]:
+    return array.dtypes or _ANY_DTYPE
+
+
+def _is_many(dim: str) -> bool:
+    return dim == ELLIPSIS or dim.startswith("*")
+
+
+def _shape(array: ArraySpec, lengths: Mapping[str, int], many: int) -> tuple[int, ...]:
+    shape: list[int] = []
+    for dim in array.dims:
+        if _is_many(dim):
+            shape += [lengths[dim]] * many
+        else:
+            # Axes of any length have nothing to do with one another.
+            apart = len(shape) if dim == ANY_LENGTH and lengths[dim] > 1 else 0
+            shape.append(int(dim) if dim.isdecimal() else lengths[dim] + apart)
+    return tuple(shape)
+
+
+def _values(random: np.random.Generator, dtype: str, shape: tuple[int, ...], *, finite: bool, positive: bool) -> Array:
+    kind = np.dtype(dtype).kind
+    if kind == "f":
+        values = np.asarray(random.standard_normal(shape))
+        return _spoilt((abs(values) if positive else values).astype(dtype), finite=finite)
+    if kind == "c":
+        values = np.asarray(random.standard_normal(shape) + 1j * random.standard_normal(shape))
+        return _spoilt(values.astype(dtype), finite=finite)
+    if kind == "b":
+        return np.asarray(random.random(shape) < 0.5)
+    if kind == "O":
+        texts = np.empty(prod(shape), dtype=object)
+        texts[:] = [random.bytes(int(size)) for size in random.integers(0, 9, prod(shape))]
+        return texts.reshape(shape)
+    low, high = (0, 200) if kind == "u" else (1 if positive else -100, 100)
+    return np.asarray(random.integers(low, high, shape)).astype(dtype)
+
+
+def _spoilt(values: Array, *, finite: bool) -> Array:
+    if not finite:
+        flat = values.reshape(-1)
+        for place, value in zip(range(0, flat.size, 2), (np.nan, np.inf, -np.inf), strict=False):
+            flat[place] = value
+    return values

@@ -1,0 +1,131 @@
+"""`unlatch check`: options, the order of things, the exit code."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import InvalidArgument, near
+from common.settings import MiB
+from common.spec import KernelSpec
+from compute.trial import TriedKernel, TriedModule, tried
+from unlatch.check.cases import Cases
+from unlatch.check.findings import Finding
+from unlatch.check.growth import Growth, measure
+from unlatch.check.report import for_people, for_programs
+from unlatch.check.rules import Examination
+from unlatch.check.worker import StartError, Workers
+
+_IMPORT_SECONDS = 60.0
+_SLOW_IMPORT_SECONDS = 1.0
+
+Scalars = dict[str, dict[str, bool | int | float | str]]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check kernel modules: 0 when they are fine, 1 when a fault is found, 2 for wrong usage."""
+    options = parser().parse_args(arguments)
+    try:
+        _check_files(options.modules)
+        return asyncio.run(_check(options))
+    except (InvalidArgument, StartError) as error:
+        print(f"unlatch check: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its flags."""
+    made = argparse.ArgumentParser(
+        prog="unlatch check",
+        description="Find what kernels do that they should not: each is run in real workers, with random inputs of "
+        "the shapes and dtypes that it declares. Exit codes: 0 fine, 1 a fault was found, 2 wrong usage.",
+    )
+    made.add_argument("modules", nargs="+", metavar="module", help="path/to/file.py or pkg.module")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="kernel.scalar=value", help="what a scalar is, in every run"
+    )
+    made.add_argument("--seed", type=int, default=0, help="what random inputs begin with (default: 0)")
+    made.add_argument("--seconds", type=float, default=10.0, help="most time of a run (default: 10)")
+    made.add_argument("--memory-mib", type=int, default=2048, help="most memory of a worker (default: 2048)")
+    made.add_argument(
+        "--most-mib", type=float, default=8.0, help="largest inputs that are timed; 0 times nothing (default: 8)"
+    )
+    made.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return made
+
+
+def _check_files(modules: Sequence[str]) -> None:
+    for name in modules:
+        if name.endswith(".py") and not Path(name).is_file():
+            raise InvalidArgument(f"{name}: there is no such file")
+
+
+async def _check(options: argparse.Namespace) -> int:
+    trial = await tried(options.modules, within_seconds=_IMPORT_SECONDS, memory_bytes=options.memory_mib * MiB)
+    kernels = {kernel.spec.name: kernel for module in trial.modules for kernel in module.kernels}
+    scalars = _given(options.set, {name: kernel.spec for name, kernel in kernels.items()})
+    findings = [finding for module in trial.modules for finding in _of_module(module)]
+    growths: dict[str, Growth] = {}
+    if kernels:
+        workers = Workers(
+            [module.name for module in trial.modules if not module.failure],
+            seconds=options.seconds,
+            memory_bytes=options.memory_mib * MiB,
+            # As a service has them unless told otherwise: a worker a core, a thread a worker.
+            blas_threads=1,
+        )
+        for name, kernel in kernels.items():
+            cases = Cases(kernel.spec, options.seed, scalars.get(name, {}))
+            found, growths[name] = await _of_kernel(kernel, cases, workers, options.most_mib)
+            findings += found
+    if options.json:
+        for_programs(findings, growths, list(kernels), options.seed)
+    else:
+        for_people(findings, growths, len(kernels))
+    return 1 if any(finding.is_fault for finding in findings) else 0
+
+
+async def _of_kernel(
+    kernel: TriedKernel, cases: Cases, workers: Workers, most_mib: float
+) -> tuple[list[Finding], Growth]:
+    examination = Examination(kernel, cases, workers)
+    runs = await examination.run()
+    growth = await measure(kernel.spec.name, cases, workers, int(most_mib * MiB)) if runs and most_mib else Growth()
+    if growth.failed is not None:
+        examination.judge_large(*growth.failed)
+    return examination.findings, growth
+
+
+def _of_module(module: TriedModule) -> list[Finding]:
+    """What importing it shows."""
+    if module.failure:
+        place, _, why = module.failure.partition(": ")
+        return [Finding(place=place, kernel="(module)", kind="does-not-load", what=why)]
+    found = []
+    if not module.kernels:
+        found.append(Finding(place=module.name, kernel="(module)", kind="no-kernel", what="it declares no kernel"))
+    if module.threads:
+        what = f"starts threads when it is imported: {', '.join(module.threads)}"
+        found.append(Finding(place=module.name, kernel="(module)", kind="threads-at-import", what=what))
+    if module.import_seconds > _SLOW_IMPORT_SECONDS:
+        what = f"importing it takes {module.import_seconds:.1f} s"
+        found.append(Finding(place=module.name, kernel="(module)", kind="imports-slowly", what=what))
+    return found
+
+
+def _given(settings: Sequence[str], specs: dict[str, KernelSpec]) -> Scalars:
+    """Scalars by kernel, as --set gives them. Raises InvalidArgument."""
+    scalars: Scalars = {}
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        kernel, dot, name = target.partition(".")
+        if not equals or not dot:
+            raise InvalidArgument(f"--set {setting}: wanted kernel.scalar=value")
+        if kernel not in specs:
+            raise InvalidArgument(f"--set {setting}: there is no kernel {kernel!r}{near(kernel, specs)}")
+        known = {scalar.name: scalar for scalar in specs[kernel].scalars}
+        if name not in known:
+            raise InvalidArgument(f"--set {setting}: kernel {kernel} has no scalar {name!r}{near(name, known)}")
+        scalars.setdefault(kernel, {})[name] = known[name].read(text)
+    return scalars

@@ -1,0 +1,102 @@
+"""How a kernel's time and memory grow with its inputs."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from unlatch.check.cases import Case, Cases
+from unlatch.check.worker import Ended, Lost, Outcome, Workers
+
+# The first length, or the first of these that fits: an array may have many axes.
+_SHORTEST, _STEPS = (16, 8, 4, 2), 6
+# Whoever waits for the table has waited long enough by then: the next size would take a multiple of it.
+_SLOW_SECONDS = 0.4
+_REPEATED_FOR_SECONDS, _REPEATS = 0.1, 20
+# What a call costs whatever its size hides how the rest grows: only rows well above the least count.
+_ABOVE_LEAST = 2.0
+_LEAST_BYTES = 128 * 1024
+_FITTED_ROWS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One size. Memory is the worker's peak beyond what it had before, without the call's own tensors."""
+
+    length: int
+    input_bytes: int
+    seconds: float
+    memory_bytes: int
+
+
+@dataclass(slots=True)
+class Growth:
+    """The sizes measured; what ended the table before its last one, and the run that did not end well, if there was."""
+
+    rows: list[Row] = field(default_factory=list)
+    ended_by: str = ""
+    failed: tuple[Case, Outcome] | None = None
+
+    @property
+    def time_exponent(self) -> float | None:
+        """How time grows: as length to this power. None where too little was measured."""
+        floor = _ABOVE_LEAST * min((row.seconds for row in self.rows), default=0.0)
+        return _exponent([(row.length, row.seconds) for row in self.rows if row.seconds >= floor])
+
+    @property
+    def memory_exponent(self) -> float | None:
+        """The same of memory."""
+        return _exponent([(row.length, row.memory_bytes) for row in self.rows if row.memory_bytes >= _LEAST_BYTES])
+
+
+async def measure(name: str, cases: Cases, workers: Workers, most_bytes: int) -> Growth:
+    """Run a kernel at sizes up to inputs of `most_bytes`, each in a fresh worker, shortest first."""
+    growth = Growth()
+    ladder = lengths(cases.nbytes, most_bytes) if cases.grows else []
+    for length in ladder:
+        case = cases.of_length(length)
+        async with workers.worker() as worker:
+            # What is imported or allocated once is not this size's.
+            await worker.run(name, cases.of_length(ladder[0]))
+            outcome: Outcome = await worker.run(name, case)
+            if not isinstance(outcome, Ended):
+                growth.ended_by = outcome.reason if isinstance(outcome, Lost) else outcome.message
+                growth.failed = case, outcome
+                break
+            seconds = [outcome.seconds]
+            while len(seconds) < _REPEATS and sum(seconds) < _REPEATED_FOR_SECONDS:
+                again = await worker.run(name, case)
+                if not isinstance(again, Ended):
+                    break
+                seconds.append(again.seconds)
+        growth.rows.append(
+            Row(length=length, input_bytes=case.nbytes, seconds=min(seconds), memory_bytes=outcome.memory_bytes)
+        )
+        if outcome.seconds > _SLOW_SECONDS:
+            growth.ended_by = "larger ones take longer than you want to wait"
+            break
+    return growth
+
+
+def lengths(nbytes: Callable[[int], int], most_bytes: int) -> list[int]:
+    """Lengths in equal ratios, the last one's inputs of about `most_bytes`."""
+    shortest = longest = next((length for length in _SHORTEST if nbytes(length) <= most_bytes), _SHORTEST[-1])
+    while nbytes(longest * 2) <= most_bytes:
+        longest *= 2
+    # The power of two below may be half of what there is room for.
+    longest = max(
+        length
+        for length in (longest, longest * 5 // 4, longest * 3 // 2)
+        if nbytes(length) <= most_bytes or length == longest
+    )
+    return sorted({round(shortest * (longest / shortest) ** (step / (_STEPS - 1))) for step in range(_STEPS)})
+
+
+def _exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """The slope of the last points on a logarithmic grid."""
+    points = points[-_FITTED_ROWS:]
+    if len(points) < 2:
+        return None
+    slope = np.polyfit([math.log(x) for x, _ in points], [math.log(y) for _, y in points], 1)[0]
+    return float(slope)

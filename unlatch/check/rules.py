@@ -1,0 +1,207 @@
+"""What is asked of a kernel: it is run in real workers, and what it does is held against what it declares."""
+
+import re
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.errors import InvalidArgument, ResourceExhausted
+from common.tensors import Array
+from compute.trial import TriedKernel
+from unlatch.check.cases import Case, Cases
+from unlatch.check.findings import Finding
+from unlatch.check.worker import Ended, Lost, Outcome, Refused, Workers
+
+_BATCH_ROWS = 4
+# A batch may be summed in another order than a row; these are a thousand times what rounding alone does.
+_TOLERANCE = {"float16": 1e-2, "float32": 1e-4, "complex64": 1e-4}
+_FINE_TOLERANCE = 1e-9
+_STORY_LINES = 3
+# What the worker says of an error that is not ours, and of a result whose elements are neither bytes nor str.
+_UNEXPECTED = "the server's log has it"
+_NOT_BYTES = "cannot travel as BYTES"
+_FRAME = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
+
+
+class Examination:
+    """One kernel's. `findings` has each kind once a place, in the order found, with the first case that shows it."""
+
+    def __init__(self, kernel: TriedKernel, cases: Cases, workers: Workers) -> None:
+        self._kernel = kernel
+        self._spec = kernel.spec
+        self._cases = cases
+        self._workers = workers
+        self._found: dict[tuple[str, str], Finding] = {}
+        self._good: list[Case] = []
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All of them."""
+        return list(self._found.values())
+
+    async def run(self) -> bool:
+        """Everything but its growth; whether that can be measured."""
+        await self._dry()
+        if not self._good:
+            if any(kind == "refuses" for kind, _ in self._found):
+                self._add("refuses-everything", "it was never run to its end: it refuses every case")
+            return False
+        if self._spec.pure:
+            await self._pure()
+        if self._spec.batch:
+            await self._batch()
+        return not any(kind == "does-not-end" for kind, _ in self._found)
+
+    async def _dry(self) -> None:
+        """Every case once. Where negative numbers are refused, positive ones are tried too, and kept to if they do."""
+        for positive in (False, True):
+            self._cases.positive = positive
+            typical = self._cases.typical(0)
+            outcome = await self._each([*self._cases.dry(), typical])
+            if not isinstance(outcome, Refused) or outcome.code != InvalidArgument.code:
+                return
+        self._cases.positive = False
+
+    async def _each(self, cases: Sequence[Case]) -> Outcome:
+        """Run cases; the last outcome. One that takes its worker along is that worker's last, one that hangs of all."""
+        left = deque(cases)
+        while True:
+            async with self._workers.worker() as worker:
+                threads, _ = await worker.threads()
+                while left and not worker.lost:
+                    case = left.popleft()
+                    outcome = await worker.run(self._spec.name, case)
+                    self.judge(case, outcome)
+                if not worker.lost:
+                    self._threads(threads, *await worker.threads())
+            if not left or (isinstance(outcome, Lost) and outcome.seconds):
+                return outcome
+
+    def judge_large(self, case: Case, outcome: Outcome) -> None:
+        """What a run shows whose inputs were chosen large: that it takes too much of something is no fault."""
+        limited = isinstance(outcome, Refused) and outcome.code in (InvalidArgument.code, ResourceExhausted.code)
+        if not (limited or (isinstance(outcome, Lost) and outcome.seconds)):
+            self.judge(case, outcome)
+
+    def judge(self, case: Case, outcome: Outcome) -> None:
+        """What one run shows."""
+        if isinstance(outcome, Ended):
+            self._good.append(case)
+            if outcome.keeps_input:
+                self._add("keeps-input", f"keeps an input after it has returned ({case.says})")
+            # NumPy warns of what NaN and infinities do, and whoever sends them knows.
+            if outcome.printed.strip() and case.finite:
+                first = outcome.printed.strip().splitlines()[0]
+                self._add("prints", f"writes to stdout or stderr: {first[:100]!r}")
+        elif isinstance(outcome, Lost):
+            kind = "does-not-end" if outcome.seconds else "ends-its-worker"
+            self._add(kind, f"{outcome.reason} ({case.says})")
+        else:
+            self._refused(case, outcome)
+
+    def _refused(self, case: Case, outcome: Refused) -> None:
+        said = outcome.message.removeprefix(f"kernel {self._spec.name} ")
+        # What the kernel raised, without what the worker made of it.
+        story = outcome.story.partition("\n\nThe above exception was the direct cause")[0]
+        last = story.strip().splitlines()[-_STORY_LINES:]
+        if outcome.code == InvalidArgument.code:
+            self._add("refuses", f"refuses {case.says}: {said!r}")
+        elif outcome.code == ResourceExhausted.code:
+            self._add("needs-memory", f"{said} ({case.says})")
+        elif _NOT_BYTES in outcome.story:
+            self._add("wrong-result", f"returns what cannot be sent: {last[-1]} ({case.says})")
+        elif _UNEXPECTED in outcome.message:
+            raises_anyway = ("raises", self._place(outcome.story)) in self._found
+            kind = "raises" if case.finite or raises_anyway else "raises-unless-finite"
+            self._add(kind, f"raises {last[-1].strip()} ({case.says})", outcome.story, "\n".join(last))
+        elif "writes to its input" in outcome.message:
+            self._add("writes-to-input", f"writes to an input ({case.says})", outcome.story, "\n".join(last))
+        else:
+            self._add("wrong-result", f"{said} ({case.says})")
+
+    def _threads(self, before: int, active: int, pool: int) -> None:
+        if active > before:
+            self._add("leaves-threads", f"leaves threads running, {active - before} after its calls here")
+        if pool > self._workers.blas_threads:
+            self._add("many-threads", f"a library in its worker uses {pool} threads, not {self._workers.blas_threads}")
+
+    async def _pure(self) -> None:
+        """The same arguments give the same bytes: in another worker, again, and whatever was called before."""
+        one, other = self._cases.typical(0), self._cases.typical(1)
+        if not any(case.says == one.says for case in self._good):
+            one = other = self._good[0]
+        first, before, again = await self._in_a_row(one, other, one)
+        (elsewhere,) = await self._in_a_row(one)
+        alone, last = await self._in_a_row(other, one)
+        if not _same(first, elsewhere):
+            self._add("not-deterministic", f"gives other bytes in another worker for the same arguments ({one.says})")
+        elif not (_same(first, again) and _same(first, last) and _same(alone, before)):
+            self._add("keeps-state", f"gives other bytes for the same arguments after another call ({one.says})")
+
+    async def _in_a_row(self, *cases: Case) -> list[Outcome]:
+        """What a fresh worker makes of these calls."""
+        async with self._workers.worker() as worker:
+            outcomes = [await worker.run(self._spec.name, case) for case in cases]
+        for case, outcome in zip(cases, outcomes, strict=True):
+            if isinstance(outcome, Lost):
+                self.judge(case, outcome)
+        return outcomes
+
+    async def _batch(self) -> None:
+        """Rows of a batch give what they give alone."""
+        batch = self._cases.batch(_BATCH_ROWS)
+        together, *alone = await self._in_a_row(batch, *(batch.row(number) for number in range(_BATCH_ROWS)))
+        if not isinstance(together, Ended):
+            self.judge(batch, together)
+            return
+        rows = [row.outputs for row in alone if isinstance(row, Ended)]
+        if len(rows) < _BATCH_ROWS:
+            self._add("batch-differs", f"takes {batch.says} but not each of its rows")
+            return
+        for declared, whole, *parts in zip(self._spec.outputs, together.outputs, *rows, strict=True):
+            if fault := _differs(whole, parts):
+                self._add(
+                    "batch-differs", f"{declared.name} of a batch is not what its rows give: {fault} ({batch.says})"
+                )
+
+    def _add(self, kind: str, what: str, story: str = "", detail: str = "") -> None:
+        finding = Finding(place=self._place(story), kernel=self._spec.name, kind=kind, what=what, detail=detail)
+        # Two lines that raise are two faults; two arrays of which each is refused are one note.
+        self._found.setdefault((kind, finding.place), finding)
+
+    def _place(self, story: str) -> str:
+        """The last line of the kernel's own file in a traceback, or else where the kernel is defined."""
+        file = self._kernel.place.rpartition(":")[0]
+        lines = [line for name, line in _FRAME.findall(story) if name == file]
+        return f"{file}:{lines[-1]}" if lines else self._kernel.place
+
+
+def _same(one: Outcome, other: Outcome) -> bool:
+    """Whether two runs gave the same bytes."""
+    if not (isinstance(one, Ended) and isinstance(other, Ended)):
+        return type(one) is type(other)
+    return len(one.outputs) == len(other.outputs) and all(
+        (a.dtype, a.shape, _bytes(a)) == (b.dtype, b.shape, _bytes(b))
+        for a, b in zip(one.outputs, other.outputs, strict=True)
+    )
+
+
+def _bytes(array: Array) -> object:
+    return array.tolist() if array.dtype.kind == "O" else array.tobytes()
+
+
+def _differs(whole: Array, parts: Sequence[Array]) -> str:
+    """How a batch's result differs from its rows'; empty when it does not."""
+    if len({part.shape[1:] for part in parts}) > 1:
+        return f"rows have shapes {' and '.join(map(str, sorted({part.shape for part in parts})))}"
+    rows = np.concatenate(parts)
+    if whole.dtype != rows.dtype or whole.shape != rows.shape:
+        return f"{whole.dtype}{list(whole.shape)}, the rows together {rows.dtype}{list(rows.shape)}"
+    if whole.dtype.kind not in "fc":
+        return "" if np.array_equal(whole, rows) else "elements differ"
+    tolerance = _TOLERANCE.get(whole.dtype.name, _FINE_TOLERANCE)
+    with np.errstate(all="ignore"):
+        if np.allclose(whole, rows, rtol=tolerance, atol=tolerance, equal_nan=True):
+            return ""
+    return f"elements differ by up to {np.nanmax(abs(whole - rows)):.3g}, more than {tolerance:g}"

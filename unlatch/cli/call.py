@@ -1,0 +1,69 @@
+"""`unlatch call`: one call, its arrays from files or the line, its results to a file or the screen."""
+
+import json
+from collections.abc import Sequence
+
+from common.spec import KernelSpec
+from common.tensors import Array
+from unlatch.blocking import BlockingClient
+from unlatch.cli import showing
+from unlatch.cli.arguments import named, values
+from unlatch.cli.options import Parser, add_priority, client_parser, find
+from unlatch.cli.writing import Destination
+from unlatch.results import Result
+
+
+def parser() -> Parser:
+    """Its flags."""
+    made = client_parser("call", "Call a kernel.")
+    made.add_argument("kernel", help="its name")
+    made.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="name=value",
+        help="an array as @file (.npy, .npz, .npz:member, .csv, an image), @- (.npy on stdin) or JSON; or a scalar",
+    )
+    add_priority(made)
+    made.add_argument("-o", "--output", help="where the result goes, by suffix; - for .npy on stdout; else it is shown")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run it; the exit code."""
+    flags = parser()
+    options = flags.parse(arguments)
+    if options.json and options.output == "-":
+        flags.error("--json and -o - both want stdout")
+    with BlockingClient(options.server, timeout=options.timeout) as mesh:
+        spec = find(mesh.kernels(), options.kernel)
+        texts = named(spec, options.arguments)
+        destination = None if options.output is None else Destination(options.output, outputs(spec))
+        result = by_name(spec, mesh.call(options.kernel, priority=options.priority, **values(spec, texts)))
+    if destination is not None:
+        destination.write(result)
+    if options.json:
+        print(json.dumps(_told(spec, result, destination)))
+    elif destination is None:
+        print("\n".join(showing.text(name, array) for name, array in result.items()))
+    return 0
+
+
+def outputs(spec: KernelSpec) -> list[str]:
+    """The names of what a kernel gives."""
+    return [output.name for output in spec.outputs]
+
+
+def by_name(spec: KernelSpec, result: Result) -> dict[str, Array]:
+    """What a call gave."""
+    names = outputs(spec)
+    return {names[0]: result} if len(names) == 1 else dict(zip(names, result, strict=True))
+
+
+def _told(spec: KernelSpec, result: dict[str, Array], destination: Destination | None) -> dict[str, object]:
+    if destination is None:
+        return {"kernel": spec.name, "outputs": [showing.as_json(name, array) for name, array in result.items()]}
+    return {
+        "kernel": spec.name,
+        "outputs": [showing.described(name, array) for name, array in result.items()],
+        "files": [str(path) for path in destination.paths],
+    }

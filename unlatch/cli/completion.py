@@ -1,0 +1,59 @@
+"""`unlatch completion bash`: a script that completes commands, flags and the names of kernels that are served."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+
+import shtab
+
+from common.settings import Settings
+from unlatch.cli import COMMANDS
+from unlatch.cli.options import Parser
+
+_SETTINGS = {
+    "serve": ("unlatch.supervisor", "ServeSettings"),
+    "gateway": ("gateway.settings", "GatewaySettings"),
+    "compute": ("compute.settings", "ComputeSettings"),
+}
+# Whoever presses Tab does not wait for a gateway that is not there.
+_NAMES = shtab.cmd("unlatch kernels --names --timeout 1 2>/dev/null")
+
+
+def parser() -> Parser:
+    """Its flags."""
+    made = Parser("completion", 'A completion script. For bash: eval "$(unlatch completion bash)"')
+    made.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="which shell")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run it; the exit code."""
+    print(shtab.complete(_every_command(), parser().parse(arguments).shell))
+    return 0
+
+
+def _every_command() -> argparse.ArgumentParser:
+    """All commands as one parser, which is only looked at."""
+    root = argparse.ArgumentParser("unlatch")
+    commands = root.add_subparsers()
+    for name, (module, what) in COMMANDS.items():
+        command = commands.add_parser(name, help=what, add_help=False)
+        for action in _flags(name, module):
+            if action.dest == "kernel":
+                action.complete = _NAMES  # type: ignore[attr-defined]  # where shtab looks for it
+            elif action.dest in ("output", "arguments"):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+            command._add_action(action)  # noqa: SLF001 (argparse's `parents` would take help, and groups, along)
+    return root
+
+
+def _flags(name: str, module: str) -> Iterator[argparse.Action]:
+    if name in _SETTINGS:
+        made = argparse.ArgumentParser()
+        home, kind = _SETTINGS[name]
+        settings: type[Settings] = getattr(import_module(home), kind)
+        for field, about in settings.model_fields.items():
+            made.add_argument(f"--{field.replace('_', '-')}", help=(about.description or "").replace("%", "%%"))
+    else:
+        made = getattr(import_module(module), "parser", argparse.ArgumentParser)()
+    yield from made._actions  # noqa: SLF001 (argparse has no other way to look at a parser)

@@ -1,0 +1,86 @@
+"""What `map` works through: files of a pattern, or rows of an array. An item is read when its turn comes."""
+
+import glob
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import InvalidArgument
+from common.spec import ArraySpec
+from common.tensors import Array
+from unlatch.cli import reading
+from unlatch.cli.fit import typed, untyped
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """`name` is its results' path below the output directory, without a suffix; `read` raises InvalidArgument."""
+
+    name: str
+    source: str
+    read: Callable[[], Array]
+
+
+Items = Sequence[Item]
+
+
+def files(text: str, wanted: ArraySpec, results: Path) -> Items:
+    """@'photos/*.png': every file, named by its path from where the pattern begins. ** is any number of directories.
+
+    What lies in `results` is none: a pattern may reach into the directory that the last map wrote to.
+    """
+    pattern = text.removeprefix("@")
+    root = Path(*_before(Path(pattern).parts, "*?["))
+    # Path.glob takes no pattern that begins at the root, or with "..".
+    like = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+    found = [name for name in like if Path(name).is_file() and not _lies_in(results, name)]
+    if not found:
+        raise InvalidArgument(f"{wanted.name}: no file is like {pattern}", field=wanted.name)
+    return [Item(str(Path(name).relative_to(root).with_suffix("")), name, _reader(name, wanted)) for name in found]
+
+
+def rows(text: str, wanted: ArraySpec) -> Items:
+    """@points.npy: every entry along the first axis, named by its number. An .npy is mapped, not loaded."""
+    if not text.startswith("@"):
+        raise InvalidArgument(f"{wanted.name}: wanted {wanted.name}=@file for --rows", field=wanted.name)
+    # The file's own shape and dtype: a row is what the kernel's are for.
+    whole = ArraySpec(name=wanted.name, dtypes=(), dims=("...",))
+    array = _mapped(text[1:], wanted) if text.endswith(".npy") else reading.file(text[1:], whole)
+    if array.ndim == 0:
+        raise InvalidArgument(f"{wanted.name}: {text[1:]} has no rows, it is one number", field=wanted.name)
+    digits = len(str(max(len(array) - 1, 0)))
+    read = partial(_row, array, wanted=wanted, is_table=text.lower().endswith(".csv"))
+    return [Item(f"{row:0{digits}}", f"row {row}", partial(read, row)) for row in range(len(array))]
+
+
+def _lies_in(directory: Path, name: str) -> bool:
+    return Path(name).resolve().is_relative_to(directory.resolve())
+
+
+def _mapped(path: str, wanted: ArraySpec) -> Array:
+    try:
+        mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InvalidArgument(f"{wanted.name}: {path}: {error}", field=wanted.name) from None
+    return mapped
+
+
+def _row(array: Array, row: int, wanted: ArraySpec, *, is_table: bool) -> Array:
+    values = np.array(array[row])
+    # A table's numbers have no dtype of their own.
+    return untyped(values, wanted) if is_table else typed(values, wanted)
+
+
+def _reader(name: str, wanted: ArraySpec) -> Callable[[], Array]:
+    return partial(reading.file, name, wanted)
+
+
+def _before(parts: Sequence[str], signs: str) -> Sequence[str]:
+    """The parts of a pattern's path before the first that is no plain name; the last is a file's, never a root."""
+    for at, part in enumerate(parts[:-1]):
+        if any(sign in part for sign in signs):
+            return parts[:at]
+    return parts[:-1]

@@ -1,0 +1,77 @@
+"""`unlatch kernels`: what a gateway serves, and how one of it is called."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from common.spec import KernelSpec
+from unlatch.blocking import BlockingClient
+from unlatch.cli import plain
+from unlatch.cli.options import Parser, client_parser, find
+from unlatch.cli.showing import number
+from unlatch.cli.signatures import example, lines, signature
+
+_SERVER = "127.0.0.1:8001"
+
+
+def parser() -> Parser:
+    """Its flags."""
+    made = client_parser("kernels", "What a gateway serves; with a name, all that callers of that kernel need.")
+    made.add_argument("kernel", nargs="?", help="show this one's signature, text, options and an example")
+    made.add_argument("--names", action="store_true", help="names alone, one a line")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run it; the exit code."""
+    options = parser().parse(arguments)
+    with BlockingClient(options.server, timeout=options.timeout) as mesh:
+        chosen = [find(mesh.kernels(), options.kernel)] if options.kernel else mesh.kernels()
+    if options.names:
+        print("\n".join(spec.name for spec in chosen))
+    elif options.json:
+        told = [_told(spec) for spec in chosen]
+        print(json.dumps(told[0] if options.kernel else told))
+    elif options.kernel:
+        _show(chosen[0], options.server)
+    else:
+        _list(chosen)
+    return 0
+
+
+def _list(kernels: Sequence[KernelSpec]) -> None:
+    name = Column("kernel", no_wrap=True)
+    table = Table(name, "signature", "what it does", box=None, header_style="bold", pad_edge=False)
+    for spec in kernels:
+        table.add_row(*(Text(plain(text)) for text in (spec.name, signature(spec), spec.doc.partition("\n")[0])))
+    Console().print(table)
+
+
+def _show(spec: KernelSpec, server: str) -> None:
+    # Through no table and no wrapping: what is shown last is there to be copied.
+    parts = [lines(spec), spec.doc, "\n".join(_options(spec)), example(spec, "" if server == _SERVER else server)]
+    print(plain("\n\n".join(part for part in parts if part)))
+
+
+def _options(spec: KernelSpec) -> list[str]:
+    told = [f"version {spec.version}", "pure: it may be run again" if spec.pure else "not pure: it is run once"]
+    if spec.batch:
+        told.append(f"batches of up to {spec.max_batch_size}")
+    if spec.timeout_seconds is not None:
+        told.append(f"at most {spec.timeout_seconds:g} s")
+    if spec.memory_bytes is not None:
+        told.append(f"at most {spec.memory_bytes} bytes of memory")
+    return told
+
+
+def _told(spec: KernelSpec) -> dict[str, Any]:
+    told = asdict(spec)
+    for scalar in told["scalars"]:
+        if isinstance(scalar["default"], float):
+            scalar["default"] = number(scalar["default"])
+    return told

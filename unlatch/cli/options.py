@@ -1,0 +1,81 @@
+"""What the client's commands have in common: their flags, and how wrong ones are refused."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn, TypeVar
+
+from common.errors import Unavailable, near, no_kernel
+from common.priority import NAMES
+from common.spec import KernelSpec
+
+N = TypeVar("N", int, float)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes flags in full and anywhere on the line. A wrong one ends with code 2, the near ones named."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"unlatch {command}", description=description, allow_abbrev=False)
+        self._as_json = False
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The options, or SystemExit."""
+        self._as_json = "--json" in arguments
+        options, unknown = self.parse_known_intermixed_args(list(arguments))
+        for word in unknown:
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            self.error(f"there is no option {word}{near(word.partition('=')[0], known)}")
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        if self._as_json:
+            wrong = {"code": "INVALID_ARGUMENT", "message": message, "field": ""}
+            print(json.dumps({"error": wrong}), file=sys.stderr)
+        else:
+            self.print_usage(sys.stderr)
+            print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def client_parser(command: str, description: str) -> Parser:
+    """A parser with the flags of every command that calls a gateway."""
+    parser = Parser(command, description)
+    parser.add_argument("--server", default="127.0.0.1:8001", help="the gateway, host:port (default: %(default)s)")
+    parser.add_argument("--timeout", type=seconds, default=60.0, help="seconds that a call may take (default: 60)")
+    parser.add_argument("--json", action="store_true", help="speak JSON: results on stdout, errors on stderr")
+    return parser
+
+
+def add_priority(parser: Parser) -> None:
+    """The flag of commands whose calls may have to wait for a worker."""
+    parser.add_argument(
+        "--priority", choices=list(NAMES), default="normal", help="who goes first where calls wait (default: normal)"
+    )
+
+
+def seconds(text: str) -> float:
+    """A flag's seconds. Raises what argparse turns into a refusal."""
+    return number(text, float, 0.001, 1e9, "a number of seconds")
+
+
+def number(text: str, kind: Callable[[str], N], least: N, most: N, what: str) -> N:
+    """A flag's number within bounds. Raises what argparse turns into a refusal."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"wanted {what} from {least:g} to {most:g}, not {text!r}")
+    return value
+
+
+def find(served: Iterable[KernelSpec], name: str) -> KernelSpec:
+    """A kernel by its name. Raises NotFound with near names, Unavailable where none is served at all."""
+    kernels = {spec.name: spec for spec in served}
+    if not kernels:
+        raise Unavailable("the gateway has no replica that takes calls now")
+    if name not in kernels:
+        raise no_kernel(name, "", {served.name: served.version for served in kernels.values()})
+    return kernels[name]

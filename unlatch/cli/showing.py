@@ -1,0 +1,70 @@
+"""Arrays for people, and as JSON."""
+
+from typing import Any
+
+import numpy as np
+
+from common.tensors import Array
+from unlatch.cli import plain
+
+_MOST_SHOWN = 200
+
+
+def text(name: str, array: Array) -> str:
+    """Name, dtype, shape and values; of a large array its range and its corners."""
+    lines = [f"{name}: {array.dtype} {array.shape}"]
+    if array.size > _MOST_SHOWN and array.dtype.kind in "iuf":
+        lines.append(_range(array))
+    shown = np.array(_each(array, _readable), dtype=object) if array.dtype.kind == "O" else array
+    lines.append(np.array2string(shown, precision=6, threshold=_MOST_SHOWN, max_line_width=100))
+    return plain("\n".join(lines))
+
+
+def as_json(name: str, array: Array) -> dict[str, Any]:
+    """{"name", "dtype", "shape", "data"}: docs/cli.md says how data is written."""
+    return {**described(name, array), "data": _data(array)}
+
+
+def described(name: str, array: Array) -> dict[str, Any]:
+    """The same without the data."""
+    dtype = "bytes" if array.dtype.kind == "O" else array.dtype.name
+    return {"name": name, "dtype": dtype, "shape": list(array.shape)}
+
+
+def number(value: float) -> float | str:
+    """A float for JSON, which has no NaN and no infinity: then as protobuf's JSON writes it."""
+    if np.isfinite(value):
+        return value
+    return "NaN" if np.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _range(array: Array) -> str:
+    finite = array[np.isfinite(array)]
+    if not finite.size:
+        return "no finite value"
+    strange = array.size - finite.size
+    note = f", {strange} not finite" if strange else ""
+    return f"min {finite.min():.6g}, mean {finite.mean(dtype=np.float64):.6g}, max {finite.max():.6g}{note}"
+
+
+def _data(array: Array) -> Any:
+    kind = array.dtype.kind
+    if kind == "O":
+        return _each(array, _readable)
+    if kind in "mM":
+        return array.astype(np.str_).tolist()
+    if kind == "c":
+        array = np.stack([array.real, array.imag], axis=-1)
+    if kind in "fc" and not np.isfinite(array).all():
+        return _each(array, number)
+    return array.tolist()
+
+
+def _each(array: Array, convert: Any) -> Any:
+    converted = np.empty(array.size, dtype=object)
+    converted[:] = [convert(value) for value in array.reshape(-1).tolist()]
+    return converted.reshape(array.shape).tolist()
+
+
+def _readable(value: Any) -> str:
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)

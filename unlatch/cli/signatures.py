@@ -1,0 +1,72 @@
+"""A kernel's signature for people, and a command that calls it."""
+
+import json
+import shlex
+from math import prod
+from typing import Any
+
+from common.datatypes import OBJECT
+from common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec
+
+_SCALARS = {"bool": "true", "int": "1", "float": "1.0", "str": "text"}
+
+
+def signature(spec: KernelSpec) -> str:
+    """On one line: (image: float64|float32[h w], *, sigma: float = 1.0) -> output0: …"""
+    arguments = [_array(array) for array in spec.inputs]
+    if spec.scalars:
+        arguments += ["*", *map(_scalar, spec.scalars)]
+    return f"({', '.join(arguments)}) -> {', '.join(map(_array, spec.outputs))}"
+
+
+def lines(spec: KernelSpec) -> str:
+    """An argument a line, with every dtype that it takes."""
+    told = [f"{spec.name}("]
+    told += [f"    {_array(array, in_full=True)}," for array in spec.inputs]
+    told += [f"    {_scalar(scalar)}," for scalar in spec.scalars]
+    told.append(") ->")
+    told += [f"    {_array(array, in_full=True)}" for array in spec.outputs]
+    return "\n".join(told)
+
+
+def example(spec: KernelSpec, server: str = "") -> str:
+    """A command to copy, with arrays that have the right dtype and shape; what they should hold is the kernel's."""
+    longest = max((len(array.dims) for array in spec.inputs), default=0)
+    # Of a square matrix counted from 1, that of two rows can be inverted.
+    length = 2 if longest > 1 else 3
+    words = ["unlatch", "call", spec.name]
+    words += [f"{array.name}={json.dumps(_values(array, length))}" for array in spec.inputs]
+    words += [f"{scalar.name}={_SCALARS[scalar.type]}" for scalar in spec.scalars if scalar.required]
+    words += ["--server", server] if server else []
+    return shlex.join(words)
+
+
+def _array(array: ArraySpec, *, in_full: bool = False) -> str:
+    dtypes = array.dtypes
+    text = "any" if not dtypes else "|".join(dtypes) if in_full or len(dtypes) <= 2 else f"{dtypes[0]}|…"
+    return f"{array.name}: {text}[{' '.join(array.dims)}]"
+
+
+def _scalar(scalar: ScalarSpec) -> str:
+    default = "" if scalar.required else f" = {scalar.default!r}"
+    return f"{scalar.name}: {scalar.type}{default}"
+
+
+def _values(array: ArraySpec, length: int) -> Any:
+    shape = [_length(dim, length) for dim in array.dims if not dim.startswith("*")]
+    dtype = array.dtypes[0] if array.dtypes else ""
+    flat: list[Any] = [_value(dtype, number) for number in range(1, prod(shape) + 1)]
+    for size in reversed(shape[1:]):
+        flat = [flat[at : at + size] for at in range(0, len(flat), size)]
+    return flat if shape else flat[0]
+
+
+def _length(dim: str, length: int) -> int:
+    return length if dim in (ELLIPSIS, ANY_LENGTH) or not dim.isdecimal() else int(dim)
+
+
+def _value(dtype: str, number: int) -> bool | int | str:
+    if dtype == "bool":
+        return number % 2 == 1
+    # A large fixed shape would leave a small integer type.
+    return str(number) if dtype == OBJECT else (number - 1) % 100 + 1

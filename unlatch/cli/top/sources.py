@@ -1,0 +1,101 @@
+"""Where `top` looks: each /metrics is read by a thread of its own, so that one that hangs stalls nobody.
+
+Source (thread)  fetch, parse ──> Seen, one reference replaced whole ──> whoever draws
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from http.client import HTTPException
+from urllib.error import URLError
+from urllib.request import ProxyHandler, build_opener
+
+from prometheus_client.parser import text_string_to_metric_families
+
+HISTORY_SECONDS = 60.0
+_FETCH_SECONDS = 3.0
+_MOST_BYTES = 64 * 1024 * 1024
+_UTILIZATION = "unlatch_process_utilization_ratio"
+
+Labels = tuple[tuple[str, str], ...]
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One scrape. `at` is by the monotonic clock, in seconds; series are by name, then by their sorted labels."""
+
+    at: float
+    series: Mapping[str, Mapping[Labels, float]]
+
+    def of(self, name: str) -> Mapping[Labels, float]:
+        """Every series of that name."""
+        return self.series.get(name, {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What is known of a source. While it cannot be read there is no `now`, and `since` (epoch seconds) is when."""
+
+    address: str
+    now: Reading | None = None
+    before: Reading | None = None
+    since: float | None = None
+    why: str = ""
+    # Utilisation over the last minute by process: it outlives an outage.
+    history: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
+
+
+class Source:
+    """One /metrics at host:port. `told` is called from its thread after every attempt."""
+
+    def __init__(self, address: str, interval_seconds: float, told: Callable[[], None]) -> None:
+        self.seen = Seen(address=address)
+        self._url = f"http://{address}/metrics"
+        self._interval_seconds = interval_seconds
+        self._told = told
+        self._open = build_opener(ProxyHandler({})).open
+        self._thread = threading.Thread(target=self._run, name=f"top {address}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to read. It ends with the process."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            began = time.monotonic()
+            try:
+                self.seen = _read(self.seen, self._fetch())
+            except (OSError, HTTPException, LookupError, ValueError) as error:
+                self.seen = _missed(self.seen, error)
+            self._told()
+            time.sleep(max(0.0, began + self._interval_seconds - time.monotonic()))
+
+    def _fetch(self) -> Reading:
+        with self._open(self._url, timeout=_FETCH_SECONDS) as answer:
+            text = answer.read(_MOST_BYTES).decode()
+        series: dict[str, dict[Labels, float]] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                series.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+        return Reading(time.monotonic(), series)
+
+
+def _read(seen: Seen, reading: Reading) -> Seen:
+    history = {
+        dict(labels)["process"]: (*_recent(seen, dict(labels)["process"], reading.at), (reading.at, value))
+        for labels, value in reading.of(_UTILIZATION).items()
+    }
+    return replace(seen, now=reading, before=seen.now, since=None, why="", history={**seen.history, **history})
+
+
+def _recent(seen: Seen, process: str, now: float) -> tuple[Point, ...]:
+    return tuple(point for point in seen.history.get(process, ()) if point[0] > now - HISTORY_SECONDS)
+
+
+def _missed(seen: Seen, error: Exception) -> Seen:
+    reason = error.reason if isinstance(error, URLError) else error
+    why = getattr(reason, "strerror", None) or str(reason) or type(error).__name__
+    # Who comes back may have begun anew: rates are made from readings without a gap between.
+    return replace(seen, now=None, before=None, since=seen.since or time.time(), why=why)

@@ -1,0 +1,115 @@
+"""Results into files: by suffix, and whole or not at all."""
+
+import os
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from common.errors import InvalidArgument
+from common.tensors import Array
+from unlatch.cli import images
+
+SUFFIXES = (".npy", ".npz", ".csv", *images.SUFFIXES)
+_FIELD = "output"
+
+
+class Destination:
+    """Where a kernel's outputs go. Made, and so refused, before the call is.
+
+    An .npz holds all outputs by name. Of any other kind each output gets its own file: OUT.npy where there is one,
+    OUT-name.npy where there are several. "-" is .npy on stdout, for one output.
+    """
+
+    def __init__(self, path: str, outputs: Sequence[str]) -> None:
+        self._stdout = path == "-"
+        self._path = Path(path)
+        self._outputs = outputs
+        self._suffix = self._path.suffix.lower()
+        if self._stdout:
+            if len(outputs) != 1:
+                raise _refusal(f"stdout takes one array, and there are {', '.join(outputs)}: write an .npz file")
+        elif self._suffix not in SUFFIXES:
+            raise _refusal(f"{path}: wanted a file that ends in one of {', '.join(SUFFIXES)}")
+        elif self._suffix in images.SUFFIXES:
+            images.pillow(_FIELD)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that will be written."""
+        if self._stdout:
+            return []
+        if len(self._outputs) == 1 or self._suffix == ".npz":
+            return [self._path]
+        return [self._path.with_name(f"{self._path.stem}-{name}{self._path.suffix}") for name in self._outputs]
+
+    def write(self, arrays: Mapping[str, Array]) -> None:
+        """Write every output. Raises InvalidArgument for an array that the format cannot hold, or for a full disk."""
+        if self._stdout:
+            # Whole, since NumPy asks a file where it is, and a pipe cannot tell.
+            whole = BytesIO()
+            np.lib.format.write_array(whole, _storable(*arrays.values()), allow_pickle=False)
+            sys.stdout.buffer.write(whole.getbuffer())
+        elif self._suffix == ".npz":
+            self._write(self._path, arrays)
+        else:
+            for path, (name, array) in zip(self.paths, arrays.items(), strict=True):
+                self._write(path, {name: array})
+
+    def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
+        # Under its own name a file is complete, whoever interrupts this: `map` goes by that when it goes on.
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with partial.open("wb") as file:
+                self._fill(file, arrays)
+            partial.replace(path)
+        except OSError as error:
+            raise _refusal(f"{path}: {error.strerror or error}") from None
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+    def _fill(self, file: IO[bytes], arrays: Mapping[str, Array]) -> None:
+        if self._suffix == ".npz":
+            # Not numpy.savez, to which an output called "file" would be its file.
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, _storable(array), allow_pickle=False)
+            return
+        (array,) = arrays.values()
+        if self._suffix == ".npy":
+            np.lib.format.write_array(file, _storable(array), allow_pickle=False)
+        elif self._suffix == ".csv":
+            _write_table(file, array)
+        else:
+            images.write(file, array, self._suffix, _FIELD)
+
+
+def _write_table(file: IO[bytes], array: Array) -> None:
+    if array.ndim > 2 or array.dtype.kind not in "biuf":
+        raise _refusal(f"a .csv holds real numbers along one or two axes, not {array.dtype} of shape {array.shape}")
+    numbers = array.astype(np.uint8) if array.dtype.kind == "b" else array
+    # One axis is a column, as it is read.
+    for row in numbers.reshape(-1, 1) if array.ndim < 2 else numbers:
+        file.write((",".join(map(str, row)) + "\n").encode())
+
+
+def _storable(array: Array) -> Array:
+    """BYTES come as objects, which no .npy holds without pickling; those that are text are written as such."""
+    if array.dtype.kind != "O":
+        return array
+    try:
+        texts = [element.decode() for element in array.reshape(-1)]
+    except UnicodeDecodeError:
+        raise _refusal("bytes that are no text can be written to none of these files") from None
+    return np.array(texts, dtype=np.str_).reshape(array.shape)
+
+
+def _refusal(why: str) -> InvalidArgument:
+    return InvalidArgument(f"{_FIELD}: {why}", field=_FIELD)
