@@ -184,6 +184,15 @@ def spins(*, seconds: float, record: str = "") -> Scalar:
 
 
 @kernel
+def lingers(x: Vector, *, seconds: float) -> Vector:
+    """What came, after that long, or as soon as nobody waits."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not cancelled():
+        time.sleep(0.005)
+    return x
+
+
+@kernel
 def notices(*, seconds: float, record: str) -> Scalar:
     """The same, but it asks now and then whether anybody waits; it writes down when nobody did."""
     end = time.monotonic() + seconds

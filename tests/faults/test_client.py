@@ -230,15 +230,15 @@ async def test_failure_ends_a_map(faulty: Mesh, client: Client) -> None:
 @pytest.mark.parametrize("x", [X, MEBIBYTE], ids=["small", "large"])
 async def test_cancelled_call_leaves_the_lane_usable(faulty: Mesh, client: Client, x: Any) -> None:
     """A caller who cancels a call, at whatever moment, frees it everywhere, and the next one is answered."""
-    before = ended(faulty, "dawdles", "CANCELLED")
+    before = ended(faulty, "lingers", "CANCELLED")
     for _ in range(3):
-        call = asyncio.ensure_future(client.dawdles(x, seconds=0.1))
+        call = asyncio.ensure_future(client.lingers(x, seconds=60.0))
         await until(lambda: in_flight(faulty) == 1, "it is in flight")
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
         await until(lambda: in_flight(faulty) == 0, "it is not any more", 1.0)
-    assert ended(faulty, "dawdles", "CANCELLED") - before == 3
+    assert ended(faulty, "lingers", "CANCELLED") - before == 3
     # At once: the call may not have left, or its body be on its way.
     for turns in range(20):
         call = asyncio.ensure_future(client.echo(x))
