@@ -1,7 +1,6 @@
-"""The one path of a call, whichever door it came by: admit, give it its time, route it, answer."""
+"""The one path of a call, whichever door it came by: admit, give it its time, have it run (gateway/run.py), answer."""
 
 import asyncio
-from collections.abc import Hashable
 from contextlib import suppress
 from time import monotonic
 from typing import Protocol
@@ -15,14 +14,12 @@ from common.errors import (
     Unavailable,
     UnlatchError,
 )
-from common.failures import raised
 from common.lane import MOST_DESCRIPTOR_BYTES, MOST_TENSORS, Body, Sink
-from common.lane_caller import LaneCaller
-from common.priority import RANKS, take_priority
+from common.priority import take_priority
 from common.protowire import Malformed, split
 from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics
-from gateway.replica import Replica
+from gateway.run import Run
 from gateway.settings import GatewaySettings
 from protos.unlatch_pb2 import Descriptor, Reply, Request
 
@@ -71,15 +68,17 @@ class Calls:
         try:
             self._admit(body)
             descriptor.priority = take_priority(request)
-            self.fleet.kernel(request.kernel, request.version)
+            kernel = self.fleet.kernel(request.kernel, request.version)
         except UnlatchError as error:
             self.refused(request.kernel if self.fleet.serves(request.kernel) else _UNKNOWN, error)
             raise
         limit = self._settings.default_timeout_seconds if seconds is None else seconds
-        call = Call(self, descriptor, body, min(limit, self._settings.max_timeout_seconds), caller)
-        self._live.add(call)
+        run = Run(self.fleet, kernel, descriptor, body, self.free)
         self._bytes += body.size
-        self.fleet.route(call)
+        call = Call(self, run, min(limit, self._settings.max_timeout_seconds), caller)
+        self._live.add(call)
+        run.join(call)
+        self.fleet.route(run)
         return call
 
     def refused(self, kernel: str, error: UnlatchError) -> None:
@@ -90,14 +89,17 @@ class Calls:
         """Something came that is no call that could be let in."""
         self.refused(_UNKNOWN, error)
 
-    def charge(self, size: int, instead_of: int) -> None:
-        """A call holds `size` bytes now. Raises ResourceExhausted where all of them together would hold too many."""
-        if size > instead_of:
-            self._fit(size - instead_of)
-        self._bytes += size - instead_of
+    def charge(self, size: int) -> None:
+        """So many bytes more are held. Raises ResourceExhausted where all together would be too many."""
+        self._fit(size)
+        self._bytes += size
 
-    def gone(self, call: "Call", size: int) -> None:
-        """A call holds nothing any more."""
+    def free(self, size: int) -> None:
+        """So many bytes are held no more."""
+        self._bytes -= size
+
+    def left(self, call: "Call", size: int) -> None:
+        """A call is gone, and with it so many bytes."""
         self._live.discard(call)
         self._bytes -= size
         if not self._live:
@@ -155,74 +157,47 @@ def _name_of(field: FieldDescriptor, entry: memoryview) -> str:
 
 
 class Call:
-    """One call, from its admission until its caller has left with the answer.
+    """One caller's call, from its admission until its caller has left with the answer.
 
-        begin ──> held by the fleet ──> sent ──> replied ──> pieces ──> over ──> left
-                                          └── lost, expired, failed ──────┘
+        begin ──> shares a run ──> answered ──> pieces ──> over ──> left
+                        └── failed, expired ─────────────────┘
 
-    Until it is over its deadline holds, and a caller who leaves takes it back from the replica, even when half of the
-    reply is here. It waits for its own reply on a replica's lane, and takes the reply's pieces in.
+    Until it is over its deadline holds, and a caller who goes leaves the run too, even when half of the reply is here.
     """
 
-    # What runs cost, and in what company, is the replica's to know.
-    cost_seconds = 0.0
-    long = False
-    batch: Hashable | None = None
-
-    def __init__(self, calls: Calls, descriptor: Descriptor, body: Body, seconds: float, caller: Caller) -> None:
-        self.descriptor = descriptor
-        self.body = body
-        self.tenant = descriptor.tenant
-        self.priority = RANKS[descriptor.priority]
+    def __init__(self, calls: Calls, run: Run, seconds: float, caller: Caller) -> None:
+        self.kernel = run.kernel.name
         self._calls = calls
+        self._run = run
         # None once it has left. Each holds the other: bytes that either has would wait for the garbage collector.
         self._caller: Caller | None = caller
         self._began = monotonic()
         self.deadline = self._began + seconds
         self._seconds = seconds
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expired)
-        self._held_bytes = body.size
-        self._sent: tuple[Replica, LaneCaller, int] | None = None
+        # Of the reply; what its run holds of the request is the run's.
+        self._held_bytes = 0
         self._reply: Reply | None = None
         self._sink: Sink | None = None
         self._over = False
 
-    @property
-    def complete(self) -> bool:
-        """Whether no more of the reply is to come."""
-        return self._over
-
-    def remaining_microseconds(self) -> int:
-        """What is left of its time; never 0, which would mean no limit."""
-        return max(1, round((self.deadline - monotonic()) * 1e6))
-
-    def sent(self, replica: Replica, lane: LaneCaller, number: int) -> None:
-        """It is on that lane to that replica now, under that number."""
-        self._sent = replica, lane, number
-
-    def replied(self, reply: Reply, whole: list[memoryview] | None) -> Sink | None:
-        """The replica has answered, or says after all why the rest of its answer does not come."""
-        if reply.HasField("failure"):
-            self._fail(raised(reply.failure), reply)
-            return None
+    def answer(self, reply: Reply, whole: list[memoryview] | None) -> None:
+        """Its run has a reply: the caller gets it, or what is here of it."""
+        assert self._caller is not None
         try:
             size = sum(reply.lengths)
-            self._calls.charge(size, self._held_bytes)
+            self._calls.charge(size)
             self._held_bytes = size
-            # Nothing of the call is sent again from here on.
-            self.body.buffers = []
-            self._sink = self._caller.answer(reply, whole) if self._caller is not None else None
+            self._sink = self._caller.answer(reply, whole)
         except UnlatchError as error:
-            self._drop()
-            self._fail(error, reply)
-            return None
+            self.fail(error, reply)
+            return
         self._reply = reply
         if self._sink is None:
             self._end("OK", reply)
             self.leave()
         elif self._sink.complete:
             self._end("OK", reply)
-        return self
 
     def feed(self, piece: memoryview) -> None:
         """Take the reply's next piece."""
@@ -231,48 +206,28 @@ class Call:
         if self._sink.complete:
             self._end("OK", self._reply)
 
-    def lost(self, error: UnlatchError) -> None:
-        """The lane broke before the reply was here whole."""
-        self._fail(error)
-
-    def unroutable(self, error: UnlatchError) -> None:
-        """No replica takes it any more."""
-        self._fail(error)
+    def fail(self, error: UnlatchError, reply: Reply | None = None) -> None:
+        """It has failed, by that reply where there is one."""
+        if not self._over and self._caller is not None:
+            self._end(error.status, reply)
+            self._run.leave(self)
+            self._caller.fail(error)
+        self.leave()
 
     def leave(self) -> None:
         """Its caller has what it came for, or does not wait: free what it holds, here and in the replica."""
         if not self._over:
-            expired = monotonic() >= self.deadline
-            self._drop()
-            self._end("DEADLINE_EXCEEDED" if expired else "CANCELLED", None)
+            self._end("DEADLINE_EXCEEDED" if monotonic() >= self.deadline else "CANCELLED", None)
+            self._run.leave(self)
         if self._caller is not None:
             self._caller = None
-            self.body.buffers = []
-            self._calls.gone(self, self._held_bytes)
+            self._calls.left(self, self._held_bytes)
 
     def _expired(self) -> None:
-        self._drop()
-        kernel = self.descriptor.request.kernel
-        self._fail(DeadlineExceeded(f"kernel {kernel} did not answer within {self._seconds:.3g} s"))
-
-    def _drop(self) -> None:
-        if self._sent is None:
-            self._calls.fleet.withdraw(self)
-        else:
-            _, lane, number = self._sent
-            lane.cancel(number)
-
-    def _fail(self, error: UnlatchError, reply: Reply | None = None) -> None:
-        if not self._over and self._caller is not None:
-            self._end(error.status, reply)
-            self._caller.fail(error)
-        self.leave()
+        self.fail(DeadlineExceeded(f"kernel {self.kernel} did not answer within {self._seconds:.3g} s"))
 
     def _end(self, code: str, reply: Reply | None) -> None:
         self._over = True
         self._timer.cancel()
         timings = reply.timings if reply is not None else None
-        run_seconds = timings.run / 1e6 / max(timings.batch, 1) if timings is not None else 0.0
-        self._calls.metrics.call_ended(self.descriptor.request.kernel, code, monotonic() - self._began, timings)
-        if self._sent is not None:
-            self._calls.fleet.ended(self, self._sent[0], run_seconds)
+        self._calls.metrics.call_ended(self.kernel, code, monotonic() - self._began, timings)
