@@ -11,6 +11,7 @@ from common.log import configure
 from common.memory import keep_freed
 from common.rpc import BindError
 from common.settings import MiB, Settings, parse
+from common.spans import exported
 
 S = TypeVar("S", bound=Settings)
 
@@ -34,7 +35,8 @@ def run(
     keep_freed(largest_bytes=8 * MiB, most_bytes=64 * MiB, step_bytes=4 * MiB)
     refusals = (BindError, *refusals)
     try:
-        uvloop.run(serve(settings, environment.pop("NOTIFY_SOCKET", "")))
+        with exported(process, environment):
+            uvloop.run(serve(settings, environment.pop("NOTIFY_SOCKET", "")))
     except refusals as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2

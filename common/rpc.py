@@ -48,9 +48,9 @@ def bind(server: grpc.aio.Server, address: str) -> str:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: UnlatchError) -> NoReturn:
-    """End an RPC with an error, its details and its advice on retrying."""
+    """End an RPC with an error, its details and its advice on retrying, beside the trailers that it has."""
     code = _CODES.get(error.code, grpc.StatusCode.UNKNOWN)
-    await context.abort(code, error.message, _trailers(error))
+    await context.abort(code, error.message, (*(context.trailing_metadata() or ()), *_trailers(error)))
     raise AssertionError("abort always raises")
 
 

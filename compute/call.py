@@ -11,6 +11,7 @@ from common.lane import Arrival, Body, Buffer
 from common.lane_server import LaneServer
 from common.priority import NORMAL, RANKS
 from common.spec import KernelSpec
+from common.tracing import Tracing
 from compute.arena import Block, InputArena, offsets
 from compute.arguments import Arguments
 from compute.metrics import ComputeMetrics
@@ -41,6 +42,7 @@ class Call:
         arguments: Arguments,
         arena: InputArena,
         metrics: ComputeMetrics,
+        tracing: Tracing,
         landed: Callable[["Call"], None],
         abandoned: Callable[["Call"], None],
     ) -> None:
@@ -63,11 +65,11 @@ class Call:
         # Since when the call has waited for a worker, and since when one has run it.
         self.landed = self.begun = self.arrived
         self._lane = lane
-        self._number = descriptor.call
-        self._request = descriptor.request
+        self._descriptor = descriptor
         self._lengths = list(descriptor.lengths)
         self._arena = arena
         self._metrics = metrics
+        self._tracing = tracing
         self._when_landed = landed
         self._when_abandoned = abandoned
         self._arrival = Arrival(self._lengths)
@@ -122,7 +124,7 @@ class Call:
         """Send a kernel's results, which lie in `memory`. `sent` is called when they need not lie there any longer."""
         reply = Reply()
         response = reply.response
-        response.kernel, response.version, response.id = self.spec.name, self.spec.version, self._request.id
+        response.kernel, response.version, response.id = self.spec.name, self.spec.version, self._descriptor.request.id
         buffers: list[Buffer] = []
         wanted = [(self.spec.outputs[index], tensors[index]) for index in self.arguments.outputs]
         for declared, tensor in wanted:
@@ -175,6 +177,8 @@ class Call:
         self.ended = True
         now = monotonic()
         queue = max(0.0, self.begun - self.landed)
+        if self._tracing.records:
+            self._trace(queue, code, ran)
         timings = reply.timings
         timings.transfer = round((self.landed - self.arrived) * 1e6)
         timings.queue = round(queue * 1e6)
@@ -185,7 +189,16 @@ class Call:
         self._metrics.stages(
             self.spec.name, self.landed - self.arrived, queue, ran.seconds, now - self.begun - ran.seconds
         )
-        self._lane.reply(self._number, reply, body, sent)
+        self._lane.reply(self._descriptor.call, reply, body, sent)
+
+    def _trace(self, queue: float, code: str, ran: Ran) -> None:
+        """Tell of its wait and of its run, if it came to that, whose ends were seen here."""
+        told: dict[str, str | int] = {"unlatch.kernel": self.spec.name, "unlatch.code": code}
+        waited_until = self.landed + queue if ran is not _NOT_RUN else monotonic()
+        self._tracing.passed("queue", self._descriptor, self.landed, waited_until, told)
+        if ran is not _NOT_RUN:
+            told |= {"unlatch.worker": ran.worker, "unlatch.batch": ran.calls}
+            self._tracing.passed("run", self._descriptor, self.begun, self.begun + ran.seconds, told)
 
 
 def _batch(spec: KernelSpec, arguments: Arguments) -> Hashable | None:

@@ -5,6 +5,7 @@ from common.failures import failed
 from common.lane import Body
 from common.lane_server import LaneServer
 from common.spec import KernelSpec
+from common.tracing import Tracing
 from compute.arena import InputArena
 from compute.arguments import check
 from compute.call import Call
@@ -26,6 +27,7 @@ class Door:
         queue: Queue,
         suspects: Suspects,
         metrics: ComputeMetrics,
+        tracing: Tracing,
         max_call_bytes: int,
     ) -> None:
         self._kernels = kernels
@@ -33,6 +35,7 @@ class Door:
         self._queue = queue
         self._suspects = suspects
         self._metrics = metrics
+        self._tracing = tracing
         self._max_call_bytes = max_call_bytes
 
     def accept(self, lane: LaneServer, descriptor: Descriptor, whole: list[memoryview] | None) -> Call | None:
@@ -59,9 +62,8 @@ class Door:
                 f"the call's tensors are {size} bytes, more than max_call_bytes={self._max_call_bytes}"
             )
         arguments = check(spec, descriptor)
-        call = Call(
-            lane, descriptor, spec, arguments, self._arena, self._metrics, self._suspects.offer, self._suspects.withdraw
-        )
+        beside = self._arena, self._metrics, self._tracing
+        call = Call(lane, descriptor, spec, arguments, *beside, self._suspects.offer, self._suspects.withdraw)
         self._queue.admit(call)
         try:
             call.make_room()

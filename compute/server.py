@@ -14,6 +14,7 @@ from common.processes import ProcessWatch
 from common.recorder import Recorder
 from common.rpc import handlers
 from common.service import serve as serve_until_stopped
+from common.tracing import Tracing
 from compute.arena import InputArena
 from compute.call import Call
 from compute.forkserver import ForkServer
@@ -58,9 +59,8 @@ class Replica:
         ]
         self.pool = Pool(slots, self.arena, self.queue, settings.workers_reserved)
         self.queue.feed(self.pool)
-        door = Door(
-            self.readiness.kernels, self.arena, self.queue, self.suspects, self.metrics, settings.max_call_bytes
-        )
+        beside = self.suspects, self.metrics, Tracing()
+        door = Door(self.readiness.kernels, self.arena, self.queue, *beside, settings.max_call_bytes)
         self._welcome = Welcome()
         self.lanes = Lanes(lambda: self._welcome, door.accept)
 

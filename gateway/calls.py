@@ -18,17 +18,15 @@ from common.lane import MOST_DESCRIPTOR_BYTES, MOST_TENSORS, Body, Sink
 from common.priority import take_priority
 from common.protowire import Malformed, split
 from gateway.fleet import Fleet
-from gateway.metrics import GatewayMetrics
+from gateway.record import Record, Records
 from gateway.run import Run
 from gateway.settings import GatewaySettings
-from protos.unlatch_pb2 import Descriptor, Reply, Request
+from protos.unlatch_pb2 import Reply, Request
 
 # What the Open Inference Protocol calls them.
 _PROTOCOLS_NAMES = {"kernel": "model_name", "version": "model_version"}
 # Of each kind: past it a request is out of all proportion, and what in it is largest does not matter.
 _MOST_NAMED = 1024
-# A caller chooses the kernel's name; until it is known to be one it is not a label.
-_UNKNOWN = "unknown"
 
 
 class Caller(Protocol):
@@ -47,9 +45,9 @@ class Caller(Protocol):
 class Calls:
     """Every call that the gateway holds, and the bounds on them."""
 
-    def __init__(self, fleet: Fleet, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
+    def __init__(self, fleet: Fleet, settings: GatewaySettings, records: Records) -> None:
         self.fleet = fleet
-        self.metrics = metrics
+        self.records = records
         self._settings = settings
         self._live: set[Call] = set()
         self._bytes = 0
@@ -59,35 +57,28 @@ class Calls:
     def __len__(self) -> int:
         return len(self._live)
 
-    def begin(self, descriptor: Descriptor, body: Body, seconds: float | None, caller: Caller) -> "Call":
+    def begin(self, record: Record, body: Body, seconds: float | None, caller: Caller) -> "Call":
         """Admit a call with `seconds` to live (None: its caller sets no limit) and send it on its way.
 
         Raises what a call is refused with: InvalidArgument, NotFound, ResourceExhausted, Unavailable.
         """
-        request = descriptor.request
+        descriptor, request = record.descriptor, record.descriptor.request
+        record.bytes_in = body.size
         try:
             self._admit(body)
             descriptor.priority = take_priority(request)
             kernel = self.fleet.kernel(request.kernel, request.version)
         except UnlatchError as error:
-            self.refused(request.kernel if self.fleet.serves(request.kernel) else _UNKNOWN, error)
+            record.refused(error, known=self.fleet.serves(request.kernel))
             raise
         limit = self._settings.default_timeout_seconds if seconds is None else seconds
         run = Run(self.fleet, kernel, descriptor, body, self.free)
         self._bytes += body.size
-        call = Call(self, run, min(limit, self._settings.max_timeout_seconds), caller)
+        call = Call(self, record, run, min(limit, self._settings.max_timeout_seconds), caller)
         self._live.add(call)
         run.join(call)
         self.fleet.route(run)
         return call
-
-    def refused(self, kernel: str, error: UnlatchError) -> None:
-        """A call was not let in."""
-        self.metrics.call_ended(kernel, error.status, 0.0, None)
-
-    def unreadable(self, error: UnlatchError) -> None:
-        """Something came that is no call that could be let in."""
-        self.refused(_UNKNOWN, error)
 
     def charge(self, size: int) -> None:
         """So many bytes more are held. Raises ResourceExhausted where all together would be too many."""
@@ -165,14 +156,14 @@ class Call:
     Until it is over its deadline holds, and a caller who goes leaves the run too, even when half of the reply is here.
     """
 
-    def __init__(self, calls: Calls, run: Run, seconds: float, caller: Caller) -> None:
+    def __init__(self, calls: Calls, record: Record, run: Run, seconds: float, caller: Caller) -> None:
         self.kernel = run.kernel.name
         self._calls = calls
+        self._record = record
         self._run = run
         # None once it has left. Each holds the other: bytes that either has would wait for the garbage collector.
         self._caller: Caller | None = caller
-        self._began = monotonic()
-        self.deadline = self._began + seconds
+        self.deadline = record.began + seconds
         self._seconds = seconds
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expired)
         # Of the reply; what its run holds of the request is the run's.
@@ -194,22 +185,22 @@ class Call:
             return
         self._reply = reply
         if self._sink is None:
-            self._end("OK", reply)
+            self._end("OK", reply=reply)
             self.leave()
         elif self._sink.complete:
-            self._end("OK", reply)
+            self._end("OK", reply=reply)
 
     def feed(self, piece: memoryview) -> None:
         """Take the reply's next piece."""
         assert self._sink is not None
         self._sink.feed(piece)
         if self._sink.complete:
-            self._end("OK", self._reply)
+            self._end("OK", reply=self._reply)
 
     def fail(self, error: UnlatchError, reply: Reply | None = None) -> None:
         """It has failed, by that reply where there is one."""
         if not self._over and self._caller is not None:
-            self._end(error.status, reply)
+            self._end(error.status, error, reply)
             self._run.leave(self)
             self._caller.fail(error)
         self.leave()
@@ -217,7 +208,7 @@ class Call:
     def leave(self) -> None:
         """Its caller has what it came for, or does not wait: free what it holds, here and in the replica."""
         if not self._over:
-            self._end("DEADLINE_EXCEEDED" if monotonic() >= self.deadline else "CANCELLED", None)
+            self._end("DEADLINE_EXCEEDED" if monotonic() >= self.deadline else "CANCELLED")
             self._run.leave(self)
         if self._caller is not None:
             self._caller = None
@@ -226,8 +217,7 @@ class Call:
     def _expired(self) -> None:
         self.fail(DeadlineExceeded(f"kernel {self.kernel} did not answer within {self._seconds:.3g} s"))
 
-    def _end(self, code: str, reply: Reply | None) -> None:
+    def _end(self, code: str, error: UnlatchError | None = None, reply: Reply | None = None) -> None:
         self._over = True
         self._timer.cancel()
-        timings = reply.timings if reply is not None else None
-        self._calls.metrics.call_ended(self.kernel, code, monotonic() - self._began, timings)
+        self._record.ended(code, error, reply, self._run.replica)

@@ -24,12 +24,13 @@ class ClientDoor:
         body = Body(descriptor.lengths, None if whole is None else list(whole))
         remaining = descriptor.remaining_microseconds
         call = _ClientCall(lane, descriptor.call, body)
+        record = self._calls.records.begin(descriptor)
         try:
             if descriptor.ByteSize() > MOST_DESCRIPTOR_BYTES:
                 error = too_much_said(descriptor.request.SerializeToString())
-                self._calls.unreadable(error)
+                record.refused(error, known=False)
                 raise error
-            call.call = self._calls.begin(descriptor, body, remaining / 1e6 if remaining else None, call)
+            call.call = self._calls.begin(record, body, remaining / 1e6 if remaining else None, call)
         except UnlatchError as error:
             call.fail(error)
         if call.answered:

@@ -5,14 +5,17 @@ They take the one path of a call (gateway/calls.py); their messages are read and
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 
 from common.errors import ResourceExhausted, UnlatchError
 from common.lane import Body, Buffer, Sink
+from common.tracing import TRACEPARENT, TRACESTATE
 from gateway.calls import Call, Calls
 from gateway.oip_message import read_request, write_answer, write_failure, write_response
+from gateway.record import Record
 from protos.unlatch_pb2 import Descriptor, Reply
 
 SERVICE = "inference.GRPCInferenceService"
@@ -30,59 +33,85 @@ class Infer:
 
     async def one(self, message: bytes, context: Any) -> bytes:
         """ModelInfer."""
-        caller, call = self._begin(*self._read(message), context)
+        begun = self._begun(message, _trace_context(context), context)
         # What is held of it from here on the call holds: a failure's traceback would hold the whole.
         del message
         try:
-            return write_response(*await caller.answered)
+            return write_response(*await begun.caller.answered)
         finally:
-            call.leave()
+            begun.leave()
+            context.set_trailing_metadata(begun.record.trailers())
 
     async def stream(self, _: Any, context: Any) -> None:
         """ModelStreamInfer: calls run side by side, their answers leave in order."""
         room = asyncio.Semaphore(_MOST_IN_FLIGHT)
+        trace = _trace_context(context)
         last: asyncio.Task[None] | None = None
         async with asyncio.TaskGroup() as group:
             while isinstance(message := await context.read(), bytes):
                 await room.acquire()
-                begun = self._begun(message, context)
+                begun = self._begun(message, trace, context)
                 # What is held of it from here on the call holds, and is counted.
                 del message
-                last = group.create_task(_streamed(*begun, context, last))
+                last = group.create_task(_streamed(begun, context, last))
                 last.add_done_callback(lambda _: room.release())
 
-    def _begun(self, message: bytes, context: Any) -> tuple[Descriptor, "_Caller", Call | None]:
-        """A call of a stream, or a caller who has been told already why there is none."""
-        descriptor = Descriptor()
-        try:
-            descriptor, body = self._read(message)
-            return descriptor, *self._begin(descriptor, body, context)
-        except UnlatchError as error:
-            refused = _Caller(self._max_message_bytes)
-            refused.fail(error)
-            return descriptor, refused, None
-
-    def _read(self, message: bytes) -> tuple[Descriptor, Body]:
-        try:
-            return read_request(message, self._max_message_bytes)
-        except UnlatchError as error:
-            self._calls.unreadable(error)
-            raise
-
-    def _begin(self, descriptor: Descriptor, body: Body, context: Any) -> tuple["_Caller", Call]:
+    def _begun(self, message: bytes, trace: tuple[str, str], context: Any) -> "_Begun":
+        """A call that is under way; or one whose caller has been told already why it is not."""
         caller = _Caller(self._max_message_bytes)
-        return caller, self._calls.begin(descriptor, body, context.time_remaining(), caller)
+        try:
+            descriptor, body = read_request(message, self._max_message_bytes)
+        except UnlatchError as error:
+            record = self._record(Descriptor(), trace)
+            record.refused(error, known=False)
+            caller.fail(error)
+            return _Begun(caller, record, None)
+        record = self._record(descriptor, trace)
+        try:
+            call = self._calls.begin(record, body, context.time_remaining(), caller)
+        except UnlatchError as error:
+            caller.fail(error)
+            return _Begun(caller, record, None)
+        return _Begun(caller, record, call)
+
+    def _record(self, descriptor: Descriptor, trace: tuple[str, str]) -> Record:
+        descriptor.traceparent, descriptor.tracestate = trace
+        return self._calls.records.begin(descriptor)
 
 
-async def _streamed(
-    descriptor: Descriptor, caller: "_Caller", call: Call | None, context: Any, before: asyncio.Task[None] | None
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A call that came by this door, if it was let in, and who waits for its answer."""
+
+    caller: "_Caller"
+    record: Record
+    call: Call | None
+
+    def leave(self) -> None:
+        """Nobody waits for it any more."""
+        if self.call is not None:
+            self.call.leave()
+
+
+def _trace_context(context: Any) -> tuple[str, str]:
+    """`traceparent` and `tracestate` of an RPC's metadata. Of two parents neither is it; parts of the state add up."""
+    parents: list[str] = []
+    states: list[str] = []
+    for key, value in context.invocation_metadata() or ():
+        if key == TRACEPARENT:
+            parents.append(value)
+        elif key == TRACESTATE:
+            states.append(value)
+    return (parents[0], ",".join(states)) if len(parents) == 1 else ("", "")
+
+
+async def _streamed(begun: "_Begun", context: Any, before: asyncio.Task[None] | None) -> None:
     """One answer of a stream, a failure too. What it holds is held until it has been written."""
     try:
         try:
-            reply, tensors = await caller.answered
+            reply, tensors = await begun.caller.answered
         except UnlatchError as error:
-            answer = write_failure(descriptor, error)
+            answer = write_failure(begun.record.descriptor, error)
             await _ended(before)
         else:
             await _ended(before)
@@ -91,8 +120,7 @@ async def _streamed(
         with suppress(grpc.aio.BaseError):
             await context.write(answer)
     finally:
-        if call is not None:
-            call.leave()
+        begun.leave()
 
 
 async def _ended(task: asyncio.Task[None] | None) -> None:
@@ -136,6 +164,7 @@ class _Caller:
 
     def fail(self, error: UnlatchError) -> None:
         if not self.answered.done():
-            self.answered.set_exception(error)
+            # Its traceback would hold whoever caught it, and with that the message, and us.
+            self.answered.set_exception(error.with_traceback(None))
             # A stream that ends early looks at none of its answers.
             self.answered.exception()

@@ -51,6 +51,11 @@ class Replica:
         self._calls = 0
         self._bytes = 0
 
+    @property
+    def name(self) -> str:
+        """What it calls itself."""
+        return self._welcome.server
+
     def has_room(self, size: int) -> bool:
         """Whether a call of `size` bytes fits its window. A call larger than the whole window goes alone."""
         granted = self._welcome

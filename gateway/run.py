@@ -70,6 +70,11 @@ class Run:
         """Whether no more of the reply is to come."""
         return self._over
 
+    @property
+    def replica(self) -> str:
+        """What the replica calls itself that it is on, or was; "" where it never came to one."""
+        return self._sent[0].name if self._sent is not None else ""
+
     def remaining_microseconds(self) -> int:
         """What is left of its time; never 0, which would mean no limit."""
         return max(1, round((self.deadline - monotonic()) * 1e6))

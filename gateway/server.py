@@ -11,12 +11,15 @@ from common.processes import ProcessWatch
 from common.recorder import Recorder
 from common.rpc import handlers
 from common.service import serve as serve_until_stopped
+from common.tracing import Tracing
 from gateway import oip
+from gateway.call_log import CallLog
 from gateway.calls import Calls
 from gateway.client_lane import ClientDoor
 from gateway.fleet import Fleet, Routed
 from gateway.metrics import GatewayMetrics
 from gateway.oip_about import About
+from gateway.record import Records
 from gateway.replica import Replica
 from gateway.settings import GatewaySettings
 from protos.unlatch_pb2 import Welcome
@@ -31,7 +34,8 @@ class Gateway:
         self.health = Health(oip.SERVICE, lane.SERVICE)
         self.fleet = Fleet(settings.replicas, Policy[Routed](), self)
         self.metrics = GatewayMetrics(self.recorder, lambda: self.fleet.held, lambda: len(self.calls))
-        self.calls = Calls(self.fleet, settings, self.metrics)
+        log = CallLog(settings.logged_calls_per_second, settings.logged_failures_per_second)
+        self.calls = Calls(self.fleet, settings, Records(self.metrics, Tracing(), log))
         self.lanes = Lanes(self._welcome, ClientDoor(self.calls, settings.stalled_call_seconds).accept)
 
     def start(self) -> None:

@@ -174,6 +174,8 @@ class Descriptor(_message.Message):
     REMAINING_MICROSECONDS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TRACESTATE_FIELD_NUMBER: _builtins.int
     call: _builtins.int
     """The caller's number for this call, unique on its lane while the call lives."""
     whole: _builtins.bool
@@ -183,6 +185,9 @@ class Descriptor(_message.Message):
     tenant: _builtins.str
     """Who calls, as authentication at the gateway says. What a client writes here is ignored."""
     priority: Global___Priority.ValueType
+    traceparent: _builtins.str
+    """The trace that the call belongs to, as W3C Trace Context has it; empty where it belongs to none."""
+    tracestate: _builtins.str
     @_builtins.property
     def request(self) -> Global___Request: ...
     @_builtins.property
@@ -199,10 +204,12 @@ class Descriptor(_message.Message):
         remaining_microseconds: _builtins.int = ...,
         tenant: _builtins.str = ...,
         priority: Global___Priority.ValueType = ...,
+        traceparent: _builtins.str = ...,
+        tracestate: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "lengths", b"lengths", "priority", b"priority", "remaining_microseconds", b"remaining_microseconds", "request", b"request", "tenant", b"tenant", "whole", b"whole"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "lengths", b"lengths", "priority", b"priority", "remaining_microseconds", b"remaining_microseconds", "request", b"request", "tenant", b"tenant", "traceparent", b"traceparent", "tracestate", b"tracestate", "whole", b"whole"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,8 +1,10 @@
 """One lane of a client, from its opening to its end, and the calls on it."""
 
 import asyncio
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import grpc
@@ -17,6 +19,7 @@ from common.spec import KernelSpec
 from protos.unlatch_pb2 import Reply, Welcome
 from unlatch.arrays import Arriving, Caller, arrays
 from unlatch.results import Result, result
+from unlatch.trace_context import current
 
 
 class Link:
@@ -30,6 +33,9 @@ class Link:
         self._why = "the gateway did not answer"
         self._calls = 0
         self._bytes = 0
+        # What calls are known by in the gateway's log, and in the errors of those that fail.
+        self._identity = secrets.token_hex(4)
+        self._identities = count(1)
         # Set whenever something changes that somebody may wait for.
         self._changed = asyncio.Event()
         self._lane = LaneCaller(self._welcomed, lambda: None)
@@ -72,7 +78,9 @@ class Link:
             raise Unavailable(f"the lane to {self._target} broke: {self._why}")
         descriptor, body = caller.request(given)
         descriptor.remaining_microseconds = 0 if seconds is None else max(1, round(seconds * 1e6))
-        call = PendingCall(self, caller.spec, body.size, seconds)
+        descriptor.request.id = f"{self._identity}-{next(self._identities)}"
+        descriptor.traceparent, descriptor.tracestate = current()
+        call = PendingCall(self, caller.spec, descriptor.request.id, body.size, seconds)
         self._calls += 1
         self._bytes += body.size
         call.number = self._lane.call(descriptor, body, call)
@@ -125,8 +133,9 @@ class Link:
 class PendingCall:
     """A call in flight. `result` is a future of what the kernel gives."""
 
-    def __init__(self, link: Link, spec: KernelSpec, size: int, seconds: float | None) -> None:
+    def __init__(self, link: Link, spec: KernelSpec, identity: str, size: int, seconds: float | None) -> None:
         self.number = 0
+        self.identity = identity
         loop = asyncio.get_running_loop()
         self.result: asyncio.Future[Result] = loop.create_future()
         self._seconds = seconds
@@ -163,6 +172,7 @@ class PendingCall:
         """There is no result."""
         self._end()
         if not self.result.done():
+            error.add_note(f"request {self.identity}")
             self.result.set_exception(error)
             # A map that ends with an earlier failure never looks at this one.
             self.result.exception()
