@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import Collector
 
 from common.exposition import serve_metrics
+from common.garbage import Collecting
 from common.health import Health
 from common.life import Life, go_first, notify_ready
 from common.loop_watch import LoopWatch
@@ -33,10 +34,14 @@ async def serve(
     health: Health,
     recorder: Recorder,
     collectors: Iterable[Collector],
+    live: Callable[[], int],
     drain: Callable[[], Awaitable[None]],
     notify_socket: str,
 ) -> None:
-    """Serve until a signal, drain, and return with every port closed. Raises BindError for a port that is taken."""
+    """Serve until a signal, drain, and return with every port closed. Raises BindError for a port that is taken.
+
+    `live` says how many calls there are to walk for the garbage collector.
+    """
     life = Life()
     server = grpc.aio.server(options=options(max_message_bytes))
     server.add_generic_rpc_handlers(tuple(handlers))
@@ -51,7 +56,7 @@ async def serve(
         metrics_listen, close_metrics = serve_metrics(settings.metrics_listen, [recorder, *collectors])
     except (OSError, ValueError) as error:
         raise BindError(f"cannot serve metrics on {settings.metrics_listen}: {error}") from None
-    with LoopWatch(recorder, process):
+    with LoopWatch(recorder, process), Collecting(live):
         await server.start()
         await probes.start()
         go_first()

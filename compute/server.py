@@ -122,6 +122,7 @@ async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
                 health=replica.health,
                 recorder=replica.recorder,
                 collectors=[replica.metrics, processes],
+                live=replica.queue.__len__,
                 drain=replica.lanes.drain,
                 notify_socket=notify_socket,
             )

@@ -39,13 +39,18 @@ class Records:
 class Record:
     """One call. Exactly one of `refused` and `ended` is its end."""
 
-    __slots__ = ("_records", "_span", "began", "descriptor", "replica", "request_id", "seconds", "timings")
+    __slots__ = (
+        *("_records", "_span", "began", "bytes_in", "bytes_out", "descriptor", "replica", "request_id", "seconds"),
+        "timings",
+    )
 
     def __init__(self, records: Records, descriptor: Descriptor, request_id: str, span: Span | None) -> None:
         self.descriptor = descriptor
         self.request_id = request_id
         self.began = monotonic()
         self.seconds = 0.0
+        # Of its tensors, there and back.
+        self.bytes_in = self.bytes_out = 0
         # Where it ran, once it has been answered from there.
         self.replica = ""
         self.timings: Timings | None = None
@@ -61,7 +66,7 @@ class Record:
     ) -> None:
         """The call has its answer, or needs none any more; `reply` is what `replica` said, where it said something."""
         if reply is not None:
-            self.replica, self.timings = replica, reply.timings
+            self.replica, self.timings, self.bytes_out = replica, reply.timings, sum(reply.lengths)
         self._end(self.descriptor.request.kernel, code, error)
 
     @property
@@ -99,7 +104,8 @@ class Record:
             "request": self.request_id,
             "kernel": descriptor.request.kernel[:64],
             "seconds": round(self.seconds, 6),
-            "bytes": sum(descriptor.lengths),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
         }
         if self.timings is not None:
             told |= {"queue_us": self.timings.queue, "run_us": self.timings.run, "batch": self.timings.batch}

@@ -90,6 +90,7 @@ async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
                 health=gateway.health,
                 recorder=gateway.recorder,
                 collectors=[processes],
+                live=gateway.calls.__len__,
                 drain=gateway.drain,
                 notify_socket=notify_socket,
             )

@@ -65,7 +65,7 @@ def test_every_module_of_compute_is_the_fronts_or_a_workers() -> None:
     [
         ("gateway.server", {"numpy", "jaxtyping", "compute", "unlatch.client"}),
         ("compute.server", {"numpy", "jaxtyping", "gateway"}),
-        ("compute.worker", {"grpc", "uvloop", "prometheus_client", "google.protobuf", "structlog"}),
+        ("compute.worker", {"grpc", "uvloop", "prometheus_client", "google.protobuf", "structlog", "opentelemetry"}),
         ("unlatch.declaration", {"numpy", "grpc", "google.protobuf", "compute", "gateway"}),
     ],
 )  # fmt: skip
