@@ -24,6 +24,11 @@ from gateway.replica import Replica
 from gateway.settings import GatewaySettings
 from protos.unlatch_pb2 import Welcome
 
+# gRPC refuses what is too large before we see it, in words that help nobody. So it lets through so many times as much,
+# and it is us who refuse that, and say where large calls belong. Its arguments are ints of C.
+_REFUSED_BY_US = 4
+_MOST_BYTES = 2**31 - 1
+
 
 class Gateway:
     """What the parts of a gateway tell one another."""
@@ -86,7 +91,9 @@ async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
                     handlers(lane.SERVICE, streams={"Open": gateway.lanes.open}),
                 ],
                 reflected=[oip.SERVICE, lane.SERVICE],
-                max_message_bytes=settings.max_message_bytes + lane.MAX_MESSAGE_BYTES,
+                max_message_bytes=min(
+                    _REFUSED_BY_US * settings.max_message_bytes + lane.MAX_MESSAGE_BYTES, _MOST_BYTES
+                ),
                 health=gateway.health,
                 recorder=gateway.recorder,
                 collectors=[processes],

@@ -92,10 +92,10 @@ class Oip:
 class LaneEnd:
     """The caller's end of a lane, that keeps to the protocol only where a test wants it to."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, *, within: float = _WITHIN_SECONDS) -> None:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         opening: Any = channel.stream_stream("/unlatch.v1.Lane/Open")
-        self._stream = opening(iter(self._outgoing.get, None), timeout=_WITHIN_SECONDS)
+        self._stream = opening(iter(self._outgoing.get, None), timeout=within)
         self._replies: dict[int, Reply] = {}
         self._bytes: dict[int, bytearray] = {}
         self.welcome = Welcome()

@@ -122,10 +122,15 @@ def all_memory_files() -> set[int]:
 
 def resident_bytes(pid: int) -> int:
     """What of it is in RAM and its own alone."""
+    return status_bytes(pid, "RssAnon")
+
+
+def status_bytes(pid: int, name: str) -> int:
+    """One of the sizes in /proc/<pid>/status."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("no RssAnon")
+    raise AssertionError(f"no {name}")
 
 
 def processor_seconds(pid: int) -> float:
