@@ -26,7 +26,7 @@ from protos.unlatch_pb2 import Welcome
 
 # gRPC refuses what is too large before we see it, in words that help nobody. So it lets through so many times as much,
 # and it is us who refuse that, and say where large calls belong. Its arguments are ints of C.
-_REFUSED_BY_US = 4
+_REFUSED_BY_US = 2
 _MOST_BYTES = 2**31 - 1
 
 
