@@ -16,6 +16,8 @@ from common.exposition import serve_metrics
 from common.loop_watch import LoopWatch
 from common.recorder import Recorder
 
+pytestmark = pytest.mark.alone
+
 Run = Callable[[Coroutine[None, None, None]], None]
 LAG, STALLED = "unlatch_event_loop_lag_seconds", "unlatch_event_loop_stalled_seconds"
 CONTENTION = "unlatch_gil_contention_ratio"

@@ -19,6 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from common.exposition import serve_metrics
 from common.processes import ProcessWatch
 
+pytestmark = pytest.mark.alone
+
 CPU, RATIO = "unlatch_process_cpu_seconds_total", "unlatch_process_utilization_ratio"
 RESIDENT, FAULTS = "unlatch_process_resident_memory_bytes", "unlatch_process_page_faults_total"
 SPINS = "while True: pass"

@@ -16,7 +16,7 @@ from tests.faults.watching import Scrape, processor_seconds, tree, until
 from tests.mesh import Mesh, running_mesh
 from unlatch import Client
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.alone]
 
 CPU = "unlatch_process_cpu_seconds_total"
 RATIO = "unlatch_process_utilization_ratio"
