@@ -10,7 +10,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) \
 	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/inference.proto protos/unlatch.proto
 
-.PHONY: help setup run test check fmt protos bench soak demo lock clean
+.PHONY: help setup run test lint check fmt protos bench soak demo lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -21,11 +21,13 @@ setup: $(READY) ## make .venv with everything in it, at the versions that the lo
 run: setup ## serve on this machine: gateway and compute, all cores
 	@$(BIN)/unlatch serve $(ARGS)
 
-test: setup ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, two files beside one another; ARGS="-n 0" for one after the other
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-check: setup ## lint, types, import contracts, stub drift, and what the docs say
+lint: setup ## style, types, import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy . && $(BIN)/lint-imports
+
+check: lint ## lint, and stub drift, and what the docs say
 	$(BIN)/python -m pytest -q tests/test_contracts.py tests/test_docs.py tests/test_readme.py tests/test_stubs.py
 
 fmt: setup ## format, and mend what the linter can mend

@@ -204,7 +204,6 @@ def machine() -> dict[str, Any]:
         (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
     )
     memory = next((int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), None)
-    h2load = subprocess.run(["h2load", "--version"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "cpu": model,
         "cores": len(cores()),
@@ -213,9 +212,9 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
-        "h2load": h2load,
+        "h2load": _said_by("h2load", "--version"),
         "packages": {name: _version(name) for name in PACKAGES},
-        "commit": _commit(),
+        "commit": _said_by("git", "rev-parse", "HEAD"),
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if "BLAS" in name or name.startswith("OMP_")
         },
@@ -369,9 +368,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def _said_by(*command: str) -> str | None:
+    """What a command prints, where it is on this machine and has something to say."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return found.stdout.strip() or None
+    return ran.stdout.strip() or None

@@ -6,9 +6,9 @@ from contextlib import suppress
 
 import structlog
 
+from common.backoff import Backoff
 from common.spec import KernelSpec
 from compute import ends
-from compute.backoff import Backoff
 from compute.call import Call
 from compute.ends import End
 from compute.forkserver import ForkServer, StartError

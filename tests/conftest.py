@@ -1,6 +1,7 @@
 """What tests share: a mesh of real processes, and its doors."""
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,12 +11,26 @@ import pytest
 
 from tests.doors import LaneEnd, Oip
 from tests.mesh import Mesh, running_mesh
+from tests.turns import a_turn
 
 # How fast something is says the benchmark; a test that is slow on a busy machine has found nothing.
 hypothesis.settings.register_profile("unlatch", deadline=None)
 hypothesis.settings.load_profile("unlatch")
 
 StartMesh = Callable[..., Mesh]
+
+
+def pytest_configure() -> None:
+    """What tests start can be interrupted, though they were started in the background: there a shell ignores SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test waits for its turn before its time begins to count."""
+    with a_turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -165,15 +165,15 @@ async def test_full_queue_refuses_at_once_and_says_when_to_come_back(start_mesh:
 async def test_what_cannot_be_done_in_time_is_refused_on_arrival(client: Client, single: Mesh, held: Held) -> None:
     """Where the calls that wait are known to take longer than the deadline allows, the call is refused at once."""
     for _ in range(3):
-        await client.burns(seconds=0.05)
+        await client.sleeps(seconds=0.05)
     async with held:
-        calls = [asyncio.ensure_future(client.burns(seconds=0.05, priority="interactive")) for _ in range(20)]
+        calls = [asyncio.ensure_future(client.sleeps(seconds=0.05, priority="interactive")) for _ in range(20)]
         await until(lambda: waiting(single) >= 19, "a second's work waits")
         with pytest.raises(ResourceExhausted, match="deadline") as refused:
-            await client.burns(seconds=0.05, timeout=0.4)
+            await client.sleeps(seconds=0.05, timeout=0.4)
         assert 100 < refused.value.retry_after_milliseconds < 10_000
         # With time enough it may wait.
-        patient = asyncio.ensure_future(client.burns(seconds=0.05, timeout=25.0))
+        patient = asyncio.ensure_future(client.sleeps(seconds=0.05, timeout=25.0))
         await until(lambda: waiting(single) >= 20, "it waits too")
     await asyncio.gather(patient, *calls)
 
@@ -187,18 +187,18 @@ async def test_call_that_was_not_begun_teaches_nothing(start_mesh: StartMesh, tm
 
     async with Client(mesh.gateway, timeout=30.0) as client:
         for _ in range(3):
-            await client.burns(seconds=0.05)
+            await client.sleeps(seconds=0.05)
         for number in range(12):
             async with Held(client, Gate(tmp_path / str(number))):
-                staged = asyncio.ensure_future(client.burns(seconds=0.05))
+                staged = asyncio.ensure_future(client.sleeps(seconds=0.05))
                 await until(lambda: in_flight() == 2 and waiting(mesh) == 0, "it is staged")
                 staged.cancel()
                 await until(lambda: in_flight() == 1, "it has left")
         async with Held(client, Gate(tmp_path / "gate")):
-            calls = [asyncio.ensure_future(client.burns(seconds=0.05, priority="interactive")) for _ in range(20)]
+            calls = [asyncio.ensure_future(client.sleeps(seconds=0.05, priority="interactive")) for _ in range(20)]
             await until(lambda: waiting(mesh) >= 19, "a second's work waits")
             with pytest.raises(ResourceExhausted, match="deadline"):
-                await client.burns(seconds=0.05, timeout=0.4)
+                await client.sleeps(seconds=0.05, timeout=0.4)
         await asyncio.gather(*calls)
 
 
@@ -206,8 +206,8 @@ async def test_idle_worker_tries_whatever_is_expected(start_mesh: StartMesh) -> 
     """A call that is expected to take too long is begun where nothing waits: else nothing would be learned."""
     mesh = start_mesh(front=["--workers", "1"])
     async with Client(mesh.gateway) as client:
-        await client.turn(seconds=0.6)
-        assert int(await client.turn(timeout=0.5)) == 2
+        await client.sleeps(seconds=2.2)
+        assert float(await client.sleeps(seconds=0.0, timeout=2.0)) == 0.0
 
 
 async def test_deadline_that_passes_in_the_queue_frees_its_place(client: Client, single: Mesh, held: Held) -> None:
@@ -219,12 +219,6 @@ async def test_deadline_that_passes_in_the_queue_frees_its_place(client: Client,
             await late
         await until(lambda: waiting(single) <= 2, "its place is free")
     await asyncio.gather(*calls)
-
-
-def running(mesh: Mesh, kernel: str) -> int:
-    """How many workers run a kernel."""
-    labels = Scrape(mesh.front_metrics).labels("unlatch_worker_running_seconds")
-    return sum(found["kernel"] == kernel for found in labels)
 
 
 async def test_long_calls_leave_workers_to_others(start_mesh: StartMesh, tmp_path: Path) -> None:
@@ -242,9 +236,13 @@ async def test_long_calls_leave_workers_to_others(start_mesh: StartMesh, tmp_pat
         gates[0].open()
         await first
         # Both workers run what nobody knows to be long, so that a long one can be staged behind it.
-        unknown = [asyncio.ensure_future(client.sleeps(seconds=0.5)) for _ in range(2)]
-        await until(lambda: running(mesh, "sleeps") == 2, "both run")
+        both = [Gate(tmp_path / name) for name in ("one", "other")]
+        unknown = [asyncio.ensure_future(client.waits_too(path=str(gate))) for gate in both]
+        await until(lambda: all(gate.reached for gate in both), "both run")
         long = [asyncio.ensure_future(client.waits_for(path=str(gate))) for gate in gates[1:]]
+        await until(lambda: waiting(mesh) == 1, "one is staged, the other waits")
+        for gate in both:
+            gate.open()
         await asyncio.gather(*unknown)
         await until(lambda: any(gate.reached for gate in gates[1:]), "one runs")
         for _ in range(20):

@@ -22,14 +22,13 @@ import structlog
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
+from common.backoff import Backoff
 from common.life import notify_ready
 from common.log import configure
 from common.settings import Settings, parse, separated
 
 log = structlog.get_logger()
 
-_FIRST_BACKOFF_SECONDS = 0.1
-_LONGEST_BACKOFF_SECONDS = 5.0
 # A child that served this long is taken to be well: its next end is the first in a row again.
 _WELL_SECONDS = 10.0
 # What a child may take beyond its drain before it is killed.
@@ -98,7 +97,7 @@ class Child:
     async def keep(self) -> None:
         """Start it again whenever it ends, ever more slowly if it does not stay well."""
         loop = asyncio.get_running_loop()
-        ends_in_a_row = 0
+        ends = Backoff(first_seconds=0.1, longest_seconds=5.0)
         while self._process is not None:
             since = loop.time()
             process = self._process
@@ -108,8 +107,9 @@ class Child:
                     return
                 if self._process is not process:
                     continue
-                ends_in_a_row = 1 if loop.time() - since > _WELL_SECONDS else ends_in_a_row + 1
-                delay = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(ends_in_a_row - 1, 10))
+                if loop.time() - since > _WELL_SECONDS:
+                    ends.succeeded()
+                delay = ends.failed()
                 log.warning("started again", service=self._name, ended_with=code, after_seconds=delay)
                 await asyncio.sleep(delay)
                 try:

@@ -86,9 +86,10 @@ def dawdles(x: Vector, *, seconds: float) -> Vector:
 
 
 @kernel
-def rests(x: Vector) -> Vector:
-    """What came, after as many seconds as it says."""
-    time.sleep(float(x[0]))
+def waits_at_zero(x: Vector, *, gate: str) -> Vector:
+    """What came; of 0, once the gate has opened."""
+    if x[0] == 0:
+        _pass(gate)
     return x
 
 
@@ -203,9 +204,9 @@ def notices(*, seconds: float, record: str) -> Scalar:
     return np.array(seconds)
 
 
-@kernel(timeout=0.2)
+@kernel(timeout=0.5)
 def timed(*, seconds: float) -> Scalar:
-    """A loop that may run for a fifth of a second."""
+    """A loop that may run for half a second."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         pass
@@ -598,7 +599,7 @@ def spins_together(x: Rows, *, record: str) -> Together:
         pass
 
 
-@kernel(batch=True, timeout=0.3)
+@kernel(batch=True, timeout=0.5)
 def timed_together(x: Rows) -> Together:
     """A loop without end where a number is below zero; it may run for less than a third of a second."""
     while (x < 0).any():
@@ -606,7 +607,7 @@ def timed_together(x: Rows) -> Together:
     return Together(x, _seen(x))
 
 
-@kernel(pure=True, batch=True, timeout=0.3)
+@kernel(pure=True, batch=True, timeout=0.5)
 def timed_pure(x: Rows) -> Together:
     """The same, and it may be run again."""
     return timed_together(x)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from tests.faults.test_client import in_flight
-from tests.faults.watching import Scrape, until
+from tests.faults.watching import Gate, Scrape, until
 from tests.mesh import Mesh
 from unlatch import Client
 
@@ -30,6 +31,11 @@ def restarts(mesh: Mesh, reason: str) -> float:
 
 def wasted(mesh: Mesh) -> float:
     return Scrape(mesh.front_metrics).sum("unlatch_wasted_cpu_seconds_total")
+
+
+def gone(mesh: Mesh) -> float:
+    """How many callers have left, as far as the front knows."""
+    return Scrape(mesh.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
 
 
 def is_full(mesh: Mesh) -> bool:
@@ -72,7 +78,7 @@ async def test_core_of_a_call_that_nobody_waits_for_is_freed(
     await until(lambda: restarts(faulty, ABANDONED) == before + 2, "both workers were replaced, and counted")
     await until(lambda: is_full(faulty), "the pool is at full width again")
     assert wasted(faulty) > lost
-    assert in_flight(faulty) == 0
+    await until(lambda: in_flight(faulty) == 0, "nothing is in flight")
 
 
 async def test_kernel_that_notices_keeps_its_worker(faulty: Mesh, client: Client, tmp_path: Path) -> None:
@@ -90,19 +96,24 @@ async def test_kernel_that_notices_keeps_its_worker(faulty: Mesh, client: Client
     assert set(faulty.workers) == pids
 
 
-async def test_call_that_was_not_begun_never_is(faulty: Mesh, client: Client, tmp_path: Path) -> None:
+async def test_call_that_was_not_begun_never_is(
+    faulty: Mesh, client: Client, gate: Callable[[str], Gate], tmp_path: Path
+) -> None:
     """Queued or staged behind a call that goes on: when its caller leaves it is dropped, and no worker is lost."""
     pids = set(faulty.workers)
-    busy = [asyncio.ensure_future(client.spins(seconds=1.0)) for _ in range(2)]
-    await until(
-        lambda: Scrape(faulty.front_metrics).sum("unlatch_worker_running_seconds", kernel="spins") > 0, "both run"
-    )
-    records = [tmp_path / str(number) for number in range(4)]
+    gates = [gate("one"), gate("two")]
+    busy = [asyncio.ensure_future(client.waits(X, gate=str(each))) for each in gates]
+    await until(lambda: all(each.reached for each in gates), "both run")
+    before, records = gone(faulty), [tmp_path / str(number) for number in range(4)]
     calls = [asyncio.ensure_future(client.spins(seconds=EVER, record=str(record))) for record in records]
     await until(lambda: Scrape(faulty.front_metrics).sum("unlatch_queue_depth") == 2, "two are staged, two wait")
     for call in calls:
         await left(call)
-    assert [float(each) for each in await asyncio.gather(*busy)] == [1.0, 1.0]
+    await until(lambda: gone(faulty) == before + len(calls), "the front knows")
+    for each in gates:
+        each.open()
+    for y in await asyncio.gather(*busy):
+        np.testing.assert_array_equal(y, X)
     await asyncio.gather(*(client.echo(X) for _ in range(8)))
     assert not [record for record in records if record.exists()]
     assert set(faulty.workers) == pids
@@ -111,10 +122,8 @@ async def test_call_that_was_not_begun_never_is(faulty: Mesh, client: Client, tm
 async def test_kernels_timeout_ends_its_run(faulty: Mesh, client: Client) -> None:
     """A kernel's own timeout is DEADLINE_EXCEEDED with its name and limit, and the core is free."""
     before = restarts(faulty, TIMED_OUT)
-    began = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match=r"kernel timed ran for longer than its timeout of 0\.2 s"):
+    with pytest.raises(DeadlineExceeded, match=r"kernel timed ran for longer than its timeout of 0\.5 s"):
         await client.timed(seconds=EVER)
-    assert time.monotonic() - began < 5
     assert await client.timed(seconds=0.01) == 0.01
     await until(lambda: restarts(faulty, TIMED_OUT) == before + 1, "its worker was replaced")
     await until(lambda: is_full(faulty), "the pool is at full width again")
@@ -123,12 +132,12 @@ async def test_kernels_timeout_ends_its_run(faulty: Mesh, client: Client) -> Non
 async def test_timeout_is_the_kernels_and_not_the_fronts(faulty: Mesh, client: Client) -> None:
     """A run that ended in time is answered, though the front stood still until long after its kernel's timeout."""
     pids = set(faulty.workers)
-    for _ in range(5):
+    for _ in range(3):
         call = asyncio.ensure_future(client.timed(seconds=0.1))
         await until(lambda: runs(faulty, "timed") or call.done(), "it runs")  # noqa: B023 (awaited here)
         os.kill(faulty.front_service.pid, signal.SIGSTOP)
         try:
-            end = time.monotonic() + 0.6
+            end = time.monotonic() + 0.9
             await until(lambda: time.monotonic() > end, "its timeout has passed")  # noqa: B023 (awaited here)
         finally:
             os.kill(faulty.front_service.pid, signal.SIGCONT)

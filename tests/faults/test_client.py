@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 
 from common.errors import DeadlineExceeded, InvalidArgument, NotFound, UnlatchError
 from tests.faults.conftest import front_at, gateway_to
-from tests.faults.watching import Scrape, until
+from tests.faults.watching import Gate, Scrape, until
 from tests.mesh import ROOT, Mesh, running_mesh
 from unlatch import BlockingClient, Client
 
@@ -28,6 +28,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 X = np.arange(3.0)
 KIBIBYTE = np.arange(128.0)
 MEBIBYTE = np.arange(1 << 17, dtype="f8")
+# Far longer than any test: what ends it is what is tested.
+EVER = 600.0
 
 
 def in_flight(mesh: Mesh) -> float:
@@ -171,13 +173,28 @@ async def test_map_gives_every_result(client: Client, order: str, size: int) -> 
     assert order == "as ready" or seen == sorted(seen)
 
 
-async def test_unordered_map_does_not_wait_for_the_slowest(client: Client) -> None:
+async def test_unordered_map_does_not_wait_for_the_slowest(
+    faulty: Mesh, client: Client, gate: Callable[[str], Gate]
+) -> None:
     """As they are ready, the slowest result lets by all but what its worker has staged; in order, all wait for it."""
-    items = [np.array([seconds]) for seconds in (0.3, *[0.001] * 9)]
-    as_ready = [float(y[0]) async for y in client.map("rests", items, ordered=False)]
-    assert as_ready.index(0.3) >= 8
-    assert len(as_ready) == 10
-    assert [float(y[0]) async for y in client.map("rests", items)] == [0.3, *[0.001] * 9]
+    items = [np.array([float(number)]) for number in range(10)]
+    here = gate("as ready")
+    as_ready = []
+    async for y in client.map("waits_at_zero", items, ordered=False, gate=str(here)):
+        as_ready.append(int(y[0]))
+        if len(as_ready) == 8:
+            assert 0 not in as_ready
+            await until(lambda: here.reached, "the slowest has begun")
+            here.open()
+    assert sorted(as_ready) == list(range(10))
+    here = gate("in order")
+    results = aiter(client.map("waits_at_zero", items, gate=str(here)))
+    first = asyncio.ensure_future(anext(results))
+    await until(lambda: here.reached, "the slowest has begun")
+    await until(lambda: in_flight(faulty) <= 2, "all are done but it and what is staged behind it")
+    assert not first.done()
+    here.open()
+    assert [int(y[0]) for y in [await first, *[y async for y in results]]] == list(range(10))
 
 
 @pytest.mark.parametrize("order", ["in order", "as ready"])
@@ -209,7 +226,7 @@ async def test_leaving_a_map_cancels_what_is_in_flight(faulty: Mesh, client: Cli
     before = ended(faulty, "dawdles", "CANCELLED")
     async for _ in client.map("dawdles", [X] * 100, in_flight=20, seconds=0.02):
         break
-    await until(lambda: in_flight(faulty) == 0, "nothing is in flight", 1.0)
+    await until(lambda: in_flight(faulty) == 0, "nothing is in flight")
     assert ended(faulty, "dawdles", "CANCELLED") - before >= 10
     np.testing.assert_array_equal(await client.echo(MEBIBYTE), MEBIBYTE)
 
@@ -232,12 +249,12 @@ async def test_cancelled_call_leaves_the_lane_usable(faulty: Mesh, client: Clien
     """A caller who cancels a call, at whatever moment, frees it everywhere, and the next one is answered."""
     before = ended(faulty, "lingers", "CANCELLED")
     for _ in range(3):
-        call = asyncio.ensure_future(client.lingers(x, seconds=60.0))
+        call = asyncio.ensure_future(client.lingers(x, seconds=EVER))
         await until(lambda: in_flight(faulty) == 1, "it is in flight")
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        await until(lambda: in_flight(faulty) == 0, "it is not any more", 1.0)
+        await until(lambda: in_flight(faulty) == 0, "it is not any more")
     assert ended(faulty, "lingers", "CANCELLED") - before == 3
     # At once: the call may not have left, or its body be on its way.
     for turns in range(20):
@@ -246,20 +263,20 @@ async def test_cancelled_call_leaves_the_lane_usable(faulty: Mesh, client: Clien
             await asyncio.sleep(0)
         call.cancel()
     np.testing.assert_array_equal(await client.echo(x), x)
-    await until(lambda: in_flight(faulty) == 0, "nothing is in flight", 1.0)
+    await until(lambda: in_flight(faulty) == 0, "nothing is in flight")
 
 
 async def test_deadline_passes(faulty: Mesh, client: Client) -> None:
-    """A call that takes longer than its time fails DEADLINE_EXCEEDED in about that time; the lane serves on."""
+    """A call that takes longer than its time fails DEADLINE_EXCEEDED when that is over; the lane serves on."""
     began = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=r"dawdles did not answer within 0.2 s"):
-        await client.dawdles(X, seconds=0.6, timeout=0.2)
-    assert 0.19 < time.monotonic() - began < 0.5
+        await client.dawdles(X, seconds=EVER, timeout=0.2)
+    assert time.monotonic() - began > 0.19
     with pytest.raises(DeadlineExceeded):
-        async for _ in client.map("dawdles", [X] * 4, seconds=0.5, timeout=0.1):
+        async for _ in client.map("dawdles", [X] * 4, seconds=EVER, timeout=0.1):
             pass
     np.testing.assert_array_equal(await client.echo(X), X)
-    await until(lambda: in_flight(faulty) == 0, "nothing is in flight", 1.0)
+    await until(lambda: in_flight(faulty) == 0, "nothing is in flight")
 
 
 async def test_garbled_reply_fails_its_call_alone(client: Client) -> None:
@@ -302,20 +319,20 @@ SCRIPTS = {
         from unlatch import Client
         async def main():
             async with Client(sys.argv[1]) as mesh:
-                await mesh.dawdles(np.ones(3), seconds=2.0)
+                await mesh.dawdles(np.ones(3), seconds=600.0)
         asyncio.run(main())
         """,
     "blocking": """
         import sys, numpy as np
         from unlatch import BlockingClient
         with BlockingClient(sys.argv[1]) as mesh:
-            mesh.dawdles(np.ones(3), seconds=2.0)
+            mesh.dawdles(np.ones(3), seconds=600.0)
         """,
     "blocking map": """
         import sys, numpy as np
         from unlatch import BlockingClient
         with BlockingClient(sys.argv[1]) as mesh:
-            for _ in mesh.map("dawdles", [np.ones(3)] * 2, seconds=2.0):
+            for _ in mesh.map("dawdles", [np.ones(3)] * 2, seconds=600.0):
                 pass
         """,
 }
@@ -325,7 +342,7 @@ SCRIPTS = {
 async def test_interrupted_caller_leaves_nothing(faulty: Mesh, tmp_path: Path, how: str) -> None:
     """Ctrl-C ends a caller at once, and what it waited for is cancelled at the gateway."""
     if how == "command line":
-        command = ["-m", "unlatch", "call", "dawdles", "x=[1.0]", "seconds=2", "--server", faulty.gateway]
+        command = ["-m", "unlatch", "call", "dawdles", "x=[1.0]", "seconds=600", "--server", faulty.gateway]
     else:
         script = tmp_path / "script.py"
         lines = SCRIPTS[how].split("\n")
@@ -342,23 +359,14 @@ async def test_interrupted_caller_leaves_nothing(faulty: Mesh, tmp_path: Path, h
     try:
         await until(lambda: in_flight(faulty) >= 1, "its call is in flight")
         caller.send_signal(signal.SIGINT)
-        began = time.monotonic()
-        _, said = await asyncio.to_thread(caller.communicate, timeout=5)
-        assert time.monotonic() - began < 1.0
+        _, said = await asyncio.to_thread(caller.communicate, timeout=20)
         assert caller.returncode in (130, -signal.SIGINT), said
         assert b"never retrieved" not in said, said
         assert b"was destroyed" not in said, said
-        await until(lambda: in_flight(faulty) == 0, "nothing is in flight", 1.0)
+        await until(lambda: in_flight(faulty) == 0, "nothing is in flight")
     finally:
         caller.kill()
         caller.wait()
-    # The kernels run on to their end, by the design of this part; later tests need the workers.
-    await until(lambda: is_idle(faulty), "the workers are free")
-
-
-def is_idle(mesh: Mesh) -> bool:
-    first, second = (Scrape(mesh.front_metrics).sum("unlatch_worker_busy_seconds_total") for _ in range(2))
-    return first == second
 
 
 async def test_map_keeps_its_time_when_the_gateway_does_not(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -60,7 +59,7 @@ async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: sig
     """Told to stop, a service says NOT_SERVING, refuses new calls at once, answers what is in flight, ends with 0."""
     socket = tmp_path / "front.sock"
     lane_gate, door_gate = gate("lane"), gate("door")
-    with front_at(socket, "--drain-seconds", "5") as front, gateway_to(socket) as gateway:
+    with front_at(socket, "--drain-seconds", "30") as front, gateway_to(socket, "--drain-seconds", "30") as gateway:
         gateway.wait_for("replica is ready")
         ending = gateway if draining == "gateway" else front
         address = gateway.wait_for("serving")["listen"]
@@ -79,20 +78,19 @@ async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: sig
             assert await status(watch) == NOT_SERVING
             # A gateway whose only replica drains takes no calls either.
             assert await status(gateway_watch) == NOT_SERVING
-            began = time.monotonic()
             with pytest.raises(Unavailable):
                 await client.echo(X)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await infer(channel, vector("echo", 1.0))
             assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-            assert time.monotonic() - began < 1.0
+            # At once: while those that run wait for what only this test can give them.
             assert not by_lane.done()
             assert not by_door.done()
             lane_gate.open()
             door_gate.open()
             np.testing.assert_array_equal(await by_lane, X)
             assert arrays_of(await by_door)[0].tolist() == [5.0]
-            assert await asyncio.to_thread(ending.wait, 5.0) == 0
+            assert await asyncio.to_thread(ending.wait) == 0
 
 
 @pytest.mark.parametrize("draining", ["gateway", "front"])
@@ -109,14 +107,14 @@ async def test_drain_is_bounded(tmp_path: Path, gate: GateMaker, draining: str) 
             ending.signal(signal.SIGTERM)
             with pytest.raises(Unavailable):
                 await call
-            assert await asyncio.to_thread(ending.wait, 3.0) == 0
+            assert await asyncio.to_thread(ending.wait) == 0
             ending.wait_for("calls are cut off")
 
 
 async def test_second_signal_ends_at_once(tmp_path: Path, gate: GateMaker) -> None:
     """The second signal does not wait for anything."""
-    socket, here = tmp_path / "front.sock", gate("here")
-    with front_at(socket) as front, gateway_to(socket) as gateway:
+    socket, here, patient = tmp_path / "front.sock", gate("here"), ("--drain-seconds", "60")
+    with front_at(socket, *patient) as front, gateway_to(socket, *patient) as gateway:
         gateway.wait_for("replica is ready")
         async with Client(gateway.wait_for("serving")["listen"], timeout=20.0) as client:
             call = asyncio.ensure_future(client.waits(X, gate=str(here)))
@@ -125,7 +123,8 @@ async def test_second_signal_ends_at_once(tmp_path: Path, gate: GateMaker) -> No
                 service.signal(signal.SIGTERM)
                 await asyncio.to_thread(service.wait_for, "draining")
                 service.signal(signal.SIGTERM)
-                assert await asyncio.to_thread(service.wait, 2.0) == 128 + signal.SIGTERM
+                # The call that runs has no end, and the drain would be a minute.
+                assert await asyncio.to_thread(service.wait) == 128 + signal.SIGTERM
             with pytest.raises(Unavailable):
                 await call
 
@@ -136,17 +135,17 @@ async def test_calls_held_for_a_window_hear_of_a_broken_lane(tmp_path: Path, gat
     with front_at(socket, "--window-calls", "2") as front, gateway_to(socket) as gateway:
         gateway.wait_for("replica is ready")
         entry = gateway.wait_for("serving")
-        async with Client(entry["listen"], timeout=20.0) as client:
+        async with Client(entry["listen"], timeout=600.0) as client:
             running = asyncio.ensure_future(client.waits(X, gate=str(here)))
             await until(lambda: here.reached, "a call runs")
             others = [asyncio.ensure_future(client.hangs(X, how="sleep", record=str(tmp_path / "on")))]
             others += [asyncio.ensure_future(client.echo(X)) for _ in range(5)]
             await until(lambda: Scrape(entry["metrics_listen"]).sum("unlatch_queue_depth") == 5, "five are held")
-            began = time.monotonic()
             front.signal(signal.SIGKILL)
-            for outcome in await asyncio.gather(running, *others, return_exceptions=True):
+            # At once, though each of them has the client's timeout.
+            ended = asyncio.gather(running, *others, return_exceptions=True)
+            for outcome in await asyncio.wait_for(ended, 10.0):
                 assert isinstance(outcome, Unavailable), outcome
-            assert time.monotonic() - began < 2.0
 
 
 async def test_health_follows_the_replica(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from tests.mesh import ROOT
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(150)
 def test_every_call_ends_once_and_rightly_while_workers_are_killed() -> None:
     """Every reply right by its content, every failure one that the table predicts, none lost, none answered twice."""

@@ -6,7 +6,7 @@ import re
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,14 @@ class Serve:
 def starting(directory: Path, **listen: str) -> Iterator[Serve]:
     """`unlatch serve`, just started, on free ports unless told otherwise."""
     names = ("listen", "metrics_listen", "health_listen", "compute_metrics_listen", "compute_health_listen")
-    addresses = {name: listen.pop(name, "") or f"127.0.0.1:{free_port()}" for name in names}
-    flags = {"workers": "2", "kernels": str(FAULT_KERNELS), **listen, **addresses}
     scratch = directory / "tmp"
     scratch.mkdir()
-    arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
-    with Service("unlatch", "serve", *arguments, environment={"TMPDIR": str(scratch)}) as service:
-        yield Serve(service=service, address=addresses["listen"], directory=scratch)
+    with ExitStack() as reserved:
+        addresses = {name: listen.pop(name, "") or reserved.enter_context(free_address()) for name in names}
+        flags = {"workers": "2", "kernels": str(FAULT_KERNELS), **listen, **addresses}
+        arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+        with Service("unlatch", "serve", *arguments, environment={"TMPDIR": str(scratch)}) as service:
+            yield Serve(service=service, address=addresses["listen"], directory=scratch)
     wait_until(lambda: not who_mentions(scratch), "nothing mentions its directory")
 
 
@@ -83,10 +84,16 @@ def serving(directory: Path, **flags: str) -> Iterator[Serve]:
         yield serve
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+@contextmanager
+def free_address() -> Iterator[str]:
+    """An address that the system gives to nobody who asks for any, and lets whoever names it listen at.
+
+    So it does as long as both ends allow the address's reuse and only one of them listens (socket(7), SO_REUSEADDR).
+    """
+    with socket.socket() as reserving:
+        reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserving.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{reserving.getsockname()[1]}"
 
 
 def who_mentions(directory: Path) -> list[Process]:

@@ -17,7 +17,7 @@ from typing import Self
 from common.tensors import Array, dtype_name, pack_bytes, view
 from compute.arena import Segment, offsets
 from compute.ends import POOL_STOPS, End
-from compute.forkserver import ForkServer
+from compute.forkserver import ForkServer, StartError
 from compute.process import WorkerProcess
 from compute.wire import (
     Done,
@@ -74,10 +74,6 @@ class Lost:
 
 
 Outcome = Ended | Refused | Lost
-
-
-class StartError(Exception):
-    """No worker can be had; the message says why."""
 
 
 class Workers:
