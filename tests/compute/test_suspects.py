@@ -14,6 +14,7 @@ from common.processes import ProcessWatch
 from common.recorder import Recorder
 from common.spec import ArraySpec, KernelSpec, ScalarSpec
 from common.tensors import Array
+from common.tracing import Tracing
 from compute import ends
 from compute.arena import InputArena
 from compute.arguments import check
@@ -64,7 +65,7 @@ class Ward:
         suspects = self.suspects
         call = Call(
             *(self._lane, descriptor, spec, check(spec, descriptor)),
-            *(self.arena, self._metrics, suspects.offer, suspects.withdraw),
+            *(self.arena, self._metrics, Tracing(), suspects.offer, suspects.withdraw),
         )
         call.cost_seconds = cost_seconds
         call.make_room()
