@@ -1,6 +1,6 @@
 """What the pool does when it is hurt, crowded, or asked for many small things: replacement, cancel, order, batches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -92,7 +92,7 @@ def measure(work: Work, *, rounds: int, seconds: float, on_step: Callable[[str],
     return found
 
 
-def judged(found: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+def judged(found: Mapping[str, float], bounds: Iterable[Bound] = BOUNDS) -> dict[str, dict[str, Any]]:
     """The figures that have a bound, measured or not, and whether they keep it."""
     return {
         bound.name: {
@@ -101,7 +101,7 @@ def judged(found: Mapping[str, float]) -> dict[str, dict[str, Any]]:
             "at_least": bound.at_least,
             "met": None if value is None else bound.met(value),
         }
-        for bound in BOUNDS
+        for bound in bounds
     }
 
 
