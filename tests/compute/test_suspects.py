@@ -63,10 +63,9 @@ class Ward:
             descriptor.lengths.append(array.nbytes)
         spec = kernel(arrays, version)
         suspects = self.suspects
-        call = Call(
-            *(self._lane, descriptor, spec, check(spec, descriptor)),
-            *(self.arena, self._metrics, Tracing(), suspects.offer, suspects.withdraw),
-        )
+        beside = self.arena, self._metrics, Tracing()
+        arguments = check(spec, descriptor)
+        call = Call(self._lane, descriptor, spec, arguments, *beside, suspects.offer, suspects.withdraw)
         call.cost_seconds = cost_seconds
         call.make_room()
         call.land([memoryview(array.tobytes()) for array in arrays.values()])
