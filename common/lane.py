@@ -82,9 +82,9 @@ def unpack(message: bytes) -> tuple[Frames, list[memoryview]]:
         raise ProtocolViolation(f"no lane message: {error}") from None
 
 
-def check_whole(lengths: Sequence[int], pieces: Sequence[memoryview]) -> None:
+def check_whole(lengths: list[int], pieces: Sequence[memoryview]) -> None:
     """Hold a whole body against the lengths that its frame declared. Raises ProtocolViolation."""
-    if len(lengths) != len(pieces) or any(map(int.__ne__, lengths, map(len, pieces))):
+    if list(map(len, pieces)) != lengths:
         raise ProtocolViolation("a whole body does not have the lengths that its frame declares")
 
 

@@ -80,9 +80,10 @@ class LaneCaller:
         for reply in frames.replies:
             whole: list[memoryview] | None = None
             if reply.whole:
-                whole = payload[at : at + len(reply.lengths)]
-                at += len(reply.lengths)
-                check_whole(reply.lengths, whole)
+                lengths = reply.lengths[:]
+                whole = payload[at : at + len(lengths)]
+                at += len(lengths)
+                check_whole(lengths, whole)
             self._replied(reply, whole)
         check_pieces(frames, payload, at)
         for piece in frames.pieces:

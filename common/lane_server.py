@@ -152,11 +152,13 @@ class LaneServer:
         """Accept the calls of a message; how many of its entries were theirs."""
         at = 0
         for descriptor in frames.calls:
+            # Read once: each walk of a protobuf list costs half a microsecond.
+            lengths = descriptor.lengths[:]
             whole: list[memoryview] | None = None
             if descriptor.whole:
-                whole = payload[at : at + len(descriptor.lengths)]
-                at += len(descriptor.lengths)
-                check_whole(descriptor.lengths, whole)
+                whole = payload[at : at + len(lengths)]
+                at += len(lengths)
+                check_whole(lengths, whole)
             if self._calls and (len(self._calls) >= self._window_calls or self._bytes >= self._window_bytes):
                 raise ProtocolViolation(
                     f"more calls are unanswered than window_calls={self._window_calls} and "
@@ -166,7 +168,7 @@ class LaneServer:
                 raise ProtocolViolation(f"call {descriptor.call} is already under way")
             accepted = self._accept(self, descriptor, whole)
             if accepted is not None:
-                size, came = sum(descriptor.lengths), monotonic()
+                size, came = sum(lengths), monotonic()
                 remaining = descriptor.remaining_microseconds
                 deadline = came + remaining / 1e6 if remaining else math.inf
                 self._calls[descriptor.call] = _Taken(accepted, came, deadline, size)

@@ -8,7 +8,7 @@ import uvloop
 
 from common.life import die_with_parent, let_threads_give_way
 from common.log import configure
-from common.memory import keep_freed
+from common.memory import keep_freed, share_heaps
 from common.rpc import BindError
 from common.settings import MiB, Settings, parse
 from common.spans import exported
@@ -33,6 +33,8 @@ def run(
     let_threads_give_way()
     # Messages of a lane, a mebibyte and more each, come and go in what others left; larger ones are given back at once.
     keep_freed(largest_bytes=8 * MiB, most_bytes=64 * MiB, step_bytes=4 * MiB)
+    # The loop's, and one for all of gRPC's threads: of one each, every one keeps as much as its largest moment took.
+    share_heaps(2)
     refusals = (BindError, *refusals)
     try:
         with exported(process, environment):

@@ -9,7 +9,7 @@ from common import cgroups
 _NO_LIMIT_BYTES = 1 << 62
 
 # <malloc.h>
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
 def granted_memory(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int:
@@ -40,6 +40,12 @@ def grow_by(step_bytes: int) -> None:
     """Ask the system for so many bytes more than are needed. What is refused is needed and step together."""
     if _MALLOPT is not None:
         _MALLOPT(_M_TOP_PAD, step_bytes)
+
+
+def share_heaps(most: int) -> None:
+    """Have threads share `most` heaps, the first thread's among them; of itself each has one, up to eight a core."""
+    if _MALLOPT is not None:
+        _MALLOPT(_M_ARENA_MAX, most)
 
 
 def give_freed_back() -> None:

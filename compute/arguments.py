@@ -35,7 +35,7 @@ class Arguments:
 def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
     """A descriptor's arguments as the kernel will get them. Raises InvalidArgument."""
     tensors = descriptor.request.tensors
-    lengths = descriptor.lengths
+    lengths = descriptor.lengths[:]
     if len(lengths) != len(tensors):
         raise InvalidArgument(
             f"raw_input_contents: {len(tensors)} inputs are described, but the bytes of {len(lengths)} came",
@@ -50,7 +50,7 @@ def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
             raise InvalidArgument(f"{name}: the array is given twice", field=name)
         position[name] = index
         np_dtype = _np_dtype(name[:64], tensor.parameters) if tensor.parameters else ""
-        dtype, shape = seen_by_numpy(name[:64], tensor.datatype, tensor.shape, np_dtype, lengths[index])
+        dtype, shape = seen_by_numpy(name[:64], tensor.datatype, tuple(tensor.shape[:]), np_dtype, lengths[index])
         dtypes.append(dtype)
         shapes.append(shape)
     if len(position) != len(spec.inputs) or any(array.name not in position for array in spec.inputs):

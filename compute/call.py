@@ -66,7 +66,7 @@ class Call:
         self.landed = self.begun = self.arrived
         self._lane = lane
         self._descriptor = descriptor
-        self._lengths = list(descriptor.lengths)
+        self._lengths = descriptor.lengths[:]
         self._arena = arena
         self._metrics = metrics
         self._tracing = tracing

@@ -56,7 +56,7 @@ class Door:
 
     def _call(self, lane: LaneServer, descriptor: Descriptor) -> Call:
         spec = self._spec(descriptor.request.kernel, descriptor.request.version)
-        size = sum(descriptor.lengths)
+        size = sum(descriptor.lengths[:])
         if size > self._max_call_bytes:
             raise ResourceExhausted(
                 f"the call's tensors are {size} bytes, more than max_call_bytes={self._max_call_bytes}"
