@@ -64,8 +64,15 @@ class Ward:
         spec = kernel(arrays, version)
         suspects = self.suspects
         call = Call(
-            *(self._lane, descriptor, spec, check(spec, descriptor)),
-            *(self.arena, self._metrics, Tracing(), suspects.offer, suspects.withdraw),
+            self._lane,
+            descriptor,
+            spec,
+            check(spec, descriptor),
+            self.arena,
+            self._metrics,
+            Tracing(),
+            suspects.offer,
+            suspects.withdraw,
         )
         call.cost_seconds = cost_seconds
         call.make_room()
