@@ -81,7 +81,8 @@ def run_document(document: Path, directory: Path, *options: str) -> None:
     ran = subprocess.run(
         [*isolated, sys.executable, "-m", "tests.test_readme", str(document), str(directory), *options],
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if not name.startswith("UNLATCH_")},
+        # Not the settings of whoever runs the tests, nor the ARGS that a `make test` hands to every make below it.
+        env={name: value for name, value in os.environ.items() if not name.startswith(("UNLATCH_", "MAKE", "MFLAGS"))},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

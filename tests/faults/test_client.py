@@ -143,7 +143,7 @@ async def test_large_arrays_interleave(client: Client) -> None:
         np.testing.assert_array_equal(y, MEBIBYTE[: 1000 * number] + number)
 
 
-async def test_two_clients_are_apart(faulty: Mesh) -> None:
+async def test_two_clients_are_apart(faulty: Mesh, gate: Callable[[str], Gate]) -> None:
     """Two lanes number their calls alike: bodies, replies and cancels still reach the call that they are for."""
     async with Client(faulty.gateway, timeout=10.0) as one, Client(faulty.gateway, timeout=10.0) as other:
         await asyncio.gather(*(one.echo(X) for _ in range(5)))
@@ -154,11 +154,13 @@ async def test_two_clients_are_apart(faulty: Mesh) -> None:
                 np.testing.assert_array_equal(await client.echo(x), x)
 
         await asyncio.gather(*(exchange(client, sign) for client, sign in ((one, 1), (other, -1)) for _ in range(8)))
-        for _ in range(5):
-            left = asyncio.ensure_future(one.dawdles(MEBIBYTE, seconds=0.05))
-            kept = asyncio.ensure_future(other.dawdles(MEBIBYTE, seconds=0.05))
-            await until(lambda: in_flight(faulty) >= 2, "both are in flight")
+        for number in range(5):
+            here = gate(str(number))
+            left = asyncio.ensure_future(one.lingers(MEBIBYTE, seconds=EVER))
+            kept = asyncio.ensure_future(other.waits(MEBIBYTE, gate=str(here)))
+            await until(lambda: in_flight(faulty) == 2 and here.reached, "both are in flight")  # noqa: B023 (awaited)
             left.cancel()
+            here.open()
             np.testing.assert_array_equal(await kept, MEBIBYTE)
         await until(lambda: in_flight(faulty) == 0, "nothing is in flight")
 

@@ -94,7 +94,7 @@ async def test_run_that_needs_too_much_fails_alone(
     pid, before = await pid_of(client), restarts(limited)
     arguments = {} if megabytes is None else {"megabytes": megabytes}
     for _ in range(3):
-        with pytest.raises(ResourceExhausted, match=f"^kernel {kernel} needed more memory than .*: {limit}$"):
+        with pytest.raises(ResourceExhausted, match=f"(?m)^kernel {kernel} needed more memory than .*: {limit}$"):
             await client.call(kernel, **arguments)
         assert int(await client.allocates(megabytes=100)) == pid
     assert restarts(limited) == before
@@ -151,7 +151,7 @@ async def test_run_that_goes_around_the_limit_loses_its_worker(
         call = asyncio.ensure_future(client.escapes(megabytes=320, seconds=EVER, record=str(record), gate=str(here)))
         await until(lambda: here.reached and taken_bytes(limited) > 60 * MiB, "the front has looked at this run")
         here.open()
-        with pytest.raises(ResourceExhausted, match=f"^kernel escapes took [0-9]+ bytes of memory, .*{OF_WORKER}$"):
+        with pytest.raises(ResourceExhausted, match=f"(?m)^kernel escapes took [0-9]+ bytes of memory, .*{OF_WORKER}$"):
             await call
     assert len(record.read_text().split()) == 1
 

@@ -135,6 +135,7 @@ ENDS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("end", "how"),
     [
