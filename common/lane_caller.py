@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from itertools import count
+from itertools import count, islice
 from typing import Protocol
 
 from common.errors import Unavailable, UnlatchError
@@ -78,13 +78,18 @@ class LaneCaller:
 
     async def _lose_all(self) -> None:
         """Tell every waiter. By turns, since there may be many, and each may go elsewhere at once."""
-        told = 0
-        while self._waiting:
-            waiter = self._waiting.pop(next(iter(self._waiting)))
-            waiter.lost(Unavailable("the lane to the server broke before the reply was here"))
-            told += 1
-            if told % _TOLD_AT_ONCE == 0:
+        try:
+            while len(self._waiting) > _TOLD_AT_ONCE:
+                self._lose(_TOLD_AT_ONCE)
                 await asyncio.sleep(0)
+        finally:
+            self._lose(len(self._waiting))
+
+    def _lose(self, most: int) -> None:
+        for number in list(islice(self._waiting, most)):
+            # One that is told may have others cancelled.
+            if (waiter := self._waiting.pop(number, None)) is not None:
+                waiter.lost(Unavailable("the lane to the server broke before the reply was here"))
 
     def _receive(self, message: bytes) -> None:
         frames, payload = unpack(message)

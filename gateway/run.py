@@ -228,6 +228,9 @@ class Run:
 
     def _again(self, error: Unavailable, reply: Reply | None) -> None:
         """A replica was lost, or has no worker for it: send it elsewhere, if that is safe and feeds no outage."""
+        if self._holder.fleet.alone:
+            self._fail(error, reply)
+            return
         begun = True if self._started or self._reply is not None else (False if self.descriptor.attempt else None)
         why = "lost" if reply is None else "failed"
         refusal = self._holder.retries.refusal(
