@@ -52,7 +52,7 @@ class Calls:
         self.fleet = fleet
         self.records = records
         self.retries = Retries(records.metrics)
-        self._coalescing = Coalescing(fleet, records.metrics)
+        self._coalescing = Coalescing(fleet, records.metrics, on=settings.coalescing)
         self._settings = settings
         self._live: set[Call] = set()
         self._bytes = 0

@@ -34,16 +34,17 @@ _READ_AT_ONCE = 512 * 1024
 class Coalescing:
     """Stands before the fleet: a run goes there, or its calls wait for one like it."""
 
-    def __init__(self, fleet: Fleet, metrics: GatewayMetrics) -> None:
+    def __init__(self, fleet: Fleet, metrics: GatewayMetrics, *, on: bool) -> None:
         self._fleet = fleet
         self._metrics = metrics
+        self._on = on
         self._in_flight: dict[bytes, Run] = {}
 
     def route(self, run: Run) -> None:
         """Have a run sent, or its calls wait for one like it, once it is known what it is."""
         cost = _DIGEST_SECONDS + _DIGEST_SECONDS_A_BYTE * run.body.size
         name = run.kernel.name
-        if run.kernel.pure and self._fleet.expected_seconds(name, run.body.size) > _FAR_LONGER * cost:
+        if self._on and run.kernel.pure and self._fleet.expected_seconds(name, run.body.size) > _FAR_LONGER * cost:
             _Reading(run, self._share)
         else:
             run.route()
