@@ -187,7 +187,8 @@ class Run:
         calls = tuple(self._calls)
         if not self._missing:
             self._end()
-        elif not self._pure:
+        elif not self._pure or self._holder.fleet.alone:
+            # Should the rest of the reply not come, the run is not sent again.
             self._let_go()
         for call in calls:
             call.answer(reply, whole)
@@ -228,7 +229,9 @@ class Run:
 
     def _again(self, error: Unavailable, reply: Reply | None) -> None:
         """A replica was lost, or has no worker for it: send it elsewhere, if that is safe and feeds no outage."""
-        if self._holder.fleet.alone:
+        let_go = self._pure and self._reply is not None and self._held_bytes < self.body.size
+        if let_go or self._holder.fleet.alone:
+            # There is nowhere to send it; or was not, and its bytes were let go.
             self._fail(error, reply)
             return
         begun = True if self._started or self._reply is not None else (False if self.descriptor.attempt else None)
