@@ -39,7 +39,7 @@ protos: setup ## generate the stubs from protos/*.proto
 bench: setup ## measure everything; ARGS=--quick for a minute's worth
 	@$(BIN)/python -m bench $(ARGS)
 
-soak: setup ## kill a worker a second under load, look at every reply; ARGS="--seconds 600" for longer
+soak: setup ## kill a worker a second under load, look at every reply; ARGS="--seconds 600", or "--fleet" to kill replicas
 	@$(BIN)/python -m bench.soak $(ARGS)
 
 demo: setup ## blur a photograph and find its edges on all workers; pictures in demo/

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench import oip, subjects
+from bench import oip, soak_fleet, subjects
 from bench.processes import BenchError, Child, kill, rss_anon_bytes, workers, zombies
 from bench.scrape import Scrape, fallen, scrape, total
 from bench.soak_calls import KINDS, LEFT, LULL_EVERY_SECONDS, OK
@@ -202,13 +202,17 @@ def main() -> int:
         prog="bench.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="how long callers begin calls")
+    parser.add_argument("--fleet", action="store_true", help="three replicas, one killed every two seconds")
     parser.add_argument("--processes", type=int, default=2, help="processes of callers")
     parser.add_argument("--seed", type=int, default=0, help="of all dice: who is called, with what, who is killed")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console(width=None if sys.stdout.isatty() else 150)
     try:
-        wrong = run(args.seconds, args.processes, args.seed, console)
+        if args.fleet:
+            wrong = soak_fleet.run(args.seconds, args.seed, console)
+        else:
+            wrong = run(args.seconds, args.processes, args.seed, console)
     except BenchError as error:
         console.print("[bold red]soak:[/]", Text(str(error)), highlight=False)
         return 2

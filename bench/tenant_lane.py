@@ -42,6 +42,10 @@ class _Waiter:
     def __init__(self) -> None:
         self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
+    def started(self) -> bool:
+        """Nothing depends on it here."""
+        return False
+
     def replied(self, reply: Reply, whole: list[memoryview] | None) -> None:
         """Small arrays come along with their reply."""
         if reply.HasField("failure"):

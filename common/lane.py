@@ -215,6 +215,11 @@ class Outbox:
         self._draft.frames.draining = True
         self._wake()
 
+    def started(self, call: int, within: float) -> None:
+        """Say that a call is begun, or that this is known; at most so many seconds after the last message."""
+        self._draft.frames.started.append(call)
+        self._wake(within)
+
     def cancel(self, call: int) -> None:
         """Tell the server that nobody waits for a call, and stop sending its body."""
         self.drop(call)

@@ -3,16 +3,22 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from itertools import count
+from itertools import count, islice
 from typing import Protocol
 
 from common.errors import Unavailable, UnlatchError
 from common.lane import Body, Outbox, Sink, check_pieces, check_whole, unpack
 from protos.unlatch_pb2 import Descriptor, Reply, Welcome
 
+# One that is told may be sent elsewhere at once: that takes some 50 µs.
+_TOLD_AT_ONCE = 32
+
 
 class Waiter(Protocol):
     """Whoever waits for a call's reply."""
+
+    def started(self) -> bool:
+        """A worker has begun it, or is about to; whether the server is to hear that this is known."""
 
     def replied(self, reply: Reply, whole: list[memoryview] | None) -> Sink | None:
         """The reply's frame, with its tensors where they came along; else answer where their pieces are to go."""
@@ -68,8 +74,21 @@ class LaneCaller:
             with suppress(BaseException):
                 await writer
             self._outbox.close()
-            waiting, self._waiting = self._waiting, {}
-            for waiter in waiting.values():
+            await self._lose_all()
+
+    async def _lose_all(self) -> None:
+        """Tell every waiter. By turns, since there may be many, and each may go elsewhere at once."""
+        try:
+            while len(self._waiting) > _TOLD_AT_ONCE:
+                self._lose(_TOLD_AT_ONCE)
+                await asyncio.sleep(0)
+        finally:
+            self._lose(len(self._waiting))
+
+    def _lose(self, most: int) -> None:
+        for number in list(islice(self._waiting, most)):
+            # One that is told may have others cancelled.
+            if (waiter := self._waiting.pop(number, None)) is not None:
                 waiter.lost(Unavailable("the lane to the server broke before the reply was here"))
 
     def _receive(self, message: bytes) -> None:
@@ -77,6 +96,10 @@ class LaneCaller:
         at = 0
         if frames.HasField("welcome"):
             self._on_welcome(frames.welcome)
+        for number in frames.started:
+            waiter = self._waiting.get(number)
+            if waiter is not None and waiter.started():
+                self._outbox.started(number, 0.0)
         for reply in frames.replies:
             whole: list[memoryview] | None = None
             if reply.whole:

@@ -18,6 +18,8 @@ log = structlog.get_logger()
 
 # How long a caller who does not read holds up the end of its lane.
 _LAST_WRITE_SECONDS = 1.0
+# How long a start may wait for company.
+_STARTED_SECONDS = 0.01
 
 
 class Accepted(Sink, Protocol):
@@ -51,6 +53,8 @@ class LaneServer:
         self._accept = accept
         self._calls: dict[int, _Taken] = {}
         self._bytes = 0
+        # What is to happen once the caller has said that it knows of a call's start.
+        self._unheard: dict[int, Callable[[], None]] = {}
         self._outbox = Outbox(lambda: len(self._calls))
         # The most that this side has granted.
         self._window_calls = self._window_bytes = 0
@@ -67,6 +71,15 @@ class LaneServer:
     def draining(self) -> None:
         """Say that new calls belong elsewhere."""
         self._outbox.draining()
+
+    def started(self, number: int, heard: Callable[[], None] | None = None) -> None:
+        """Say that a call has begun; or, with `heard`, that it is about to: `heard` is called when the caller knows."""
+        if heard is None:
+            # It is told in time where it is told with the next reply, or that of this call.
+            self._outbox.started(number, _STARTED_SECONDS)
+        else:
+            self._unheard[number] = heard
+            self._outbox.started(number, 0.0)
 
     def reply(self, number: int, reply: Reply, body: Body, sent: Callable[[], None] | None = None) -> None:
         """Answer a call, and forget it. `sent` is called when the body's buffers are no longer needed."""
@@ -120,6 +133,11 @@ class LaneServer:
         frames, payload = unpack(message)
         if len(frames.cancels) > self._window_calls + len(frames.calls):
             raise ProtocolViolation(f"{len(frames.cancels)} calls are cancelled, more than there can be")
+        if len(frames.started) > self._window_calls:
+            raise ProtocolViolation(f"{len(frames.started)} calls are known to be started, more than there can be")
+        for number in frames.started:
+            if (heard := self._unheard.pop(number, None)) is not None:
+                heard()
         # What is cancelled makes room for the calls that come with it.
         self._cancel(frames.cancels)
         at = self._take_calls(frames, payload)
@@ -142,6 +160,7 @@ class LaneServer:
     def _forget(self, number: int) -> "_Taken | None":
         """A call, if it was one, is over on this lane."""
         taken = self._calls.pop(number, None)
+        self._unheard.pop(number, None)
         if taken is not None:
             self._bytes -= taken.size
         if not self._calls:

@@ -66,6 +66,9 @@ class Call:
         self.landed = self.begun = self.arrived
         self._lane = lane
         self._descriptor = descriptor
+        # Whether its caller wants to hear when it begins, and whether it has heard.
+        self._told = descriptor.attempt > 0
+        self._known = False
         self._lengths = descriptor.lengths[:]
         self._arena = arena
         self._metrics = metrics
@@ -85,6 +88,29 @@ class Call:
         """Have room for its bytes. Raises ResourceExhausted where there is none."""
         if self.size:
             self.block = self._arena.allocate(self.size)
+
+    @property
+    def must_be_known(self) -> bool:
+        """Whether it may begin only once its caller knows of that: one who does not might send it elsewhere as well."""
+        return self._told and not self._known and not self.spec.pure
+
+    def announce(self, heard: Callable[[], None]) -> bool:
+        """Tell its caller that it is about to begin; whether it waits for `heard` to be called: once it knows."""
+        if self.ended:
+            return False
+
+        def known() -> None:
+            self._known = True
+            heard()
+
+        self._lane.started(self._descriptor.call, known)
+        return True
+
+    def begins(self, now: float) -> None:
+        """A worker begins it."""
+        self.begun = now
+        if self.spec.pure and self._told:
+            self._lane.started(self._descriptor.call)
 
     @property
     def complete(self) -> bool:

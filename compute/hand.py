@@ -4,6 +4,10 @@ given ──> begun ──> Done, or Failed ──> its calls are answered; seve
 │         ├─ nobody waits, or its time is over ─ grace ─>  the worker is killed: the core is free
 │         └─ the worker ends ──> run again elsewhere, each alone, if the kernel is pure and it was the first time
 └─ the worker ends ──> back to the queue, since it was not begun
+
+A call that must not run twice is begun only when its caller has said that it knows: a caller who does not know would
+send it elsewhere if this replica were lost. What tells it may be lost with the replica, too: only the answer
+is proof (docs/decisions/0014).
 """
 
 import asyncio
@@ -31,6 +35,8 @@ log = structlog.get_logger()
 
 # One that runs and one staged.
 _MOST_IN_HAND = 2
+# What is staged behind a run as short as this is about to begin.
+_SOON_SECONDS = 0.02
 
 
 class _Given:
@@ -41,8 +47,13 @@ class _Given:
         self.segment = segment
         self.first = next(iter(numbers))
         self.expected_seconds = self.first.cost_seconds * len(numbers)
+        # Calls that may have effects: whose callers have yet to be told of their start, and to say that they know.
+        # Until then the worker is not given the run.
+        self.unannounced = [call for call in numbers if call.must_be_known]
+        self.unheard: set[Call] = set()
+        self.handed = False
         # Of the one that runs: since when, and what ends its time.
-        self.begun = 0.0
+        self.begun = monotonic()
         self.timer: asyncio.TimerHandle | None = None
         self._replies = replies
         self._unread = len(numbers)
@@ -143,17 +154,44 @@ class Hand:
             self._known_replies.add(target.number)
             self._process.send(Learn(target.number, writable=True), target.fd)
         given = _Given({call: next(self._numbers) for call in calls}, target, self._replies)
-        members = tuple(Member(number, self._input(call), call.tensors) for call, number in given.numbers.items())
-        if not self._in_hand:
-            self._begin(given)
         self._in_hand.append(given)
-        first = given.first
-        self._process.send(Run(first.spec.name, first.arguments.parameters, target.number, members))
+        before = self._in_hand[0]
+        if given is before or 0.0 < before.expected_seconds < _SOON_SECONDS:
+            self._announce(given)
+        self._hand_over()
+
+    def _announce(self, given: _Given) -> None:
+        """Tell callers who must know that their calls are about to begin."""
+        given.unheard = {call for call in given.unannounced if call.announce(partial(self._heard_of, given, call))}
+        given.unannounced = []
+
+    def _heard_of(self, given: _Given, call: Call) -> None:
+        """A call's caller knows that it is about to begin."""
+        given.unheard.discard(call)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give the worker what it may begin, in order."""
+        for given in self._in_hand:
+            if given.unannounced or given.unheard:
+                return
+            if not given.handed:
+                given.handed = True
+                if given is self._in_hand[0]:
+                    self._begin(given)
+                members = tuple(
+                    Member(number, self._input(call), call.tensors) for call, number in given.numbers.items()
+                )
+                first = given.first
+                self._process.send(Run(first.spec.name, first.arguments.parameters, given.segment.number, members))
 
     def abandon(self, call: Call) -> None:
         """Nobody waits for a call any more. The worker is told; one that goes on with it for long is killed."""
         given = next((given for given in self._in_hand if call in given.numbers), None)
         if given is None:
+            return
+        if not given.handed:
+            self._take_out(given, call)
             return
         if not self._cancelled:
             # Those who leave together are told of together: a worker that listens to none has only so much room.
@@ -162,9 +200,28 @@ class Hand:
         if given is self._in_hand[0] and not given.wanted:
             self._end_soon(given, ends.ABANDONED)
 
+    def _take_out(self, given: _Given, call: Call) -> None:
+        """A call that the worker has not been given is not to run."""
+        del given.numbers[call]
+        given.unheard.discard(call)
+        if call in given.unannounced:
+            given.unannounced.remove(call)
+        given.read()
+        self._queue.not_run(call)
+        call.release()
+        if not given.numbers:
+            self._in_hand.remove(given)
+            # Whoever has left is told of by and by: there may be room for another before that is over.
+            self._loop.call_soon(self._queue.pump)
+        self._hand_over()
+
     def refuse(self, run: str, end: End) -> None:
         """What the worker runs has taken too much: its caller hears what of its run, and the worker ends."""
         given = self._in_hand[0]
+        if not given.handed:
+            # It runs nothing, and none of its calls has done it.
+            self._end_now(end)
+            return
         spec = given.first.spec
         ran = Ran(monotonic() - given.begun, self._worker, len(given.numbers))
         # Which of several it was shows when each runs alone, where that may be.
@@ -184,7 +241,7 @@ class Hand:
 
     def heard(self, frame: Done | Failed) -> bool:
         """The worker has ended a run. False where it cannot have: then it is killed."""
-        given = self._in_hand[0] if self._in_hand else None
+        given = self._in_hand[0] if self._in_hand and self._in_hand[0].handed else None
         named = [result.call for result in frame.results] if isinstance(frame, Done) else [frame.call]
         if given is None or not named or len(set(given.numbers.values()) & set(named)) < len(named):
             self._process.kill(ends.OTHER_CALL)
@@ -205,7 +262,10 @@ class Hand:
         given.stop_timer()
         self._metrics.rests()
         if self._in_hand:
-            self._begin(self._in_hand[0])
+            if self._in_hand[0].handed:
+                self._begin(self._in_hand[0])
+            elif self._in_hand[0].unannounced:
+                self._announce(self._in_hand[0])
         if isinstance(frame, Failed) and frame.log:
             log.error("kernel failed", kernel=given.first.spec.name, worker=self._worker, story=frame.log)
         again = self._settle(given, frame, results, Ran(seconds, self._worker, len(ran)))
@@ -245,7 +305,7 @@ class Hand:
         for given in reversed(in_hand):
             given.stop_timer()
             calls = list(given.numbers)
-            begun = given is in_hand[0]
+            begun = given is in_hand[0] and given.handed
             if begun:
                 # Of a worker that ended by itself nobody knows better than that it may have used all of its time.
                 elapsed = monotonic() - given.begun
@@ -281,7 +341,7 @@ class Hand:
         spec = given.first.spec
         self._metrics.begins(spec.name, now, len(given.numbers), batch=spec.batch)
         for call in given.numbers:
-            call.begun = now
+            call.begins(now)
             self._metrics.waited(now - call.landed)
         if not given.wanted:
             # It was told not to begin it, but may have begun before it heard.

@@ -16,8 +16,8 @@ from typing import Protocol
 
 from common.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from common.policy import Policy
+from common.run_times import RunTimes
 from compute.call import Call
-from compute.run_times import RunTimes
 from compute.wire import MOST_MEMBERS_BYTES, described_bytes
 
 # What a call is expected to take beyond its wait and its run, on its way back to its caller.

@@ -54,6 +54,8 @@ class Upkeep:
         """See what it has taken, and do something about it."""
         if self._process.ending:
             return
+        # A run that it was not given yet may have been taken out of its hand.
+        self.rested()
         with suppress(OSError):  # it has just ended, and its slot is about to hear of that
             self.taken_bytes = max(0, self._footprint.read().resident - self._start.resident)
         if self._limits.memory_bytes and self.taken_bytes > self._tolerated_bytes and self._hand:

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from copy import copy
 from time import monotonic
 from typing import Protocol
 
@@ -17,8 +18,10 @@ from common.errors import (
 from common.lane import MOST_DESCRIPTOR_BYTES, MOST_TENSORS, Body, Sink
 from common.priority import take_priority
 from common.protowire import Malformed, split
+from gateway.coalescing import Coalescing
 from gateway.fleet import Fleet
 from gateway.record import Record, Records
+from gateway.retries import Retries
 from gateway.run import Run
 from gateway.settings import GatewaySettings
 from protos.unlatch_pb2 import Reply, Request
@@ -48,6 +51,8 @@ class Calls:
     def __init__(self, fleet: Fleet, settings: GatewaySettings, records: Records) -> None:
         self.fleet = fleet
         self.records = records
+        self.retries = Retries(records.metrics)
+        self._coalescing = Coalescing(fleet, records.metrics, on=settings.coalescing)
         self._settings = settings
         self._live: set[Call] = set()
         self._bytes = 0
@@ -72,22 +77,29 @@ class Calls:
             record.refused(error, known=self.fleet.serves(request.kernel))
             raise
         limit = self._settings.default_timeout_seconds if seconds is None else seconds
-        run = Run(self.fleet, kernel, descriptor, body, self.free)
+        run = Run(self, kernel, descriptor, body)
         self._bytes += body.size
         call = Call(self, record, run, min(limit, self._settings.max_timeout_seconds), caller)
         self._live.add(call)
         run.join(call)
-        self.fleet.route(run)
+        self._coalescing.route(run)
         return call
 
-    def charge(self, size: int) -> None:
-        """So many bytes more are held. Raises ResourceExhausted where all together would be too many."""
-        self._fit(size)
-        self._bytes += size
+    def charge(self, size: int, instead_of: int) -> None:
+        """So many bytes are held. Raises ResourceExhausted where all together would be too many."""
+        if size > instead_of:
+            self._fit(size - instead_of)
+        self._bytes += size - instead_of
 
     def free(self, size: int) -> None:
         """So many bytes are held no more."""
         self._bytes -= size
+
+    def run_ended(self, run: Run, reply: Reply | None) -> None:
+        """A run is over; by that reply, if a replica has answered."""
+        self._coalescing.over(run)
+        if reply is not None and reply.HasField("response"):
+            self.records.metrics.ran(run.kernel.name, reply.timings)
 
     def left(self, call: "Call", size: int) -> None:
         """A call is gone, and with it so many bytes."""
@@ -172,12 +184,21 @@ class Call:
         self._sink: Sink | None = None
         self._over = False
 
+    def shares(self, run: Run) -> None:
+        """It waits for this run from now on."""
+        self._run = run
+
     def answer(self, reply: Reply, whole: list[memoryview] | None) -> None:
-        """Its run has a reply: the caller gets it, or what is here of it."""
+        """Its run has a reply: the caller gets it, or what is here of it; instead of the one before, if there was."""
         assert self._caller is not None
+        own = self._record.descriptor.request.id
+        if reply.response.id != own:
+            # It shares the run of another.
+            reply = copy(reply)
+            reply.response.id = own
         try:
             size = sum(reply.lengths)
-            self._calls.charge(size)
+            self._calls.charge(size, instead_of=self._held_bytes)
             self._held_bytes = size
             self._sink = self._caller.answer(reply, whole)
         except UnlatchError as error:

@@ -1,6 +1,7 @@
 """The client's lane: its calls take the same path as any other, and their pieces pass through as they come."""
 
 import asyncio
+from functools import partial
 
 from common.errors import InvalidArgument, UnlatchError
 from common.failures import failed
@@ -21,6 +22,7 @@ class ClientDoor:
         """A client's descriptor begins a call, or is refused at once."""
         # Who calls is for authentication to say, whatever a client writes.
         descriptor.tenant = ""
+        descriptor.attempt = 0
         body = Body(descriptor.lengths, None if whole is None else list(whole))
         remaining = descriptor.remaining_microseconds
         call = _ClientCall(lane, descriptor.call, body)
@@ -48,6 +50,8 @@ class _ClientCall:
         self._lane = lane
         self._number = number
         self._body = body
+        # The one that is on its way.
+        self._answer: Body | None = None
         self._has_fed = False
         self._waiting: asyncio.TimerHandle | None = None
 
@@ -75,8 +79,14 @@ class _ClientCall:
         if body.whole:
             self._lane.reply(self._number, reply, body)
             return None
-        self._lane.reply(self._number, reply, body, self._leave)
+        self._answer = body
+        self._lane.reply(self._number, reply, body, partial(self._sent, body))
         return body
+
+    def _sent(self, body: Body) -> None:
+        # Another answer may have taken its place.
+        if body is self._answer:
+            self._leave()
 
     def fail(self, error: UnlatchError) -> None:
         self.answered = True

@@ -12,6 +12,7 @@ from typing import Protocol
 from common.errors import NotFound, Unavailable, no_kernel
 from common.lane_caller import LaneCaller
 from common.policy import Policy, Waiting
+from common.run_times import RunTimes
 from gateway.replica import Outgoing, Replica
 from protos.unlatch_pb2 import Kernel
 
@@ -21,6 +22,10 @@ _REFUSED_AT_ONCE = 32
 
 class Routed(Outgoing, Waiting, Protocol):
     """A call that wants a replica."""
+
+    @property
+    def avoids(self) -> Replica | None:
+        """A replica that it is not to be sent to for now."""
 
     def sent(self, replica: Replica, lane: LaneCaller, number: int) -> None:
         """It is on that lane to that replica now, under that number."""
@@ -44,6 +49,7 @@ class Fleet:
         self._policy = policy
         # How many calls of each kernel the policy holds.
         self._held: Counter[str] = Counter()
+        self._times = RunTimes()
         self._watching = watching
         self._running: list[asyncio.Task[None]] = []
 
@@ -51,6 +57,15 @@ class Fleet:
     def held(self) -> int:
         """How many calls fit no window yet."""
         return len(self._policy)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is but one replica: what is lost there can go nowhere else."""
+        return len(self._replicas) < 2
+
+    def expected_seconds(self, kernel: str, size: int) -> float:
+        """What a run of so many bytes is expected to take, by those that were; 0 where nothing is known."""
+        return self._times.expected(kernel, size)
 
     @property
     def takes_calls(self) -> bool:
@@ -96,6 +111,8 @@ class Fleet:
     def ended(self, call: Routed, replica: Replica, run_seconds: float) -> None:
         """A call that was sent has ended, and has cost so much; another may take its place."""
         replica.ended(call)
+        if run_seconds:
+            self._times.learn(call.descriptor.request.kernel, call.body.size, run_seconds)
         self._policy.charge(call, run_seconds)
         if self.held:
             self._send_held()
@@ -113,7 +130,7 @@ class Fleet:
     def _choose(self, call: Routed) -> Replica | None:
         request, size = call.descriptor.request, call.body.size
         for replica in self._replicas:
-            if replica.has_room(size) and request.kernel in replica.kernels:
+            if replica.has_room(size) and request.kernel in replica.kernels and replica is not call.avoids:
                 return replica
         return None
 

@@ -38,6 +38,20 @@ class GatewayMetrics:
         )
         recorder.gauge("unlatch_queue_depth", "Calls that fit no replica's window yet.", read=lambda: float(held()))
         recorder.gauge("unlatch_calls_in_flight", "Calls that have not ended.", read=lambda: float(live()))
+        self._retries = recorder.counter(
+            "unlatch_retries_total",
+            "Runs that were sent again: for free what no worker had begun, within the budget what was lost, or failed.",
+            ("reason",),
+        )
+        self._not_retried = recorder.counter(
+            "unlatch_retries_refused_total",
+            "Runs lost and not sent again: their kernel is not pure, the budget is spent, or there were many attempts.",
+            ("reason",),
+        )
+        self._coalesced = recorder.counter(
+            "unlatch_coalesced_calls_total", "Calls that shared the run of an identical one.", ("kernel",)
+        )
+        self._recorder = recorder
         self._replica_up = recorder.gauge("unlatch_replica_up", "Whether a replica's lane is open.", ("replica",))
         rpc = ("grpc_type", "grpc_service", "grpc_method")
         self._started = recorder.counter("grpc_server_started_total", "RPCs that began.", rpc)
@@ -46,6 +60,22 @@ class GatewayMetrics:
         )
         self._handling = recorder.histogram("grpc_server_handling_seconds", "How long RPCs took.", rpc)
 
+    def retry_budget(self, left: Callable[[], float]) -> None:
+        """Where a scrape finds how many retries there may be."""
+        self._recorder.gauge("unlatch_retry_budget", "How many runs that were begun may be sent again now.", read=left)
+
+    def retried(self, reason: str) -> None:
+        """A run is sent again."""
+        self._retries.add(1, reason)
+
+    def not_retried(self, reason: str) -> None:
+        """A run was lost and is not sent again."""
+        self._not_retried.add(1, reason)
+
+    def coalesced(self, kernel: str) -> None:
+        """A call shares another's run."""
+        self._coalesced.add(1, kernel)
+
     def call_ended(self, kernel: str, code: str, seconds: float, timings: Timings | None) -> None:
         """A call has its answer, or needs none any more."""
         self._calls.add(1, kernel, code)
@@ -53,11 +83,14 @@ class GatewayMetrics:
         self._stages.observe(seconds, kernel, "total" if code == "OK" else "failed")
         if timings is not None and code == "OK":
             queue, run = timings.queue / 1e6, timings.run / 1e6
-            calls, total = self._ran.setdefault(kernel, {}).get(timings.batch, (0, 0.0))
-            self._ran[kernel][timings.batch] = calls + 1, total + run
             self._stages.observe(queue, kernel, "queue")
             self._stages.observe(run, kernel, "run")
             self._stages.observe(max(0.0, seconds - queue - run), kernel, "transfer")
+
+    def ran(self, kernel: str, timings: Timings) -> None:
+        """A replica has run what it was sent, alone or with others."""
+        calls, total = self._ran.setdefault(kernel, {}).get(timings.batch, (0, 0.0))
+        self._ran[kernel][timings.batch] = calls + 1, total + timings.run / 1e6
 
     def stage(self, kernel: str, stage: str) -> tuple[int, float]:
         """How many of a kernel's calls have been through a stage, and the seconds that they spent in it."""

@@ -56,6 +56,11 @@ class Replica:
         """What it calls itself."""
         return self._welcome.server
 
+    @property
+    def calls(self) -> int:
+        """How many are at it."""
+        return self._calls
+
     def has_room(self, size: int) -> bool:
         """Whether a call of `size` bytes fits its window. A call larger than the whole window goes alone."""
         granted = self._welcome

@@ -38,6 +38,9 @@ class GatewaySettings(Settings):
     logged_calls_per_second: float = Field(10.0, ge=0, description="Most calls that ended OK of which the log tells")
     logged_failures_per_second: float = Field(100.0, ge=0, description="Most calls that did not, of which it tells")
 
+    # It costs what is read of calls that turn out to be alone: a fiftieth of their runs at most.
+    coalescing: bool = Field(default=True, description="Whether identical calls of pure kernels share a run")
+
     @field_validator("replicas", mode="before")
     @classmethod
     def _separated(cls, value: object) -> object:

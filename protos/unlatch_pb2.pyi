@@ -8,8 +8,8 @@ gateway. Each gRPC message on it is one LaneMessage: frames that say what happen
 frames account for, in order. A peer reads `frames` as protobuf and slices `payload` where it lies; no tensor is
 ever copied by a protobuf runtime.
 
-Within one message the frames are applied in the order of their field numbers: welcome, calls, replies, pieces,
-cancels. A call's bytes travel in one of two ways:
+Within one message the frames are applied in the order of their field numbers, but that started calls come before
+replies: welcome, calls, started, replies, pieces, cancels. A call's bytes travel in one of two ways:
   whole    one payload entry a tensor, in the message of its frame (small calls);
   pieces   later, as Piece frames of one payload entry each, tensor after tensor, no piece crossing from one
            tensor into the next. Pieces of different calls interleave. Tensors of no bytes have no piece.
@@ -83,6 +83,7 @@ class Frames(_message.Message):
     PIECES_FIELD_NUMBER: _builtins.int
     CANCELS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """Server to caller: calls that were already sent will be answered; new ones belong elsewhere."""
     @_builtins.property
@@ -95,8 +96,8 @@ class Frames(_message.Message):
 
     @_builtins.property
     def replies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reply]:
-        """Server to caller: exactly one for each call that was not cancelled; or two, where a failure follows a response of
-        which some pieces can no longer be had.
+        """Server to caller: exactly one for each call that was not cancelled; or more, where a response's pieces can no longer
+        be had: the next one takes its place, and its pieces that of the pieces that came.
         """
 
     @_builtins.property
@@ -107,6 +108,12 @@ class Frames(_message.Message):
     def cancels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Caller to server: nobody waits for these calls any more. A cancelled call may still be answered."""
 
+    @_builtins.property
+    def started(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Server to caller: workers have begun these calls, or are about to. A call that may have effects waits until its
+        caller has heard of it, and says so by the same number: from then on it is not sent elsewhere. (Descriptor.attempt)
+        """
+
     def __init__(
         self,
         *,
@@ -116,10 +123,11 @@ class Frames(_message.Message):
         pieces: _abc.Iterable[Global___Piece] | None = ...,
         cancels: _abc.Iterable[_builtins.int] | None = ...,
         draining: _builtins.bool = ...,
+        started: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "cancels", b"cancels", "draining", b"draining", "pieces", b"pieces", "replies", b"replies", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "cancels", b"cancels", "draining", b"draining", "pieces", b"pieces", "replies", b"replies", "started", b"started", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -174,6 +182,7 @@ class Descriptor(_message.Message):
     REMAINING_MICROSECONDS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     TRACESTATE_FIELD_NUMBER: _builtins.int
     call: _builtins.int
@@ -185,6 +194,10 @@ class Descriptor(_message.Message):
     tenant: _builtins.str
     """Who calls, as authentication at the gateway says. What a client writes here is ignored."""
     priority: Global___Priority.ValueType
+    attempt: _builtins.int
+    """Which sending of the call this is, for a caller that may send it elsewhere: it is told when the call is started.
+    0 is a caller that has nowhere else to send it. What a client writes here is ignored.
+    """
     traceparent: _builtins.str
     """The trace that the call belongs to, as W3C Trace Context has it; empty where it belongs to none."""
     tracestate: _builtins.str
@@ -204,12 +217,13 @@ class Descriptor(_message.Message):
         remaining_microseconds: _builtins.int = ...,
         tenant: _builtins.str = ...,
         priority: Global___Priority.ValueType = ...,
+        attempt: _builtins.int = ...,
         traceparent: _builtins.str = ...,
         tracestate: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "lengths", b"lengths", "priority", b"priority", "remaining_microseconds", b"remaining_microseconds", "request", b"request", "tenant", b"tenant", "traceparent", b"traceparent", "tracestate", b"tracestate", "whole", b"whole"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "call", b"call", "lengths", b"lengths", "priority", b"priority", "remaining_microseconds", b"remaining_microseconds", "request", b"request", "tenant", b"tenant", "traceparent", b"traceparent", "tracestate", b"tracestate", "whole", b"whole"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

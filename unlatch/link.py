@@ -146,6 +146,10 @@ class PendingCall:
         self._size = size
         self._over = False
 
+    def started(self) -> bool:
+        """Nothing depends on it here."""
+        return False
+
     def replied(self, reply: Reply, whole: list[memoryview] | None) -> Sink | None:
         """The reply, or the failure that follows a reply which broke off."""
         if reply.HasField("failure"):

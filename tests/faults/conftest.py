@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from common.errors import Unavailable
-from tests.faults.watching import Gate
+from tests.faults.watching import Gate, tree
 from tests.mesh import Mesh, Service, running_mesh
 from unlatch import Client
 
@@ -82,3 +82,49 @@ async def client(faulty: Mesh) -> AsyncIterator[Client]:
 def gate(tmp_path: Path) -> Callable[[str], Gate]:
     """Makes gates."""
     return lambda name: Gate(tmp_path / name)
+
+
+class Fleet:
+    """Replicas of one worker each, and a gateway to them all; each replica may end any way, and be started again."""
+
+    def __init__(self, stack: ExitStack, directory: Path, count: int, flags: Sequence[str]) -> None:
+        self._stack = stack
+        self._flags = flags
+        self.sockets = [directory / f"{number}.sock" for number in range(count)]
+        self.fronts: list[Service | None] = [None] * count
+        targets = ",".join(f"unix:{socket}" for socket in self.sockets)
+        arguments = ("--listen", "127.0.0.1:0", "--replicas", targets, *ANY_PORTS, "--drain-seconds", "5")
+        self.gateway = stack.enter_context(Service("gateway", *arguments))
+        serving = self.gateway.wait_for("serving")
+        self.address, self.metrics = serving["listen"], serving["metrics_listen"]
+
+    def start(self, number: int) -> None:
+        """Start a replica, in the place of one that has ended, and wait until the gateway has a lane to it."""
+        line = len(self.gateway.lines)
+        self.fronts[number] = self._stack.enter_context(front_at(self.sockets[number], "--workers", "1", *self._flags))
+        self.gateway.wait_for("replica is ready", after=line, replica=f"unix:{self.sockets[number]}")
+
+    def running(self, record: Path) -> int:
+        """Which replica runs the kernel that has said who it is beside this record."""
+        worker = int(Path(f"{record}.pid").read_text())
+        fronts = enumerate(self.fronts)
+        return next(number for number, front in fronts if front and worker in {one.pid for one in tree(front.pid)})
+
+    def kill(self, number: int) -> None:
+        """SIGKILL."""
+        front = self.fronts[number]
+        assert front is not None
+        front.kill()
+
+    def stop(self, number: int) -> None:
+        """SIGTERM, and its drain."""
+        front = self.fronts[number]
+        assert front is not None
+        front.stop()
+
+
+@pytest.fixture
+def start_fleet(tmp_path: Path) -> Iterator[Callable[..., Fleet]]:
+    """Starts a gateway that knows of so many replicas, none of which runs yet: `start_fleet(3, *flags of replicas)`."""
+    with ExitStack() as stack:
+        yield lambda count, *flags: Fleet(stack, tmp_path, count, flags)

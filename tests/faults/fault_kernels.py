@@ -52,6 +52,42 @@ def waits(x: Vector, *, gate: str) -> Vector:
     return x
 
 
+@kernel(pure=True)
+def doubles(x: Vector, *, seconds: float = 0.0, record: str = "") -> Vector:
+    """Twice what came, after that long. Each run leaves its first value in the record."""
+    _leave(record, x)
+    time.sleep(seconds)
+    return x * 2.0
+
+
+@kernel
+def doubles_once(x: Vector, *, seconds: float = 0.0, record: str = "") -> Vector:
+    """The same, with an effect: nobody should see its value twice in the record."""
+    _leave(record, x)
+    time.sleep(seconds)
+    return x * 2.0
+
+
+@kernel(pure=True)
+def repeats_when(x: Vector, *, times: int, there: str, record: str) -> Float64[np.ndarray, "m"]:
+    """What came, so many times, once that file is there. It says who it is, and each run leaves its first value."""
+    Path(f"{record}.pid").write_text(str(os.getpid()))
+    _leave(record, x)
+    while not Path(there).exists():
+        time.sleep(0.002)
+    return np.tile(x, times)
+
+
+@kernel(pure=True)
+def stays_at_first(x: Vector, *, record: str) -> Vector:
+    """Twice what came; the first run stays for ever."""
+    first = not Path(record).exists()
+    _leave(record, x)
+    if first:
+        time.sleep(_EVER)
+    return x * 2.0
+
+
 @kernel
 def burns(*, seconds: float) -> Scalar:
     """Use that much processor time, and say how much it was."""
@@ -282,6 +318,14 @@ def prints(x: Vector, *, megabytes: int, record: str = "") -> Vector:
             for _ in range(64):
                 os.write(stream, b"." * (1 << 14) + b"\n")
     return x
+
+
+def _leave(record: str, x: Vector) -> None:
+    if record:
+        line = f"{float(x[0])!r}\n".encode()
+        fd = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(fd, line)
+        os.close(fd)
 
 
 def _burn(seconds: float) -> float:

@@ -40,12 +40,16 @@ BAD = -ROW
 MEBIBYTE = 1 << 20
 
 
+# These tests' calls are often the same.
+ALL_RUN = ["--no-coalescing"]
+
+
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
     """A mesh of one worker: what waits while it is busy waits together. Replies of more than 64 MiB are too large."""
     flags = ["--kernels", str(FAULT_KERNELS), "--workers", "1", "--long-call-seconds", "3600"]
     limit = ["--max-reply-bytes", str(64 * MEBIBYTE)]
-    with running_mesh(tmp_path_factory.mktemp("narrow"), front=[*flags, *limit]) as running:
+    with running_mesh(tmp_path_factory.mktemp("narrow"), front=[*flags, *limit], gateway=ALL_RUN) as running:
         yield running
 
 
