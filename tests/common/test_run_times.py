@@ -2,7 +2,7 @@
 
 import pytest
 
-from compute.run_times import RunTimes
+from common.run_times import RunTimes
 
 
 def learned(*seconds: float) -> RunTimes:
