@@ -39,9 +39,7 @@ class Run:
     holds no more: those of its request.
     """
 
-    # What runs cost, and in what company, is the replica's to know.
-    cost_seconds = 0.0
-    long = False
+    # In what company it runs is the replica's to know.
     batch: Hashable | None = None
 
     def __init__(
@@ -52,6 +50,10 @@ class Run:
         self.body = body
         self.tenant = descriptor.tenant
         self.priority = RANKS[descriptor.priority]
+        # The fleet's expectation, when it is routed.
+        self.cost_seconds = 0.0
+        self.long = False
+        self.together = 1
         # The latest of its calls'.
         self.deadline = 0.0
         self._fleet = fleet
@@ -154,4 +156,11 @@ class Run:
         if self._sent is not None:
             timings = self._reply.timings if self._reply is not None else None
             run_seconds = timings.run / 1e6 / max(timings.batch, 1) if timings is not None else 0.0
-            self._fleet.ended(self, self._sent[0], run_seconds)
+            self._fleet.ended(self, self._sent[0], run_seconds, self._code)
+
+    @property
+    def _code(self) -> str:
+        """The status that the replica has answered with; "" where it has not."""
+        if self._reply is None:
+            return ""
+        return raised(self._reply.failure).status if self._reply.HasField("failure") else "OK"
