@@ -1,6 +1,6 @@
 """What the pool does when it is hurt, crowded, or asked for many small things: replacement, cancel, order, batches."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.bounds import Bound, Figures
 from bench.oip import Work
 from bench.processes import Child, load_core
 from bench.subjects import Subject, await_ready, start
@@ -20,18 +21,6 @@ BATCH_CALLERS = 256
 MAP_CALLS_A_SECOND = 2000
 # Tenants by their weights. The heavy one sends ten times as many calls as either of the others.
 WEIGHTS = {"heavy": 1.0, "equal": 1.0, "threefold": 3.0}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bound:
-    """A figure of the pool, in the unit that its name ends with, and what it may be."""
-
-    name: str
-    at_most: float | None = None
-    at_least: float | None = None
-
-    def met(self, value: float) -> bool:
-        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
 
 
 BOUNDS = (
@@ -48,8 +37,6 @@ BOUNDS = (
     Bound(name="batch_alone_ratio", at_most=1.1),
     Bound(name="map_cpu_fall", at_least=5.0),
 )
-
-Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,19 +77,6 @@ def measure(work: Work, *, rounds: int, seconds: float, on_step: Callable[[str],
                 on_step(f"pool · {figure.__name__}")
                 found |= figure(Asking(subject=subject, callers=callers, rounds=rounds, seconds=seconds))
     return found
-
-
-def judged(found: Mapping[str, float], bounds: Iterable[Bound] = BOUNDS) -> dict[str, dict[str, Any]]:
-    """The figures that have a bound, measured or not, and whether they keep it."""
-    return {
-        bound.name: {
-            "value": (value := found.get(bound.name)),
-            "at_most": bound.at_most,
-            "at_least": bound.at_least,
-            "met": None if value is None else bound.met(value),
-        }
-        for bound in bounds
-    }
 
 
 def replacement(asking: Asking) -> Figures:

@@ -120,6 +120,8 @@ async def fair_share(front: str, seconds: float, light: str, heavy: str) -> Figu
         for ended in await asyncio.gather(*callers, return_exceptions=True):
             if isinstance(ended, Exception):
                 raise ended
+    # With the next report the gateway hears that all of them have gone.
+    await asyncio.sleep(0.5)
     return {"light": used[light], "heavy": used[heavy]}
 
 

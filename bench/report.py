@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import pool, waiting
+from bench import fleet, pool, waiting
+from bench.bounds import Bound, judged
 from bench.gil import Idle, Row
 from bench.processes import OUT, ROOT, cores, load_core
 from bench.throughput import Cell
@@ -81,6 +82,7 @@ class Findings:
     beside: list[dict[str, Any]] = field(default_factory=list)
     pool: dict[str, float] = field(default_factory=dict)
     waiting: dict[str, float] = field(default_factory=dict)
+    fleet: dict[str, float] = field(default_factory=dict)
 
 
 def ratios(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
@@ -164,8 +166,9 @@ def document(findings: Findings) -> dict[str, Any]:
             f"{idle.subject}_{idle.cores}cores": idle.health_p99_ms for idle in findings.gil_idle
         },
         "beside_64mib": findings.beside,
-        "pool": pool.judged(findings.pool),
-        "waiting": pool.judged(findings.waiting, waiting.BOUNDS),
+        "pool": judged(findings.pool, pool.BOUNDS),
+        "fleet": judged(findings.fleet, fleet.BOUNDS),
+        "waiting": judged(findings.waiting, waiting.BOUNDS),
     }
 
 
@@ -196,11 +199,14 @@ def show(findings: Findings, console: Console) -> None:
     if findings.responsive or findings.beside:
         console.print(_bound_table(bounds(findings), findings))
     if findings.pool:
-        title = "The pool: hurt, crowded, and asked for many small things"
-        console.print(_judged_table(title, findings.pool, pool.judged(findings.pool)))
+        console.print(
+            _judged_table("The pool: hurt, crowded, and asked for many small things", findings.pool, pool.BOUNDS)
+        )
+    if findings.fleet:
+        console.print(_judged_table("Three replicas, one of them four times slower", findings.fleet, fleet.BOUNDS))
     if findings.waiting:
         title = "Ten thousand calls in flight on one gateway, behind busy workers"
-        console.print(_judged_table(title, findings.waiting, pool.judged(findings.waiting, waiting.BOUNDS)))
+        console.print(_judged_table(title, findings.waiting, waiting.BOUNDS))
     if failed := failed_calls(findings):
         console.print(f"[bold red]{failed} calls failed; the ratios they touch count as not met[/]")
 
@@ -240,8 +246,9 @@ def _figures(findings: Findings) -> dict[str, float | None]:
         name = f"gil_{row.way.name}_{row.cores}cores"
         figures[f"{name}_calls_per_second"], figures[f"{name}_health_p99_ms"] = row.rate, row.p99_ms
     figures.update(findings.responsive)
-    figures.update(dict.fromkeys(bound.name for bound in (*pool.BOUNDS, *waiting.BOUNDS)))
+    figures.update(dict.fromkeys(bound.name for bound in (*pool.BOUNDS, *fleet.BOUNDS, *waiting.BOUNDS)))
     figures.update(findings.pool)
+    figures.update(findings.fleet)
     figures.update(findings.waiting)
     if findings.beside:
         figures["small_beside_64mib_delay_median_ms"] = median(passed["delay_ms"] for passed in findings.beside)
@@ -331,12 +338,13 @@ def _bound_table(limits: dict[str, dict[str, Any]], findings: Findings) -> Table
     return table
 
 
-def _judged_table(title: str, found: dict[str, float], limits: dict[str, dict[str, Any]]) -> Table:
+def _judged_table(title: str, found: dict[str, float], bounds: Sequence[Bound]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("figure")
     for name in ("value", "bound"):
         table.add_column(name, justify="right")
     table.add_column("")
+    limits = judged(found, bounds)
     for name, limit in limits.items():
         if limit["value"] is not None:
             bound = f"≤ {limit['at_most']:g}" if limit["at_most"] is not None else f"≥ {limit['at_least']:g}"

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from bench.bounds import Bound
 from bench.oip import Work
-from bench.pool import Bound
 from bench.processes import Child, load_core
 from bench.responsive import lag_buckets, p99_seconds
 from bench.subjects import Subject, await_ready, start

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from common.pace import Pace, gathered
 from common.protowire import Malformed, bulk_entry, split
-from protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Reply, Welcome
+from protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Load, Reply, Welcome
 
 SERVICE = "unlatch.v1.Lane"
 METHOD = f"/{SERVICE}/Open"
@@ -209,6 +209,11 @@ class Outbox:
         self._draft.frames.welcome.CopyFrom(welcome)
         # It would be applied after the welcome, which takes it back.
         self._draft.frames.draining = False
+        self._wake()
+
+    def load(self, load: Load) -> None:
+        """Say how much there is to do here: the latest report counts, and one that has not left yet is out of date."""
+        self._draft.frames.load.CopyFrom(load)
         self._wake()
 
     def draining(self) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from common.errors import Unavailable, UnlatchError
 from common.lane import Body, Outbox, Sink, check_pieces, check_whole, unpack
-from protos.unlatch_pb2 import Descriptor, Reply, Welcome
+from protos.unlatch_pb2 import Descriptor, Load, Reply, Welcome
 
 # One that is told may be sent elsewhere at once: that takes some 50 µs.
 _TOLD_AT_ONCE = 32
@@ -37,9 +37,17 @@ class Stream(Protocol):
 class LaneCaller:
     """One lane, from its opening to its end. Not used again afterwards."""
 
-    def __init__(self, on_welcome: Callable[[Welcome], None], on_draining: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        on_welcome: Callable[[Welcome], None],
+        on_draining: Callable[[], None],
+        on_load: Callable[[Load], None] | None = None,
+    ) -> None:
         self._on_welcome = on_welcome
         self._on_draining = on_draining
+        self._on_load = on_load
+        # Messages that have come: while they do the server lives.
+        self.heard = 0
         # Nothing that is sent from now on arrives, and nobody would be told.
         self.ended = False
         self._numbers = count(1)
@@ -92,8 +100,11 @@ class LaneCaller:
                 waiter.lost(Unavailable("the lane to the server broke before the reply was here"))
 
     def _receive(self, message: bytes) -> None:
+        self.heard += 1
         frames, payload = unpack(message)
         at = 0
+        if self._on_load is not None and frames.HasField("load"):
+            self._on_load(frames.load)
         if frames.HasField("welcome"):
             self._on_welcome(frames.welcome)
         for number in frames.started:

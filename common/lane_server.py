@@ -12,7 +12,7 @@ import grpc
 import structlog
 
 from common.lane import MOST_UNSENT_BYTES, Body, Outbox, ProtocolViolation, Sink, check_pieces, check_whole, unpack
-from protos.unlatch_pb2 import Descriptor, Frames, Reply, Welcome
+from protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
 
 log = structlog.get_logger()
 
@@ -67,6 +67,15 @@ class LaneServer:
         self._window_calls = max(self._window_calls, welcome.window_calls)
         self._window_bytes = max(self._window_bytes, welcome.window_bytes)
         self._outbox.welcome(welcome)
+
+    @property
+    def busy(self) -> bool:
+        """Whether calls are unanswered."""
+        return bool(self._calls)
+
+    def load(self, load: Load) -> None:
+        """Say how much there is to do here."""
+        self._outbox.load(load)
 
     def draining(self) -> None:
         """Say that new calls belong elsewhere."""
@@ -196,11 +205,17 @@ class LaneServer:
 
 
 class Lanes:
-    """Every lane that callers have open here. `welcome` says what to greet a new one with."""
+    """Every lane that callers have open here. `welcome` says what to greet a new one with.
 
-    def __init__(self, welcome: Callable[[], Welcome], accept: Accept) -> None:
+    `load`, where this side reports its load, says what that is for each of so many lanes that have calls unanswered.
+    """
+
+    def __init__(
+        self, welcome: Callable[[], Welcome], accept: Accept, load: Callable[[int], Load] | None = None
+    ) -> None:
         self._welcome = welcome
         self._accept = accept
+        self._load = load
         self._open: set[LaneServer] = set()
         self._draining = self._resting = False
 
@@ -208,6 +223,9 @@ class Lanes:
         """The RPC: one lane, for as long as its caller keeps it."""
         lane = LaneServer(self._accept)
         lane.welcome(self._welcome())
+        if self._load is not None:
+            # With the welcome: what the caller has waiting must not come all at once.
+            lane.load(self._load(self._busy + 1))
         if self._draining or self._resting:
             lane.draining()
         self._open.add(lane)
@@ -227,6 +245,13 @@ class Lanes:
             if self._draining:
                 lane.draining()
 
+    def report(self) -> None:
+        """Tell every caller how much there is to do here."""
+        if self._load is not None and self._open:
+            load = self._load(max(1, self._busy))
+            for lane in self._open:
+                lane.load(load)
+
     def rest(self) -> None:
         """Ask every caller for no more calls until they are greeted again."""
         self._resting = True
@@ -237,3 +262,7 @@ class Lanes:
         """Ask every caller for no more calls, and wait until all that came are answered."""
         self._draining = True
         await asyncio.gather(*(lane.drain() for lane in self._open))
+
+    @property
+    def _busy(self) -> int:
+        return sum(lane.busy for lane in self._open)

@@ -93,10 +93,10 @@ class Policy(Generic[Call]):
     def __len__(self) -> int:
         return len(self._places) + len(self._returned)
 
-    @property
-    def seconds(self) -> float:
-        """What those that wait are expected to cost together."""
-        return sum(line.seconds for tenant in self._waiting.values() for line in tenant.lines.values())
+    def seconds(self, *, short: bool = False) -> float:
+        """What those that wait are expected to cost together. With `short`, those that are not long."""
+        lines = (found for tenant in self._waiting.values() for found in tenant.lines.items())
+        return sum(line.seconds for long, line in lines if not (short and long))
 
     def __iter__(self) -> Iterator[Call]:
         """The calls in their order as it is now, as long as none is added or removed."""
@@ -153,6 +153,21 @@ class Policy(Generic[Call]):
             if not alike:
                 del self._batches[call.batch]
         return True
+
+    def take_at_once(self, call: Call) -> None:
+        """A call has come that need not wait, since there is room for it: its tenant is charged as if it had."""
+        tenant = self._tenant(call)
+        now = self._clocks[call.priority]
+        tenant.clock = max(tenant.clock, now)
+        if not any(priority == call.priority for _, priority in self._waiting):
+            self._clocks[call.priority] = tenant.clock
+        self.charge(call, call.cost_seconds)
+
+    def take_before_others(self, call: Call) -> None:
+        """A call that waits has its turn; for those before it there is no room where they could go."""
+        behind = min(tenant.clock for (_, priority), tenant in self._waiting.items() if priority == call.priority)
+        self._clocks[call.priority] = max(self._clocks[call.priority], behind)
+        self.take(call)
 
     def take(self, call: Call) -> None:
         """A call that waits has its turn: it waits no more, and its tenant is charged what it is expected to cost."""

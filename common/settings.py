@@ -1,11 +1,12 @@
 """What both services' settings have in common: a flag --a-name or a variable UNLATCH_A_NAME each, checked at birth."""
 
+import math
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, NoDecode, SettingsConfigDict
 
 from common.errors import near
 
@@ -40,6 +41,23 @@ def separated(value: object) -> object:
         return tuple(part for item in value for part in str(item).split(",") if part)
     return value
 
+
+def _weights(value: object) -> object:
+    parts = separated(value)
+    if not isinstance(parts, tuple):
+        return value
+    return {name: weight for name, _, weight in (part.rpartition("=") for part in parts)}
+
+
+def _positive(weights: dict[str, float]) -> dict[str, float]:
+    for name, weight in weights.items():
+        if not name or not 0 < weight < math.inf:
+            raise ValueError(f"a weight is name=number, above 0, not {name}={weight:g}")
+    return weights
+
+
+# Both ends of a lane order calls by them.
+TenantWeights = Annotated[dict[str, float], NoDecode, BeforeValidator(_weights), AfterValidator(_positive)]
 
 S = TypeVar("S", bound=Settings)
 

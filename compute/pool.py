@@ -42,6 +42,16 @@ class Pool:
         self._tasks = [asyncio.create_task(self._sweep()), asyncio.create_task(self._look_after())]
 
     @property
+    def workers(self) -> int:
+        """How many there are, those included that are being replaced."""
+        return len(self._slots)
+
+    @property
+    def busy_ratio(self) -> float:
+        """What part of them has a call in hand now."""
+        return sum(slot.in_hand > 0 for slot in self._slots) / len(self._slots)
+
+    @property
     def keeps_some_free(self) -> bool:
         """Whether some workers are kept free of long calls now: that was asked for, and others have come of late."""
         return self._reserved_workers > 0 and monotonic() - self._last_short < _RESERVED_FOR_SECONDS

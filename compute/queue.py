@@ -14,6 +14,7 @@ from itertools import islice
 from time import monotonic
 from typing import Protocol
 
+from common.admission import MARGIN, needed_seconds, retry_milliseconds, too_late
 from common.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from common.policy import Policy
 from common.run_times import RunTimes
@@ -22,16 +23,12 @@ from compute.wire import MOST_MEMBERS_BYTES, described_bytes
 
 # What a call is expected to take beyond its wait and its run, on its way back to its caller.
 _REPLY_SECONDS = 0.002
-# What is predicted is a mean, and a call that is done too late has kept a worker from one that would not have been: so
-# many times that must fit its deadline. It costs nothing when there is more to do than can be done.
-_MARGIN = 1.25
 # Refusing one takes about 20 µs.
 _REFUSED_AT_ONCE = 32
 # Larger calls gain nothing by company, and putting them side by side takes their memory again.
 _MOST_BATCH_BYTES = 32 * 1024 * 1024
 # Of many calls that would fit one by one but not together, the front has no time to look at all.
 _MOST_LOOKED_AT = 1024
-_SHORTEST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.01, 10.0
 
 
 class Workers(Protocol):
@@ -82,17 +79,21 @@ class Queue:
         if call.deadline is None:
             return
         left = call.deadline - monotonic()
-        wait = self._wait_seconds(call, (left - _REPLY_SECONDS) / _MARGIN - call.cost_seconds)
-        needed = _MARGIN * (wait + call.cost_seconds) + _REPLY_SECONDS
+        wait = self._wait_seconds(call, (left - _REPLY_SECONDS) / MARGIN - call.cost_seconds)
+        needed = needed_seconds(wait, call.cost_seconds, _REPLY_SECONDS)
         # One that finds an idle worker may try, whatever is expected of it: else nothing new would ever be learned.
         if wait and needed > left:
-            if _MARGIN * call.cost_seconds + _REPLY_SECONDS > left:
+            if needed_seconds(0.0, call.cost_seconds, _REPLY_SECONDS) > left:
                 self._times.doubt(call.spec.name, call.size)
-            raise ResourceExhausted(
-                f"kernel {call.spec.name} would be done in {needed:.2g} s, with what waits before it, and the deadline "
-                f"is in {left:.2g} s",
-                retry_after_milliseconds=_milliseconds(needed - left),
-            )
+            raise too_late(call.spec.name, needed, left)
+
+    def wait_seconds(self, *, short: bool) -> float:
+        """How long a new call would wait; with `short`, one that is not long."""
+        workers = self._workers
+        if workers is None:
+            return 0.0
+        short = short and workers.keeps_some_free
+        return workers.wait_seconds(self._policy.seconds(short=short), short=short)
 
     def offer(self, call: Call) -> None:
         """Let a call wait, or run at once. Where too many wait one is refused: who can best do without."""
@@ -108,9 +109,8 @@ class Queue:
 
     def full(self, what: str) -> ResourceExhausted:
         """What is told a caller for whom there is no room: to come back when a tenth of what waits is done."""
-        workers = self._workers
-        waited = workers.wait_seconds(self._policy.seconds, short=False) if workers is not None else 0.0
-        return ResourceExhausted(what, retry_after_milliseconds=_milliseconds(waited / 10))
+        waited = self.wait_seconds(short=False)
+        return ResourceExhausted(what, retry_after_milliseconds=retry_milliseconds(waited / 10))
 
     def put_back(self, call: Call) -> None:
         """A worker was lost that had this call: it is next again. It has waited its turn, so no bound is in its way."""
@@ -193,9 +193,9 @@ class Queue:
             return False
         left = call.deadline - monotonic()
         # What cannot be done in time must not keep a worker from what can. It may be staged, behind what is not long.
-        if not self._policy or left > _MARGIN * (self._long_call_seconds + call.cost_seconds):
+        if not self._policy or left > MARGIN * (self._long_call_seconds + call.cost_seconds):
             return left < 0
-        return left < _MARGIN * (workers.wait_seconds(0.0, short=not call.long) + call.cost_seconds)
+        return left < MARGIN * (workers.wait_seconds(0.0, short=not call.long) + call.cost_seconds)
 
     def _companions(self, call: Call) -> list[Call]:
         """Calls that run as one with this one, taken."""
@@ -253,8 +253,3 @@ def _seconds_for(call: Call) -> float:
     """What a run of several may take, as far as is known: none is to be late, or over its limit, for the others."""
     left = math.inf if call.deadline is None else call.deadline - monotonic()
     return min(left, call.spec.timeout_seconds or math.inf)
-
-
-def _milliseconds(seconds: float) -> int:
-    """When to come back."""
-    return round(min(max(seconds, _SHORTEST_RETRY_SECONDS), _LONGEST_RETRY_SECONDS) * 1e3)

@@ -1,5 +1,6 @@
 """The compute service put together: forkserver, pool, queue, lanes; in the order of their lives."""
 
+import asyncio
 import os
 from importlib.metadata import version
 
@@ -24,6 +25,7 @@ from compute.metrics import FORKSERVER, ComputeMetrics
 from compute.pool import Pool
 from compute.queue import Queue
 from compute.readiness import Readiness
+from compute.reports import Reports
 from compute.settings import ComputeSettings
 from compute.shares import share_out
 from compute.slot import Slot
@@ -62,12 +64,15 @@ class Replica:
         beside = self.suspects, self.metrics, Tracing()
         door = Door(self.readiness.kernels, self.arena, self.queue, *beside, settings.max_call_bytes)
         self._welcome = Welcome()
-        self.lanes = Lanes(lambda: self._welcome, door.accept)
+        self._reports = Reports(self.pool, self.queue, settings)
+        self.lanes = Lanes(lambda: self._welcome, door.accept, self._reports.load)
+        self._reporting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Fill the pool. Raises StartError."""
         await self.pool.start()
         self._welcome = self._greeting()
+        self._reporting = asyncio.create_task(self._reports.run(self.lanes))
         self.health.set(serving=True)
 
     def readiness_changed(self, why: str) -> None:
@@ -82,6 +87,8 @@ class Replica:
 
     async def close(self) -> None:
         """End every worker and let go of all memory."""
+        if self._reporting is not None:
+            self._reporting.cancel()
         await self.pool.stop()
         await self.forkserver.close()
         self.suspects.close()

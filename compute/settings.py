@@ -1,6 +1,5 @@
 """The compute service's settings."""
 
-import math
 import socket
 from typing import Annotated
 
@@ -8,7 +7,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from common.cores import granted_cores
-from common.settings import MiB, Settings, separated
+from common.settings import MiB, Settings, TenantWeights, separated
 
 # With fewer workers one that is kept free is too much of the whole.
 _FEWEST_TO_RESERVE = 4
@@ -72,8 +71,17 @@ class ComputeSettings(Settings):
         ge=0,
         description="Workers that long calls leave to others; 1 unless given, 0 with fewer than four workers",
     )
-    tenant_weights: Annotated[dict[str, float], NoDecode] = Field(
+    tenant_weights: TenantWeights = Field(
         {}, description="Shares of the processor between tenants who wait: name=2,other=0.5; 1 for who is not named"
+    )
+    # Several reports' silence is what a gateway takes for a frozen replica: 1.5 s at most.
+    report_seconds: float = Field(
+        0.25, ge=0.01, le=60, description="How often, at least, gateways are told how much there is to do"
+    )
+    # What waits here waits for these workers alone. The time is what passes between a reply and the next call's
+    # arrival, on a busy machine; what runs for longer is bounded by what workers have in hand.
+    ahead_seconds: float = Field(
+        0.02, gt=0, description="Work that gateways may send ahead, in seconds for each worker, all lanes together"
     )
     # What one lane may have unanswered; what exceeds it waits at the gateway, which can still send it elsewhere.
     window_calls: int = Field(1024, gt=0, description="Most unanswered calls of one lane")
@@ -83,22 +91,6 @@ class ComputeSettings(Settings):
     @classmethod
     def _separated(cls, value: object) -> object:
         return separated(value)
-
-    @field_validator("tenant_weights", mode="before")
-    @classmethod
-    def _weights(cls, value: object) -> object:
-        parts = separated(value)
-        if not isinstance(parts, tuple):
-            return value
-        return {name: weight for name, _, weight in (part.rpartition("=") for part in parts)}
-
-    @field_validator("tenant_weights")
-    @classmethod
-    def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
-        for name, weight in weights.items():
-            if not name or not 0 < weight < math.inf:
-                raise ValueError(f"a weight is name=number, above 0, not {name}={weight:g}")
-        return weights
 
     @property
     def workers_reserved(self) -> int:

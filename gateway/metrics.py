@@ -1,14 +1,16 @@
 """What the gateway reports. Its files tell what happened; this says under which names it is seen."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter, time
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from common.errors import UnlatchError, opaque
 from common.recorder import Recorder
 from common.rpc import abort
+from gateway.standing import Standing
 from protos.unlatch_pb2 import Timings
 
 log = structlog.get_logger()
@@ -18,10 +20,31 @@ Answer = TypeVar("Answer")
 Method = Callable[[Any, Any], Awaitable[Answer]]
 
 
-class GatewayMetrics:
-    """The gateway's metrics. `held` and `live` are asked at each scrape."""
+_OF_REPLICAS: tuple[tuple[str, str, Callable[[Standing], float]], ...] = (
+    ("unlatch_replica_up", "Whether a replica takes calls.", lambda one: one.up),
+    ("unlatch_replica_calls_in_flight", "This gateway's calls on a replica.", lambda one: one.calls),
+    ("unlatch_replica_wait_seconds", "How long a new call would wait on a replica.", lambda one: one.wait_seconds),
+    ("unlatch_replica_utilization_ratio", "Share of a replica's workers busy of late.", lambda one: one.utilization),
+    ("unlatch_replica_ejected", "Whether a replica gets no calls since it failed.", lambda one: one.ejected),
+    ("unlatch_replica_heartbeat_age_seconds", "How long nothing was heard of one.", lambda one: one.silent_seconds),
+)
 
-    def __init__(self, recorder: Recorder, held: Callable[[], int], live: Callable[[], int]) -> None:
+
+class Fleet(Protocol):
+    """What is read of the fleet at each scrape, from the scrape's thread."""
+
+    @property
+    def held(self) -> int:
+        """How many calls fit no window yet."""
+
+    def standings(self) -> Sequence[Standing]:
+        """How each replica stands now."""
+
+
+class GatewayMetrics:
+    """The gateway's metrics. `live`, the calls that have not ended, and the fleet are asked at each scrape."""
+
+    def __init__(self, recorder: Recorder, live: Callable[[], int], fleet: Fleet) -> None:
         self._calls = recorder.counter(
             "unlatch_calls_total", "Calls that ended, by the status their caller got.", ("kernel", "code")
         )
@@ -36,7 +59,7 @@ class GatewayMetrics:
         self._last = recorder.gauge(
             "unlatch_last_call_timestamp_seconds", "When a call of a kernel last ended, since the epoch.", ("kernel",)
         )
-        recorder.gauge("unlatch_queue_depth", "Calls that fit no replica's window yet.", read=lambda: float(held()))
+        recorder.gauge("unlatch_queue_depth", "Calls that fit no replica's window yet.", read=lambda: float(fleet.held))
         recorder.gauge("unlatch_calls_in_flight", "Calls that have not ended.", read=lambda: float(live()))
         self._retries = recorder.counter(
             "unlatch_retries_total",
@@ -52,7 +75,9 @@ class GatewayMetrics:
             "unlatch_coalesced_calls_total", "Calls that shared the run of an identical one.", ("kernel",)
         )
         self._recorder = recorder
-        self._replica_up = recorder.gauge("unlatch_replica_up", "Whether a replica's lane is open.", ("replica",))
+        for name, text, read in _OF_REPLICAS:
+            # The series of a replica that has left the fleet goes with it.
+            recorder.gauge(name, text, ("replica",), partial(_by_replica, fleet, read))
         rpc = ("grpc_type", "grpc_service", "grpc_method")
         self._started = recorder.counter("grpc_server_started_total", "RPCs that began.", rpc)
         self._handled = recorder.counter(
@@ -107,10 +132,6 @@ class GatewayMetrics:
         series = self._last.seen(kernel)
         return series.value if series is not None else 0.0
 
-    def replica(self, target: str, *, up: bool) -> None:
-        """A replica's lane is open, or is not."""
-        self._replica_up.set(float(up), target)
-
     def measured(self, service: str, name: str, method: Method[Answer], kind: str = "unary") -> Method[Answer]:
         """A method that counts, and whose errors become statuses: only our own errors' text reaches a caller."""
         labels = (kind, service, name)
@@ -137,3 +158,7 @@ class GatewayMetrics:
             return answer
 
         return handle
+
+
+def _by_replica(fleet: Fleet, read: Callable[[Standing], float]) -> Mapping[tuple[str, ...], float]:
+    return {(one.target,): float(read(one)) for one in fleet.standings()}

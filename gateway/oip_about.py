@@ -10,6 +10,7 @@ from common.datatypes import BYTES, NP_DTYPE, carrier, is_carried
 from common.errors import InvalidArgument, Unimplemented, UnlatchError
 from common.parameters import scalar
 from common.rpc import Unary
+from gateway.catalogue import Catalogue
 from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics
 from protos import inference_pb2 as pb
@@ -43,6 +44,10 @@ class About:
             **_shared_memory(),
         }
 
+    @property
+    def _catalogue(self) -> Catalogue:
+        return self._fleet.catalogue
+
     def _server_live(self, _: pb.ServerLiveRequest) -> Message:
         return pb.ServerLiveResponse(live=True)
 
@@ -63,7 +68,7 @@ class About:
         kernel = self._fleet.kernel(request.name, request.version)
         return pb.ModelMetadataResponse(
             name=kernel.name,
-            versions=[kernel.version],
+            versions=self._catalogue.versions(kernel.name),
             platform=PLATFORM,
             inputs=map(_metadata, kernel.inputs),
             outputs=map(_metadata, kernel.outputs),
@@ -90,12 +95,12 @@ class About:
         return pb.ModelConfigResponse(config=config)
 
     def _model_statistics(self, request: pb.ModelStatisticsRequest) -> Message:
-        kernels = [self._fleet.kernel(request.name, request.version)] if request.name else self._fleet.kernels()
+        kernels = [self._fleet.kernel(request.name, request.version)] if request.name else self._catalogue.kernels()
         return pb.ModelStatisticsResponse(model_stats=map(self._statistics, kernels))
 
     def _repository_index(self, _: pb.RepositoryIndexRequest) -> Message:
         index = pb.RepositoryIndexResponse()
-        for kernel in self._fleet.kernels():
+        for kernel in self._catalogue.every_version():
             index.models.add(name=kernel.name, version=kernel.version, state="READY")
         return index
 

@@ -1,8 +1,17 @@
-"""One replica: its lane, opened again whenever it breaks, and what it grants."""
+"""One replica: its lane, opened again whenever it breaks.
+
+    opened ──> welcomed: takes calls ──> drains, or retires ──> its last call is answered ──> closed
+       ^           └── broken, or silent for several reports ──┐
+       └───────────────────── after a pause ───────────────────┘
+
+Three things keep a call from a replica: its window is full (gateway/window.py), it drains or has left the fleet, or it
+has failed too often (gateway/ejection.py).
+"""
 
 import asyncio
+import math
 import random
-from collections.abc import Callable
+from time import monotonic
 from typing import Any, Protocol
 
 import grpc
@@ -12,7 +21,9 @@ import structlog
 from common.lane import MAX_MESSAGE_BYTES, METHOD, Body, ProtocolViolation
 from common.lane_caller import LaneCaller, Waiter
 from common.rpc import options
-from protos.unlatch_pb2 import Descriptor, Kernel, Welcome
+from gateway.ejection import LANE, Ejection
+from gateway.window import Held, Window
+from protos.unlatch_pb2 import Descriptor, Kernel, Load, Welcome
 
 log = structlog.get_logger()
 
@@ -25,10 +36,17 @@ _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A connection on which nothing is heard any more must not be the next lane's.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
+# Reports that fail to come, one after another, from a replica that stands still, or that the network has lost.
+_MISSED_REPORTS = 5
+# What a lane is given for its welcome, and how often it is looked at until a report says.
+_WELCOME_SECONDS = 10.0
+_FIRST_LOOKS_SECONDS = 0.25
 
 
-class Outgoing(Waiter, Protocol):
+class Outgoing(Held, Waiter, Protocol):
     """A call on its way to a replica."""
 
     descriptor: Descriptor
@@ -38,18 +56,34 @@ class Outgoing(Waiter, Protocol):
         """What is left of its time."""
 
 
-class Replica:
-    """`on_change` is called when what it serves, grants or takes has changed."""
+class Keeper(Protocol):
+    """Whose replica it is."""
 
-    def __init__(self, target: str, on_change: Callable[["Replica"], None]) -> None:
+    def changed(self) -> None:
+        """What it serves or takes has changed."""
+
+    def has_room(self) -> None:
+        """It may have room for more."""
+
+    def failed(self, replica: "Replica", weight: int) -> None:
+        """It has done what counts against it."""
+
+
+class Replica:
+    """One of a keeper's."""
+
+    def __init__(self, target: str, keeper: Keeper) -> None:
         self.target = target
         self.kernels: dict[str, Kernel] = {}
         self.takes_calls = False
-        self._on_change = on_change
+        self.ejection = Ejection()
+        self.window = Window()
+        self._keeper = keeper
         self._lane: LaneCaller | None = None
         self._welcome = Welcome()
-        self._calls = 0
-        self._bytes = 0
+        self._retired = self._draining = False
+        self._left = asyncio.Event()
+        self._heard = monotonic()
 
     @property
     def name(self) -> str:
@@ -57,76 +91,135 @@ class Replica:
         return self._welcome.server
 
     @property
-    def calls(self) -> int:
-        """How many are at it."""
-        return self._calls
+    def silent_seconds(self) -> float:
+        """How long ago it was last seen to be heard of; 0 without a lane."""
+        return monotonic() - self._heard if self.takes_calls else 0.0
 
-    def has_room(self, size: int) -> bool:
-        """Whether a call of `size` bytes fits its window. A call larger than the whole window goes alone."""
-        granted = self._welcome
-        return (
-            self.takes_calls
-            and self._lane is not None
-            and not self._lane.ended
-            and self._calls < granted.window_calls
-            and (self._bytes + size <= granted.window_bytes or not self._calls)
-        )
+    def has_room(self, size: int, *, long: bool, together: int) -> bool:
+        """Whether a call of `size` bytes may go there now: long or not, and with so many that may run together."""
+        if not self.takes_calls or self._lane is None or self._lane.ended:
+            return False
+        if not self.ejection.trusted and (self.window.calls or self.ejection.ejected):
+            return False
+        return self.window.has_room(size, long=long, together=together)
 
     def send(self, call: Outgoing) -> tuple[LaneCaller, int]:
         """Send a call, and tell the lane that it is on and its number there."""
         assert self._lane is not None
-        self._calls += 1
-        self._bytes += call.body.size
+        self.window.take(call)
         call.descriptor.remaining_microseconds = call.remaining_microseconds()
         return self._lane, self._lane.call(call.descriptor, call.body, call)
 
     def ended(self, call: Outgoing) -> None:
         """A call that was sent has ended: its part of the window is free."""
-        self._calls -= 1
-        self._bytes -= call.body.size
+        self.window.give_back(call)
+        if self._retired and not self.window.calls:
+            self._left.set()
+
+    def retire(self) -> None:
+        """It has left the fleet: it gets nothing new, what it has it may answer."""
+        if not self._retired:
+            log.info("replica leaves the fleet", replica=self.target, calls=self.window.calls)
+            self._retired = True
+            self.takes_calls = False
+            if not self.window.calls:
+                self._left.set()
+            self._keeper.changed()
+
+    def stay(self) -> None:
+        """It is in the fleet, again if it had left."""
+        if self._retired:
+            self._retired = False
+            self._left.clear()
+            if self._lane is not None and self._welcome.kernels and not (self._draining or self._lane.ended):
+                self._welcomed(self._welcome)
 
     async def run(self) -> None:
-        """Keep the lane open, for ever."""
+        """Keep the lane open: until it has retired and its calls are answered, or the task is cancelled."""
         failures = 0
-        async with grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS) as channel:
-            while True:
-                lane = LaneCaller(self._welcomed, self._drains)
-                stream: Any = channel.stream_stream(METHOD)()
-                self._lane = lane
-                reason = "it closed the lane"
-                try:
-                    await lane.run(stream)
-                except asyncio.CancelledError:
-                    # It is us who close it.
-                    self.takes_calls = False
-                    raise
-                except grpc.aio.AioRpcError as error:
-                    reason = error.details() or error.code().name
-                except ProtocolViolation as violation:
-                    reason = str(violation)
-                finally:
-                    stream.cancel()
-                    failures = 0 if self.takes_calls else failures + 1
-                    self._lost(reason)
+        try:
+            while not self._retired:
+                reason = await self._one_lane()
+                failures = 0 if self.takes_calls else failures + 1
+                self._lost(reason)
                 longest = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(failures, 10))
-                await asyncio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 (jitter)
+                if not self._retired:
+                    await asyncio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 (jitter)
+        finally:
+            # However it ends, nobody is to think that it is there.
+            self.takes_calls = False
+
+    async def _one_lane(self) -> str:
+        """Open a lane and carry calls until it ends; why it did."""
+        lane = self._lane = LaneCaller(self._welcomed, self._drains, self._reported)
+        self._welcome = Welcome()
+        self.window.hear(None)
+        async with grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS) as channel:
+            stream: Any = channel.stream_stream(METHOD)()
+            carrying = asyncio.ensure_future(lane.run(stream))
+            watching = asyncio.ensure_future(self._until_silent(lane))
+            leaving = asyncio.ensure_future(self._left.wait())
+            try:
+                await asyncio.wait((carrying, watching, leaving), return_when=asyncio.FIRST_COMPLETED)
+                if not carrying.done():
+                    return watching.result() if watching.done() else "it has left the fleet"
+                await carrying
+            except grpc.aio.AioRpcError as error:
+                return error.details() or error.code().name
+            except ProtocolViolation as violation:
+                return str(violation)
+            finally:
+                # Whoever waits on the lane is told before it is called lost, and finds no room here.
+                for task in (carrying, watching, leaving):
+                    task.cancel()
+                await asyncio.gather(carrying, watching, leaving, return_exceptions=True)
+                stream.cancel()
+        return "it closed the lane"
+
+    async def _until_silent(self, lane: LaneCaller) -> str:
+        """Wait until nothing has come for as long as several reports take; what is said of it then.
+
+        Looks are counted, not seconds: after a standstill of this loop, what came meanwhile is read before the next.
+        """
+        heard = missed = 0
+        while True:
+            interval = self.window.interval_seconds or _FIRST_LOOKS_SECONDS
+            await asyncio.sleep(interval)
+            if lane.heard != heard:
+                heard, missed, self._heard = lane.heard, 0, monotonic()
+                continue
+            missed += 1
+            # A replica of a version that makes no reports may be silent once it has said its welcome.
+            most = (
+                _MISSED_REPORTS if self.window.interval_seconds else math.inf if heard else _WELCOME_SECONDS / interval
+            )
+            if missed >= most:
+                return f"nothing was heard of it for {missed * interval:.3g} s"
 
     def _welcomed(self, welcome: Welcome) -> None:
         self._welcome = welcome
+        self.window.grant(welcome)
         self.kernels = {kernel.name: kernel for kernel in welcome.kernels}
-        self.takes_calls = True
+        self._draining = False
+        self.takes_calls = not self._retired
+        self._heard = monotonic()
         log.info("replica is ready", replica=self.target, name=welcome.server, kernels=len(self.kernels))
-        self._on_change(self)
+        self._keeper.changed()
+
+    def _reported(self, load: Load) -> None:
+        self.window.hear(load)
+        self._keeper.has_room()
 
     def _drains(self) -> None:
         log.info("replica drains", replica=self.target)
+        self._draining = True
         self.takes_calls = False
-        self._on_change(self)
+        self._keeper.changed()
 
     def _lost(self, reason: str) -> None:
         self._lane = None
-        if self.takes_calls:
+        worked, self.takes_calls, self.kernels = self.takes_calls, False, {}
+        if worked:
             log.warning("lane to replica broke", replica=self.target, reason=reason)
-        self.takes_calls = False
-        self.kernels = {}
-        self._on_change(self)
+            self._keeper.failed(self, LANE)
+        self._keeper.changed()

@@ -73,9 +73,7 @@ class Run:
     long as they may have to be sent again.
     """
 
-    # What runs cost, and in what company, is the replica's to know.
-    cost_seconds = 0.0
-    long = False
+    # In what company it runs is the replica's to know.
     batch: Hashable | None = None
 
     def __init__(self, holder: Holder, kernel: Kernel, descriptor: Descriptor, body: Body) -> None:
@@ -84,6 +82,10 @@ class Run:
         self.body = body
         self.tenant = descriptor.tenant
         self.priority = RANKS[descriptor.priority]
+        # The fleet's expectation, when it is routed.
+        self.cost_seconds = 0.0
+        self.long = False
+        self.together = 1
         # The latest of its calls'.
         self.deadline = 0.0
         # What it is, where others like it may share it (gateway/coalescing.py).
@@ -164,7 +166,7 @@ class Run:
         # Of several versions this one's word counts.
         self._pure = replica.kernels.get(self.kernel.name, self.kernel).pure
         if not self._times_sent:
-            self._holder.retries.called(replica.calls)
+            self._holder.retries.called(replica.window.calls)
         self._times_sent += 1
         self._started = False
 
@@ -223,7 +225,7 @@ class Run:
                     if call.deadline <= later:
                         call.fail(copy(error), reply)
                 if not self._over:
-                    self._send_again()
+                    self._send_again(reply)
                 return
         self._fail(error, reply)
 
@@ -244,7 +246,7 @@ class Run:
             return
         if reply is not None and self._sent is not None:
             self._avoid(self._sent[0])
-        self._send_again()
+        self._send_again(reply)
 
     def _avoid(self, replica: Replica) -> None:
         self.avoids = replica
@@ -257,11 +259,11 @@ class Run:
             self._holder.fleet.withdraw(self)
             self.route()
 
-    def _send_again(self) -> None:
+    def _send_again(self, reply: Reply | None) -> None:
         assert self._sent is not None
         replica = self._sent[0]
         self._sent, self._reply, self._missing = None, None, 0
-        self._holder.fleet.ended(self, replica, 0.0)
+        self._holder.fleet.ended(self, replica, 0.0, _status(reply))
         self.deadline = max(call.deadline for call in self._calls)
         self.route()
 
@@ -294,4 +296,11 @@ class Run:
         if self._sent is not None:
             timings = self._reply.timings if self._reply is not None else None
             run_seconds = timings.run / 1e6 / max(timings.batch, 1) if timings is not None else 0.0
-            self._holder.fleet.ended(self, self._sent[0], run_seconds)
+            self._holder.fleet.ended(self, self._sent[0], run_seconds, _status(self._reply))
+
+
+def _status(reply: Reply | None) -> str:
+    """What a replica has answered with; "" where it has not."""
+    if reply is None:
+        return ""
+    return raised(reply.failure).status if reply.HasField("failure") else "OK"

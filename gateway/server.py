@@ -16,13 +16,13 @@ from gateway import oip
 from gateway.call_log import CallLog
 from gateway.calls import Calls
 from gateway.client_lane import ClientDoor
+from gateway.discovery import Discovery
 from gateway.fleet import Fleet, Routed
 from gateway.metrics import GatewayMetrics
 from gateway.oip_about import About
 from gateway.record import Records
-from gateway.replica import Replica
 from gateway.settings import GatewaySettings
-from protos.unlatch_pb2 import Welcome
+from protos.unlatch_pb2 import Kernel, Welcome
 
 # gRPC refuses what is too large before we see it, in words that help nobody. So it lets through so many times as much,
 # and it is us who refuse that, and say where large calls belong. Its arguments are ints of C.
@@ -36,9 +36,11 @@ class Gateway:
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self.recorder = Recorder()
+        self._kernels: list[Kernel] = []
         self.health = Health(oip.SERVICE, lane.SERVICE)
-        self.fleet = Fleet(settings.replicas, Policy[Routed](), self)
-        self.metrics = GatewayMetrics(self.recorder, lambda: self.fleet.held, lambda: len(self.calls))
+        discovery = Discovery(settings.replicas, settings.discovery_seconds, settings.max_replicas)
+        self.fleet = Fleet(discovery, Policy[Routed](settings.tenant_weights), self)
+        self.metrics = GatewayMetrics(self.recorder, lambda: len(self.calls), self.fleet)
         log = CallLog(settings.logged_calls_per_second, settings.logged_failures_per_second)
         self.calls = Calls(self.fleet, settings, Records(self.metrics, Tracing(), log))
         self.lanes = Lanes(self._welcome, ClientDoor(self.calls, settings.stalled_call_seconds).accept)
@@ -47,11 +49,13 @@ class Gateway:
         """Open the lanes to the replicas."""
         self.fleet.start()
 
-    def fleet_changed(self, replica: Replica) -> None:
-        """Tell clients, probes and metrics."""
-        self.metrics.replica(replica.target, up=replica.takes_calls)
+    def fleet_changed(self) -> None:
+        """Tell probes, and clients where it is another catalogue."""
         self.health.set(serving=self.fleet.takes_calls)
-        self.lanes.greet_again()
+        kernels = self.fleet.catalogue.kernels()
+        if kernels != self._kernels:
+            self._kernels = kernels
+            self.lanes.greet_again()
 
     async def drain(self) -> None:
         """Answer what has come, by either door, and take nothing new."""
@@ -66,7 +70,7 @@ class Gateway:
         return Welcome(
             server="gateway",
             version=version("unlatch"),
-            kernels=self.fleet.kernels(),
+            kernels=self._kernels,
             window_calls=self._settings.window_calls,
             window_bytes=self._settings.window_bytes,
         )

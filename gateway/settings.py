@@ -5,7 +5,8 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from common.settings import MiB, Settings, separated
+from common.settings import MiB, Settings, TenantWeights, separated
+from gateway.discovery import is_name, split_name
 
 
 class GatewaySettings(Settings):
@@ -15,7 +16,16 @@ class GatewaySettings(Settings):
     metrics_listen: str = Field("127.0.0.1:8002", description="Where Prometheus scrapes /metrics")
     health_listen: str = Field("127.0.0.1:8003", description="Where grpc.health.v1 answers, in plaintext")
     replicas: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("127.0.0.1:8011",), min_length=1, description="Compute replicas: host:port,unix:/path,…"
+        ("127.0.0.1:8011",),
+        min_length=1,
+        description="Compute replicas: host:port,unix:/path,dns:///name:port,… (a name: all its addresses)",
+    )
+    # A new pod gets calls so long after it is in the name's answer; one that left it gets none.
+    discovery_seconds: float = Field(3.0, ge=0.05, description="How often names of replicas are looked up")
+    # Each costs a lane, and a look when a call is sent.
+    max_replicas: int = Field(64, gt=0, description="Most replicas that this gateway opens lanes to")
+    tenant_weights: TenantWeights = Field(
+        {}, description="Shares between tenants whose calls are held here, as the replicas': name=2,other=0.5"
     )
 
     # A caller that gives no deadline gets the first; one that gives a longer one than the second gets that.
@@ -45,3 +55,10 @@ class GatewaySettings(Settings):
     @classmethod
     def _separated(cls, value: object) -> object:
         return separated(value)
+
+    @field_validator("replicas")
+    @classmethod
+    def _readable(cls, replicas: tuple[str, ...]) -> tuple[str, ...]:
+        for target in filter(is_name, replicas):
+            split_name(target)
+        return replicas

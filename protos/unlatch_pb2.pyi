@@ -8,8 +8,9 @@ gateway. Each gRPC message on it is one LaneMessage: frames that say what happen
 frames account for, in order. A peer reads `frames` as protobuf and slices `payload` where it lies; no tensor is
 ever copied by a protobuf runtime.
 
-Within one message the frames are applied in the order of their field numbers, but that started calls come before
-replies: welcome, calls, started, replies, pieces, cancels. A call's bytes travel in one of two ways:
+Within one message the load report comes first; the other frames are applied in the order of their field numbers, but
+that started calls come before replies: welcome, calls, started, replies, pieces, cancels. A call's bytes travel in
+one of two ways:
   whole    one payload entry a tensor, in the message of its frame (small calls);
   pieces   later, as Piece frames of one payload entry each, tensor after tensor, no piece crossing from one
            tensor into the next. Pieces of different calls interleave. Tensors of no bytes have no piece.
@@ -83,6 +84,7 @@ class Frames(_message.Message):
     PIECES_FIELD_NUMBER: _builtins.int
     CANCELS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """Server to caller: calls that were already sent will be answered; new ones belong elsewhere."""
@@ -109,6 +111,12 @@ class Frames(_message.Message):
         """Caller to server: nobody waits for these calls any more. A cancelled call may still be answered."""
 
     @_builtins.property
+    def load(self) -> Global___Load:
+        """Server to caller, when it changes and every so often, so that its silence is noticed. It is heard before the other
+        frames of its message: the window that it grants holds for what they make room for.
+        """
+
+    @_builtins.property
     def started(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Server to caller: workers have begun these calls, or are about to. A call that may have effects waits until its
         caller has heard of it, and says so by the same number: from then on it is not sent elsewhere. (Descriptor.attempt)
@@ -123,15 +131,74 @@ class Frames(_message.Message):
         pieces: _abc.Iterable[Global___Piece] | None = ...,
         cancels: _abc.Iterable[_builtins.int] | None = ...,
         draining: _builtins.bool = ...,
+        load: Global___Load | None = ...,
         started: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "cancels", b"cancels", "draining", b"draining", "pieces", b"pieces", "replies", b"replies", "started", b"started", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "cancels", b"cancels", "draining", b"draining", "load", b"load", "pieces", b"pieces", "replies", b"replies", "started", b"started", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Frames: _TypeAlias = Frames  # noqa: Y015
+
+@_typing.final
+class Load(_message.Message):
+    """How much a replica has to do, as it sees it; and what of it a caller may send ahead."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAIT_MICROSECONDS_FIELD_NUMBER: _builtins.int
+    SHORT_WAIT_MICROSECONDS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    UTILIZATION_FIELD_NUMBER: _builtins.int
+    LEAST_CALLS_FIELD_NUMBER: _builtins.int
+    WINDOW_MICROSECONDS_FIELD_NUMBER: _builtins.int
+    LONG_MICROSECONDS_FIELD_NUMBER: _builtins.int
+    LONG_CALLS_FIELD_NUMBER: _builtins.int
+    INTERVAL_MILLISECONDS_FIELD_NUMBER: _builtins.int
+    wait_microseconds: _builtins.int
+    """How long a new call would wait for a worker; and one that is not long, where workers are kept free for those."""
+    short_wait_microseconds: _builtins.int
+    waiting: _builtins.int
+    """Calls that wait for a worker."""
+    workers: _builtins.int
+    """Workers that there are, and the share of them that was busy of late."""
+    utilization: _builtins.float
+    least_calls: _builtins.int
+    """Beside the welcome's window: a caller sends no more once it has both so many calls, and calls of so much predicted
+    run time, unanswered. (The least keeps every worker busy, whatever calls cost.)
+    """
+    window_microseconds: _builtins.int
+    long_microseconds: _builtins.int
+    """From what run time on a call is long. Long calls have a window of their own, in calls, and take nothing of the
+    other's: who waits for a worker that is kept free of long calls must not wait behind them here.
+    """
+    long_calls: _builtins.int
+    interval_milliseconds: _builtins.int
+    """The next report comes within this time, whatever happens."""
+    def __init__(
+        self,
+        *,
+        wait_microseconds: _builtins.int = ...,
+        short_wait_microseconds: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        workers: _builtins.int = ...,
+        utilization: _builtins.float = ...,
+        least_calls: _builtins.int = ...,
+        window_microseconds: _builtins.int = ...,
+        long_microseconds: _builtins.int = ...,
+        long_calls: _builtins.int = ...,
+        interval_milliseconds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_milliseconds", b"interval_milliseconds", "least_calls", b"least_calls", "long_calls", b"long_calls", "long_microseconds", b"long_microseconds", "short_wait_microseconds", b"short_wait_microseconds", "utilization", b"utilization", "wait_microseconds", b"wait_microseconds", "waiting", b"waiting", "window_microseconds", b"window_microseconds", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Load: _TypeAlias = Load  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):

@@ -8,8 +8,9 @@ gateway. Each gRPC message on it is one LaneMessage: frames that say what happen
 frames account for, in order. A peer reads `frames` as protobuf and slices `payload` where it lies; no tensor is
 ever copied by a protobuf runtime.
 
-Within one message the frames are applied in the order of their field numbers, but that started calls come before
-replies: welcome, calls, started, replies, pieces, cancels. A call's bytes travel in one of two ways:
+Within one message the load report comes first; the other frames are applied in the order of their field numbers, but
+that started calls come before replies: welcome, calls, started, replies, pieces, cancels. A call's bytes travel in
+one of two ways:
   whole    one payload entry a tensor, in the message of its frame (small calls);
   pieces   later, as Piece frames of one payload entry each, tensor after tensor, no piece crossing from one
            tensor into the next. Pieces of different calls interleave. Tensors of no bytes have no piece.

@@ -42,7 +42,8 @@ async def client(single: Mesh) -> AsyncIterator[Client]:
 
 
 def waiting(mesh: Mesh) -> float:
-    return Scrape(mesh.front_metrics).sum("unlatch_queue_depth")
+    """How many calls wait, at the replica and at the gateway, for a window."""
+    return sum(Scrape(metrics).sum("unlatch_queue_depth") for metrics in (mesh.front_metrics, mesh.gateway_metrics))
 
 
 class Held:
@@ -87,7 +88,7 @@ async def test_earliest_deadline_runs_first(single: Mesh, client: Client, held: 
     times = (20.0, 5.0, 15.0, 10.0)
     async with held:
         staged = asyncio.ensure_future(client.turn(timeout=1000.0, priority="interactive"))
-        await until(lambda: Scrape(single.front_metrics).sum("unlatch_queue_depth") <= 1, "one is staged")
+        await until(lambda: waiting(single) <= 1, "one is staged")
         calls = [asyncio.ensure_future(client.turn(timeout=seconds)) for seconds in times]
         await until(lambda: waiting(single) >= len(calls), "all wait")
     await staged
@@ -141,7 +142,7 @@ def retry_milliseconds(error: Any) -> tuple[int, int]:
 
 async def test_full_queue_refuses_at_once_and_says_when_to_come_back(start_mesh: StartMesh, tmp_path: Path) -> None:
     """RESOURCE_EXHAUSTED with the bound, RetryInfo and gRPC's push-back; who waits already is answered."""
-    mesh = start_mesh(front=["--workers", "1", "--max-queued-calls", "3"])
+    mesh = start_mesh(front=["--workers", "1", "--max-queued-calls", "3", "--ahead-seconds", "3600"])
     gate = Gate(tmp_path / "gate")
     async with Client(mesh.gateway, timeout=30.0) as client, Held(client, gate):
         calls = [asyncio.ensure_future(client.turn()) for _ in range(4)]

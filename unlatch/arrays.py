@@ -25,7 +25,8 @@ class Caller:
         self._named = {name: value for name, value in named.items() if name in arrays}
         self._descriptor = Descriptor()
         request = self._descriptor.request
-        request.kernel, request.version = spec.name, spec.version
+        # No version: while a new one is rolled out, any that takes these arguments may answer.
+        request.kernel = spec.name
         for name, value in named.items():
             if name not in arrays:
                 request.parameters[name].CopyFrom(_parameter(spec, name, value))

@@ -67,6 +67,8 @@ def faulty(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator
     However long they run, they do not count as long: calls are staged behind them.
     """
     flags = ["--kernels", str(FAULT_KERNELS), "--long-call-seconds", "3600", "--stopped-worker-seconds", "0.5"]
+    # What waits is to wait at the replica, which is what is hurt.
+    flags += ["--ahead-seconds", "3600"]
     with running_mesh(tmp_path_factory.mktemp("faulty"), front=flags) as running:
         yield running
 

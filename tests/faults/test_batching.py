@@ -48,6 +48,8 @@ ALL_RUN = ["--no-coalescing"]
 def narrow(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
     """A mesh of one worker: what waits while it is busy waits together. Replies of more than 64 MiB are too large."""
     flags = ["--kernels", str(FAULT_KERNELS), "--workers", "1", "--long-call-seconds", "3600"]
+    # What waits is to wait at the replica, whatever one call alone has taken.
+    flags += ["--ahead-seconds", "3600"]
     limit = ["--max-reply-bytes", str(64 * MEBIBYTE)]
     with running_mesh(tmp_path_factory.mktemp("narrow"), front=[*flags, *limit], gateway=ALL_RUN) as running:
         yield running

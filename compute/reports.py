@@ -1,0 +1,88 @@
+"""What a replica says of itself on every lane: how long calls would wait, and how much of them may be sent ahead.
+
+A gateway that knew nothing of the queue here would send all it has, and a call that waits here can go nowhere else. So
+a lane's window is no larger than keeps the workers busy: what each has in hand (one run, one staged), or else so many
+seconds of work as pass between a reply and the call that takes its place. Lanes that have calls share it.
+
+The reports are a replica's heartbeat, too: each says when the next one comes at the latest.
+"""
+
+import asyncio
+import math
+
+from common.lane_server import Lanes
+from compute.pool import Pool
+from compute.queue import Queue
+from compute.settings import ComputeSettings
+from protos.unlatch_pb2 import Load
+
+# How often it is looked at, and by how much a wait is another that is told before its time.
+_LOOK_SECONDS = 0.025
+_CHANGED_SECONDS = 0.02
+_CHANGED_TIMES = 1.5
+# A worker has one call that it runs and one staged. Behind a long one none is staged: of those one more than run, and
+# one for every so many workers, is on its way.
+_IN_HAND = 2
+_WORKERS_A_LONG_CALL_AHEAD = 16
+# How much a look counts in what was busy of late.
+_NEWS = 0.05
+# What is told of a wait that has no end.
+_LONGEST_WAIT_SECONDS = 3600.0
+
+
+class Reports:
+    """How the pool stands, for the callers of its lanes."""
+
+    def __init__(self, pool: Pool, queue: Queue, settings: ComputeSettings) -> None:
+        self._pool = pool
+        self._queue = queue
+        self._settings = settings
+        self._utilization = 0.0
+        self._told = self._wait_seconds
+
+    def load(self, lanes: int) -> Load:
+        """The report, for each of so many lanes that have calls."""
+        settings, workers = self._settings, self._pool.workers
+        long_workers = workers - settings.workers_reserved
+        long_calls = long_workers + 1 + long_workers // _WORKERS_A_LONG_CALL_AHEAD
+        return Load(
+            wait_microseconds=_microseconds(self._wait_seconds),
+            short_wait_microseconds=_microseconds(self._queue.wait_seconds(short=True)),
+            waiting=len(self._queue),
+            workers=workers,
+            utilization=self._utilization,
+            least_calls=_share(_IN_HAND * workers, lanes),
+            window_microseconds=_microseconds(settings.ahead_seconds * workers / lanes),
+            long_microseconds=_microseconds(settings.long_call_seconds),
+            long_calls=_share(long_calls, lanes),
+            interval_milliseconds=round(settings.report_seconds * 1e3),
+        )
+
+    async def run(self, lanes: Lanes) -> None:
+        """Report on every lane, for ever: every so often, and sooner when waiting has become another matter."""
+        looks = max(1, math.floor(self._settings.report_seconds / _LOOK_SECONDS))
+        while True:
+            for _ in range(looks):
+                await asyncio.sleep(self._settings.report_seconds / looks)
+                self._utilization += (self._pool.busy_ratio - self._utilization) * _NEWS
+                if self._has_changed():
+                    break
+            self._told = self._wait_seconds
+            lanes.report()
+
+    @property
+    def _wait_seconds(self) -> float:
+        return self._queue.wait_seconds(short=False)
+
+    def _has_changed(self) -> bool:
+        low, high = sorted((self._told, self._wait_seconds))
+        return high - low > _CHANGED_SECONDS and high > _CHANGED_TIMES * low
+
+
+def _share(calls: int, lanes: int) -> int:
+    """What each of so many lanes may have of so many calls: at least one."""
+    return max(1, math.ceil(calls / lanes))
+
+
+def _microseconds(seconds: float) -> int:
+    return round(min(seconds, _LONGEST_WAIT_SECONDS) * 1e6)
