@@ -31,9 +31,15 @@ class Stream(Protocol):
 class LaneCaller:
     """One lane, from its opening to its end. Not used again afterwards."""
 
-    def __init__(self, on_welcome: Callable[[Welcome], None], on_draining: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        on_welcome: Callable[[Welcome], None],
+        on_draining: Callable[[], None],
+        on_token_ends: Callable[[], None] = lambda: None,
+    ) -> None:
         self._on_welcome = on_welcome
         self._on_draining = on_draining
+        self._on_token_ends = on_token_ends
         # Nothing that is sent from now on arrives, and nobody would be told.
         self.ended = False
         self._numbers = count(1)
@@ -53,6 +59,10 @@ class LaneCaller:
         if self._waiting.pop(number, None) is not None:
             self._arriving.pop(number, None)
             self._outbox.cancel(number)
+
+    def renew(self, token: str) -> None:
+        """Be let in by this token from now on."""
+        self._outbox.authorization(token)
 
     async def run(self, stream: Stream) -> None:
         """Carry calls until the stream ends, then tell every waiter. Raises what ended the lane, if anything did."""
@@ -90,6 +100,8 @@ class LaneCaller:
             at += 1
         if frames.draining:
             self._on_draining()
+        if frames.HasField("authorization"):
+            self._on_token_ends()
 
     def _replied(self, reply: Reply, whole: list[memoryview] | None) -> None:
         waiter = self._waiting.get(reply.call)

@@ -11,7 +11,17 @@ from typing import Protocol
 import grpc
 import structlog
 
-from common.lane import MOST_UNSENT_BYTES, Body, Outbox, ProtocolViolation, Sink, check_pieces, check_whole, unpack
+from common.lane import (
+    MOST_CALLS,
+    MOST_UNSENT_BYTES,
+    Body,
+    Outbox,
+    ProtocolViolation,
+    Sink,
+    check_pieces,
+    check_whole,
+    unpack,
+)
 from protos.unlatch_pb2 import Descriptor, Frames, Reply, Welcome
 
 log = structlog.get_logger()
@@ -44,11 +54,12 @@ class LaneServer:
     """One lane, from its opening to its end.
 
     `accept` is called for each descriptor, with the tensors' bytes where they came along. It gives what takes the rest
-    in, or None when it has replied already.
+    in, or None when it has replied already. `renew` is given each token that the caller is to be let in by instead.
     """
 
-    def __init__(self, accept: Accept) -> None:
+    def __init__(self, accept: Accept, renew: Callable[[str], None] = lambda _: None) -> None:
         self._accept = accept
+        self._renew = renew
         self._calls: dict[int, _Taken] = {}
         self._bytes = 0
         self._outbox = Outbox(lambda: len(self._calls))
@@ -67,6 +78,10 @@ class LaneServer:
     def draining(self) -> None:
         """Say that new calls belong elsewhere."""
         self._outbox.draining()
+
+    def ask_for_token(self) -> None:
+        """Say that the caller's token is about to end."""
+        self._outbox.authorization("")
 
     def reply(self, number: int, reply: Reply, body: Body, sent: Callable[[], None] | None = None) -> None:
         """Answer a call, and forget it. `sent` is called when the body's buffers are no longer needed."""
@@ -118,8 +133,12 @@ class LaneServer:
 
     def _receive(self, message: bytes) -> None:
         frames, payload = unpack(message)
+        if len(frames.calls) > MOST_CALLS:
+            raise ProtocolViolation(f"{len(frames.calls)} calls in one message; {MOST_CALLS} are the most")
         if len(frames.cancels) > self._window_calls + len(frames.calls):
             raise ProtocolViolation(f"{len(frames.cancels)} calls are cancelled, more than there can be")
+        if frames.HasField("authorization"):
+            self._renew(frames.authorization)
         # What is cancelled makes room for the calls that come with it.
         self._cancel(frames.cancels)
         at = self._take_calls(frames, payload)
@@ -177,15 +196,13 @@ class LaneServer:
 class Lanes:
     """Every lane that callers have open here. `welcome` says what to greet a new one with."""
 
-    def __init__(self, welcome: Callable[[], Welcome], accept: Accept) -> None:
+    def __init__(self, welcome: Callable[[], Welcome]) -> None:
         self._welcome = welcome
-        self._accept = accept
         self._open: set[LaneServer] = set()
         self._draining = self._resting = False
 
-    async def open(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    async def carry(self, lane: LaneServer, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """The RPC: one lane, for as long as its caller keeps it."""
-        lane = LaneServer(self._accept)
         lane.welcome(self._welcome())
         if self._draining or self._resting:
             lane.draining()

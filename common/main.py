@@ -12,6 +12,7 @@ from common.memory import keep_freed
 from common.rpc import BindError
 from common.settings import MiB, Settings, parse
 from common.spans import exported
+from common.watched import FileError
 
 S = TypeVar("S", bound=Settings)
 
@@ -33,7 +34,7 @@ def run(
     let_threads_give_way()
     # Messages of a lane, a mebibyte and more each, come and go in what others left; larger ones are given back at once.
     keep_freed(largest_bytes=8 * MiB, most_bytes=64 * MiB, step_bytes=4 * MiB)
-    refusals = (BindError, *refusals)
+    refusals = (BindError, FileError, *refusals)
     try:
         with exported(process, environment):
             uvloop.run(serve(settings, environment.pop("NOTIFY_SOCKET", "")))

@@ -15,8 +15,8 @@ from common.health import Health
 from common.life import Life, go_first, notify_ready
 from common.loop_watch import LoopWatch
 from common.recorder import Recorder
-from common.rpc import BindError, bind, options
-from common.settings import Settings
+from common.rpc import BindError, bind, options, server_options
+from common.settings import ServiceSettings
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ _STOP_GRACE_SECONDS = 0.2
 
 async def serve(
     process: str,
-    settings: Settings,
+    settings: ServiceSettings,
     *,
     handlers: Sequence[grpc.GenericRpcHandler],
     reflected: Sequence[str],
@@ -43,9 +43,10 @@ async def serve(
     `live` says how many calls there are to walk for the garbage collector.
     """
     life = Life()
-    server = grpc.aio.server(options=options(max_message_bytes))
+    server = grpc.aio.server(options=server_options(max_message_bytes, settings))
     server.add_generic_rpc_handlers(tuple(handlers))
-    reflection.enable_server_reflection((*reflected, reflection.SERVICE_NAME), server)
+    if settings.reflects:
+        reflection.enable_server_reflection((*reflected, reflection.SERVICE_NAME), server)
     listen = bind(server, settings.listen)
     probes = grpc.aio.server(options=options(max_message_bytes))
     health_pb2_grpc.add_HealthServicer_to_server(health, probes)

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 
 from common.errors import near
+from common.exposure import is_exposed
 
 MiB = 1024 * 1024
 
@@ -30,6 +31,29 @@ class Settings(BaseSettings):
     health_listen: str
     drain_seconds: float = Field(20.0, ge=0, description="How long calls in flight may take to end after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged")
+
+
+class ServiceSettings(Settings):
+    """What the port of a service lets through, whoever comes. A lane is one stream of one connection."""
+
+    # A connection costs some 60 KiB; one that is one too many is closed.
+    max_connections: int = Field(1024, gt=0, description="Most connections to --listen at a time")
+    # What is beyond it waits with the caller.
+    max_streams: int = Field(1024, gt=0, description="Most RPCs of one connection at a time")
+    # A token is the largest thing in them. What is larger is refused before it is looked at.
+    max_metadata_bytes: int = Field(16 * 1024, ge=1024, description="Most bytes of an RPC's metadata")
+    # TLS and HTTP/2 together. It ends who connects and then says nothing, or lets it drip.
+    handshake_seconds: float = Field(10.0, gt=0, description="Most time that a connection may take to be made")
+    # It finds connections whose other end is gone without a word.
+    keepalive_seconds: float = Field(60.0, gt=0, description="After what silence a connection is asked for a sign")
+    reflection: bool | None = Field(
+        None, description="Whether gRPC tells anybody what is served; on loopback alone unless given"
+    )
+
+    @property
+    def reflects(self) -> bool:
+        """Whether it does."""
+        return not is_exposed(self.listen) if self.reflection is None else self.reflection
 
 
 def separated(value: object) -> object:

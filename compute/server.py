@@ -3,11 +3,13 @@
 import os
 from importlib.metadata import version
 
+import grpc.aio
+
 from common.describe import described
 from common.errors import Unavailable
 from common.health import Health
 from common.lane import MAX_MESSAGE_BYTES, SERVICE
-from common.lane_server import Lanes
+from common.lane_server import Lanes, LaneServer
 from common.memory import granted_memory
 from common.policy import Policy
 from common.processes import ProcessWatch
@@ -60,9 +62,13 @@ class Replica:
         self.pool = Pool(slots, self.arena, self.queue, settings.workers_reserved)
         self.queue.feed(self.pool)
         beside = self.suspects, self.metrics, Tracing()
-        door = Door(self.readiness.kernels, self.arena, self.queue, *beside, settings.max_call_bytes)
+        self._door = Door(self.readiness.kernels, self.arena, self.queue, *beside, settings.max_call_bytes)
         self._welcome = Welcome()
-        self.lanes = Lanes(lambda: self._welcome, door.accept)
+        self.lanes = Lanes(lambda: self._welcome)
+
+    async def open(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """A gateway opens a lane."""
+        await self.lanes.carry(LaneServer(self._door.accept), context)
 
     async def start(self) -> None:
         """Fill the pool. Raises StartError."""
@@ -116,7 +122,7 @@ async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
             await serve_until_stopped(
                 "front",
                 settings,
-                handlers=[handlers(SERVICE, streams={"Open": replica.lanes.open})],
+                handlers=[handlers(SERVICE, streams={"Open": replica.open})],
                 reflected=[SERVICE],
                 max_message_bytes=MAX_MESSAGE_BYTES,
                 health=replica.health,

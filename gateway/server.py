@@ -1,5 +1,6 @@
 """The gateway put together: fleet, calls, doors; in the order of their lives."""
 
+import asyncio
 import os
 from importlib.metadata import version
 
@@ -13,21 +14,38 @@ from common.rpc import handlers
 from common.service import serve as serve_until_stopped
 from common.tracing import Tracing
 from gateway import oip
+from gateway.authentication import Authentication
 from gateway.call_log import CallLog
 from gateway.calls import Calls
 from gateway.client_lane import ClientDoor
+from gateway.entrance import Entrance
 from gateway.fleet import Fleet, Routed
 from gateway.metrics import GatewayMetrics
 from gateway.oip_about import About
 from gateway.record import Records
 from gateway.replica import Replica
 from gateway.settings import GatewaySettings
+from gateway.tenants import Tenants
+from gateway.tokens import Tokens
 from protos.unlatch_pb2 import Welcome
 
 # gRPC refuses what is too large before we see it, in words that help nobody. So it lets through so many times as much,
 # and it is us who refuse that, and say where large calls belong. Its arguments are ints of C.
 _REFUSED_BY_US = 2
 _MOST_BYTES = 2**31 - 1
+
+
+def _tokens(settings: GatewaySettings) -> Tokens | None:
+    if not settings.token_keys:
+        return None
+    return Tokens(
+        settings.token_keys,
+        issuer=settings.token_issuer,
+        audience=settings.token_audience,
+        algorithms=settings.token_algorithms,
+        leeway_seconds=settings.token_leeway_seconds,
+        claim=settings.token_tenant_claim,
+    )
 
 
 class Gateway:
@@ -37,30 +55,50 @@ class Gateway:
         self._settings = settings
         self.recorder = Recorder()
         self.health = Health(oip.SERVICE, lane.SERVICE)
-        self.fleet = Fleet(settings.replicas, Policy[Routed](), self)
-        self.metrics = GatewayMetrics(self.recorder, lambda: self.fleet.held, lambda: len(self.calls))
+        self._tokens = _tokens(settings)
+        self._tenants = Tenants(settings.tenants)
+        self.fleet = Fleet(settings.replicas, Policy[Routed](self._tenants.weights), self)
+        self.metrics = GatewayMetrics(
+            self.recorder, lambda: self.fleet.held, lambda: len(self.calls), self._tenants.in_flight
+        )
         log = CallLog(settings.logged_calls_per_second, settings.logged_failures_per_second)
         self.calls = Calls(self.fleet, settings, Records(self.metrics, Tracing(), log))
-        self.lanes = Lanes(self._welcome, ClientDoor(self.calls, settings.stalled_call_seconds).accept)
+        self._lanes = Lanes(self._welcome)
+        authentication = Authentication(self._tokens, self.metrics.unauthenticated)
+        self.entrance = Entrance(authentication, self._tenants, settings.message_seconds)
+        self.clients = ClientDoor(self.calls, self._lanes, authentication, self._tenants, settings.stalled_call_seconds)
+        self._watching: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Open the lanes to the replicas."""
+        """Read who may call, and open the lanes to the replicas. Raises FileError."""
+        files = [self._tenants.file, None if self._tokens is None else self._tokens.file]
+        for file in files:
+            if file is not None:
+                file.load()
+                self._watching.append(asyncio.create_task(file.run()))
+        if self._tokens is not None:
+            self._tokens.on_change = self._check_lanes
         self.fleet.start()
 
     def fleet_changed(self, replica: Replica) -> None:
         """Tell clients, probes and metrics."""
         self.metrics.replica(replica.target, up=replica.takes_calls)
         self.health.set(serving=self.fleet.takes_calls)
-        self.lanes.greet_again()
+        self._lanes.greet_again()
 
     async def drain(self) -> None:
         """Answer what has come, by either door, and take nothing new."""
         await self.calls.drain()
-        await self.lanes.drain()
+        await self._lanes.drain()
 
     async def close(self) -> None:
         """Close the lanes to the replicas."""
+        for task in self._watching:
+            task.cancel()
         await self.fleet.close()
+
+    def _check_lanes(self) -> None:
+        self._watching[2:] = [asyncio.create_task(self.clients.check())]
 
     def _welcome(self) -> Welcome:
         return Welcome(
@@ -78,9 +116,12 @@ async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
         processes.watch("gateway", os.getpid())
         gateway = Gateway(settings)
         gateway.start()
-        infer = oip.Infer(gateway.calls, settings.max_message_bytes)
+        infer = oip.Infer(gateway.calls, gateway.entrance, settings.max_message_bytes)
         methods = {**About(gateway.fleet, gateway.metrics).methods(), "ModelInfer": infer.one}
-        measured = {name: gateway.metrics.measured(oip.SERVICE, name, method) for name, method in methods.items()}
+        measured = {
+            name: gateway.metrics.measured(oip.SERVICE, name, gateway.entrance.unary(method))
+            for name, method in methods.items()
+        }
         stream = gateway.metrics.measured(oip.SERVICE, "ModelStreamInfer", infer.stream, "bidi_stream")
         try:
             await serve_until_stopped(
@@ -88,7 +129,7 @@ async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
                 settings,
                 handlers=[
                     handlers(oip.SERVICE, unary=measured, streams={"ModelStreamInfer": stream}),
-                    handlers(lane.SERVICE, streams={"Open": gateway.lanes.open}),
+                    handlers(lane.SERVICE, streams={"Open": gateway.clients.open}),
                 ],
                 reflected=[oip.SERVICE, lane.SERVICE],
                 max_message_bytes=min(
