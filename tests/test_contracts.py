@@ -17,6 +17,7 @@ READ_THE_ENVIRONMENT = {
     "gateway/__main__.py": "who supervises this process",
     "compute/__main__.py": "who supervises this process",
     "unlatch/__main__.py": "the command line",
+    "unlatch/cli/options.py": "flags that variables may stand in for",
     "unlatch/supervisor.py": "it makes its children's environment",
     "compute/forkserver.py": "multiprocessing's forkserver takes nothing but an environment",
     "compute/preload.py": "the other end of that",

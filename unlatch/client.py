@@ -17,7 +17,7 @@ from common.errors import DeadlineExceeded, Unavailable
 from common.lane import MAX_MESSAGE_BYTES
 from common.rpc import options
 from common.spec import KernelSpec
-from unlatch.link import Link, PendingCall
+from unlatch.link import Link, PendingCall, Token
 from unlatch.results import Result
 
 _CONNECT_SECONDS = 10.0
@@ -27,14 +27,19 @@ class Client:
     """A caller of one gateway. Its kernels are its methods: arrays by position or name, scalars by name.
 
     A call gives one array, or a named tuple of arrays where the kernel has several outputs, or raises an UnlatchError:
-    InvalidArgument, NotFound, DeadlineExceeded, ResourceExhausted, Unavailable, Internal. `timeout` is in seconds and
-    holds for each call that sets none itself. Cancelling a call frees what it holds at the other end. `priority` says
-    who goes first where calls wait: "interactive", "normal" (unless given) or "background".
+    InvalidArgument, NotFound, DeadlineExceeded, ResourceExhausted, Unavailable, Internal; from a gateway that asks who
+    calls, Unauthenticated and PermissionDenied. `timeout` is in seconds and holds for each call that sets none itself.
+    Cancelling a call frees what it holds at the other end. `priority` says who goes first where calls wait:
+    "interactive", "normal" (unless given) or "background". `token` says who calls, to a gateway that asks: a token, or a
+    function (it may be async) that gives one and is asked again before that ends.
     """
 
-    def __init__(self, target: str = "127.0.0.1:8001", *, timeout: float | None = None) -> None:
+    def __init__(
+        self, target: str = "127.0.0.1:8001", *, timeout: float | None = None, token: Token | None = None
+    ) -> None:
         self._target = target
         self._timeout = timeout
+        self._token = token
         self._channel: grpc.aio.Channel | None = None
         self._link: Link | None = None
 
@@ -121,7 +126,7 @@ class Client:
         if self._link is None or self._link.broken:
             if self._channel is None:
                 self._channel = grpc.aio.insecure_channel(self._target, options=options(MAX_MESSAGE_BYTES))
-            self._link = Link(self._channel, self._target)
+            self._link = Link(self._channel, self._target, self._token)
         await self._link.ready(_CONNECT_SECONDS if timeout is None else min(timeout, _CONNECT_SECONDS))
         return self._link
 

@@ -2,13 +2,19 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from common.errors import Unavailable, near, no_kernel
+from common.errors import Unauthenticated, Unavailable, near, no_kernel
 from common.priority import NAMES
 from common.spec import KernelSpec
+
+if TYPE_CHECKING:
+    # It brings gRPC, which `top` does without.
+    from unlatch.link import Token
 
 N = TypeVar("N", int, float)
 
@@ -44,8 +50,27 @@ def client_parser(command: str, description: str) -> Parser:
     parser = Parser(command, description)
     parser.add_argument("--server", default="127.0.0.1:8001", help="the gateway, host:port (default: %(default)s)")
     parser.add_argument("--timeout", type=seconds, default=60.0, help="seconds that a call may take (default: 60)")
+    parser.add_argument(
+        "--token-file",
+        default=os.environ.get("UNLATCH_TOKEN_FILE"),
+        help="a file with the token that says who calls, where a gateway asks (default: UNLATCH_TOKEN_FILE)",
+    )
     parser.add_argument("--json", action="store_true", help="speak JSON: results on stdout, errors on stderr")
     return parser
+
+
+def token(options: argparse.Namespace) -> "Token | None":
+    """What gives a client its token: the file, read each time, since whoever issues tokens may write it anew."""
+    path = options.token_file
+
+    def read() -> str:
+        try:
+            return Path(path).read_text(encoding="ascii").strip()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text of a token"
+            raise Unauthenticated(f"--token-file {path}: {why}") from None
+
+    return read if path else None
 
 
 def add_priority(parser: Parser) -> None:
