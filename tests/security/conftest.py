@@ -46,6 +46,7 @@ class Guarded:
 
     mesh: Mesh
     issuer: Issuer
+    tenants: Path
     channel: grpc.Channel
 
     def oip(self, token: str) -> Oip:
@@ -95,7 +96,7 @@ class Guarded:
         assert not failed, failed
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """A mesh whose gateway asks who calls. What it has logged at the end has nothing in it that is secret."""
     directory: Path = tmp_path_factory.mktemp("guarded")
@@ -104,7 +105,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     tenants.write_text(TENANTS)
     flags = [*issuer.flags, "--tenants", str(tenants), "--log-level", "debug", *FLAGS]
     with running_mesh(directory, gateway=flags) as mesh, grpc.insecure_channel(mesh.gateway) as channel:
-        yield Guarded(mesh=mesh, issuer=issuer, channel=channel)
+        yield Guarded(mesh=mesh, issuer=issuer, tenants=tenants, channel=channel)
         logged = "\n".join(mesh.gateway_service.lines + mesh.front_service.lines)
         assert len(issuer.secrets) > 1
         assert [secret for secret in issuer.secrets if secret in logged] == []

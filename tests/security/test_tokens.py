@@ -20,7 +20,9 @@ def _tampered(issuer: Issuer) -> str:
 
 
 def _wrong_key(issuer: Issuer) -> str:
-    other = Issuer(issuer.file.parent.joinpath("other"))
+    elsewhere = issuer.file.parent / "other"
+    elsewhere.mkdir(exist_ok=True)
+    other = Issuer(elsewhere)
     return issuer.remember(other.token("research", kid="first"))
 
 
@@ -60,11 +62,6 @@ BAD: dict[str, tuple[Callable[[Issuer], str | None], str]] = {
         "can be read",
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def other_issuer(guarded: Guarded) -> None:
-    guarded.issuer.file.parent.joinpath("other").mkdir()
 
 
 @pytest.mark.parametrize("door", ["oip", "lane"])
