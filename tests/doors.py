@@ -96,9 +96,7 @@ class Oip:
 class LaneEnd:
     """The caller's end of a lane, that keeps to the protocol only where a test wants it to."""
 
-    def __init__(
-        self, channel: grpc.Channel, metadata: Metadata = (), *, within: float = _WITHIN_SECONDS
-    ) -> None:
+    def __init__(self, channel: grpc.Channel, metadata: Metadata = (), *, within: float = _WITHIN_SECONDS) -> None:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         opening: Any = channel.stream_stream("/unlatch.v1.Lane/Open")
         self._stream = opening(iter(self._outgoing.get, None), timeout=within, metadata=metadata)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.recorder import OTHER
 from gateway.quotas import Bucket, Limits, Tenant
-from gateway.tenants import OTHER, Tenants
+from gateway.tenants import Tenants
 from protos.inference_pb2 import ModelInferRequest, ModelStatisticsRequest, ModelStatisticsResponse
 from tests.doors import Oip, Refusal, request, vector
 from tests.faults.watching import Scrape, wait_until
