@@ -30,6 +30,8 @@ class Client:
     InvalidArgument, NotFound, DeadlineExceeded, ResourceExhausted, Unavailable, Internal; from a gateway that asks who
     calls, Unauthenticated and PermissionDenied. `timeout` is in seconds and holds for each call that sets none itself.
     Cancelling a call frees what it holds at the other end. `priority` says who goes first where calls wait:
+    "interactive", "normal" (unless given) or "background". `token` says who calls, to a gateway that asks: a token, or
+    a function (it may be async) that gives one and is asked again before that ends.
     """
 
     def __init__(

@@ -1,8 +1,13 @@
 """Who is let in by a token, and who is not: at both doors, and while others are served."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ import pytest
 from protos.inference_pb2 import RepositoryIndexRequest
 from tests.doors import Oip, vector
 from tests.faults.watching import wait_until
+from tests.mesh import ROOT
 from tests.security.conftest import Guarded
 from tests.security.issuer import Issuer, bearer, ends
 
@@ -125,3 +131,25 @@ def test_stream_ends_with_its_token(guarded: Guarded) -> None:
     assert b"UNAUTHENTICATED" not in next(answers)
     first_answered.set()
     assert b"UNAUTHENTICATED: the token has expired" in next(answers)
+
+
+def test_command_line_brings_a_token_from_a_file(guarded: Guarded, tmp_path: Path) -> None:
+    """By flag or variable; a file that is not there is told by its name, and what is in one never."""
+    file = tmp_path / "token"
+    call = [sys.executable, "-m", "unlatch", "call", "identity", "x=[1, 2]", "--json", "--server", guarded.mesh.gateway]
+
+    def ran(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **variables}
+        command = [*call, *flags]
+        return subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        )
+
+    missing = ran("--token-file", str(file))
+    assert (missing.returncode, f"{file}: No such file" in missing.stderr) == (1, True), missing.stderr
+    file.write_text(guarded.issuer.token() + "\n")
+    assert ran("--token-file", str(file)).returncode == 0
+    file.write_text(guarded.issuer.token(seconds=-5))
+    expired = ran(UNLATCH_TOKEN_FILE=str(file))
+    assert json.loads(expired.stderr)["error"]["code"] == "UNAUTHENTICATED"
+    assert not any(secret in expired.stderr for secret in guarded.issuer.secrets)
