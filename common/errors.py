@@ -93,6 +93,12 @@ class Unavailable(UnlatchError):
     code = 14
 
 
+class Unauthenticated(UnlatchError):
+    """Nothing vouches for who calls, or not any more. Show a certificate that is trusted here now."""
+
+    code = 16
+
+
 class KernelError(InvalidArgument):
     """Raised by a kernel to refuse its arguments' values. The text reaches the caller as it stands."""
 
@@ -111,6 +117,7 @@ NAMES = {
     12: "UNIMPLEMENTED",
     13: "INTERNAL",
     14: "UNAVAILABLE",
+    16: "UNAUTHENTICATED",
 }
 
 
@@ -142,3 +149,10 @@ def near(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; there are {', '.join(known[:20])}" if known else ""
+
+
+class CertificateError(ValueError):
+    """A file of TLS's that is not what it should be; the message names who gave it, the file, and what is wrong.
+
+    No answer to a call: who starts a service or a client hears of it.
+    """

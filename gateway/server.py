@@ -1,7 +1,9 @@
 """The gateway put together: fleet, calls, doors; in the order of their lives."""
 
+import asyncio
 import os
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Never
 
 from common import lane
 from common.health import Health
@@ -11,6 +13,7 @@ from common.processes import ProcessWatch
 from common.recorder import Recorder
 from common.rpc import handlers
 from common.service import serve as serve_until_stopped
+from common.tls import ChannelSecurity, guarded, guarded_stream, load, report, server_certificates
 from common.tracing import Tracing
 from gateway import oip
 from gateway.call_log import CallLog
@@ -24,6 +27,9 @@ from gateway.replica import Replica
 from gateway.settings import GatewaySettings
 from protos.unlatch_pb2 import Welcome
 
+if TYPE_CHECKING:
+    from common.certificates import Certificates
+
 # gRPC refuses what is too large before we see it, in words that help nobody. So it lets through so many times as much,
 # and it is us who refuse that, and say where large calls belong. Its arguments are ints of C.
 _REFUSED_BY_US = 2
@@ -33,11 +39,17 @@ _MOST_BYTES = 2**31 - 1
 class Gateway:
     """What the parts of a gateway tell one another."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(
+        self, settings: GatewaySettings, certificates: "Certificates | None", of_lanes: "Certificates | None"
+    ) -> None:
         self._settings = settings
+        self._of_lanes = of_lanes
+        self._watching: asyncio.Task[Never] | None = None
         self.recorder = Recorder()
+        report(self.recorder, certificates, of_lanes)
         self.health = Health(oip.SERVICE, lane.SERVICE)
-        self.fleet = Fleet(settings.replicas, Policy[Routed](), self)
+        security = ChannelSecurity(of_lanes, settings.replica_name)
+        self.fleet = Fleet(settings.replicas, Policy[Routed](), self, security, settings.tls_grace_seconds)
         self.metrics = GatewayMetrics(self.recorder, lambda: self.fleet.held, lambda: len(self.calls))
         log = CallLog(settings.logged_calls_per_second, settings.logged_failures_per_second)
         self.calls = Calls(self.fleet, settings, Records(self.metrics, Tracing(), log))
@@ -46,6 +58,8 @@ class Gateway:
     def start(self) -> None:
         """Open the lanes to the replicas."""
         self.fleet.start()
+        if self._of_lanes is not None:
+            self._watching = asyncio.create_task(self._of_lanes.watch())
 
     def fleet_changed(self, replica: Replica) -> None:
         """Tell clients, probes and metrics."""
@@ -60,6 +74,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Close the lanes to the replicas."""
+        if self._watching is not None:
+            self._watching.cancel()
         await self.fleet.close()
 
     def _welcome(self) -> Welcome:
@@ -73,19 +89,27 @@ class Gateway:
 
 
 async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
-    """Run a gateway until it is told to stop. Raises BindError when it cannot start."""
+    """Run a gateway until it is told to stop. Raises BindError or CertificateError when it cannot start."""
+    certificates, of_lanes = server_certificates(settings), _lanes_certificates(settings)
     with ProcessWatch() as processes:
         processes.watch("gateway", os.getpid())
-        gateway = Gateway(settings)
+        gateway = Gateway(settings, certificates, of_lanes)
         gateway.start()
         infer = oip.Infer(gateway.calls, settings.max_message_bytes)
         methods = {**About(gateway.fleet, gateway.metrics).methods(), "ModelInfer": infer.one}
-        measured = {name: gateway.metrics.measured(oip.SERVICE, name, method) for name, method in methods.items()}
-        stream = gateway.metrics.measured(oip.SERVICE, "ModelStreamInfer", infer.stream, "bidi_stream")
+        measured = {
+            name: gateway.metrics.measured(oip.SERVICE, name, guarded(certificates, method))
+            for name, method in methods.items()
+        }
+        stream = gateway.metrics.measured(
+            oip.SERVICE, "ModelStreamInfer", guarded_stream(certificates, infer.stream), "bidi_stream"
+        )
         try:
             await serve_until_stopped(
                 "gateway",
                 settings,
+                certificates=certificates,
+                lanes=gateway.lanes,
                 handlers=[
                     handlers(oip.SERVICE, unary=measured, streams={"ModelStreamInfer": stream}),
                     handlers(lane.SERVICE, streams={"Open": gateway.lanes.open}),
@@ -103,3 +127,10 @@ async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
             )
         finally:
             await gateway.close()
+
+
+def _lanes_certificates(settings: GatewaySettings) -> "Certificates | None":
+    """What is shown to replicas and whom of them is trusted, if TLS is spoken to them. Raises CertificateError."""
+    names = ("--replica-cert", "--replica-key", "--replica-ca")
+    paths = settings.replica_cert, settings.replica_key, settings.replica_ca
+    return load(*paths, names=names) if any(paths) else None

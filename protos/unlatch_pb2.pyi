@@ -83,8 +83,13 @@ class Frames(_message.Message):
     PIECES_FIELD_NUMBER: _builtins.int
     CANCELS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    REOPEN_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """Server to caller: calls that were already sent will be answered; new ones belong elsewhere."""
+    reopen: _builtins.bool
+    """Server to caller: open another lane by another handshake and send new calls there; certificates have changed. This
+    one carries on until the other is there, and what was sent on it is answered.
+    """
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First from the side that serves, and again when its catalogue changes."""
@@ -116,10 +121,11 @@ class Frames(_message.Message):
         pieces: _abc.Iterable[Global___Piece] | None = ...,
         cancels: _abc.Iterable[_builtins.int] | None = ...,
         draining: _builtins.bool = ...,
+        reopen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "cancels", b"cancels", "draining", b"draining", "pieces", b"pieces", "replies", b"replies", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "cancels", b"cancels", "draining", b"draining", "pieces", b"pieces", "reopen", b"reopen", "replies", b"replies", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
