@@ -162,3 +162,10 @@ def near(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; there are {', '.join(known[:20])}" if known else ""
+
+
+class CertificateError(ValueError):
+    """A file of TLS's that is not what it should be; the message names who gave it, the file, and what is wrong.
+
+    No answer to a call: who starts a service or a client hears of it.
+    """

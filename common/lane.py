@@ -222,6 +222,11 @@ class Outbox:
         self._draft.frames.authorization = token
         self._wake(0.0)
 
+    def reopen(self) -> None:
+        """Ask the caller for another lane in this one's place."""
+        self._draft.frames.reopen = True
+        self._wake()
+
     def cancel(self, call: int) -> None:
         """Tell the server that nobody waits for a call, and stop sending its body."""
         self.drop(call)

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import uvloop
 
+from common.errors import CertificateError
 from common.life import die_with_parent, let_threads_give_way
 from common.log import configure
 from common.memory import keep_freed
@@ -29,12 +30,14 @@ def run(
     """Serve until told to stop: 0, or 2 with a line on stderr for an address or a refusal that prevents it."""
     if supervisor := environment.pop("UNLATCH_SUPERVISOR", ""):
         die_with_parent(int(supervisor))
+    # gRPC writes past our log, in a form of its own, a line for each handshake that somebody fails at, for example.
+    environment.setdefault("GRPC_VERBOSITY", "ERROR")
     settings = parse(settings_kind, program, arguments)
     configure(process, settings.log_level)
     let_threads_give_way()
     # Messages of a lane, a mebibyte and more each, come and go in what others left; larger ones are given back at once.
     keep_freed(largest_bytes=8 * MiB, most_bytes=64 * MiB, step_bytes=4 * MiB)
-    refusals = (BindError, FileError, *refusals)
+    refusals = (BindError, CertificateError, FileError, *refusals)
     try:
         with exported(process, environment):
             uvloop.run(serve(settings, environment.pop("NOTIFY_SOCKET", "")))

@@ -52,10 +52,13 @@ def server_options(max_message_bytes: int, settings: ServiceSettings) -> list[tu
     ]
 
 
-def bind(server: grpc.aio.Server, address: str) -> str:
-    """Listen in plaintext, and say where: port 0 becomes the port that was free. Raises BindError."""
+def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> str:
+    """Listen, in plaintext unless there are credentials, and say where: port 0 becomes the port that was free.
+
+    Raises BindError.
+    """
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         raise BindError(f"cannot listen on {address}: {error}") from None
     if address.startswith("unix:"):

@@ -16,6 +16,7 @@ from common.processes import ProcessWatch
 from common.recorder import Recorder
 from common.rpc import handlers
 from common.service import serve as serve_until_stopped
+from common.tls import report, server_certificates
 from common.tracing import Tracing
 from compute.arena import InputArena
 from compute.call import Call
@@ -104,7 +105,8 @@ class Replica:
 
 
 async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
-    """Run a replica until it is told to stop. Raises StartError or BindError when it cannot start."""
+    """Run a replica until it is told to stop. Raises StartError, BindError, CertificateError when it cannot start."""
+    certificates = server_certificates(settings)
     shares = share_out(settings, granted_memory())
     limits = Limits(
         memory_bytes=shares.worker_bytes,
@@ -117,11 +119,14 @@ async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
     with ProcessWatch(reaper=FORKSERVER) as processes:
         processes.watch("front", os.getpid())
         replica = Replica(settings, forkserver, shares.arena_bytes, limits, processes)
+        report(replica.recorder, certificates)
         try:
             await replica.start()
             await serve_until_stopped(
                 "front",
                 settings,
+                certificates=certificates,
+                lanes=replica.lanes,
                 handlers=[handlers(SERVICE, streams={"Open": replica.open})],
                 reflected=[SERVICE],
                 max_message_bytes=MAX_MESSAGE_BYTES,

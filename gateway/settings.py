@@ -18,6 +18,12 @@ class GatewaySettings(ServiceSettings):
     replicas: Annotated[tuple[str, ...], NoDecode] = Field(
         ("127.0.0.1:8011",), min_length=1, description="Compute replicas: host:port,unix:/path,…"
     )
+    # With any of the first three TLS is spoken to replicas, Unix sockets aside. Addresses that a name service gave are
+    # in no certificate: the fourth says what is.
+    replica_ca: str = Field("", description="A file (PEM): who issues replicas' certificates; else public authorities")
+    replica_cert: str = Field("", description="A file (PEM): the certificate shown to replicas")
+    replica_key: str = Field("", description="A file (PEM): its private key")
+    replica_name: str = Field("", description="The name that replicas' certificates have; else it is their address")
 
     # A caller that gives no deadline gets the first; one that gives a longer one than the second gets that.
     default_timeout_seconds: float = Field(60.0, gt=0, description="A call's time when its caller sets no deadline")
@@ -40,6 +46,14 @@ class GatewaySettings(ServiceSettings):
     # and 2 MB/s to keep. A few a second show what is going on, failures why it does not.
     logged_calls_per_second: float = Field(10.0, ge=0, description="Most calls that ended OK of which the log tells")
     logged_failures_per_second: float = Field(100.0, ge=0, description="Most calls that did not, of which it tells")
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if bool(self.replica_cert) != bool(self.replica_key):
+            raise ValueError("--replica-cert and --replica-key belong together: one was given alone")
+        if self.replica_name and not (self.replica_ca or self.replica_cert):
+            raise ValueError("--replica-name needs --replica-ca: without TLS no name is verified")
+        return self
 
     # Who calls. Tokens are looked at where there are keys for them; issuer and audience must be said then, since a key
     # may sign for others too.

@@ -84,11 +84,16 @@ class Frames(_message.Message):
     CANCELS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     AUTHORIZATION_FIELD_NUMBER: _builtins.int
+    REOPEN_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """Server to caller: calls that were already sent will be answered; new ones belong elsewhere."""
     authorization: _builtins.str
     """Caller to server: the token by which its calls are let in from now on. Server to caller, and then empty: the present
     one is about to end, send another.
+    """
+    reopen: _builtins.bool
+    """Server to caller: open another lane by another handshake and send new calls there; certificates have changed. This
+    one carries on until the other is there, and what was sent on it is answered.
     """
     @_builtins.property
     def welcome(self) -> Global___Welcome:
@@ -122,10 +127,11 @@ class Frames(_message.Message):
         cancels: _abc.Iterable[_builtins.int] | None = ...,
         draining: _builtins.bool = ...,
         authorization: _builtins.str | None = ...,
+        reopen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_authorization", b"_authorization", "authorization", b"authorization", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_authorization", b"_authorization", "authorization", b"authorization", "calls", b"calls", "cancels", b"cancels", "draining", b"draining", "pieces", b"pieces", "replies", b"replies", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_authorization", b"_authorization", "authorization", b"authorization", "calls", b"calls", "cancels", b"cancels", "draining", b"draining", "pieces", b"pieces", "reopen", b"reopen", "replies", b"replies", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__authorization: _TypeAlias = _typing.Literal["authorization"]  # noqa: Y015
     _WhichOneofArgType__authorization: _TypeAlias = _typing.Literal["_authorization", b"_authorization"]  # noqa: Y015

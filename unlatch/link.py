@@ -26,6 +26,7 @@ from common.failures import raised
 from common.lane import METHOD, ProtocolViolation, Sink
 from common.lane_caller import LaneCaller
 from common.spec import KernelSpec
+from common.tls import ChannelSecurity
 from protos.unlatch_pb2 import Reply, Welcome
 from unlatch.arrays import Arriving, Caller, arrays
 from unlatch.results import Result, result
@@ -37,11 +38,11 @@ _REFUSALS = (Unauthenticated.code, PermissionDenied.code)
 
 
 class Link:
-    """A lane to a gateway. Once `broken` it stays so."""
+    """A lane to a gateway, on a channel of its own. Once `broken` or `finishing` it stays so."""
 
     def __init__(self, channel: grpc.aio.Channel, target: str, token: Token | None = None) -> None:
         self.kernels: dict[str, KernelSpec] = {}
-        self.broken = False
+        self.broken = self.finishing = False
         self._target = target
         self._welcome: Welcome | None = None
         self._token = token
@@ -79,9 +80,19 @@ class Link:
         return window is not None and self._calls < window.window_calls and self._bytes < window.window_bytes
 
     async def room(self) -> None:
-        """Wait until the window lets one more call out. A lane that breaks has room: the call then says so."""
-        while not self.has_room and not self.broken:
+        """Wait until the window lets one more call out, or none will go out here any more."""
+        while not self.has_room and not self.broken and not self.finishing:
             await self._change()
+
+    async def until_another_is_wanted(self, security: ChannelSecurity) -> None:
+        """Wait until it has ended, or another is to take its place."""
+        await security.until_another_is_wanted(self._lane, self._running)
+
+    def finish(self) -> None:
+        """Another lane has taken its place: close it as soon as its calls are answered."""
+        self.finishing = True
+        self._lane.finish()
+        self._tell()
 
     def caller(self, name: str, named: Mapping[str, Any]) -> Caller:
         """What makes calls of one kernel. Raises NotFound with near names."""
@@ -144,6 +155,7 @@ class Link:
                 stream.cancel()
             self.broken = True
             self._tell()
+            await channel.close()
 
     async def _authorization(self) -> tuple[tuple[str, str], ...]:
         """The metadata to open the lane with. Raises Unauthenticated."""
