@@ -68,6 +68,7 @@ class Gateway:
         self.entrance = Entrance(authentication, self._tenants, settings.message_seconds)
         self.clients = ClientDoor(self.calls, self._lanes, authentication, self._tenants, settings.stalled_call_seconds)
         self._watching: list[asyncio.Task[None]] = []
+        self._checking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Read who may call, and open the lanes to the replicas. Raises FileError."""
@@ -98,7 +99,7 @@ class Gateway:
         await self.fleet.close()
 
     def _check_lanes(self) -> None:
-        self._watching[2:] = [asyncio.create_task(self.clients.check())]
+        self._checking = asyncio.create_task(self.clients.check())
 
     def _welcome(self) -> Welcome:
         return Welcome(
