@@ -6,12 +6,14 @@ from typing import TypeVar
 
 import uvloop
 
+from common.errors import CertificateError
 from common.life import die_with_parent, let_threads_give_way
 from common.log import configure
 from common.memory import keep_freed, share_heaps
 from common.rpc import BindError
 from common.settings import MiB, Settings, parse
 from common.spans import exported
+from common.watched import FileError
 
 S = TypeVar("S", bound=Settings)
 
@@ -28,6 +30,8 @@ def run(
     """Serve until told to stop: 0, or 2 with a line on stderr for an address or a refusal that prevents it."""
     if supervisor := environment.pop("UNLATCH_SUPERVISOR", ""):
         die_with_parent(int(supervisor))
+    # gRPC writes past our log, in a form of its own, a line for each handshake that somebody fails at, for example.
+    environment.setdefault("GRPC_VERBOSITY", "ERROR")
     settings = parse(settings_kind, program, arguments)
     configure(process, settings.log_level)
     let_threads_give_way()
@@ -35,7 +39,7 @@ def run(
     keep_freed(largest_bytes=8 * MiB, most_bytes=64 * MiB, step_bytes=4 * MiB)
     # The loop's, and one for all of gRPC's threads: of one each, every one keeps as much as its largest moment took.
     share_heaps(2)
-    refusals = (BindError, *refusals)
+    refusals = (BindError, CertificateError, FileError, *refusals)
     try:
         with exported(process, environment):
             uvloop.run(serve(settings, environment.pop("NOTIFY_SOCKET", "")))

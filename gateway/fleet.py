@@ -12,6 +12,7 @@ from typing import Protocol
 from common.errors import NotFound, Unavailable, no_kernel
 from common.lane_caller import LaneCaller
 from common.policy import Policy, Waiting
+from common.tls import ChannelSecurity
 from gateway.replica import Outgoing, Replica
 from protos.unlatch_pb2 import Kernel
 
@@ -39,8 +40,15 @@ class Watching(Protocol):
 class Fleet:
     """Routes calls to replicas. `policy` is the order in which calls that fit no window wait."""
 
-    def __init__(self, targets: Iterable[str], policy: Policy[Routed], watching: Watching) -> None:
-        self._replicas = [Replica(target, self._changed) for target in targets]
+    def __init__(
+        self,
+        targets: Iterable[str],
+        policy: Policy[Routed],
+        watching: Watching,
+        security: ChannelSecurity,
+        grace_seconds: float,
+    ) -> None:
+        self._replicas = [Replica(target, self._changed, security, grace_seconds) for target in targets]
         self._policy = policy
         # How many calls of each kernel the policy holds.
         self._held: Counter[str] = Counter()

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import structlog
 
 from common.errors import UnlatchError, opaque
-from common.recorder import Recorder
+from common.recorder import GaugeReader, Recorder
 from common.rpc import abort
 from protos.unlatch_pb2 import Timings
 
@@ -19,9 +19,11 @@ Method = Callable[[Any, Any], Awaitable[Answer]]
 
 
 class GatewayMetrics:
-    """The gateway's metrics. `held` and `live` are asked at each scrape."""
+    """The gateway's metrics. `held`, `live` and `tenants_live` are asked at each scrape."""
 
-    def __init__(self, recorder: Recorder, held: Callable[[], int], live: Callable[[], int]) -> None:
+    def __init__(
+        self, recorder: Recorder, held: Callable[[], int], live: Callable[[], int], tenants_live: GaugeReader
+    ) -> None:
         self._calls = recorder.counter(
             "unlatch_calls_total", "Calls that ended, by the status their caller got.", ("kernel", "code")
         )
@@ -38,6 +40,20 @@ class GatewayMetrics:
         )
         recorder.gauge("unlatch_queue_depth", "Calls that fit no replica's window yet.", read=lambda: float(held()))
         recorder.gauge("unlatch_calls_in_flight", "Calls that have not ended.", read=lambda: float(live()))
+        self._tenants_calls = recorder.counter(
+            "unlatch_tenant_calls_total",
+            "A tenant's calls that ended, by their status.",
+            ("tenant", "code"),
+        )
+        self._tenants_runs = recorder.counter(
+            "unlatch_tenant_run_seconds_total", "How long runs for a tenant have taken.", ("tenant",)
+        )
+        recorder.gauge(
+            "unlatch_tenant_calls_in_flight", "A tenant's calls that have not ended.", ("tenant",), read=tenants_live
+        )
+        self._unauthenticated = recorder.counter(
+            "unlatch_unauthenticated_total", "Who was not let in because nobody knows who it is, by why.", ("reason",)
+        )
         self._replica_up = recorder.gauge("unlatch_replica_up", "Whether a replica's lane is open.", ("replica",))
         rpc = ("grpc_type", "grpc_service", "grpc_method")
         self._started = recorder.counter("grpc_server_started_total", "RPCs that began.", rpc)
@@ -58,6 +74,18 @@ class GatewayMetrics:
             self._stages.observe(queue, kernel, "queue")
             self._stages.observe(run, kernel, "run")
             self._stages.observe(max(0.0, seconds - queue - run), kernel, "transfer")
+
+    def tenants_call_ended(self, tenant: str, code: str) -> None:
+        """A tenant's call has its answer, or needs none any more."""
+        self._tenants_calls.add(1, tenant, code)
+
+    def tenants_run_ended(self, tenant: str, seconds: float) -> None:
+        """A run for a tenant has taken so long."""
+        self._tenants_runs.add(seconds, tenant)
+
+    def unauthenticated(self, why: str) -> None:
+        """Somebody was not let in."""
+        self._unauthenticated.add(1, why)
 
     def stage(self, kernel: str, stage: str) -> tuple[int, float]:
         """How many of a kernel's calls have been through a stage, and the seconds that they spent in it."""

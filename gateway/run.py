@@ -36,7 +36,7 @@ class Run:
                                           └── lost, failed, nobody waits ──┘
 
     It waits for its own reply on a replica's lane, and takes the reply's pieces in. `free` is told of the bytes that it
-    holds no more: those of its request.
+    holds no more: those of its request. `charge` is told what it has cost, in seconds of a worker.
     """
 
     # What runs cost, and in what company, is the replica's to know.
@@ -45,7 +45,13 @@ class Run:
     batch: Hashable | None = None
 
     def __init__(
-        self, fleet: Fleet, kernel: Kernel, descriptor: Descriptor, body: Body, free: Callable[[int], None]
+        self,
+        fleet: Fleet,
+        kernel: Kernel,
+        descriptor: Descriptor,
+        body: Body,
+        free: Callable[[int], None],
+        charge: Callable[[float], None],
     ) -> None:
         self.kernel = kernel
         self.descriptor = descriptor
@@ -56,6 +62,7 @@ class Run:
         self.deadline = 0.0
         self._fleet = fleet
         self._free = free
+        self._charge = charge
         # Of the request.
         self._held_bytes = body.size
         self._calls: list[Sharer] = []
@@ -154,4 +161,5 @@ class Run:
         if self._sent is not None:
             timings = self._reply.timings if self._reply is not None else None
             run_seconds = timings.run / 1e6 / max(timings.batch, 1) if timings is not None else 0.0
+            self._charge(run_seconds)
             self._fleet.ended(self, self._sent[0], run_seconds)
