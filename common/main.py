@@ -30,8 +30,6 @@ def run(
     """Serve until told to stop: 0, or 2 with a line on stderr for an address or a refusal that prevents it."""
     if supervisor := environment.pop("UNLATCH_SUPERVISOR", ""):
         die_with_parent(int(supervisor))
-    # gRPC writes past our log, in a form of its own, a line for each handshake that somebody fails at, for example.
-    environment.setdefault("GRPC_VERBOSITY", "ERROR")
     settings = parse(settings_kind, program, arguments)
     configure(process, settings.log_level)
     let_threads_give_way()
