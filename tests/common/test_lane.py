@@ -44,7 +44,7 @@ class Peer:
             self._lengths[frame.call] = list(frame.lengths)
             self.bodies[frame.call] = [b"" for _ in frame.lengths]
             if frame.whole:
-                check_whole(frame.lengths, payload[at : at + len(frame.lengths)])
+                check_whole(self._lengths[frame.call], payload[at : at + len(frame.lengths)])
                 self.bodies[frame.call] = entries[at : at + len(frame.lengths)]
                 at += len(frame.lengths)
         check_pieces(frames, payload, at)
