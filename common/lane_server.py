@@ -288,10 +288,16 @@ class Lanes:
         for lane, opened in self._open.items():
             if lane.refusal is None and (why := refusal(opened.context)):
                 log.warning("lane is closed", peer=opened.context.peer(), reason=why)
-                lane.refuse(Unauthenticated(why))
                 lane.reopen()
-                opened.end_within(within_seconds)
-                opened.ending = asyncio.create_task(opened.end_after(lane))
+                self.close(lane, Unauthenticated(why), within_seconds)
+
+    def close(self, lane: LaneServer, why: UnlatchError, within_seconds: float) -> None:
+        """Take no more calls on a lane: it ends when what came is answered, and after the time it is cut off."""
+        opened = self._open.get(lane)
+        if opened is not None and opened.ending is None:
+            lane.refuse(why)
+            opened.end_within(within_seconds)
+            opened.ending = asyncio.create_task(opened.end_after(lane))
 
     async def drain(self) -> None:
         """Ask every caller for no more calls, and wait until all that came are answered."""

@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     tls_grace_seconds: float = Field(
         10.0,
         gt=0,
-        description="How long lanes opened with certificates that were replaced since may answer their calls",
+        description="How long lanes whose certificates were replaced, or whose token has ended, may answer their calls",
     )
     # Lanes are asked to open anew; other callers are known by their connections alone, which they keep for days.
     tls_connection_seconds: float = Field(

@@ -1,8 +1,8 @@
 """The client's lane: its calls take the same path as any other, and their pieces pass through as they come.
 
 Whose lane it is its opening says, and that holds as long as the token or certificate that it came with. Before a token
-ends the lane asks for another. Without one new calls are refused; those that are under way are answered, and then the
-lane is closed.
+ends the lane asks for another. Without one new calls are refused; those that are under way are answered, if that takes
+no longer than `tls_grace_seconds`, and then the lane is closed.
 """
 
 import asyncio
@@ -39,13 +39,21 @@ class ClientDoor:
     """Takes in what clients' lanes bring."""
 
     def __init__(
-        self, calls: Calls, lanes: Lanes, authentication: Authentication, tenants: Tenants, stalled_call_seconds: float
+        self,
+        calls: Calls,
+        lanes: Lanes,
+        authentication: Authentication,
+        tenants: Tenants,
+        *,
+        stalled_call_seconds: float,
+        grace_seconds: float,
     ) -> None:
         self._calls = calls
         self._lanes = lanes
         self._authentication = authentication
         self._tenants = tenants
         self._stalled_call_seconds = stalled_call_seconds
+        self._grace_seconds = grace_seconds
         self._open: set[_ClientLane] = set()
 
     async def open(self, _: object, context: Any) -> None:
@@ -75,6 +83,10 @@ class ClientDoor:
         if identity.name != name:
             raise Unauthenticated("the token that came is another caller's than the lane's")
         return identity
+
+    def close(self, lane: LaneServer, why: str) -> None:
+        """Nobody knows any more whose lane it is: what came in time is answered first, if that is soon."""
+        self._lanes.close(lane, Unauthenticated(why), self._grace_seconds)
 
     def begin(
         self, lane: LaneServer, identity: Identity, descriptor: Descriptor, whole: list[memoryview] | None
@@ -122,17 +134,11 @@ class _ClientLane:
 
     async def run(self, lanes: Lanes, context: Any) -> None:
         """Until it ends: by its caller, or because nobody knows any more whose it is."""
-        keeping: asyncio.Task[None] | None = None
+        keeping = asyncio.create_task(self._keep(context.peer()))
         try:
-            async with asyncio.timeout(None) as limit:
-                keeping = asyncio.create_task(self._keep(limit))
-                await lanes.carry(self.server, context)
-        except TimeoutError:
-            log.info("lane closed", peer=context.peer(), tenant=self._identity.name, reason=self._why)
-            await abort(context, Unauthenticated(self._why))
+            await lanes.carry(self.server, context)
         finally:
-            if keeping is not None:
-                keeping.cancel()
+            keeping.cancel()
 
     def check(self) -> None:
         """The keys for tokens are others now: does its token hold?"""
@@ -169,12 +175,12 @@ class _ClientLane:
             self._asked = True
             self.server.ask_for_token()
 
-    async def _keep(self, limit: asyncio.Timeout) -> None:
-        """Ask for another token in time, and end the lane when none has come: what came in time is answered first."""
+    async def _keep(self, peer: str) -> None:
+        """Ask for another token in time, and close the lane when none has come."""
         await self._until_its_end()
         self._over = True
-        await self.server.drain()
-        limit.reschedule(asyncio.get_running_loop().time())
+        log.info("lane is closed", peer=peer, tenant=self._identity.name, reason=self._why)
+        self._door.close(self.server, self._why)
 
     async def _until_its_end(self) -> None:
         began = time()

@@ -77,7 +77,14 @@ class Gateway:
         self.lanes = Lanes(self._welcome)
         authentication = Authentication(self._tokens, self.metrics.unauthenticated)
         self.entrance = Entrance(authentication, self._tenants, settings.message_seconds)
-        self.clients = ClientDoor(self.calls, self.lanes, authentication, self._tenants, settings.stalled_call_seconds)
+        self.clients = ClientDoor(
+            self.calls,
+            self.lanes,
+            authentication,
+            self._tenants,
+            stalled_call_seconds=settings.stalled_call_seconds,
+            grace_seconds=settings.tls_grace_seconds,
+        )
         self._watching: list[asyncio.Task[Any]] = []
         self._checking: asyncio.Task[None] | None = None
 

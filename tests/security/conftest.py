@@ -37,7 +37,7 @@ calls_in_flight = 2
 cpu_seconds_per_minute = 0.3
 """
 # Short enough for tests, long enough for a machine that is busy.
-FLAGS = ["--handshake-seconds", "2", "--max-connections", "80", "--message-seconds", "2"]
+FLAGS = ["--handshake-seconds", "2", "--max-connections", "80", "--message-seconds", "2", "--tls-grace-seconds", "4"]
 
 
 @dataclass(frozen=True, kw_only=True)

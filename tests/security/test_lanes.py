@@ -117,6 +117,16 @@ def test_lane_ends_with_its_token(guarded: Guarded) -> None:
         assert lane.end().code == "UNAUTHENTICATED"
 
 
+def test_lane_whose_token_has_ended_is_cut_off_in_time(guarded: Guarded) -> None:
+    """A call that takes longer than the grace does not keep it open, and is not answered."""
+    with guarded.lane(guarded.issuer.token(seconds=2)) as lane:
+        lane.call(1, request("sleeps", None, seconds=60.0))
+        with pytest.raises(grpc.RpcError) as raised:
+            lane.reply(1)
+        refusal = refusal_of(raised.value)
+        assert (refusal.code, "token has ended" in refusal.message) == ("UNAUTHENTICATED", True), refusal
+
+
 def test_lane_goes_on_with_another_token_of_the_same_caller(guarded: Guarded) -> None:
     """It is renewed by a frame; another caller's token, or a bad one, renews nothing."""
     token = guarded.issuer.token(seconds=2)
