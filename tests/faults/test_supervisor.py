@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -61,12 +62,12 @@ class Serve:
 
 
 @contextmanager
-def starting(directory: Path, **listen: str) -> Iterator[Serve]:
+def starting(**listen: str) -> Iterator[Serve]:
     """`unlatch serve`, just started, on free ports unless told otherwise."""
     names = ("listen", "metrics_listen", "health_listen", "compute_metrics_listen", "compute_health_listen")
-    scratch = directory / "tmp"
-    scratch.mkdir()
     with ExitStack() as reserved:
+        # Not in the test's own directory: a socket's path has 107 characters at most, of which that may take 80.
+        scratch = Path(reserved.enter_context(tempfile.TemporaryDirectory(prefix="serve-")))
         addresses = {name: listen.pop(name, "") or reserved.enter_context(free_address()) for name in names}
         flags = {"workers": "2", "kernels": str(FAULT_KERNELS), **listen, **addresses}
         arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
@@ -76,9 +77,9 @@ def starting(directory: Path, **listen: str) -> Iterator[Serve]:
 
 
 @contextmanager
-def serving(directory: Path, **flags: str) -> Iterator[Serve]:
+def serving(**flags: str) -> Iterator[Serve]:
     """The same once it serves."""
-    with starting(directory, **flags) as serve:
+    with starting(**flags) as serve:
         serve.service.wait_for("serving", process="gateway")
         serve.service.wait_for("replica is ready", process="gateway")
         yield serve
@@ -147,7 +148,7 @@ ENDS = {
 async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> None:
     """However the supervisor ends, in two seconds no process and no memory is left, hanging workers included."""
     signals, codes = ENDS[end]
-    with serving(tmp_path) as serve:
+    with serving() as serve:
         async with Client(serve.address, timeout=30.0) as client:
             np.testing.assert_array_equal(await client.echo(np.ones(100_000)), np.ones(100_000))
             calls = await stick(client, tmp_path, how) if how != "nothing" else []
@@ -209,9 +210,9 @@ async def test_front_killed_while_it_starts_workers(tmp_path: Path, at_start: Pa
         await gone(processes, set(), "SIGKILL of a front that starts workers")
 
 
-async def test_gateway_killed_is_started_again(tmp_path: Path) -> None:
+async def test_gateway_killed_is_started_again() -> None:
     """A gateway that is killed comes back on the same address, later each time, and the replica stays as it is."""
-    with serving(tmp_path) as serve:
+    with serving() as serve:
         async with Client(serve.address, timeout=10.0) as client:
             await answered(client)
             replica = tree(serve.front)
@@ -234,7 +235,7 @@ async def test_gateway_killed_is_started_again(tmp_path: Path) -> None:
 
 async def test_front_killed_is_started_again(tmp_path: Path) -> None:
     """A front that is killed takes its whole family along, hanging workers too; another serves the same gateway."""
-    with serving(tmp_path) as serve:
+    with serving() as serve:
         async with Client(serve.address, timeout=10.0) as client:
             await answered(client)
             calls = await stick(client, tmp_path, "sleep")
@@ -280,26 +281,26 @@ async def test_wrong_kernels_stop_the_start(tmp_path: Path, text: str | None, sa
     module = tmp_path / "bad.py"
     if text is not None:
         module.write_text(text)
-    with starting(tmp_path, kernels=str(module)) as serve:
+    with starting(kernels=str(module)) as serve:
         await complains(serve, says)
 
 
 @pytest.mark.parametrize(
     "taken", ["listen", "metrics_listen", "health_listen", "compute_metrics_listen", "compute_health_listen"]
 )
-async def test_taken_port_stops_the_start(tmp_path: Path, taken: str) -> None:
+async def test_taken_port_stops_the_start(taken: str) -> None:
     """An address that another process has ends `serve` with code 2 and a message that names it; nothing is left."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        with starting(tmp_path, **{taken: address}) as serve:
+        with starting(**{taken: address}) as serve:
             await complains(serve, f"cannot .* {address}")
 
 
-async def test_sigterm_while_starting(tmp_path: Path) -> None:
+async def test_sigterm_while_starting() -> None:
     """A supervisor that is told to stop before it serves stops, with code 0, and nothing is left."""
-    with starting(tmp_path) as serve:
+    with starting() as serve:
         await until(lambda: children(serve.service.pid), "a child is there")
         processes = tree(serve.service.pid)
         serve.service.signal(signal.SIGTERM)
@@ -317,9 +318,9 @@ async def complains(serve: Serve, says: str) -> None:
     assert not list(serve.directory.iterdir())
 
 
-async def test_health_and_metrics_ports_are_each_their_own(tmp_path: Path) -> None:
+async def test_health_and_metrics_ports_are_each_their_own() -> None:
     """Under `serve` both services answer for themselves on the ports that flags gave them."""
-    with serving(tmp_path) as serve:
+    with serving() as serve:
         for process in ("gateway", "front"):
             entry = serve.service.wait_for("serving", process=process)
             async with grpc.aio.insecure_channel(entry["health_listen"]) as channel:
