@@ -9,7 +9,6 @@ a key that do not belong together are no error later than the start: one of them
 
 import asyncio
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,11 +21,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cryptography.x509 import Certificate, load_pem_x509_certificate, load_pem_x509_certificates
 
 from common.errors import CertificateError
+from common.files import LOOK_SECONDS, State, content, state
 
 # Not structlog: clients come here too, and what they log is for the program that they are part of to say.
 _log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 1.0
 # A file that is larger is no certificate; a bundle of every public authority takes a quarter of a mebibyte.
 _MOST_FILE_BYTES = 4 * 1024 * 1024
 # Of peers that were looked at, and of authorities that are trusted no more.
@@ -70,7 +69,7 @@ class Certificates:
         # Authorities that were trusted once and are not any more, by their subject and key.
         self._removed: OrderedDict[bytes, Certificate] = OrderedDict()
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
-        self._seen = _state(files)
+        self._seen = _states(files)
         self._changed = asyncio.Event()
 
     async def changed(self) -> None:
@@ -80,18 +79,18 @@ class Certificates:
     async def watch(self, looked: Callable[[], None] = lambda: None, taken: Callable[[], None] = lambda: None) -> Never:
         """Keep them up to date, for ever. `looked` is called every second, `taken` when others have been taken."""
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
             if await self._refresh():
                 taken()
             looked()
 
     async def _refresh(self) -> bool:
         """Take what the files hold if they have changed and are fit for use."""
-        state = _state(self.files)
-        if state == self._seen:
+        states = _states(self.files)
+        if states == self._seen:
             return False
         # Noted before they are read: what changes meanwhile is seen the next time.
-        self._seen = state
+        self._seen = states
         try:
             contents = await asyncio.to_thread(_read, self.files)
         except CertificateError as error:
@@ -145,17 +144,8 @@ def load(files: Files) -> Certificates:
     return Certificates(files, _read(files))
 
 
-def _state(files: Files) -> tuple[tuple[int, int, int, int] | None, ...]:
-    """What changes when a file does, wherever links lead."""
-    return tuple(_state_of(path) for path in files.paths.values())
-
-
-def _state_of(path: str) -> tuple[int, int, int, int] | None:
-    try:
-        found = os.stat(path)  # noqa: PTH116 (a path as it was given)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+def _states(files: Files) -> tuple[State | None, ...]:
+    return tuple(map(state, files.paths.values()))
 
 
 def _read(files: Files) -> Contents:
@@ -178,21 +168,21 @@ def _read(files: Files) -> Contents:
 def _certificates(name: str, path: str) -> tuple[bytes, tuple[Certificate, ...]]:
     if not path:
         return b"", ()
-    content = _content(name, path)
+    pem = _pem(name, path)
     try:
-        found = tuple(load_pem_x509_certificates(content))
+        found = tuple(load_pem_x509_certificates(pem))
         # Looked at here, where it can still be said which file is wrong.
         for certificate in found:
             certificate.public_key()
-        return content, found
+        return pem, found
     except (ValueError, UnsupportedAlgorithm) as error:
         raise _wrong(name, path, f"it holds no certificates in PEM ({error})") from None
 
 
 def _key(name: str, path: str, certificate: Certificate, certificate_named: str) -> bytes:
-    content = _content(name, path)
+    pem = _pem(name, path)
     try:
-        public = load_pem_private_key(content, None).public_key()
+        public = load_pem_private_key(pem, None).public_key()
     except TypeError:
         raise _wrong(name, path, "the key is encrypted, and nobody here knows its password") from None
     except (ValueError, UnsupportedAlgorithm):
@@ -201,18 +191,14 @@ def _key(name: str, path: str, certificate: Certificate, certificate_named: str)
     form = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
     if public.public_bytes(*form) != certificate.public_key().public_bytes(*form):
         raise _wrong(name, path, f"the key does not belong to {certificate_named}")
-    return content
+    return pem
 
 
-def _content(name: str, path: str) -> bytes:
+def _pem(name: str, path: str) -> bytes:
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 (a path as it was given)
-            content = file.read(_MOST_FILE_BYTES + 1)
-    except OSError as error:
-        raise _wrong(name, path, error.strerror or str(error)) from None
-    if len(content) > _MOST_FILE_BYTES:
-        raise _wrong(name, path, f"it has more than {_MOST_FILE_BYTES} bytes")
-    return content
+        return content(path, _MOST_FILE_BYTES)
+    except (OSError, ValueError) as error:
+        raise _wrong(name, path, getattr(error, "strerror", None) or str(error)) from None
 
 
 def _check_dates(name: str, path: str, certificate: Certificate) -> None:
