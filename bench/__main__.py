@@ -1,8 +1,8 @@
 """`python -m bench`: everything in one run of some ten minutes; `--quick` in one, with figures to match.
 
-`--only NAME` (repeatable) narrows it: a part (throughput, client, responsive, beside, gil, pool, fleet, waiting), a
-subject (echo, recipe, unlatch, bare, inline, threads) or a work (identity_1k, spin10, …). Exit codes: 1 calls failed, 2
-could not measure.
+`--only NAME` (repeatable) narrows it: a part (throughput, client, responsive, beside, gil, pool, fleet, tls, waiting),
+a subject (echo, recipe, unlatch, bare, inline, threads) or a work (identity_1k, spin10, …). Exit codes: 1 calls failed,
+2 could not measure.
 """
 
 import argparse
@@ -15,22 +15,22 @@ from typing import Never
 from rich.console import Console
 from rich.text import Text
 
-from bench import clients, fleet, gil, oip, pool, responsive, subjects, throughput, waiting
+from bench import clients, fleet, gil, oip, pool, responsive, subjects, throughput, tls, waiting
 from bench.load import connections, require_h2load
 from bench.processes import BenchError
 from bench.report import Findings, failed_calls, ratios, show, write
 
-PARTS = frozenset({"throughput", "client", "responsive", "beside", "gil", "pool", "fleet", "waiting"})
+PARTS = frozenset({"throughput", "client", "responsive", "beside", "gil", "pool", "fleet", "tls", "waiting"})
 SUBJECTS = frozenset({"echo", "recipe", "unlatch", "bare", "inline", "threads"})
 WORKS = frozenset(work for work, _ in throughput.CASES)
 # Rounds and seconds of each part; of the last, calls.
 FULL = {
     "throughput": (5, 2.0), "client": (5, 1.5), "gil": (2, 2.0), "responsive": (1, 18.0), "beside": (5, 1.0),
-    "pool": (3, 2.5), "fleet": (3, 2.0), "waiting": (10_000, 0.0),
+    "pool": (3, 2.5), "fleet": (3, 2.0), "tls": (5, 1.5), "waiting": (10_000, 0.0),
 }  # fmt: skip
 QUICK = {
     "throughput": (1, 0.5), "client": (1, 0.5), "gil": (1, 0.5), "responsive": (1, 1.5), "beside": (1, 0.5),
-    "pool": (1, 0.5), "fleet": (1, 0.5), "waiting": (2_000, 0.0),
+    "pool": (1, 0.5), "fleet": (1, 0.5), "tls": (1, 0.5), "waiting": (2_000, 0.0),
 }  # fmt: skip
 
 
@@ -91,6 +91,9 @@ def _measure_apart(
         findings.gil, findings.gil_idle = gil.measure(
             works, rounds=rounds, seconds=seconds, on_step=on_step, names=names
         )
+    if "tls" in parts and "unlatch" in names:
+        rounds, seconds = plan["tls"]
+        findings.cells += tls.measure(works, rounds=rounds, seconds=seconds, on_step=on_step)
     if "pool" in parts and "unlatch" in names:
         rounds, seconds = plan["pool"]
         findings.pool = pool.measure(works["identity_1k"], rounds=rounds, seconds=seconds, on_step=on_step)

@@ -53,13 +53,14 @@ def calls_for(seconds: float, rate: float, in_flight: int) -> int:
     return min(MAX_CALLS, max(2, round(seconds * rate / in_flight)) * in_flight)
 
 
-def load(port: int, body: Path, *, calls: int, in_flight: int, reply_bytes: int) -> Load:
+def load(port: int, body: Path, *, calls: int, in_flight: int, reply_bytes: int, tls: bool = False) -> Load:
     """Send `body` `calls` times, `in_flight` at a time; `reply_bytes` is what one good reply's message measures."""
     clients, streams = connections(in_flight)
+    scheme = "https" if tls else "http"
     argv = ["taskset", "--cpu-list", str(load_core()), "h2load"]
     argv += ["-n", str(calls), "-c", str(clients), "-m", str(streams), "-t", "1"]
     argv += ["-w", "24", "-W", "26", "-d", str(body)]
-    argv += ["-H", "content-type: application/grpc", "-H", "te: trailers", f"http://127.0.0.1:{port}{METHOD}"]
+    argv += ["-H", "content-type: application/grpc", "-H", "te: trailers", f"{scheme}://127.0.0.1:{port}{METHOD}"]
     before = _children_cpu_seconds()
     try:
         ended = subprocess.run(

@@ -58,6 +58,8 @@ WANTED = (
     _unlatch("cpu10_c1_vs_recipe", "spin10_c1", "recipe"),
     _unlatch("cpu10_c32_vs_recipe", "spin10_c32", "recipe"),
     _unlatch("elementwise_c32_vs_recipe", "elementwise_c32", "recipe"),
+    Wanted(name="tls_1k_c32_vs_plaintext", over=("identity_1k_c32", "tls"), under=("identity_1k_c32", "plaintext")),
+    Wanted(name="tls_1m_c32_vs_plaintext", over=("identity_1m_c32", "tls"), under=("identity_1m_c32", "plaintext")),
 )
 # Milliseconds at most.
 BOUNDS_MS = {

@@ -17,13 +17,17 @@ START_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A running server. `metrics` are the ports of gateway and front, where there are such."""
+    """A running server. `metrics` are the ports of gateway and front, where there are such.
+
+    `ca` is the authority that vouches for it, where it speaks TLS.
+    """
 
     name: str
     process: Process
     port: int
     health_port: int
     metrics: dict[str, int]
+    ca: bytes = b""
 
     def cpu(self) -> dict[str, float]:
         return labelled_cpu(self.process.pid)
@@ -91,7 +95,7 @@ def check(subject: Subject, work: Work) -> int:
     """Send what the generator will send, look at what comes back; the length that every good reply has."""
     sent = work.request()
     options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-    with grpc.insecure_channel(f"127.0.0.1:{subject.port}", options=options) as channel:
+    with _channel(subject, options) as channel:
         infer: Any = channel.unary_unary(METHOD)
         replies = [bytes(infer(sent, timeout=15.0)) for _ in range(4)]
     for reply in replies:
@@ -105,6 +109,13 @@ def check(subject: Subject, work: Work) -> int:
     if len(lengths) != 1:
         raise BenchError(f"{subject.name}: {work.name}: good replies differ in length, so failures can't be counted")
     return lengths.pop()
+
+
+def _channel(subject: Subject, options: list[tuple[str, int]]) -> grpc.Channel:
+    address = f"127.0.0.1:{subject.port}"
+    if subject.ca:
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(subject.ca), options=options)
+    return grpc.insecure_channel(address, options=options)
 
 
 class Bare:

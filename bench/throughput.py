@@ -37,9 +37,9 @@ class Cell:
 
 CASES: dict[tuple[str, int], tuple[str, ...]] = {
     ("identity_1k", 1): ("echo", "recipe", "unlatch"),
-    ("identity_1k", 32): ("echo", "recipe", "unlatch"),
+    ("identity_1k", 32): ("echo", "recipe", "unlatch", "plaintext", "tls"),
     ("identity_1m", 1): ("echo", "recipe", "unlatch"),
-    ("identity_1m", 32): ("echo", "recipe", "unlatch"),
+    ("identity_1m", 32): ("echo", "recipe", "unlatch", "plaintext", "tls"),
     ("spin10", 1): ("recipe", "unlatch"),
     ("spin10", 32): ("recipe", "unlatch", "bare"),
     ("elementwise", 32): ("recipe", "unlatch", "bare"),
@@ -100,7 +100,7 @@ def loaded_with_cpu(
     """One stretch of load, and the CPU µs a call that each of the subject's processes spent on it."""
     body = work.body()
     before = subject.cpu()
-    loaded = load(subject.port, body, calls=calls, in_flight=in_flight, reply_bytes=reply_bytes)
+    loaded = load(subject.port, body, calls=calls, in_flight=in_flight, reply_bytes=reply_bytes, tls=bool(subject.ca))
     after = subject.cpu()
     spent = {name: (after[name] - before.get(name, 0.0)) / calls * 1e6 for name in after}
     spent["load generator"] = loaded.generator_cpu_us_per_call

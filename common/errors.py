@@ -22,16 +22,20 @@ def _bounded(text: str, most_bytes: int) -> str:
 
 
 class UnlatchError(Exception):
-    """A call that did not end well. `code` is its google.rpc.Code; `field` names the argument at fault, if one is."""
+    """A call that did not end well. `code` is its google.rpc.Code.
+
+    `field` names the argument at fault, if one is; `quota` whose quota was used up, if one was.
+    """
 
     code: ClassVar[int] = 2
 
-    def __init__(self, message: str, *, field: str = "", retry_after_milliseconds: int = 0) -> None:
+    def __init__(self, message: str, *, field: str = "", retry_after_milliseconds: int = 0, quota: str = "") -> None:
         # A kernel may raise KernelError of anything at all.
         self.message = _bounded(str(message), _MOST_MESSAGE_BYTES)
         super().__init__(self.message)
         self.field = _bounded(field, _MOST_FIELD_BYTES)
         self.retry_after_milliseconds = retry_after_milliseconds
+        self.quota = _bounded(quota, _MOST_FIELD_BYTES)
 
     @property
     def status(self) -> str:
@@ -61,6 +65,12 @@ class NotFound(UnlatchError):
     """No replica has that kernel in that version. The message lists near names."""
 
     code = 5
+
+
+class PermissionDenied(UnlatchError):
+    """The caller is known, and may not do this. The message says what it may; whoever runs the gateway can grant it."""
+
+    code = 7
 
 
 class ResourceExhausted(UnlatchError):
@@ -93,6 +103,12 @@ class Unavailable(UnlatchError):
     code = 14
 
 
+class Unauthenticated(UnlatchError):
+    """Nobody knows who calls: no token, or one that does not hold. The message says what is wrong with it."""
+
+    code = 16
+
+
 class KernelError(InvalidArgument):
     """Raised by a kernel to refuse its arguments' values. The text reaches the caller as it stands."""
 
@@ -106,18 +122,22 @@ NAMES = {
     3: "INVALID_ARGUMENT",
     4: "DEADLINE_EXCEEDED",
     5: "NOT_FOUND",
+    7: "PERMISSION_DENIED",
     8: "RESOURCE_EXHAUSTED",
     9: "FAILED_PRECONDITION",
     12: "UNIMPLEMENTED",
     13: "INTERNAL",
     14: "UNAVAILABLE",
+    16: "UNAUTHENTICATED",
 }
 
 
-def from_code(code: int, message: str, *, field: str = "", retry_after_milliseconds: int = 0) -> UnlatchError:
+def from_code(
+    code: int, message: str, *, field: str = "", retry_after_milliseconds: int = 0, quota: str = ""
+) -> UnlatchError:
     """The error that a code stands for; UnlatchError itself where Unlatch does not use the code."""
     kind = _BY_CODE.get(code, UnlatchError)
-    return kind(message, field=field, retry_after_milliseconds=retry_after_milliseconds)
+    return kind(message, field=field, retry_after_milliseconds=retry_after_milliseconds, quota=quota)
 
 
 def opaque(what: str) -> tuple[Internal, str]:
@@ -142,3 +162,10 @@ def near(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; there are {', '.join(known[:20])}" if known else ""
+
+
+class CertificateError(ValueError):
+    """A file of TLS's that is not what it should be; the message names who gave it, the file, and what is wrong.
+
+    No answer to a call: who starts a service or a client hears of it.
+    """

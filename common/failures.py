@@ -11,6 +11,7 @@ def failed(error: UnlatchError) -> Reply:
     reply.failure.message = error.message
     reply.failure.field = error.field
     reply.failure.retry_after_milliseconds = error.retry_after_milliseconds
+    reply.failure.quota = error.quota
     return reply
 
 
@@ -21,4 +22,5 @@ def raised(failure: Failure) -> UnlatchError:
         failure.message,
         field=failure.field,
         retry_after_milliseconds=failure.retry_after_milliseconds,
+        quota=failure.quota,
     )

@@ -42,6 +42,8 @@ MOST_TENSORS = 256
 # A message is closed, too, once it has so many calls or replies, which hold their reader's loop for a millisecond or
 # two, or so many entries.
 _MOST_FRAMES = 64
+# Of another's message: a lane that brings more at once is not ours, and would hold the loop.
+MOST_CALLS = 2 * _MOST_FRAMES
 _MOST_ENTRIES = 1024
 # Frames and bodies that a server has still to send to a caller who does not take them; past it no more are read of him.
 MOST_UNSENT_BYTES = 256 * 1024 * 1024
@@ -224,6 +226,16 @@ class Outbox:
         """Say that a call is begun, or that this is known; at most so many seconds after the last message."""
         self._draft.frames.started.append(call)
         self._wake(within)
+
+    def authorization(self, token: str) -> None:
+        """Renew the caller's token; or, empty, ask the caller to."""
+        self._draft.frames.authorization = token
+        self._wake(0.0)
+
+    def reopen(self) -> None:
+        """Ask the caller for another lane in this one's place."""
+        self._draft.frames.reopen = True
+        self._wake()
 
     def cancel(self, call: int) -> None:
         """Tell the server that nobody waits for a call, and stop sending its body."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from common.errors import Unavailable, UnlatchError
 from common.lane import Body, Outbox, Sink, check_pieces, check_whole, unpack
-from protos.unlatch_pb2 import Descriptor, Load, Reply, Welcome
+from protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
 
 # One that is told may be sent elsewhere at once: that takes some 50 µs.
 _TOLD_AT_ONCE = 32
@@ -32,6 +32,7 @@ class Stream(Protocol):
 
     def write(self, message: bytes, /) -> Awaitable[None]: ...
     def read(self) -> Awaitable[object]: ...
+    def done_writing(self) -> Awaitable[None]: ...
 
 
 class LaneCaller:
@@ -41,10 +42,12 @@ class LaneCaller:
         self,
         on_welcome: Callable[[Welcome], None],
         on_draining: Callable[[], None],
+        on_token_ends: Callable[[], None] = lambda: None,
         on_load: Callable[[Load], None] | None = None,
     ) -> None:
         self._on_welcome = on_welcome
         self._on_draining = on_draining
+        self._on_token_ends = on_token_ends
         self._on_load = on_load
         # Messages that have come: while they do the server lives.
         self.heard = 0
@@ -54,6 +57,11 @@ class LaneCaller:
         self._waiting: dict[int, Waiter] = {}
         self._arriving: dict[int, Sink] = {}
         self._outbox = Outbox(lambda: len(self._waiting))
+        # Set when the server wants another lane in this one's place.
+        self.reopen_asked = asyncio.Event()
+        self._stream: Stream | None = None
+        self.welcomed = self.finishing = False
+        self._closing: asyncio.Task[None] | None = None
 
     def call(self, descriptor: Descriptor, body: Body, waiter: Waiter) -> int:
         """Send a call and give it its number. The waiter hears exactly one end, unless the call is cancelled."""
@@ -64,12 +72,22 @@ class LaneCaller:
 
     def cancel(self, number: int) -> None:
         """Nobody waits for this call any more: tell the server, and ignore what it still says about it."""
-        if self._waiting.pop(number, None) is not None:
-            self._arriving.pop(number, None)
+        if number in self._waiting:
             self._outbox.cancel(number)
+            self._over(number)
+
+    def finish(self) -> None:
+        """Nothing more is sent here: close the lane as soon as what was sent is answered."""
+        self.finishing = True
+        self._close_if_finished()
+
+    def renew(self, token: str) -> None:
+        """Be let in by this token from now on."""
+        self._outbox.authorization(token)
 
     async def run(self, stream: Stream) -> None:
         """Carry calls until the stream ends, then tell every waiter. Raises what ended the lane, if anything did."""
+        self._stream = stream
         writer = asyncio.ensure_future(self._outbox.run(stream.write))
         try:
             while isinstance(message := await stream.read(), bytes):
@@ -77,6 +95,8 @@ class LaneCaller:
         finally:
             # Before the waiters hear of it: one that is told may make room for the next call at once.
             self.ended = True
+            if self._closing is not None:
+                self._closing.cancel()
             writer.cancel()
             # A lane that breaks breaks for its writer too; the reader's reason is the one to tell.
             with suppress(BaseException):
@@ -102,15 +122,12 @@ class LaneCaller:
     def _receive(self, message: bytes) -> None:
         self.heard += 1
         frames, payload = unpack(message)
-        at = 0
-        if self._on_load is not None and frames.HasField("load"):
-            self._on_load(frames.load)
-        if frames.HasField("welcome"):
-            self._on_welcome(frames.welcome)
+        self._hear(frames)
         for number in frames.started:
             waiter = self._waiting.get(number)
             if waiter is not None and waiter.started():
                 self._outbox.started(number, 0.0)
+        at = 0
         for reply in frames.replies:
             whole: list[memoryview] | None = None
             if reply.whole:
@@ -126,6 +143,18 @@ class LaneCaller:
         if frames.draining:
             self._on_draining()
 
+    def _hear(self, frames: Frames) -> None:
+        """What the server says of itself, and of this lane."""
+        if self._on_load is not None and frames.HasField("load"):
+            self._on_load(frames.load)
+        if frames.HasField("welcome"):
+            self.welcomed = True
+            self._on_welcome(frames.welcome)
+        if frames.HasField("authorization"):
+            self._on_token_ends()
+        if frames.reopen:
+            self.reopen_asked.set()
+
     def _replied(self, reply: Reply, whole: list[memoryview] | None) -> None:
         waiter = self._waiting.get(reply.call)
         if waiter is None:
@@ -134,8 +163,7 @@ class LaneCaller:
         self._outbox.drop(reply.call)
         sink = waiter.replied(reply, whole)
         if sink is None or sink.complete:
-            self._waiting.pop(reply.call, None)
-            self._arriving.pop(reply.call, None)
+            self._over(reply.call)
         else:
             self._arriving[reply.call] = sink
 
@@ -145,5 +173,21 @@ class LaneCaller:
             return
         sink.feed(piece)
         if sink.complete:
-            del self._arriving[number]
-            self._waiting.pop(number, None)
+            self._over(number)
+
+    def _over(self, number: int) -> None:
+        """A call has had its end."""
+        self._waiting.pop(number, None)
+        self._arriving.pop(number, None)
+        if self.finishing:
+            self._close_if_finished()
+
+    def _close_if_finished(self) -> None:
+        if self.finishing and not self._waiting and not self.ended and self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+
+    async def _close(self) -> None:
+        """Say that nothing more comes: the server, which has answered everything, ends the stream."""
+        await self._outbox.flushed()
+        assert self._stream is not None
+        await self._stream.done_writing()

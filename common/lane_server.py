@@ -6,12 +6,25 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import structlog
 
-from common.lane import MOST_UNSENT_BYTES, Body, Outbox, ProtocolViolation, Sink, check_pieces, check_whole, unpack
+from common.errors import Unauthenticated, Unavailable, UnlatchError
+from common.failures import failed
+from common.lane import (
+    MOST_CALLS,
+    MOST_UNSENT_BYTES,
+    Body,
+    Outbox,
+    ProtocolViolation,
+    Sink,
+    check_pieces,
+    check_whole,
+    unpack,
+)
+from common.rpc import abort
 from protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
 
 log = structlog.get_logger()
@@ -46,11 +59,12 @@ class LaneServer:
     """One lane, from its opening to its end.
 
     `accept` is called for each descriptor, with the tensors' bytes where they came along. It gives what takes the rest
-    in, or None when it has replied already.
+    in, or None when it has replied already. `renew` is given each token that the caller is to be let in by instead.
     """
 
-    def __init__(self, accept: Accept) -> None:
+    def __init__(self, accept: Accept, renew: Callable[[str], None] = lambda _: None) -> None:
         self._accept = accept
+        self._renew = renew
         self._calls: dict[int, _Taken] = {}
         self._bytes = 0
         # What is to happen once the caller has said that it knows of a call's start.
@@ -60,6 +74,8 @@ class LaneServer:
         self._window_calls = self._window_bytes = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
+        # What new calls are refused with.
+        self.refusal: UnlatchError | None = None
 
     def welcome(self, welcome: Welcome) -> None:
         """Say what this side serves and grants."""
@@ -89,6 +105,18 @@ class LaneServer:
         else:
             self._unheard[number] = heard
             self._outbox.started(number, 0.0)
+
+    def ask_for_token(self) -> None:
+        """Say that the caller's token is about to end."""
+        self._outbox.authorization("")
+
+    def reopen(self) -> None:
+        """Say that another lane is to take this one's place."""
+        self._outbox.reopen()
+
+    def refuse(self, error: UnlatchError) -> None:
+        """Answer what comes from now on with this."""
+        self.refusal = error
 
     def reply(self, number: int, reply: Reply, body: Body, sent: Callable[[], None] | None = None) -> None:
         """Answer a call, and forget it. `sent` is called when the body's buffers are no longer needed."""
@@ -140,6 +168,8 @@ class LaneServer:
 
     def _receive(self, message: bytes) -> None:
         frames, payload = unpack(message)
+        if len(frames.calls) > MOST_CALLS:
+            raise ProtocolViolation(f"{len(frames.calls)} calls in one message; {MOST_CALLS} are the most")
         if len(frames.cancels) > self._window_calls + len(frames.calls):
             raise ProtocolViolation(f"{len(frames.cancels)} calls are cancelled, more than there can be")
         if len(frames.started) > self._window_calls:
@@ -147,6 +177,8 @@ class LaneServer:
         for number in frames.started:
             if (heard := self._unheard.pop(number, None)) is not None:
                 heard()
+        if frames.HasField("authorization"):
+            self._renew(frames.authorization)
         # What is cancelled makes room for the calls that come with it.
         self._cancel(frames.cancels)
         at = self._take_calls(frames, payload)
@@ -194,6 +226,9 @@ class LaneServer:
                 )
             if descriptor.call in self._calls:
                 raise ProtocolViolation(f"call {descriptor.call} is already under way")
+            if self.refusal is not None:
+                self._outbox.reply(descriptor.call, failed(self.refusal), Body((), []))
+                continue
             accepted = self._accept(self, descriptor, whole)
             if accepted is not None:
                 size, came = sum(lengths), monotonic()
@@ -204,45 +239,71 @@ class LaneServer:
         return at
 
 
+@dataclass(slots=True)
+class _Opened:
+    """A lane's RPC, and how much longer it may last."""
+
+    context: Any
+    limit: asyncio.Timeout
+    ending: asyncio.Task[None] | None = None
+
+    def end_within(self, seconds: float) -> None:
+        """Cut it off then. A time that was set is not put off."""
+        end, until = asyncio.get_running_loop().time() + seconds, self.limit.when()
+        if not self.limit.expired():
+            self.limit.reschedule(end if until is None else min(end, until))
+
+    async def end_after(self, lane: LaneServer) -> None:
+        """Cut it off as soon as what came on it is answered."""
+        await lane.drain()
+        self.end_within(0.0)
+
+    def forget(self) -> None:
+        """It has ended."""
+        if self.ending is not None:
+            self.ending.cancel()
+
+
 class Lanes:
     """Every lane that callers have open here. `welcome` says what to greet a new one with.
 
     `load`, where this side reports its load, says what that is for each of so many lanes that have calls unanswered.
     """
 
-    def __init__(
-        self, welcome: Callable[[], Welcome], accept: Accept, load: Callable[[int], Load] | None = None
-    ) -> None:
+    def __init__(self, welcome: Callable[[], Welcome], load: Callable[[int], Load] | None = None) -> None:
         self._welcome = welcome
-        self._accept = accept
         self._load = load
-        self._open: set[LaneServer] = set()
+        self._open: dict[LaneServer, _Opened] = {}
         self._draining = self._resting = False
 
-    async def open(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    async def carry(self, lane: LaneServer, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """The RPC: one lane, for as long as its caller keeps it."""
-        lane = LaneServer(self._accept)
         lane.welcome(self._welcome())
         if self._load is not None:
             # With the welcome: what the caller has waiting must not come all at once.
             lane.load(self._load(self._busy + 1))
         if self._draining or self._resting:
             lane.draining()
-        self._open.add(lane)
         try:
-            await lane.run(context.read, context.write)
+            async with asyncio.timeout(None) as limit:
+                self._open[lane] = _Opened(context, limit)
+                try:
+                    await lane.run(context.read, context.write)
+                finally:
+                    self._open.pop(lane).forget()
+        except TimeoutError:
+            why = lane.refusal or Unavailable("this lane was opened with certificates that have been replaced since")
+            await abort(context, why)
         except ProtocolViolation as violation:
             log.warning("lane closed", peer=context.peer(), reason=str(violation))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
-        finally:
-            self._open.discard(lane)
 
     def greet_again(self) -> None:
         """What is served here has changed, or is served again: say so on every lane."""
         self._resting = False
         for lane in self._open:
             lane.welcome(self._welcome())
-            if self._draining:
+            if self._draining or lane.refusal is not None:
                 lane.draining()
 
     def report(self) -> None:
@@ -257,6 +318,28 @@ class Lanes:
         self._resting = True
         for lane in self._open:
             lane.draining()
+
+    def reopen(self, within_seconds: float) -> None:
+        """Ask every caller for another lane in its lane's place; after the time the old ones are cut off."""
+        for lane, opened in self._open.items():
+            lane.reopen()
+            opened.end_within(within_seconds)
+
+    def check(self, refusal: Callable[[Any], str], within_seconds: float) -> None:
+        """Take no more calls of callers whom `refusal` has something against; let what they sent be answered."""
+        for lane, opened in self._open.items():
+            if lane.refusal is None and (why := refusal(opened.context)):
+                log.warning("lane is closed", peer=opened.context.peer(), reason=why)
+                lane.reopen()
+                self.close(lane, Unauthenticated(why), within_seconds)
+
+    def close(self, lane: LaneServer, why: UnlatchError, within_seconds: float) -> None:
+        """Take no more calls on a lane: it ends when what came is answered, and after the time it is cut off."""
+        opened = self._open.get(lane)
+        if opened is not None and opened.ending is None:
+            lane.refuse(why)
+            opened.end_within(within_seconds)
+            opened.ending = asyncio.create_task(opened.end_after(lane))
 
     async def drain(self) -> None:
         """Ask every caller for no more calls, and wait until all that came are answered."""

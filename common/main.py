@@ -6,12 +6,14 @@ from typing import TypeVar
 
 import uvloop
 
+from common.errors import CertificateError
 from common.life import die_with_parent, let_threads_give_way
 from common.log import configure
 from common.memory import keep_freed, share_heaps
 from common.rpc import BindError
 from common.settings import MiB, Settings, parse
 from common.spans import exported
+from common.watched import FileError
 
 S = TypeVar("S", bound=Settings)
 
@@ -35,7 +37,7 @@ def run(
     keep_freed(largest_bytes=8 * MiB, most_bytes=64 * MiB, step_bytes=4 * MiB)
     # The loop's, and one for all of gRPC's threads: of one each, every one keeps as much as its largest moment took.
     share_heaps(2)
-    refusals = (BindError, *refusals)
+    refusals = (BindError, CertificateError, FileError, *refusals)
     try:
         with exported(process, environment):
             uvloop.run(serve(settings, environment.pop("NOTIFY_SOCKET", "")))

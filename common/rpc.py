@@ -7,9 +7,11 @@ import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from common.errors import UnlatchError
+from common.settings import ServiceSettings
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _WINDOW_BYTES = 256 * 1024
@@ -36,10 +38,27 @@ def options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-def bind(server: grpc.aio.Server, address: str) -> str:
-    """Listen in plaintext, and say where: port 0 becomes the port that was free. Raises BindError."""
+def server_options(max_message_bytes: int, settings: ServiceSettings) -> list[tuple[str, int]]:
+    """Channel arguments of a server that others than ourselves may reach."""
+    return [
+        *options(max_message_bytes),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        # Between the two gRPC would refuse some and not others.
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.server_handshake_timeout_ms", round(settings.handshake_seconds * 1e3)),
+        ("grpc.keepalive_time_ms", round(settings.keepalive_seconds * 1e3)),
+    ]
+
+
+def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> str:
+    """Listen, in plaintext unless there are credentials, and say where: port 0 becomes the port that was free.
+
+    Raises BindError.
+    """
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         raise BindError(f"cannot listen on {address}: {error}") from None
     if address.startswith("unix:"):
@@ -55,12 +74,18 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: UnlatchError
 
 
 def _trailers(error: UnlatchError) -> tuple[tuple[str, str | bytes], ...]:
-    """BadRequest for a field at fault, RetryInfo and gRPC's push-back for overload (google/rpc/error_details.proto)."""
-    details: list[error_details_pb2.BadRequest | error_details_pb2.RetryInfo] = []
+    """The error as google/rpc/error_details.proto tells it, and gRPC's push-back.
+
+    BadRequest for a field at fault, QuotaFailure for a quota that is used up, RetryInfo for when to come back.
+    """
+    details: list[Message] = []
     trailers: list[tuple[str, str | bytes]] = []
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.quota:
+        over = error_details_pb2.QuotaFailure.Violation(subject=error.quota, description=error.message)
+        details.append(error_details_pb2.QuotaFailure(violations=[over]))
     if error.retry_after_milliseconds:
         delay = Duration()
         delay.FromMilliseconds(error.retry_after_milliseconds)
@@ -76,16 +101,16 @@ def _trailers(error: UnlatchError) -> tuple[tuple[str, str | bytes], ...]:
     return tuple(trailers)
 
 
-Unary = Callable[[bytes, Any], Awaitable[bytes]]
+Unary = Callable[[Any, Any], Awaitable[bytes]]
 Stream = Callable[[Any, Any], Awaitable[None]]
 
 
 def handlers(
     service: str, *, unary: dict[str, Unary] | None = None, streams: dict[str, Stream] | None = None
 ) -> grpc.GenericRpcHandler:
-    """A service's methods, each given its request as the bytes that came."""
+    """A service's methods. Each reads what comes by its context, when it wants it: until then it waits with gRPC."""
     methods: dict[str, Any] = {
-        name: grpc.unary_unary_rpc_method_handler(method) for name, method in (unary or {}).items()
+        name: grpc.stream_unary_rpc_method_handler(method) for name, method in (unary or {}).items()
     }
     for name, method in (streams or {}).items():
         methods[name] = grpc.stream_stream_rpc_method_handler(method)

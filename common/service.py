@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import grpc.aio
 import structlog
@@ -12,11 +13,16 @@ from prometheus_client.registry import Collector
 from common.exposition import serve_metrics
 from common.garbage import Collecting
 from common.health import Health
+from common.lane_server import Lanes
 from common.life import Life, go_first, notify_ready
 from common.loop_watch import LoopWatch
 from common.recorder import Recorder
-from common.rpc import BindError, bind, options
-from common.settings import Settings
+from common.rpc import BindError, bind, options, server_options
+from common.settings import ServiceSettings, Settings
+from common.tls import refusal, server_credentials
+
+if TYPE_CHECKING:
+    from common.certificates import Certificates
 
 log = structlog.get_logger()
 
@@ -26,8 +32,10 @@ _STOP_GRACE_SECONDS = 0.2
 
 async def serve(
     process: str,
-    settings: Settings,
+    settings: ServiceSettings,
     *,
+    certificates: "Certificates | None",
+    lanes: Lanes,
     handlers: Sequence[grpc.GenericRpcHandler],
     reflected: Sequence[str],
     max_message_bytes: int,
@@ -43,10 +51,11 @@ async def serve(
     `live` says how many calls there are to walk for the garbage collector.
     """
     life = Life()
-    server = grpc.aio.server(options=options(max_message_bytes))
+    server = grpc.aio.server(options=[*server_options(max_message_bytes, settings), *_aging(settings, certificates)])
     server.add_generic_rpc_handlers(tuple(handlers))
-    reflection.enable_server_reflection((*reflected, reflection.SERVICE_NAME), server)
-    listen = bind(server, settings.listen)
+    if settings.reflects:
+        reflection.enable_server_reflection((*reflected, reflection.SERVICE_NAME), server)
+    listen = bind(server, settings.listen, server_credentials(certificates) if certificates else None)
     probes = grpc.aio.server(options=options(max_message_bytes))
     health_pb2_grpc.add_HealthServicer_to_server(health, probes)
     health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -61,9 +70,12 @@ async def serve(
         await probes.start()
         go_first()
         log.info("serving", listen=listen, health_listen=health_listen, metrics_listen=metrics_listen)
-        telling = asyncio.create_task(_tell(health, notify_socket))
+        beside = [asyncio.create_task(_tell(health, notify_socket))]
+        if certificates is not None:
+            beside.append(asyncio.create_task(_watch(certificates, lanes, settings.tls_grace_seconds)))
         await life.until_stop()
-        telling.cancel()
+        for task in beside:
+            task.cancel()
         health.end()
         try:
             async with asyncio.timeout(settings.drain_seconds):
@@ -75,6 +87,21 @@ async def serve(
             server.stop(_STOP_GRACE_SECONDS), probes.stop(_STOP_GRACE_SECONDS), asyncio.to_thread(close_metrics)
         )
     log.info("stopped")
+
+
+def _aging(settings: Settings, certificates: "Certificates | None") -> list[tuple[str, int]]:
+    """How long a connection is used where it is secured. What is on its way when that is over is not touched."""
+    if certificates is None:
+        return []
+    return [("grpc.max_connection_age_ms", round(settings.tls_connection_seconds * 1000))]
+
+
+async def _watch(certificates: "Certificates", lanes: Lanes, grace_seconds: float) -> None:
+    """Keep the certificates up to date, and with them the lanes that were opened with others."""
+    await certificates.watch(
+        looked=lambda: lanes.check(lambda context: refusal(certificates, context), grace_seconds),
+        taken=lambda: lanes.reopen(grace_seconds),
+    )
 
 
 async def _tell(health: Health, notify_socket: str) -> None:

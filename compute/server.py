@@ -4,17 +4,20 @@ import asyncio
 import os
 from importlib.metadata import version
 
+import grpc.aio
+
 from common.describe import described
 from common.errors import Unavailable
 from common.health import Health
 from common.lane import MAX_MESSAGE_BYTES, SERVICE
-from common.lane_server import Lanes
+from common.lane_server import Lanes, LaneServer
 from common.memory import granted_memory
 from common.policy import Policy
 from common.processes import ProcessWatch
 from common.recorder import Recorder
 from common.rpc import handlers
 from common.service import serve as serve_until_stopped
+from common.tls import report, server_certificates
 from common.tracing import Tracing
 from compute.arena import InputArena
 from compute.call import Call
@@ -62,11 +65,15 @@ class Replica:
         self.pool = Pool(slots, self.arena, self.queue, settings.workers_reserved)
         self.queue.feed(self.pool)
         beside = self.suspects, self.metrics, Tracing()
-        door = Door(self.readiness.kernels, self.arena, self.queue, *beside, settings.max_call_bytes)
+        self._door = Door(self.readiness.kernels, self.arena, self.queue, *beside, settings.max_call_bytes)
         self._welcome = Welcome()
         self._reports = Reports(self.pool, self.queue, settings)
-        self.lanes = Lanes(lambda: self._welcome, door.accept, self._reports.load)
+        self.lanes = Lanes(lambda: self._welcome, self._reports.load)
         self._reporting: asyncio.Task[None] | None = None
+
+    async def open(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """A gateway opens a lane."""
+        await self.lanes.carry(LaneServer(self._door.accept), context)
 
     async def start(self) -> None:
         """Fill the pool. Raises StartError."""
@@ -105,7 +112,8 @@ class Replica:
 
 
 async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
-    """Run a replica until it is told to stop. Raises StartError or BindError when it cannot start."""
+    """Run a replica until it is told to stop. Raises StartError, BindError, CertificateError when it cannot start."""
+    certificates = server_certificates(settings)
     shares = share_out(settings, granted_memory())
     limits = Limits(
         memory_bytes=shares.worker_bytes,
@@ -118,12 +126,15 @@ async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
     with ProcessWatch(reaper=FORKSERVER) as processes:
         processes.watch("front", os.getpid())
         replica = Replica(settings, forkserver, shares.arena_bytes, limits, processes)
+        report(replica.recorder, certificates)
         try:
             await replica.start()
             await serve_until_stopped(
                 "front",
                 settings,
-                handlers=[handlers(SERVICE, streams={"Open": replica.lanes.open})],
+                certificates=certificates,
+                lanes=replica.lanes,
+                handlers=[handlers(SERVICE, streams={"Open": replica.open})],
                 reflected=[SERVICE],
                 max_message_bytes=MAX_MESSAGE_BYTES,
                 health=replica.health,

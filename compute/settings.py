@@ -7,13 +7,13 @@ from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from common.cores import granted_cores
-from common.settings import MiB, Settings, TenantWeights, separated
+from common.settings import MiB, ServiceSettings, TenantWeights, separated
 
 # With fewer workers one that is kept free is too much of the whole.
 _FEWEST_TO_RESERVE = 4
 
 
-class ComputeSettings(Settings):
+class ComputeSettings(ServiceSettings):
     """`unlatch compute`: one replica."""
 
     listen: str = Field("127.0.0.1:8011", description="Where lanes are opened: host:port or unix:/path")

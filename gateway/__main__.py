@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str]) -> int:
     """Run a gateway with settings from flags and the environment; 2 when it cannot start."""
+    # gRPC reads it when it is imported. It writes past our log: a line for each handshake that somebody fails at.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from common.main import run
     from gateway.server import serve
     from gateway.settings import GatewaySettings

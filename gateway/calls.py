@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import suppress
 from copy import copy
+from functools import partial
 from time import monotonic
 from typing import Protocol
 
@@ -16,10 +17,10 @@ from common.errors import (
     UnlatchError,
 )
 from common.lane import MOST_DESCRIPTOR_BYTES, MOST_TENSORS, Body, Sink
-from common.priority import take_priority
 from common.protowire import Malformed, split
 from gateway.coalescing import Coalescing
 from gateway.fleet import Fleet
+from gateway.quotas import Tenant
 from gateway.record import Record, Records
 from gateway.retries import Retries
 from gateway.run import Run
@@ -62,25 +63,28 @@ class Calls:
     def __len__(self) -> int:
         return len(self._live)
 
-    def begin(self, record: Record, body: Body, seconds: float | None, caller: Caller) -> "Call":
-        """Admit a call with `seconds` to live (None: its caller sets no limit) and send it on its way.
+    def begin(self, record: Record, body: Body, seconds: float | None, caller: Caller, tenant: Tenant) -> "Call":
+        """Admit a tenant's call with `seconds` to live (None: its caller sets no limit) and send it on its way.
 
-        Raises what a call is refused with: InvalidArgument, NotFound, ResourceExhausted, Unavailable.
+        Raises what a call is refused with: InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unavailable.
         """
         descriptor, request = record.descriptor, record.descriptor.request
-        record.bytes_in = body.size
+        record.bytes_in, record.tenant = body.size, tenant.label
         try:
             self._admit(body)
-            descriptor.priority = take_priority(request)
+            descriptor.tenant = tenant.name
+            descriptor.priority = tenant.allow(request)
+            tenant.admit(monotonic())
             kernel = self.fleet.kernel(request.kernel, request.version)
         except UnlatchError as error:
             record.refused(error, known=self.fleet.serves(request.kernel))
             raise
         limit = self._settings.default_timeout_seconds if seconds is None else seconds
-        run = Run(self, kernel, descriptor, body)
+        run = Run(self, kernel, descriptor, body, partial(self._cost, tenant))
         self._bytes += body.size
-        call = Call(self, record, run, min(limit, self._settings.max_timeout_seconds), caller)
+        call = Call(self, record, run, min(limit, self._settings.max_timeout_seconds), caller, tenant)
         self._live.add(call)
+        tenant.in_flight += 1
         run.join(call)
         self._coalescing.route(run)
         return call
@@ -107,6 +111,11 @@ class Calls:
         self._bytes -= size
         if not self._live:
             self._none_left.set()
+
+    def _cost(self, tenant: Tenant, run_seconds: float) -> None:
+        """A run that a tenant's call began has cost so much."""
+        tenant.charge(run_seconds, monotonic())
+        self.records.metrics.tenants_run_ended(tenant.label, run_seconds)
 
     async def drain(self) -> None:
         """Take no new calls, and wait until every one has ended."""
@@ -168,8 +177,9 @@ class Call:
     Until it is over its deadline holds, and a caller who goes leaves the run too, even when half of the reply is here.
     """
 
-    def __init__(self, calls: Calls, record: Record, run: Run, seconds: float, caller: Caller) -> None:
+    def __init__(self, calls: Calls, record: Record, run: Run, seconds: float, caller: Caller, tenant: Tenant) -> None:
         self.kernel = run.kernel.name
+        self._tenant = tenant
         self._calls = calls
         self._record = record
         self._run = run
@@ -233,6 +243,7 @@ class Call:
             self._run.leave(self)
         if self._caller is not None:
             self._caller = None
+            self._tenant.in_flight -= 1
             self._calls.left(self, self._held_bytes)
 
     def _expired(self) -> None:

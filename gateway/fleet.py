@@ -22,6 +22,7 @@ from common.errors import DeadlineExceeded, NotFound, ResourceExhausted, Unavail
 from common.lane_caller import LaneCaller
 from common.policy import Policy, Waiting
 from common.run_times import RunTimes
+from common.tls import ChannelSecurity
 from gateway.catalogue import Catalogue, Offer
 from gateway.discovery import Discovery
 from gateway.ejection import CALL
@@ -79,8 +80,15 @@ _Kind = tuple[str, str, bool, int]
 class Fleet:
     """Routes calls to replicas. `policy` is the order in which calls that fit no window wait."""
 
-    def __init__(self, discovery: Discovery, policy: Policy[Routed], watching: Watching) -> None:
-        self._members = Members(discovery, self)
+    def __init__(
+        self,
+        discovery: Discovery,
+        policy: Policy[Routed],
+        watching: Watching,
+        security: ChannelSecurity,
+        grace_seconds: float,
+    ) -> None:
+        self._members = Members(discovery, self, security, grace_seconds)
         self._policy = policy
         self._times = RunTimes()
         # How many calls of each kind the policy holds.

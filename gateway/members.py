@@ -7,6 +7,7 @@ from typing import Protocol
 
 import structlog
 
+from common.tls import ChannelSecurity
 from gateway.catalogue import Catalogue
 from gateway.discovery import Discovery
 from gateway.replica import Replica
@@ -28,9 +29,13 @@ class Watching(Protocol):
 class Members:
     """Every replica that discovery has found, and those that have left and still answer calls."""
 
-    def __init__(self, discovery: Discovery, watching: Watching) -> None:
+    def __init__(
+        self, discovery: Discovery, watching: Watching, security: ChannelSecurity, grace_seconds: float
+    ) -> None:
         self._discovery = discovery
         self._watching = watching
+        self._security = security
+        self._grace_seconds = grace_seconds
         self._replicas: dict[str, Replica] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._discovering: asyncio.Task[None] | None = None
@@ -97,7 +102,7 @@ class Members:
         for address in addresses:
             replica = self._replicas.get(address)
             if replica is None:
-                replica = self._replicas[address] = Replica(address, self)
+                replica = self._replicas[address] = Replica(address, self, self._security, self._grace_seconds)
                 task = self._running[address] = asyncio.create_task(replica.run())
                 task.add_done_callback(partial(self._gone, address))
             else:

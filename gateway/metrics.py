@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from common.errors import UnlatchError, opaque
-from common.recorder import Recorder
+from common.recorder import GaugeReader, Recorder
 from common.rpc import abort
 from gateway.standing import Standing
 from protos.unlatch_pb2 import Timings
@@ -42,9 +42,9 @@ class Fleet(Protocol):
 
 
 class GatewayMetrics:
-    """The gateway's metrics. `live`, the calls that have not ended, and the fleet are asked at each scrape."""
+    """The gateway's metrics. The calls that have not ended, the fleet and the tenants are asked at each scrape."""
 
-    def __init__(self, recorder: Recorder, live: Callable[[], int], fleet: Fleet) -> None:
+    def __init__(self, recorder: Recorder, live: Callable[[], int], fleet: Fleet, tenants_live: GaugeReader) -> None:
         self._calls = recorder.counter(
             "unlatch_calls_total", "Calls that ended, by the status their caller got.", ("kernel", "code")
         )
@@ -78,6 +78,20 @@ class GatewayMetrics:
         for name, text, read in _OF_REPLICAS:
             # The series of a replica that has left the fleet goes with it.
             recorder.gauge(name, text, ("replica",), partial(_by_replica, fleet, read))
+        self._tenants_calls = recorder.counter(
+            "unlatch_tenant_calls_total",
+            "A tenant's calls that ended, by their status.",
+            ("tenant", "code"),
+        )
+        self._tenants_runs = recorder.counter(
+            "unlatch_tenant_run_seconds_total", "How long runs for a tenant have taken.", ("tenant",)
+        )
+        recorder.gauge(
+            "unlatch_tenant_calls_in_flight", "A tenant's calls that have not ended.", ("tenant",), read=tenants_live
+        )
+        self._unauthenticated = recorder.counter(
+            "unlatch_unauthenticated_total", "Who was not let in because nobody knows who it is, by why.", ("reason",)
+        )
         rpc = ("grpc_type", "grpc_service", "grpc_method")
         self._started = recorder.counter("grpc_server_started_total", "RPCs that began.", rpc)
         self._handled = recorder.counter(
@@ -116,6 +130,18 @@ class GatewayMetrics:
         """A replica has run what it was sent, alone or with others."""
         calls, total = self._ran.setdefault(kernel, {}).get(timings.batch, (0, 0.0))
         self._ran[kernel][timings.batch] = calls + 1, total + timings.run / 1e6
+
+    def tenants_call_ended(self, tenant: str, code: str) -> None:
+        """A tenant's call has its answer, or needs none any more."""
+        self._tenants_calls.add(1, tenant, code)
+
+    def tenants_run_ended(self, tenant: str, seconds: float) -> None:
+        """A run for a tenant has taken so long."""
+        self._tenants_runs.add(seconds, tenant)
+
+    def unauthenticated(self, why: str) -> None:
+        """Somebody was not let in."""
+        self._unauthenticated.add(1, why)
 
     def stage(self, kernel: str, stage: str) -> tuple[int, float]:
         """How many of a kernel's calls have been through a stage, and the seconds that they spent in it."""

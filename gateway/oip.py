@@ -14,7 +14,9 @@ from common.errors import ResourceExhausted, UnlatchError
 from common.lane import Body, Buffer, Sink
 from common.tracing import TRACEPARENT, TRACESTATE
 from gateway.calls import Call, Calls
+from gateway.entrance import Entrance
 from gateway.oip_message import read_request, write_answer, write_failure, write_response
+from gateway.quotas import Tenant
 from gateway.record import Record
 from protos.unlatch_pb2 import Descriptor, Reply
 
@@ -27,13 +29,14 @@ _MOST_IN_FLIGHT = 64
 class Infer:
     """The service's calls, from bytes to bytes."""
 
-    def __init__(self, calls: Calls, max_message_bytes: int) -> None:
+    def __init__(self, calls: Calls, entrance: Entrance, max_message_bytes: int) -> None:
         self._calls = calls
+        self._entrance = entrance
         self._max_message_bytes = max_message_bytes
 
-    async def one(self, message: bytes, context: Any) -> bytes:
+    async def one(self, message: bytes, context: Any, tenant: Tenant) -> bytes:
         """ModelInfer."""
-        begun = self._begun(message, _trace_context(context), context)
+        begun = self._begun(message, _trace_context(context), context, tenant)
         # What is held of it from here on the call holds: a failure's traceback would hold the whole.
         del message
         try:
@@ -47,32 +50,44 @@ class Infer:
         room = asyncio.Semaphore(_MOST_IN_FLIGHT)
         trace = _trace_context(context)
         last: asyncio.Task[None] | None = None
+        self._entrance.tenant(context)
         async with asyncio.TaskGroup() as group:
             while isinstance(message := await context.read(), bytes):
                 await room.acquire()
-                begun = self._begun(message, trace, context)
+                begun = self._looked_at(message, trace, context)
                 # What is held of it from here on the call holds, and is counted.
                 del message
                 last = group.create_task(_streamed(begun, context, last))
                 last.add_done_callback(lambda _: room.release())
 
-    def _begun(self, message: bytes, trace: tuple[str, str], context: Any) -> "_Begun":
+    def _looked_at(self, message: bytes, trace: tuple[str, str], context: Any) -> "_Begun":
+        """The same of a stream, whose caller is looked at each time: a token may end before its stream does."""
+        try:
+            tenant = self._entrance.tenant(context)
+        except UnlatchError as error:
+            return self._refused(error, trace)
+        return self._begun(message, trace, context, tenant)
+
+    def _begun(self, message: bytes, trace: tuple[str, str], context: Any, tenant: Tenant) -> "_Begun":
         """A call that is under way; or one whose caller has been told already why it is not."""
-        caller = _Caller(self._max_message_bytes)
         try:
             descriptor, body = read_request(message, self._max_message_bytes)
         except UnlatchError as error:
-            record = self._record(Descriptor(), trace)
-            record.refused(error, known=False)
-            caller.fail(error)
-            return _Begun(caller, record, None)
+            return self._refused(error, trace)
+        caller = _Caller(self._max_message_bytes)
         record = self._record(descriptor, trace)
         try:
-            call = self._calls.begin(record, body, context.time_remaining(), caller)
+            call = self._calls.begin(record, body, context.time_remaining(), caller, tenant)
         except UnlatchError as error:
             caller.fail(error)
             return _Begun(caller, record, None)
         return _Begun(caller, record, call)
+
+    def _refused(self, error: UnlatchError, trace: tuple[str, str]) -> "_Begun":
+        caller, record = _Caller(self._max_message_bytes), self._record(Descriptor(), trace)
+        record.refused(error, known=False)
+        caller.fail(error)
+        return _Begun(caller, record, None)
 
     def _record(self, descriptor: Descriptor, trace: tuple[str, str]) -> Record:
         descriptor.traceparent, descriptor.tracestate = trace

@@ -9,10 +9,11 @@ from google.protobuf.message import DecodeError, Message
 from common.datatypes import BYTES, NP_DTYPE, carrier, is_carried
 from common.errors import InvalidArgument, Unimplemented, UnlatchError
 from common.parameters import scalar
-from common.rpc import Unary
 from gateway.catalogue import Catalogue
+from gateway.entrance import Answer
 from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics
+from gateway.quotas import Tenant
 from protos import inference_pb2 as pb
 from protos.unlatch_pb2 import Array, Kernel, Scalar
 
@@ -30,7 +31,7 @@ class About:
         self._fleet = fleet
         self._metrics = metrics
 
-    def methods(self) -> dict[str, Unary]:
+    def methods(self) -> dict[str, Answer]:
         """By name, as the gRPC server wants them."""
         return {
             "ServerLive": _answers(pb.ServerLiveRequest, self._server_live),
@@ -125,10 +126,10 @@ class About:
         )
 
 
-def _answers(kind: type[Request], answer: Callable[[Request], Message]) -> Unary:
+def _answers(kind: type[Request], answer: Callable[[Request], Message]) -> Answer:
     """A method from bytes to bytes that a function of messages answers."""
 
-    async def handle(message: bytes, _: Any) -> bytes:
+    async def handle(message: bytes, _: Any, __: Tenant) -> bytes:
         try:
             request = kind.FromString(message)
         except DecodeError as error:
@@ -138,9 +139,9 @@ def _answers(kind: type[Request], answer: Callable[[Request], Message]) -> Unary
     return handle
 
 
-def _shared_memory() -> dict[str, Unary]:
+def _shared_memory() -> dict[str, Answer]:
     """The methods of regions, of which there are none."""
-    methods: dict[str, Unary] = {}
+    methods: dict[str, Answer] = {}
     for kind in ("SystemSharedMemory", "CudaSharedMemory"):
         for verb in ("Status", "Unregister"):
             methods[kind + verb] = _answers(getattr(pb, f"{kind}{verb}Request"), _nothing(f"{kind}{verb}Response"))

@@ -5,6 +5,7 @@ from itertools import count
 from time import monotonic
 
 from common.errors import UnlatchError
+from common.recorder import OTHER
 from common.tracing import Attributes, Span, Tracing, bound, end, trace_id
 from gateway.call_log import CallLog
 from gateway.metrics import GatewayMetrics
@@ -41,7 +42,7 @@ class Record:
 
     __slots__ = (
         *("_records", "_span", "began", "bytes_in", "bytes_out", "descriptor", "replica", "request_id", "seconds"),
-        "timings",
+        *("tenant", "timings"),
     )
 
     def __init__(self, records: Records, descriptor: Descriptor, request_id: str, span: Span | None) -> None:
@@ -51,6 +52,8 @@ class Record:
         self.seconds = 0.0
         # Of its tensors, there and back.
         self.bytes_in = self.bytes_out = 0
+        # Whose it is, as metrics call it, once that is known.
+        self.tenant = OTHER
         # Where it ran, once it has been answered from there.
         self.replica = ""
         self.timings: Timings | None = None
@@ -91,6 +94,7 @@ class Record:
         self.seconds = monotonic() - self.began
         records = self._records
         records.metrics.call_ended(kernel, code, self.seconds, self.timings)
+        records.metrics.tenants_call_ended(self.tenant, code)
         message = error.message[:_MOST_MESSAGE_CHARACTERS] if error is not None else ""
         if self._span is not None:
             end(self._span, code, message, self._attributes())

@@ -21,6 +21,7 @@ import structlog
 from common.lane import MAX_MESSAGE_BYTES, METHOD, Body, ProtocolViolation
 from common.lane_caller import LaneCaller, Waiter
 from common.rpc import options
+from common.tls import ChannelSecurity
 from gateway.ejection import LANE, Ejection
 from gateway.window import Held, Window
 from protos.unlatch_pb2 import Descriptor, Kernel, Load, Welcome
@@ -72,14 +73,18 @@ class Keeper(Protocol):
 class Replica:
     """One of a keeper's."""
 
-    def __init__(self, target: str, keeper: Keeper) -> None:
+    def __init__(self, target: str, keeper: Keeper, security: ChannelSecurity, grace_seconds: float) -> None:
         self.target = target
+        self._security = security
+        self._grace_seconds = grace_seconds
         self.kernels: dict[str, Kernel] = {}
         self.takes_calls = False
         self.ejection = Ejection()
         self.window = Window()
         self._keeper = keeper
+        # The one that calls go to.
         self._lane: LaneCaller | None = None
+        self._no_lane_because = ""
         self._welcome = Welcome()
         self._retired = self._draining = False
         self._left = asyncio.Event()
@@ -132,49 +137,64 @@ class Replica:
             self._retired = False
             self._left.clear()
             if self._lane is not None and self._welcome.kernels and not (self._draining or self._lane.ended):
-                self._welcomed(self._welcome)
+                self._welcomed(self._lane, self._welcome)
 
     async def run(self) -> None:
-        """Keep the lane open: until it has retired and its calls are answered, or the task is cancelled."""
-        failures = 0
+        """Keep a lane open: until it has retired and its calls are answered, or the task is cancelled.
+
+        Another is opened once it has broken, or beside it where either end wants a new handshake: calls go to the old
+        one until the new one is there. Then it ends when they are answered, in any case in time.
+        """
+        loop, failures = asyncio.get_running_loop(), 0
         try:
-            while not self._retired:
-                reason = await self._one_lane()
-                failures = 0 if self.takes_calls else failures + 1
-                self._lost(reason)
-                longest = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(failures, 10))
-                if not self._retired:
-                    await asyncio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 (jitter)
+            async with asyncio.TaskGroup() as lanes:
+                while not self._retired:
+                    lane = self._new_lane()
+                    carrying = lanes.create_task(self._carry(lane))
+                    await self._security.until_another_is_wanted(lane, carrying)
+                    failures = 0 if lane.welcomed else failures + 1
+                    if not carrying.done():
+                        loop.call_later(self._grace_seconds, self._cut_off, lane, carrying)
+                    longest = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(failures, 10))
+                    if not self._retired:
+                        await asyncio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 (jitter)
         finally:
             # However it ends, nobody is to think that it is there.
             self.takes_calls = False
 
-    async def _one_lane(self) -> str:
-        """Open a lane and carry calls until it ends; why it did."""
-        lane = self._lane = LaneCaller(self._welcomed, self._drains, self._reported)
-        self._welcome = Welcome()
-        self.window.hear(None)
-        async with grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS) as channel:
+    def _new_lane(self) -> LaneCaller:
+        lane = LaneCaller(
+            lambda welcome: self._welcomed(lane, welcome),
+            lambda: self._drains(lane),
+            on_load=lambda load: self._reported(lane, load),
+        )
+        return lane
+
+    async def _carry(self, lane: LaneCaller) -> None:
+        """One lane, from its opening to its end."""
+        reason = "it closed the lane"
+        async with self._security.open_channel(self.target, _CHANNEL_OPTIONS) as channel:
             stream: Any = channel.stream_stream(METHOD)()
-            carrying = asyncio.ensure_future(lane.run(stream))
+            running = asyncio.ensure_future(lane.run(stream))
             watching = asyncio.ensure_future(self._until_silent(lane))
             leaving = asyncio.ensure_future(self._left.wait())
             try:
-                await asyncio.wait((carrying, watching, leaving), return_when=asyncio.FIRST_COMPLETED)
-                if not carrying.done():
-                    return watching.result() if watching.done() else "it has left the fleet"
-                await carrying
+                await asyncio.wait((running, watching, leaving), return_when=asyncio.FIRST_COMPLETED)
+                if running.done():
+                    await running
+                else:
+                    reason = watching.result() if watching.done() else "it has left the fleet"
             except grpc.aio.AioRpcError as error:
-                return error.details() or error.code().name
+                reason = error.details() or error.code().name
             except ProtocolViolation as violation:
-                return str(violation)
+                reason = str(violation)
             finally:
                 # Whoever waits on the lane is told before it is called lost, and finds no room here.
-                for task in (carrying, watching, leaving):
+                for task in (running, watching, leaving):
                     task.cancel()
-                await asyncio.gather(carrying, watching, leaving, return_exceptions=True)
+                await asyncio.gather(running, watching, leaving, return_exceptions=True)
                 stream.cancel()
-        return "it closed the lane"
+        self._lost(lane, reason)
 
     async def _until_silent(self, lane: LaneCaller) -> str:
         """Wait until nothing has come for as long as several reports take; what is said of it then.
@@ -196,28 +216,49 @@ class Replica:
             if missed >= most:
                 return f"nothing was heard of it for {missed * interval:.3g} s"
 
-    def _welcomed(self, welcome: Welcome) -> None:
+    def _cut_off(self, lane: LaneCaller, carrying: asyncio.Task[None]) -> None:
+        self._lost(lane, "no other could be opened in its place, by the certificates that hold now")
+        carrying.cancel()
+
+    def _welcomed(self, lane: LaneCaller, welcome: Welcome) -> None:
+        if lane is not self._lane:
+            if lane.finishing:
+                return
+            if self._lane is not None:
+                self._lane.finish()
+            self._lane = lane
         self._welcome = welcome
         self.window.grant(welcome)
         self.kernels = {kernel.name: kernel for kernel in welcome.kernels}
         self._draining = False
         self.takes_calls = not self._retired
         self._heard = monotonic()
+        self._no_lane_because = ""
         log.info("replica is ready", replica=self.target, name=welcome.server, kernels=len(self.kernels))
         self._keeper.changed()
 
-    def _reported(self, load: Load) -> None:
-        self.window.hear(load)
-        self._keeper.has_room()
+    def _reported(self, lane: LaneCaller, load: Load) -> None:
+        # A lane's first report comes before its welcome. Of two lanes to one replica each says the same.
+        if not lane.finishing:
+            self.window.hear(load)
+            self._keeper.has_room()
 
-    def _drains(self) -> None:
-        log.info("replica drains", replica=self.target)
-        self._draining = True
-        self.takes_calls = False
-        self._keeper.changed()
+    def _drains(self, lane: LaneCaller) -> None:
+        if lane is self._lane:
+            log.info("replica drains", replica=self.target)
+            self._draining = True
+            self.takes_calls = False
+            self._keeper.changed()
 
-    def _lost(self, reason: str) -> None:
+    def _lost(self, lane: LaneCaller, reason: str) -> None:
+        if not lane.welcomed and reason != self._no_lane_because:
+            # Once, and not with every attempt: a replica may be away for long.
+            self._no_lane_because = reason
+            log.warning("no lane to replica", replica=self.target, reason=reason)
+        if self._lane not in (lane, None):
+            return
         self._lane = None
+        self.window.hear(None)
         worked, self.takes_calls, self.kernels = self.takes_calls, False, {}
         if worked:
             log.warning("lane to replica broke", replica=self.target, reason=reason)

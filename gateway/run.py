@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from copy import copy
 from time import monotonic
 from typing import Protocol
@@ -70,13 +70,15 @@ class Run:
           └────── sent again ──── lost, or not begun ────────────────────┘
 
     It waits for its own reply on a replica's lane, and takes the reply's pieces in. The request's bytes are held as
-    long as they may have to be sent again.
+    long as they may have to be sent again. `charge` is told what it has cost, in seconds of a worker.
     """
 
     # In what company it runs is the replica's to know.
     batch: Hashable | None = None
 
-    def __init__(self, holder: Holder, kernel: Kernel, descriptor: Descriptor, body: Body) -> None:
+    def __init__(
+        self, holder: Holder, kernel: Kernel, descriptor: Descriptor, body: Body, charge: Callable[[float], None]
+    ) -> None:
         self.kernel = kernel
         self.descriptor = descriptor
         self.body = body
@@ -93,6 +95,7 @@ class Run:
         # A replica that has just failed it.
         self.avoids: Replica | None = None
         self._holder = holder
+        self._charge = charge
         self._calls: list[Sharer] = []
         self._held_bytes = body.size
         self._sent: tuple[Replica, LaneCaller, int] | None = None
@@ -296,6 +299,7 @@ class Run:
         if self._sent is not None:
             timings = self._reply.timings if self._reply is not None else None
             run_seconds = timings.run / 1e6 / max(timings.batch, 1) if timings is not None else 0.0
+            self._charge(run_seconds)
             self._holder.fleet.ended(self, self._sent[0], run_seconds, _status(self._reply))
 
 

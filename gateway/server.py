@@ -1,7 +1,10 @@
 """The gateway put together: fleet, calls, doors; in the order of their lives."""
 
+import asyncio
 import os
+from collections import ChainMap
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from common import lane
 from common.health import Health
@@ -11,18 +14,26 @@ from common.processes import ProcessWatch
 from common.recorder import Recorder
 from common.rpc import handlers
 from common.service import serve as serve_until_stopped
+from common.tls import ChannelSecurity, guarded, guarded_stream, load, report, server_certificates
 from common.tracing import Tracing
 from gateway import oip
+from gateway.authentication import Authentication
 from gateway.call_log import CallLog
 from gateway.calls import Calls
 from gateway.client_lane import ClientDoor
 from gateway.discovery import Discovery
+from gateway.entrance import Entrance
 from gateway.fleet import Fleet, Routed
 from gateway.metrics import GatewayMetrics
 from gateway.oip_about import About
 from gateway.record import Records
 from gateway.settings import GatewaySettings
+from gateway.tenants import Tenants
+from gateway.tokens import Tokens
 from protos.unlatch_pb2 import Kernel, Welcome
+
+if TYPE_CHECKING:
+    from common.certificates import Certificates
 
 # gRPC refuses what is too large before we see it, in words that help nobody. So it lets through so many times as much,
 # and it is us who refuse that, and say where large calls belong. Its arguments are ints of C.
@@ -30,24 +41,67 @@ _REFUSED_BY_US = 2
 _MOST_BYTES = 2**31 - 1
 
 
+def _tokens(settings: GatewaySettings) -> Tokens | None:
+    if not settings.token_keys:
+        return None
+    return Tokens(
+        settings.token_keys,
+        issuer=settings.token_issuer,
+        audience=settings.token_audience,
+        algorithms=settings.token_algorithms,
+        leeway_seconds=settings.token_leeway_seconds,
+        claim=settings.token_tenant_claim,
+    )
+
+
 class Gateway:
     """What the parts of a gateway tell one another."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(
+        self, settings: GatewaySettings, certificates: "Certificates | None", of_lanes: "Certificates | None"
+    ) -> None:
         self._settings = settings
+        self._of_lanes = of_lanes
         self.recorder = Recorder()
         self._kernels: list[Kernel] = []
+        report(self.recorder, certificates, of_lanes)
         self.health = Health(oip.SERVICE, lane.SERVICE)
+        self._tokens = _tokens(settings)
+        self._tenants = Tenants(settings.tenants)
         discovery = Discovery(settings.replicas, settings.discovery_seconds, settings.max_replicas)
-        self.fleet = Fleet(discovery, Policy[Routed](settings.tenant_weights), self)
-        self.metrics = GatewayMetrics(self.recorder, lambda: len(self.calls), self.fleet)
+        # What the file of tenants says comes first.
+        policy = Policy[Routed](ChainMap(self._tenants.weights, settings.tenant_weights))
+        security = ChannelSecurity(of_lanes, settings.replica_name)
+        self.fleet = Fleet(discovery, policy, self, security, settings.tls_grace_seconds)
+        self.metrics = GatewayMetrics(self.recorder, lambda: len(self.calls), self.fleet, self._tenants.in_flight)
         log = CallLog(settings.logged_calls_per_second, settings.logged_failures_per_second)
         self.calls = Calls(self.fleet, settings, Records(self.metrics, Tracing(), log))
-        self.lanes = Lanes(self._welcome, ClientDoor(self.calls, settings.stalled_call_seconds).accept)
+        self.lanes = Lanes(self._welcome)
+        authentication = Authentication(self._tokens, self.metrics.unauthenticated)
+        self.entrance = Entrance(authentication, self._tenants, settings.message_seconds)
+        self.clients = ClientDoor(
+            self.calls,
+            self.lanes,
+            authentication,
+            self._tenants,
+            stalled_call_seconds=settings.stalled_call_seconds,
+            grace_seconds=settings.tls_grace_seconds,
+        )
+        self._watching: list[asyncio.Task[Any]] = []
+        self._checking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Open the lanes to the replicas."""
+        """Read who may call, and open the lanes to the replicas. Raises FileError."""
+        files = [self._tenants.file, None if self._tokens is None else self._tokens.file]
+        for file in files:
+            if file is not None:
+                file.load()
+                self._watching.append(asyncio.create_task(file.run()))
+        if self._tokens is not None:
+            self._tokens.on_change = self._check_lanes
         self.fleet.start()
+        if self._of_lanes is not None:
+            self._watching.append(asyncio.create_task(self._of_lanes.watch()))
 
     def fleet_changed(self) -> None:
         """Tell probes, and clients where it is another catalogue."""
@@ -64,7 +118,12 @@ class Gateway:
 
     async def close(self) -> None:
         """Close the lanes to the replicas."""
+        for task in self._watching:
+            task.cancel()
         await self.fleet.close()
+
+    def _check_lanes(self) -> None:
+        self._checking = asyncio.create_task(self.clients.check())
 
     def _welcome(self) -> Welcome:
         return Welcome(
@@ -77,22 +136,30 @@ class Gateway:
 
 
 async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
-    """Run a gateway until it is told to stop. Raises BindError when it cannot start."""
+    """Run a gateway until it is told to stop. Raises BindError or CertificateError when it cannot start."""
+    certificates, of_lanes = server_certificates(settings), _lanes_certificates(settings)
     with ProcessWatch() as processes:
         processes.watch("gateway", os.getpid())
-        gateway = Gateway(settings)
+        gateway = Gateway(settings, certificates, of_lanes)
         gateway.start()
-        infer = oip.Infer(gateway.calls, settings.max_message_bytes)
+        infer = oip.Infer(gateway.calls, gateway.entrance, settings.max_message_bytes)
         methods = {**About(gateway.fleet, gateway.metrics).methods(), "ModelInfer": infer.one}
-        measured = {name: gateway.metrics.measured(oip.SERVICE, name, method) for name, method in methods.items()}
-        stream = gateway.metrics.measured(oip.SERVICE, "ModelStreamInfer", infer.stream, "bidi_stream")
+        measured = {
+            name: gateway.metrics.measured(oip.SERVICE, name, guarded(certificates, gateway.entrance.unary(method)))
+            for name, method in methods.items()
+        }
+        stream = gateway.metrics.measured(
+            oip.SERVICE, "ModelStreamInfer", guarded_stream(certificates, infer.stream), "bidi_stream"
+        )
         try:
             await serve_until_stopped(
                 "gateway",
                 settings,
+                certificates=certificates,
+                lanes=gateway.lanes,
                 handlers=[
                     handlers(oip.SERVICE, unary=measured, streams={"ModelStreamInfer": stream}),
-                    handlers(lane.SERVICE, streams={"Open": gateway.lanes.open}),
+                    handlers(lane.SERVICE, streams={"Open": gateway.clients.open}),
                 ],
                 reflected=[oip.SERVICE, lane.SERVICE],
                 max_message_bytes=min(
@@ -107,3 +174,10 @@ async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
             )
         finally:
             await gateway.close()
+
+
+def _lanes_certificates(settings: GatewaySettings) -> "Certificates | None":
+    """What is shown to replicas and whom of them is trusted, if TLS is spoken to them. Raises CertificateError."""
+    names = ("--replica-cert", "--replica-key", "--replica-ca")
+    paths = settings.replica_cert, settings.replica_key, settings.replica_ca
+    return load(*paths, names=names) if any(paths) else None

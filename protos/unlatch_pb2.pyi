@@ -86,8 +86,18 @@ class Frames(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
+    AUTHORIZATION_FIELD_NUMBER: _builtins.int
+    REOPEN_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """Server to caller: calls that were already sent will be answered; new ones belong elsewhere."""
+    authorization: _builtins.str
+    """Caller to server: the token by which its calls are let in from now on. Server to caller, and then empty: the present
+    one is about to end, send another.
+    """
+    reopen: _builtins.bool
+    """Server to caller: open another lane by another handshake and send new calls there; certificates have changed. This
+    one carries on until the other is there, and what was sent on it is answered.
+    """
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First from the side that serves, and again when its catalogue changes."""
@@ -133,12 +143,16 @@ class Frames(_message.Message):
         draining: _builtins.bool = ...,
         load: Global___Load | None = ...,
         started: _abc.Iterable[_builtins.int] | None = ...,
+        authorization: _builtins.str | None = ...,
+        reopen: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_authorization", b"_authorization", "authorization", b"authorization", "load", b"load", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "cancels", b"cancels", "draining", b"draining", "load", b"load", "pieces", b"pieces", "replies", b"replies", "started", b"started", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_authorization", b"_authorization", "authorization", b"authorization", "calls", b"calls", "cancels", b"cancels", "draining", b"draining", "load", b"load", "pieces", b"pieces", "reopen", b"reopen", "replies", b"replies", "started", b"started", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__authorization: _TypeAlias = _typing.Literal["authorization"]  # noqa: Y015
+    _WhichOneofArgType__authorization: _TypeAlias = _typing.Literal["_authorization", b"_authorization"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__authorization) -> _WhichOneofReturnType__authorization | None: ...
 
 Global___Frames: _TypeAlias = Frames  # noqa: Y015
 
@@ -598,6 +612,7 @@ class Failure(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_MILLISECONDS_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
     code: _builtins.int
     """A google.rpc.Code."""
     message: _builtins.str
@@ -605,6 +620,8 @@ class Failure(_message.Message):
     """The argument or field at fault, where one is."""
     retry_after_milliseconds: _builtins.int
     """When overload passes, by the server's guess; 0 means that it makes none."""
+    quota: _builtins.str
+    """Whose quota was used up ("tenant:name"), where that is why."""
     def __init__(
         self,
         *,
@@ -612,10 +629,11 @@ class Failure(_message.Message):
         message: _builtins.str = ...,
         field: _builtins.str = ...,
         retry_after_milliseconds: _builtins.int = ...,
+        quota: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message", "retry_after_milliseconds", b"retry_after_milliseconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message", "quota", b"quota", "retry_after_milliseconds", b"retry_after_milliseconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,17 +15,20 @@ from protos.inference_pb2 import InferParameter, ModelInferRequest, ModelInferRe
 from protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Reply, Welcome
 
 _WITHIN_SECONDS = 10.0
+Metadata = Sequence[tuple[str, str]]
 # The doors' own limits are what tests are about, not the client's.
 LARGE = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """How a call was refused: its status, and the fields that google.rpc.BadRequest names."""
+    """How a call was refused: its status, the fields that google.rpc.BadRequest names, whose quota was used up."""
 
     code: str
     message: str
     fields: tuple[str, ...] = ()
+    quota: str = ""
+    retry_after_seconds: float = 0.0
 
 
 def request(
@@ -57,15 +60,16 @@ def arrays_of(response: ModelInferResponse) -> list[np.ndarray[Any, Any]]:
 
 
 class Oip:
-    """The Open Inference Protocol's door."""
+    """The Open Inference Protocol's door, come to with this metadata."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, metadata: Metadata = ()) -> None:
         self._channel = channel
+        self._metadata = metadata
 
     def send(self, message: bytes, method: str = "ModelInfer", timeout: float = _WITHIN_SECONDS) -> bytes:
         """Bytes to bytes. Raises grpc.RpcError."""
         rpc: Any = self._channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
-        answer: bytes = rpc(message, timeout=timeout)
+        answer: bytes = rpc(message, timeout=timeout, metadata=self._metadata)
         return answer
 
     def infer(self, message: ModelInferRequest, timeout: float = _WITHIN_SECONDS) -> ModelInferResponse:
@@ -80,7 +84,7 @@ class Oip:
         try:
             self.send(encoded, method, timeout)
         except grpc.RpcError as error:
-            return _refusal(error)
+            return refusal_of(error)
         return Refusal("OK", "")
 
     def serves(self) -> bool:
@@ -92,10 +96,10 @@ class Oip:
 class LaneEnd:
     """The caller's end of a lane, that keeps to the protocol only where a test wants it to."""
 
-    def __init__(self, channel: grpc.Channel, *, within: float = _WITHIN_SECONDS) -> None:
+    def __init__(self, channel: grpc.Channel, metadata: Metadata = (), *, within: float = _WITHIN_SECONDS) -> None:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         opening: Any = channel.stream_stream("/unlatch.v1.Lane/Open")
-        self._stream = opening(iter(self._outgoing.get, None), timeout=within)
+        self._stream = opening(iter(self._outgoing.get, None), timeout=within, metadata=metadata)
         self._replies: dict[int, Reply] = {}
         self._bytes: dict[int, bytearray] = {}
         self.welcome = Welcome()
@@ -152,7 +156,9 @@ class LaneEnd:
         reply, _ = self.reply(number)
         failure = reply.failure
         names = {code.value[0]: code.name for code in grpc.StatusCode}
-        return Refusal(names[failure.code], failure.message, (failure.field,) if failure.field else ())
+        fields = (failure.field,) if failure.field else ()
+        wait = failure.retry_after_milliseconds / 1e3
+        return Refusal(names[failure.code], failure.message, fields, failure.quota, wait)
 
     def end(self) -> Refusal:
         """How the lane was closed, by the server."""
@@ -160,7 +166,7 @@ class LaneEnd:
             while True:
                 self._receive()
         except grpc.RpcError as error:
-            return _refusal(error)
+            return refusal_of(error)
         except StopIteration:
             return Refusal("OK", "")
 
@@ -216,14 +222,21 @@ def pieces(number: int, body: Sequence[bytes], size: int) -> Iterator[tuple[Fram
             yield frames, tensor[start : start + size]
 
 
-def _refusal(error: Any) -> Refusal:
+def refusal_of(error: Any) -> Refusal:
+    """What a grpc.RpcError says."""
     fields: list[str] = []
+    quota, wait = "", 0.0
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
             status = status_pb2.Status.FromString(value)
             assert (status.code, status.message) == (error.code().value[0], error.details())
             for detail in status.details:
                 bad_request = error_details_pb2.BadRequest()
+                failure, retry = error_details_pb2.QuotaFailure(), error_details_pb2.RetryInfo()
                 if detail.Unpack(bad_request):
                     fields += [violation.field for violation in bad_request.field_violations]
-    return Refusal(error.code().name, error.details() or "", tuple(fields))
+                elif detail.Unpack(failure):
+                    quota = failure.violations[0].subject
+                elif detail.Unpack(retry):
+                    wait = retry.retry_delay.ToTimedelta().total_seconds()
+    return Refusal(error.code().name, error.details() or "", tuple(fields), quota, wait)

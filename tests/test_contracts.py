@@ -11,17 +11,18 @@ import pytest
 from tests.mesh import ROOT
 
 PACKAGES = ("gateway", "compute", "common", "unlatch")
-# The lane's calling end in the gateway, and the client.
-OPEN_CHANNELS = {"gateway/replica.py", "unlatch/client.py", "unlatch/link.py"}
+# Where their security is chosen; the lane's calling end in the gateway, and the client.
+OPEN_CHANNELS = {"common/tls.py", "gateway/replica.py", "unlatch/client.py", "unlatch/link.py"}
 READ_THE_ENVIRONMENT = {
     "gateway/__main__.py": "who supervises this process",
     "compute/__main__.py": "who supervises this process",
     "unlatch/__main__.py": "the command line",
+    "unlatch/cli/options.py": "the defaults of flags",
     "unlatch/supervisor.py": "it makes its children's environment",
     "compute/forkserver.py": "multiprocessing's forkserver takes nothing but an environment",
     "compute/preload.py": "the other end of that",
 }
-CHANNELS = {"insecure_channel", "secure_channel"}
+CHANNELS = {"insecure_channel", "secure_channel", "open_channel"}
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
 
 

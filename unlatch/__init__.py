@@ -9,16 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from common.errors import KernelError, UnlatchError
+    from common.errors import CertificateError, KernelError, UnlatchError
     from unlatch.blocking import BlockingClient
     from unlatch.cancellation import cancelled
     from unlatch.client import Client
     from unlatch.declaration import kernel
+    from unlatch.security import TLS
 
-__all__ = ["BlockingClient", "Client", "KernelError", "UnlatchError", "cancelled", "kernel"]
+__all__ = ["TLS", "BlockingClient", "CertificateError", "Client", "KernelError", "UnlatchError", "cancelled", "kernel"]
 
 _HOMES = {
+    "TLS": "unlatch.security",
     "BlockingClient": "unlatch.blocking",
+    "CertificateError": "common.errors",
     "Client": "unlatch.client",
     "KernelError": "common.errors",
     "UnlatchError": "common.errors",

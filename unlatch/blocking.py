@@ -9,7 +9,9 @@ from typing import Any, Self, TypeVar
 
 from common.spec import KernelSpec
 from unlatch.client import Client
+from unlatch.link import Token
 from unlatch.results import Result
+from unlatch.security import TLS
 
 T = TypeVar("T")
 
@@ -19,13 +21,20 @@ _END_SECONDS = 1.0
 
 
 class BlockingClient:
-    """What Client is, without `await`. Any thread may call it."""
+    """What Client is, without `await`. Any thread may call it. It calls a `token` that is a function on its own."""
 
-    def __init__(self, target: str = "127.0.0.1:8001", *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str = "127.0.0.1:8001",
+        *,
+        tls: TLS | bool = False,
+        timeout: float | None = None,
+        token: Token | None = None,
+    ) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="unlatch-client", daemon=True)
         self._thread.start()
-        self._client = Client(target, timeout=timeout)
+        self._client = Client(target, tls=tls, timeout=timeout, token=token)
 
     def __enter__(self) -> Self:
         return self

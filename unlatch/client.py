@@ -5,38 +5,58 @@ async with Client("127.0.0.1:8001") as mesh:
 """
 
 import asyncio
+import random
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from functools import partial
+from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-import grpc.aio
-
-from common.errors import DeadlineExceeded, Unavailable
+from common.errors import DeadlineExceeded, PermissionDenied, Unauthenticated, Unavailable
 from common.lane import MAX_MESSAGE_BYTES
 from common.rpc import options
 from common.spec import KernelSpec
-from unlatch.link import Link, PendingCall
+from common.tls import ChannelSecurity
+from unlatch.link import Link, PendingCall, Token
 from unlatch.results import Result
+from unlatch.security import TLS
 
 _CONNECT_SECONDS = 10.0
+# How long a lane goes on while no other opens by the certificates that hold now, and how often one is tried.
+_RENEW_SECONDS, _RENEW_PAUSE_SECONDS = 10.0, 0.25
+_RENEW_SPREAD_SECONDS = 0.25
 
 
 class Client:
     """A caller of one gateway. Its kernels are its methods: arrays by position or name, scalars by name.
 
     A call gives one array, or a named tuple of arrays where the kernel has several outputs, or raises an UnlatchError:
-    InvalidArgument, NotFound, DeadlineExceeded, ResourceExhausted, Unavailable, Internal. `timeout` is in seconds and
-    holds for each call that sets none itself. Cancelling a call frees what it holds at the other end. `priority` says
-    who goes first where calls wait: "interactive", "normal" (unless given) or "background".
+    InvalidArgument, NotFound, DeadlineExceeded, ResourceExhausted, Unavailable, Internal; from a gateway that asks who
+    calls, Unauthenticated and PermissionDenied. `timeout` is in seconds and holds for each call that sets none itself.
+    Cancelling a call frees what it holds at the other end. `priority` says who goes first where calls wait:
+    "interactive", "normal" (unless given) or "background". `token` says who calls, to a gateway that asks: a token, or
+    a function (it may be async) that gives one and is asked again before that ends. `tls` names the files of TLS; True
+    is TLS with the public authorities. A file that is none raises CertificateError from the first call.
     """
 
-    def __init__(self, target: str = "127.0.0.1:8001", *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str = "127.0.0.1:8001",
+        *,
+        tls: TLS | bool = False,
+        timeout: float | None = None,
+        token: Token | None = None,
+    ) -> None:
         self._target = target
         self._timeout = timeout
-        self._channel: grpc.aio.Channel | None = None
+        self._token = token
+        self._tls = TLS() if tls is True else tls or None
+        self._security: ChannelSecurity | None = None
         self._link: Link | None = None
+        # Those of which the last calls are still to be answered too.
+        self._links: set[Link] = set()
+        self._tending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -53,11 +73,11 @@ class Client:
 
     async def close(self) -> None:
         """Close the lane; calls in flight fail."""
-        if self._link is not None:
-            await self._link.close()
-        if self._channel is not None:
-            await self._channel.close()
-        self._link = self._channel = None
+        for task in self._tending:
+            task.cancel()
+        await asyncio.gather(*self._tending, *(link.close() for link in self._links), return_exceptions=True)
+        self._link = self._security = None
+        self._links.clear()
 
     async def kernels(self) -> list[KernelSpec]:
         """What the gateway serves."""
@@ -71,7 +91,7 @@ class Client:
             async with asyncio.timeout(seconds):
                 link = await self._linked(seconds)
                 caller = link.caller(name, named)
-                await link.room()
+                link = await self._roomy(link, seconds)
                 call = link.begin(caller, arrays, seconds)
                 try:
                     return await call.result
@@ -109,21 +129,74 @@ class Client:
             async for item in _each(items):
                 while len(calls) >= in_flight or (calls and not link.has_room):
                     yield await calls.next()
-                await link.room()
+                link = await self._roomy(link, seconds)
                 calls.add(link.begin(caller, item if isinstance(item, tuple) else (item,), seconds))
             while calls:
                 yield await calls.next()
         finally:
             calls.abandon()
 
+    async def _roomy(self, link: Link, timeout: float | None) -> Link:
+        """A lane or the one in its place, once its window lets one more call out, which is to be sent at once."""
+        await link.room()
+        while link.finishing:
+            link = await self._linked(timeout)
+            await link.room()
+        return link
+
     async def _linked(self, timeout: float | None) -> Link:
         """The lane, opened anew if the last one broke."""
+        security = self._security or await self._secured()
         if self._link is None or self._link.broken:
-            if self._channel is None:
-                self._channel = grpc.aio.insecure_channel(self._target, options=options(MAX_MESSAGE_BYTES))
-            self._link = Link(self._channel, self._target)
-        await self._link.ready(_CONNECT_SECONDS if timeout is None else min(timeout, _CONNECT_SECONDS))
-        return self._link
+            self._link = self._opened(security)
+        link = self._link
+        await link.ready(_CONNECT_SECONDS if timeout is None else min(timeout, _CONNECT_SECONDS))
+        return link
+
+    def _opened(self, security: ChannelSecurity) -> Link:
+        self._links = {link for link in self._links if not link.broken}
+        link = Link(security.open_channel(self._target, options(MAX_MESSAGE_BYTES)), self._target, self._token)
+        self._links.add(link)
+        if self._tls is not None:
+            self._tend(self._renew(link, security))
+        return link
+
+    async def _secured(self) -> ChannelSecurity:
+        """How lanes are opened; with TLS by what the files hold, now and whenever they change."""
+        certificates = None if self._tls is None else await asyncio.to_thread(self._tls.certificates)
+        if self._security is None:
+            self._security = ChannelSecurity(certificates, "" if self._tls is None else self._tls.name)
+            if certificates is not None:
+                self._tend(certificates.watch())
+        return self._security
+
+    async def _renew(self, link: Link, security: ChannelSecurity) -> None:
+        """Once either end's certificates have changed, put another lane in a lane's place, or end it if none opens."""
+        await link.until_another_is_wanted(security)
+        # A gateway that asks asks all its clients, and a handshake costs it a millisecond.
+        await asyncio.sleep(random.uniform(0.0, _RENEW_SPREAD_SECONDS))  # noqa: S311 (jitter)
+        last = monotonic() + _RENEW_SECONDS
+        while not link.broken:
+            other = self._opened(security)
+            try:
+                await other.ready(_CONNECT_SECONDS)
+            except (Unavailable, Unauthenticated, PermissionDenied):
+                await other.close()
+                if monotonic() > last:
+                    await link.close()
+                await asyncio.sleep(_RENEW_PAUSE_SECONDS)
+                continue
+            if self._link is link:
+                self._link = other
+            else:
+                await other.close()
+            link.finish()
+            return
+
+    def _tend(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tending.add(task)
+        task.add_done_callback(self._tending.discard)
 
 
 class _InOrder:

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from typing import Any
@@ -11,26 +11,44 @@ import grpc
 import grpc.aio
 
 from common.describe import understood
-from common.errors import DeadlineExceeded, Internal, NotFound, Unavailable, UnlatchError, near
+from common.errors import (
+    DeadlineExceeded,
+    Internal,
+    NotFound,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+    UnlatchError,
+    from_code,
+    near,
+)
 from common.failures import raised
 from common.lane import METHOD, ProtocolViolation, Sink
 from common.lane_caller import LaneCaller
 from common.spec import KernelSpec
+from common.tls import ChannelSecurity
 from protos.unlatch_pb2 import Reply, Welcome
 from unlatch.arrays import Arriving, Caller, arrays
 from unlatch.results import Result, result
 from unlatch.trace_context import current
 
+# What says who calls: a token, or what gives one each time that it is asked for one.
+Token = str | Callable[[], str | Awaitable[str]]
+_REFUSALS = (Unauthenticated.code, PermissionDenied.code)
+
 
 class Link:
-    """A lane to a gateway. Once `broken` it stays so."""
+    """A lane to a gateway, on a channel of its own. Once `broken` or `finishing` it stays so."""
 
-    def __init__(self, channel: grpc.aio.Channel, target: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, target: str, token: Token | None = None) -> None:
         self.kernels: dict[str, KernelSpec] = {}
-        self.broken = False
+        self.broken = self.finishing = False
         self._target = target
         self._welcome: Welcome | None = None
+        self._token = token
         self._why = "the gateway did not answer"
+        # What it closed the lane with, where that is no fault of the lane's.
+        self._refusal: UnlatchError | None = None
         self._calls = 0
         self._bytes = 0
         # What calls are known by in the gateway's log, and in the errors of those that fail.
@@ -38,17 +56,20 @@ class Link:
         self._identities = count(1)
         # Set whenever something changes that somebody may wait for.
         self._changed = asyncio.Event()
-        self._lane = LaneCaller(self._welcomed, lambda: None)
+        self._lane = LaneCaller(self._welcomed, lambda: None, self._token_ends)
+        self._renewing: asyncio.Task[None] | None = None
         self._running = asyncio.create_task(self._run(channel))
 
     async def ready(self, seconds: float) -> None:
-        """Wait until the gateway has said what it serves. Raises Unavailable."""
+        """Wait until the gateway has said what it serves. Raises Unavailable, or what it refuses the caller with."""
         try:
             async with asyncio.timeout(seconds):
                 while self._welcome is None and not self.broken:
                     await self._change()
         except TimeoutError:
             pass
+        if self._refusal is not None:
+            raise self._refusal
         if self._welcome is None:
             raise Unavailable(f"no lane to {self._target}: {self._why}")
 
@@ -59,9 +80,19 @@ class Link:
         return window is not None and self._calls < window.window_calls and self._bytes < window.window_bytes
 
     async def room(self) -> None:
-        """Wait until the window lets one more call out. A lane that breaks has room: the call then says so."""
-        while not self.has_room and not self.broken:
+        """Wait until the window lets one more call out, or none will go out here any more."""
+        while not self.has_room and not self.broken and not self.finishing:
             await self._change()
+
+    async def until_another_is_wanted(self, security: ChannelSecurity) -> None:
+        """Wait until it has ended, or another is to take its place."""
+        await security.until_another_is_wanted(self._lane, self._running)
+
+    def finish(self) -> None:
+        """Another lane has taken its place: close it as soon as its calls are answered."""
+        self.finishing = True
+        self._lane.finish()
+        self._tell()
 
     def caller(self, name: str, named: Mapping[str, Any]) -> Caller:
         """What makes calls of one kernel. Raises NotFound with near names."""
@@ -103,19 +134,41 @@ class Link:
             await self._running
 
     async def _run(self, channel: grpc.aio.Channel) -> None:
-        stream: Any = channel.stream_stream(METHOD)()
+        stream: Any = None
         try:
+            stream = channel.stream_stream(METHOD)(metadata=await self._authorization())
             await self._lane.run(stream)
         except grpc.aio.AioRpcError as error:
             self._why = error.details() or error.code().name
+            if error.code().value[0] in _REFUSALS:
+                self._refusal = from_code(error.code().value[0], self._why)
+        except Unauthenticated as error:
+            self._refusal = error
         except ProtocolViolation as violation:
             self._why = str(violation)
         else:
             self._why = "the gateway closed it"
         finally:
-            stream.cancel()
+            if self._renewing is not None:
+                self._renewing.cancel()
+            if stream is not None:
+                stream.cancel()
             self.broken = True
             self._tell()
+            await channel.close()
+
+    async def _authorization(self) -> tuple[tuple[str, str], ...]:
+        """The metadata to open the lane with. Raises Unauthenticated."""
+        return () if self._token is None else (("authorization", f"Bearer {await _given(self._token)}"),)
+
+    def _token_ends(self) -> None:
+        if self._token is not None and (self._renewing is None or self._renewing.done()):
+            self._renewing = asyncio.create_task(self._renew(self._token))
+
+    async def _renew(self, token: Token) -> None:
+        # Without another the gateway says, when the time has come, what the matter is.
+        with suppress(Unauthenticated):
+            self._lane.renew(await _given(token))
 
     def _welcomed(self, welcome: Welcome) -> None:
         self._welcome = welcome
@@ -128,6 +181,20 @@ class Link:
     async def _change(self) -> None:
         self._changed.clear()
         await self._changed.wait()
+
+
+async def _given(token: Token) -> str:
+    """The token itself. Raises Unauthenticated."""
+    if isinstance(token, str):
+        return token
+    try:
+        given = token()
+        return given if isinstance(given, str) else await given
+    except Unauthenticated:
+        raise
+    except Exception as error:
+        # Its own text may have in it what is secret.
+        raise Unauthenticated(f"there is no token: what was to give one raised {type(error).__name__}") from error
 
 
 class PendingCall:

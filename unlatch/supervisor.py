@@ -213,6 +213,10 @@ def _gateway_flags(settings: ServeSettings, lane: str) -> Sequence[str]:
     return (
         *("--listen", settings.listen, "--replicas", lane),
         *("--metrics-listen", settings.metrics_listen, "--health-listen", settings.health_listen),
+        *("--tls-cert", settings.tls_cert, "--tls-key", settings.tls_key, "--tls-client-ca", settings.tls_client_ca),
+        *("--tls-grace-seconds", str(settings.tls_grace_seconds)),
+        *("--tls-connection-seconds", str(settings.tls_connection_seconds)),
+        "--insecure" if settings.insecure else "--no-insecure",
     )
 
 

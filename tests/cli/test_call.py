@@ -251,7 +251,7 @@ USAGE = [
     (["call", "halve", "x=1", "--timeout", "0"], "wanted a number of seconds from 0.001"),
     (["call", "halve", "x=1", "--timeout", "soon", "--json"], "wanted a number of seconds from 0.001"),
     (["call", "halve", "x=1", "--json", "-o", "-"], "both want stdout"),
-    (["kernels", "--jsno"], "did you mean --json?"),
+    (["kernels", "--jsno"], "did you mean --json"),
     (["map", "halve", "x=@*.npy"], "-o/--output"),
     (["map", "halve", "x=@*.npy", "-o", "out", "--in-flight", "0"], "wanted a number of items from 1 to 1024, not '0'"),
     (["top", "--interval", "0"], "from 0.1 to 3600"),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from common.errors import UnlatchError, near
+from common.errors import CertificateError, UnlatchError, near
 
 # name -> the module whose main(arguments) is the command, and what it does
 COMMANDS = {
@@ -47,13 +47,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"unlatch: there is no command {name!r}{near(name, COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        code: int = import_module(COMMANDS[name][0]).main(rest)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code
-    except UnlatchError as error:
-        _report(name, error, as_json="--json" in rest)
-        return 1
+        return _ran(name, rest)
     except KeyboardInterrupt:
         return 130
     except OSError as error:
@@ -63,6 +57,21 @@ def run(arguments: Sequence[str]) -> int:
         # Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _ran(name: str, rest: Sequence[str]) -> int:
+    """A command's exit code; what it failed of is told on stderr."""
+    try:
+        code: int = import_module(COMMANDS[name][0]).main(rest)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except UnlatchError as error:
+        _report(name, error, as_json="--json" in rest)
+        return 1
+    except CertificateError as error:
+        print(f"unlatch {name}: {error}", file=sys.stderr)
+        return 2
 
 
 def plain(text: str) -> str:

@@ -8,7 +8,7 @@ from common.tensors import Array
 from unlatch.blocking import BlockingClient
 from unlatch.cli import showing
 from unlatch.cli.arguments import named, values
-from unlatch.cli.options import Parser, add_priority, client_parser, find
+from unlatch.cli.options import Parser, add_priority, client_parser, find, secured, token
 from unlatch.cli.writing import Destination
 from unlatch.results import Result
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     options = flags.parse(arguments)
     if options.json and options.output == "-":
         flags.error("--json and -o - both want stdout")
-    with BlockingClient(options.server, timeout=options.timeout) as mesh:
+    with BlockingClient(options.server, tls=secured(options), timeout=options.timeout, token=token(options)) as mesh:
         spec = find(mesh.kernels(), options.kernel)
         texts = named(spec, options.arguments)
         destination = None if options.output is None else Destination(options.output, outputs(spec))

@@ -12,7 +12,7 @@ from rich.text import Text
 from common.spec import KernelSpec
 from unlatch.blocking import BlockingClient
 from unlatch.cli import plain
-from unlatch.cli.options import Parser, client_parser, find
+from unlatch.cli.options import Parser, client_parser, find, secured, token
 from unlatch.cli.showing import number
 from unlatch.cli.signatures import example, lines, signature
 
@@ -30,7 +30,7 @@ def parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     """Run it; the exit code."""
     options = parser().parse(arguments)
-    with BlockingClient(options.server, timeout=options.timeout) as mesh:
+    with BlockingClient(options.server, tls=secured(options), timeout=options.timeout, token=token(options)) as mesh:
         chosen = [find(mesh.kernels(), options.kernel)] if options.kernel else mesh.kernels()
     if options.names:
         print("\n".join(spec.name for spec in chosen))

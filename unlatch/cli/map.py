@@ -17,7 +17,7 @@ from common.spec import KernelSpec
 from unlatch.cli.arguments import named, values
 from unlatch.cli.call import by_name, outputs
 from unlatch.cli.items import Item, Items, files, rows
-from unlatch.cli.options import Parser, add_priority, client_parser, find, number
+from unlatch.cli.options import Parser, add_priority, client_parser, find, number, secured, token
 from unlatch.cli.progress import Outcome, Progress, progress
 from unlatch.cli.writing import SUFFIXES, Destination
 from unlatch.client import Client
@@ -84,7 +84,7 @@ class _Work:
 
 
 async def _run(options: Any) -> int:
-    async with Client(options.server, timeout=options.timeout) as mesh:
+    async with Client(options.server, tls=secured(options), timeout=options.timeout, token=token(options)) as mesh:
         spec = find(await mesh.kernels(), options.kernel)
         name, items, constants = _prepared(spec, options)
         work = _Work(

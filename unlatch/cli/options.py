@@ -2,13 +2,20 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from common.errors import Unavailable, near, no_kernel
+from common.errors import Unauthenticated, Unavailable, near, no_kernel
 from common.priority import NAMES
 from common.spec import KernelSpec
+from unlatch.security import TLS
+
+if TYPE_CHECKING:
+    # It brings gRPC, which `top` does without.
+    from unlatch.link import Token
 
 N = TypeVar("N", int, float)
 
@@ -39,13 +46,52 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+_TLS_FLAGS = {
+    "ca": "a file (PEM): who issues the gateway's certificate; else the public authorities",
+    "cert": "a file (PEM): the certificate to show to the gateway",
+    "key": "a file (PEM): its private key",
+    "name": "the name in the gateway's certificate where it is not the address",
+}
+_METAVARS = {"ca": "FILE", "cert": "FILE", "key": "FILE", "name": "NAME"}
+
+
 def client_parser(command: str, description: str) -> Parser:
     """A parser with the flags of every command that calls a gateway."""
     parser = Parser(command, description)
     parser.add_argument("--server", default="127.0.0.1:8001", help="the gateway, host:port (default: %(default)s)")
+    parser.add_argument("--tls", action="store_true", help="speak TLS; so does each of the next four")
+    for name, what in _TLS_FLAGS.items():
+        variable = f"UNLATCH_TLS_{name.upper()}"
+        default = os.environ.get(variable, "")
+        parser.add_argument(f"--tls-{name}", default=default, metavar=_METAVARS[name], help=f"{what} (else {variable})")
     parser.add_argument("--timeout", type=seconds, default=60.0, help="seconds that a call may take (default: 60)")
+    parser.add_argument(
+        "--token-file",
+        default=os.environ.get("UNLATCH_TOKEN_FILE"),
+        help="a file with the token that says who calls, where a gateway asks (default: UNLATCH_TOKEN_FILE)",
+    )
     parser.add_argument("--json", action="store_true", help="speak JSON: results on stdout, errors on stderr")
     return parser
+
+
+def token(options: argparse.Namespace) -> "Token | None":
+    """What gives a client its token: the file, read each time, since whoever issues tokens may write it anew."""
+    path = options.token_file
+
+    def read() -> str:
+        try:
+            return Path(path).read_text(encoding="ascii").strip()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text of a token"
+            raise Unauthenticated(f"--token-file {path}: {why}") from None
+
+    return read if path else None
+
+
+def secured(options: argparse.Namespace) -> TLS | bool:
+    """The TLS that these flags ask for, if they do."""
+    given = {name: getattr(options, f"tls_{name}") for name in _TLS_FLAGS}
+    return TLS(**given) if any(given.values()) else bool(options.tls)
 
 
 def add_priority(parser: Parser) -> None:

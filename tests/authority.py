@@ -1,0 +1,78 @@
+"""Authorities and certificates for tests, and files of them that are swapped as Kubernetes and others do it."""
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import trustme
+
+from unlatch import TLS
+
+# A thing's files, by their names.
+Named = Mapping[str, bytes]
+
+
+class Authority:
+    """One that issues certificates."""
+
+    def __init__(self) -> None:
+        self._ca = trustme.CA(organization_name="unlatch's tests")
+
+    @property
+    def pem(self) -> bytes:
+        """Its own certificate."""
+        return self._ca.cert_pem.bytes()
+
+    def issue(self, name: str, *, seconds: float = 3600.0, through: bool = False) -> Named:
+        """A certificate for a name, for so long from now, and its key. `through`: by one that this one vouches for."""
+        issuer = self._ca.create_child_ca() if through else self._ca
+        now = datetime.now(UTC)
+        begins = min(now, now + timedelta(seconds=seconds)) - timedelta(hours=1)
+        leaf = issuer.issue_cert(name, not_before=begins, not_after=now + timedelta(seconds=seconds))
+        chain = b"".join(part.bytes() for part in leaf.cert_chain_pems)
+        return {"tls.crt": chain, "tls.key": leaf.private_key_pem.bytes()}
+
+
+class Renamed:
+    """A directory whose files are replaced one by one, each at once."""
+
+    def __init__(self, directory: Path, files: Named) -> None:
+        self.directory = directory
+        directory.mkdir()
+        self.swap(files)
+
+    def swap(self, files: Named) -> None:
+        """Replace these."""
+        for name, content in files.items():
+            new = self.directory / f".{name}.new"
+            new.write_bytes(content)
+            new.rename(self.directory / name)
+
+    def __getitem__(self, name: str) -> str:
+        return str(self.directory / name)
+
+    @property
+    def tls(self) -> TLS:
+        """What a client needs of them."""
+        return TLS(ca=self["ca.crt"], cert=self["tls.crt"], key=self["tls.key"])
+
+
+class Mounted(Renamed):
+    """A directory as a kubelet mounts a secret: its files are links through ..data, swapped under all of them."""
+
+    _versions = 0
+
+    def swap(self, files: Named) -> None:
+        data = self.directory / "..data"
+        before = {path.name: path.read_bytes() for path in data.iterdir()} if data.exists() else {}
+        self._versions += 1
+        version = self.directory / f"..version_{self._versions}"
+        version.mkdir()
+        for name, content in {**before, **files}.items():
+            (version / name).write_bytes(content)
+            if not (self.directory / name).is_symlink():
+                (self.directory / name).symlink_to(f"..data/{name}")
+        link = self.directory / "..data_tmp"
+        link.symlink_to(version.name)
+        os.replace(link, data)
