@@ -53,19 +53,23 @@ class Answers:
 
 
 class CountedChannel:
-    """What opens a lane, and nothing else of a channel."""
+    """What opens a lane and closes, and nothing else of a channel."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
         self.answers: list[Answers] = []
 
-    def stream_stream(self, method: str) -> Callable[[], "CountedStream"]:
+    async def close(self) -> None:
+        """Close it."""
+        await self._channel.close()
+
+    def stream_stream(self, method: str) -> Callable[..., "CountedStream"]:
         """A lane's stream, with a count of its own: calls are numbered on each lane anew."""
         opening: Any = self._channel.stream_stream(method)
 
-        def opened() -> CountedStream:
+        def opened(**options: Any) -> CountedStream:
             self.answers.append(Answers())
-            return CountedStream(opening(), self.answers[-1])
+            return CountedStream(opening(**options), self.answers[-1])
 
         return opened
 
@@ -76,7 +80,7 @@ class CountedStream:
     def __init__(self, stream: Any, answers: Answers) -> None:
         self._stream = stream
         self._answers = answers
-        self.cancel = stream.cancel
+        self.cancel, self.done_writing = stream.cancel, stream.done_writing
 
     def write(self, message: bytes) -> Awaitable[None]:
         written: Awaitable[None] = self._stream.write(message)
