@@ -256,6 +256,9 @@ class Policy(Generic[Call]):
                 self._forget()
             clock = self._clocks[call.priority]
             tenant = self._tenants[key] = _Tenant(self._weights.get(call.tenant, 1.0), clock)
+        else:
+            # It may be another by now.
+            tenant.weight = self._weights.get(call.tenant, 1.0)
         return tenant
 
     def _forget(self) -> None:

@@ -37,6 +37,8 @@ log = structlog.get_logger()
 _MOST_IN_HAND = 2
 # What is staged behind a run as short as this is about to begin.
 _SOON_SECONDS = 0.02
+# How long a caller may take to say that it knows of its call's beginning. Meanwhile the worker stands still.
+_HEARD_SECONDS = 5.0
 
 
 class _Given:
@@ -164,14 +166,26 @@ class Hand:
         """Tell callers who must know that their calls are about to begin."""
         given.unheard = {call for call in given.unannounced if call.announce(partial(self._heard_of, given, call))}
         given.unannounced = []
+        if given.unheard:
+            self._loop.call_later(_HEARD_SECONDS, self._not_heard_of, given)
 
     def _heard_of(self, given: _Given, call: Call) -> None:
         """A call's caller knows that it is about to begin."""
         given.unheard.discard(call)
         self._hand_over()
 
+    def _not_heard_of(self, given: _Given) -> None:
+        """A caller has not said that it knows: it is stopped, or lost. Its call is in the way of others."""
+        if given in self._in_hand and not given.handed:
+            for call in tuple(given.unheard):
+                call.fail(Unavailable("its caller has not said in time that it knows of its beginning"))
+                self._take_out(given, call)
+
     def _hand_over(self) -> None:
         """Give the worker what it may begin, in order."""
+        if self._process.ending:
+            # It would be lost, and count as begun.
+            return
         for given in self._in_hand:
             if given.unannounced or given.unheard:
                 return
@@ -213,6 +227,8 @@ class Hand:
             self._in_hand.remove(given)
             # Whoever has left is told of by and by: there may be room for another before that is over.
             self._loop.call_soon(self._queue.pump)
+            if self._in_hand and self._in_hand[0].unannounced:
+                self._announce(self._in_hand[0])
         self._hand_over()
 
     def refuse(self, run: str, end: End) -> None:
@@ -221,6 +237,9 @@ class Hand:
         if not given.handed:
             # It runs nothing, and none of its calls has done it.
             self._end_now(end)
+            return
+        if self._has_ended(given):
+            # It has said so, and nobody has read it yet.
             return
         spec = given.first.spec
         ran = Ran(monotonic() - given.begun, self._worker, len(given.numbers))

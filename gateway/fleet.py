@@ -72,9 +72,9 @@ class Watching(Protocol):
         """A replica came, went, drains, or serves something else."""
 
 
-# A kernel, the version that is asked for, whether its calls are long, and how many run together: where one finds no
-# room none does.
-_Kind = tuple[str, str, bool, int]
+# A kernel, the version that is asked for, whether its calls are long, how many run together, and a replica that they
+# are to avoid: where one finds no room none does.
+_Kind = tuple[str, str, bool, int, Replica | None]
 
 
 class Fleet:
@@ -277,11 +277,12 @@ class Fleet:
 
     def _roomy(self, kind: _Kind) -> Offer | None:
         """What is offered of a kind, if any replica has room for some call of it."""
-        kernel, version, long, together = kind
+        kernel, version, long, together, avoids = kind
         offer = self.catalogue.find(kernel, version)
-        if offer is not None and any(one.has_room(0, long=long, together=together) for one in offer.replicas):
-            return offer
-        return None
+        if offer is None:
+            return None
+        fits = (one is not avoids and one.has_room(0, long=long, together=together) for one in offer.replicas)
+        return offer if any(fits) else None
 
     def _not_held(self, call: Routed) -> None:
         kind = _kind(call)
@@ -320,7 +321,7 @@ class Fleet:
 
 def _kind(call: Routed) -> _Kind:
     request = call.descriptor.request
-    return request.kernel, request.version, call.long, call.together
+    return request.kernel, request.version, call.long, call.together, call.avoids
 
 
 def _is_hopeless(call: Routed, replica: Replica) -> bool:

@@ -15,6 +15,9 @@ from gateway.standing import Standing
 
 log = structlog.get_logger()
 
+# Until a replica whose lanes have ended, though it is in the fleet, has others.
+_ANEW_SECONDS = 1.0
+
 
 class Watching(Protocol):
     """Who is told of them."""
@@ -39,6 +42,9 @@ class Members:
         self._replicas: dict[str, Replica] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._discovering: asyncio.Task[None] | None = None
+        # What discovery found last.
+        self._wanted: set[str] = set()
+        self._closed = False
         self.catalogue = Catalogue(())
         # Whether any of them does.
         self.take_calls = False
@@ -67,6 +73,7 @@ class Members:
 
     async def close(self) -> None:
         """Close every lane."""
+        self._closed = True
         tasks = [*self._running.values(), *filter(None, [self._discovering])]
         for task in tasks:
             task.cancel()
@@ -102,12 +109,11 @@ class Members:
         for address in addresses:
             replica = self._replicas.get(address)
             if replica is None:
-                replica = self._replicas[address] = Replica(address, self, self._security, self._grace_seconds)
-                task = self._running[address] = asyncio.create_task(replica.run())
-                task.add_done_callback(partial(self._gone, address))
+                self._join(address)
             else:
                 replica.stay()
-        for address in self._replicas.keys() - set(addresses):
+        self._wanted = set(addresses)
+        for address in self._replicas.keys() - self._wanted:
             self._replicas[address].retire()
 
     def _gone(self, address: str, task: asyncio.Task[None]) -> None:
@@ -115,3 +121,18 @@ class Members:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("replica is given up", replica=address, exc_info=error)
         del self._replicas[address], self._running[address]
+        if self._closed:
+            return
+        self.changed()
+        if address in self._wanted:
+            # It was back before its end, or has failed: it is opened anew.
+            asyncio.get_running_loop().call_later(_ANEW_SECONDS, self._join_again, address)
+
+    def _join(self, address: str) -> None:
+        replica = self._replicas[address] = Replica(address, self, self._security, self._grace_seconds)
+        task = self._running[address] = asyncio.create_task(replica.run())
+        task.add_done_callback(partial(self._gone, address))
+
+    def _join_again(self, address: str) -> None:
+        if not self._closed and address in self._wanted and address not in self._replicas:
+            self._join(address)

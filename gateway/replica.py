@@ -217,8 +217,9 @@ class Replica:
                 return f"nothing was heard of it for {missed * interval:.3g} s"
 
     def _cut_off(self, lane: LaneCaller, carrying: asyncio.Task[None]) -> None:
-        self._lost(lane, "no other could be opened in its place, by the certificates that hold now")
-        carrying.cancel()
+        if not carrying.done():
+            self._lost(lane, "no other could be opened in its place, by the certificates that hold now")
+            carrying.cancel()
 
     def _welcomed(self, lane: LaneCaller, welcome: Welcome) -> None:
         if lane is not self._lane:

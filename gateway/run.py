@@ -223,7 +223,7 @@ class Run:
         if isinstance(error, DeadlineExceeded | ResourceExhausted) and not reply.timings.batch:
             # It was not run, and refused by a deadline that was the latest when it was sent.
             later = self._sent_deadline + _MUCH_LATER * (self._sent_deadline - self._sent_at)
-            if self.deadline > later:
+            if self.deadline > later and self._held_bytes == self.body.size:
                 for call in tuple(self._calls):
                     if call.deadline <= later:
                         call.fail(copy(error), reply)
@@ -254,12 +254,17 @@ class Run:
     def _avoid(self, replica: Replica) -> None:
         self.avoids = replica
         seconds = _FIRST_BACKOFF_SECONDS * 2**self._times_sent * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
-        asyncio.get_running_loop().call_later(seconds, self._forgive)
+        asyncio.get_running_loop().call_later(seconds, self._forgive, replica)
 
-    def _forgive(self) -> None:
-        self.avoids = None
-        if not self._over and self._sent is None:
+    def _forgive(self, replica: Replica) -> None:
+        if self.avoids is not replica:
+            return
+        held = not self._over and self._sent is None
+        if held:
+            # Among those that avoid it.
             self._holder.fleet.withdraw(self)
+        self.avoids = None
+        if held:
             self.route()
 
     def _send_again(self, reply: Reply | None) -> None:

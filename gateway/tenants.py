@@ -54,7 +54,7 @@ class Tenants:
             raise PermissionDenied("this caller is known, but is none of this gateway's tenants")
         if len(self._others) >= _MOST_OTHERS:
             self._forget()
-        made = self._others[identity] = Tenant(identity, OTHER, self._default, monotonic())
+        made = self._others[identity] = Tenant(self._apart(identity), OTHER, self._default, monotonic())
         return made
 
     def in_flight(self) -> Mapping[tuple[str, ...], float]:
@@ -63,6 +63,10 @@ class Tenants:
         for tenant in [*self._named.copy().values(), *self._others.copy().values()]:
             found[tenant.label,] = found.get((tenant.label,), 0.0) + tenant.in_flight
         return found
+
+    def _apart(self, identity: str) -> str:
+        """The name of a tenant that no table makes: never a table's, whose share and runs it would have."""
+        return f"~{identity}" if identity in self._named else identity
 
     def _is_other(self, identity: str) -> bool:
         return identity not in self._identities and not any(fnmatchcase(identity, one) for one, _ in self._patterns)
@@ -95,7 +99,8 @@ class Tenants:
         others, self._others = self._others, {}
         if default is not None:
             self._others = {name: tenant for name, tenant in others.items() if self._is_other(name)}
-            for tenant in self._others.values():
+            for name, tenant in self._others.items():
+                tenant.name = self._apart(name)
                 tenant.limit(default, now)
         self.weights.clear()
         self.weights.update({name: limits.weight for name, limits in tables.items()})

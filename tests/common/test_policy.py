@@ -104,6 +104,22 @@ def test_what_is_charged_afterwards_counts_as_what_was_expected() -> None:
     assert used["a"] == pytest.approx(used["b"], rel=0.05)
 
 
+def test_weight_may_change_while_a_tenant_waits() -> None:
+    """What a tenant's weight is now decides its share from now on, though it has waited before."""
+    weights = {"a": 1.0, "b": 1.0}
+    policy = Policy[Call](weights)
+
+    def shares() -> Counter[str]:
+        for tenant in ("a", "b"):
+            for _ in range(100):
+                policy.add(Call(name=tenant, tenant=tenant, cost_seconds=1.0))
+        return Counter(order(policy)[:100])
+
+    assert shares() == {"a": 50, "b": 50}
+    weights["a"] = 4.0
+    assert abs(shares()["a"] - 80) <= 1
+
+
 def test_nobody_saves_up_a_share() -> None:
     """One who was away comes back as an equal: neither before everybody else for long, nor after."""
     policy = filled(*(Call(tenant="busy", cost_seconds=1.0) for _ in range(200)))

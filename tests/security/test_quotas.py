@@ -186,6 +186,24 @@ def test_labels_are_bounded(tmp_path: Path) -> None:
     assert len(tenants._others) <= 10_000
 
 
+def test_nobody_takes_a_tables_name(tmp_path: Path) -> None:
+    """A caller of no table is another tenant than the one whose table has its name, also once such a table comes."""
+    file = tmp_path / "tenants.toml"
+    file.write_text('[default]\n[tenants.research]\nidentities = ["alice"]\n')
+    tenants = Tenants(str(file))
+    assert tenants.file is not None
+    tenants.file.load()
+    assert tenants.of("alice").name == "research"
+    assert tenants.of("research").name == "~research"
+    later = tenants.of("later")
+    assert later.name == "later"
+    file.write_text('[default]\n[tenants.later]\nidentities = ["bob"]\n')
+    tenants.file.load()
+    assert tenants.of("later") is later
+    assert later.name == "~later"
+    assert tenants.of("research").name == "research"
+
+
 def test_bucket_comes_back_with_time() -> None:
     """At its rate, up to its most; what was overdrawn comes back first."""
     bucket = Bucket(2.0, 4.0, now=100.0)
