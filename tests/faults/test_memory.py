@@ -232,7 +232,9 @@ async def test_recycling_under_load_hurts_no_call(tmp_path: Path, flag: str, bou
             await asyncio.gather(*(caller() for _ in range(8)))
             await until(lambda: Scrape(mesh.front_metrics).sum("unlatch_worker_up") == 2, "the pool is full")
         scrape = Scrape(mesh.front_metrics)
-        assert restarts(mesh) == restarts(mesh, reason)
+        name = "unlatch_worker_restarts_total"
+        # Of one scrape: another worker may be recycled at any moment.
+        assert scrape.sum(name) == scrape.sum(name, reason=reason)
         assert scrape.sum("unlatch_worker_calls_total", kernel="keeps", outcome="ok") == calls
         assert scrape.sum("unlatch_calls_total", kernel="keeps", code="OK") == calls
         assert not any("calls_lost" in entry and entry["calls_lost"] for entry in mesh.front_service.entries)
