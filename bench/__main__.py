@@ -1,8 +1,8 @@
 """`python -m bench`: everything in one run of some ten minutes; `--quick` in one, with figures to match.
 
 `--only NAME` (repeatable) narrows it: a part (throughput, client, responsive, beside, gil, pool, fleet, tls, waiting),
-a subject (echo, recipe, unlatch, bare, inline, threads) or a work (identity_1k, spin10, …). Exit codes: 1 calls failed,
-2 could not measure.
+a subject (echo, recipe, unlatch, bare, inline, threads), a work (identity_1k, spin10, …) or a figure of the pool's
+(short_call, goodput, …). Exit codes: 1 calls failed, 2 could not measure.
 """
 
 import argparse
@@ -37,9 +37,9 @@ QUICK = {
 def run(only: frozenset[str], quick: bool, console: Console) -> Findings:
     """Measure what was asked for."""
     plan = QUICK if quick else FULL
-    parts, names, works_asked = only & PARTS or PARTS, only & SUBJECTS or SUBJECTS, only & WORKS
-    if works_asked and not only & PARTS:
-        parts = frozenset({"throughput"})
+    names, works_asked, of_pool = only & SUBJECTS or SUBJECTS, only & WORKS, only & pool.FIGURES
+    implied = {part for part, named in (("throughput", works_asked), ("pool", of_pool)) if named}
+    parts = only & PARTS or frozenset(implied) or PARTS
     with console.status("calibrating") as status:
         works = oip.works()
         findings = Findings(settings=_settings(only, quick, works))
@@ -73,7 +73,7 @@ def run(only: frozenset[str], quick: bool, console: Console) -> Findings:
                     findings.beside = clients.beside_64mib(
                         running["unlatch"], passes=passes, seconds=seconds, on_step=status.update
                     )
-        _measure_apart(findings, parts, plan, works, names, status.update)
+        _measure_apart(findings, parts, plan, works, names, of_pool, status.update)
     return findings
 
 
@@ -83,6 +83,7 @@ def _measure_apart(
     plan: Mapping[str, tuple[int, float]],
     works: dict[str, oip.Work],
     names: frozenset[str],
+    of_pool: frozenset[str],
     on_step: Callable[[str], None],
 ) -> None:
     """The parts that start servers of their own, once the others' have ended."""
@@ -96,7 +97,9 @@ def _measure_apart(
         findings.cells += tls.measure(works, rounds=rounds, seconds=seconds, on_step=on_step)
     if "pool" in parts and "unlatch" in names:
         rounds, seconds = plan["pool"]
-        findings.pool = pool.measure(works["identity_1k"], rounds=rounds, seconds=seconds, on_step=on_step)
+        findings.pool = pool.measure(
+            works["identity_1k"], rounds=rounds, seconds=seconds, on_step=on_step, only=of_pool
+        )
     if "fleet" in parts and "unlatch" in names:
         rounds, seconds = plan["fleet"]
         findings.fleet = fleet.measure(rounds=rounds, seconds=seconds, on_step=on_step)
@@ -127,7 +130,7 @@ def main() -> int:
         action="append",
         default=[],
         metavar="NAME",
-        choices=sorted(PARTS | SUBJECTS | WORKS),
+        choices=sorted(PARTS | SUBJECTS | WORKS | pool.FIGURES),
         help="narrow the run",
     )
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """What the pool does when it is hurt, crowded, or asked for many small things: replacement, cancel, order, batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -57,26 +57,36 @@ class Asking:
         return self.callers.ask(figure=figure, gateway=f"127.0.0.1:{self.subject.port}", **how)
 
 
-def measure(work: Work, *, rounds: int, seconds: float, on_step: Callable[[str], None]) -> Figures:
-    """Every figure of the pool, each on a mesh that has the workers and settings that it wants."""
-    weights = ",".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
-    shared = (cancel_to_next, fair_share, goodput, batch, batch_alone, map_cpu)
-    meshes: list[tuple[int, dict[str, str], tuple[Callable[[Asking], Figures], ...]]] = [
-        (1, {}, (replacement, goodput_to_spare)),
-        (WORKERS, {"UNLATCH_RESERVED_WORKERS": "1"}, (short_call,)),
-        (WORKERS, {"UNLATCH_TENANT_WEIGHTS": weights}, shared),
-    ]
+def measure(
+    work: Work, *, rounds: int, seconds: float, on_step: Callable[[str], None], only: frozenset[str] = frozenset()
+) -> Figures:
+    """Every figure of the pool, or those named, each on a mesh that has the workers and settings that it wants."""
     found: Figures = {}
-    for workers, settings, figures in meshes:
+    for workers, settings, figures in _meshes():
+        wanted = [figure for figure in figures if not only or figure.__name__ in only]
+        if not wanted:
+            continue
         with ExitStack() as stack:
             on_step(f"pool · starting {workers} workers")
             subject = start(stack, "unlatch", workers=workers, settings=settings, log="pool")
             await_ready(subject, work)
             callers = stack.enter_context(Child("pool-callers", "bench.pool_callers", cpus=[load_core()]))
-            for figure in figures:
+            for figure in wanted:
                 on_step(f"pool · {figure.__name__}")
                 found |= figure(Asking(subject=subject, callers=callers, rounds=rounds, seconds=seconds))
     return found
+
+
+def _meshes() -> Iterator[tuple[int, dict[str, str], tuple[Callable[[Asking], Figures], ...]]]:
+    """Workers, settings, and what is measured there."""
+    weights = ",".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
+    yield 1, {}, (replacement, goodput_to_spare)
+    yield WORKERS, {"UNLATCH_RESERVED_WORKERS": "1"}, (short_call,)
+    yield (
+        WORKERS,
+        {"UNLATCH_TENANT_WEIGHTS": weights},
+        (cancel_to_next, fair_share, goodput, batch, batch_alone, map_cpu),
+    )
 
 
 def replacement(asking: Asking) -> Figures:
@@ -186,3 +196,7 @@ def map_cpu(asking: Asking) -> Figures:
 
 def _percentiles(name: str, values: list[float]) -> Figures:
     return {f"{name}_p{p}": float(np.percentile(values, p)) for p in (50, 99)}
+
+
+# What can be asked for by name.
+FIGURES = frozenset(figure.__name__ for _, _, figures in _meshes() for figure in figures)
