@@ -69,6 +69,8 @@ def faulty(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator
     flags = ["--kernels", str(FAULT_KERNELS), "--long-call-seconds", "3600", "--stopped-worker-seconds", "0.5"]
     # What waits is to wait at the replica, which is what is hurt.
     flags += ["--ahead-seconds", "3600"]
+    # A front that a test stops for a second is not to be taken for a frozen one.
+    flags += ["--report-seconds", "1"]
     with running_mesh(tmp_path_factory.mktemp("faulty"), front=flags) as running:
         yield running
 

@@ -188,13 +188,14 @@ def dies_replying(x: Vector, *, how: str, gate: str = "") -> Vector:
 
 
 @kernel(pure=True)
-def dies_at_first(x: Vector, *, record: str, times: int = 1) -> Vector:
+def dies_at_first(x: Vector, *, record: str, times: int = 1, how: str = "sigkill") -> Vector:
     """Die so many times, as the record tells, and then answer."""
     path = Path(record)
     died = len(path.read_bytes()) if path.exists() else 0
     if died < times:
         path.write_bytes(bytes(died + 1))
-        os.kill(os.getpid(), signal.SIGKILL)
+        _WAYS[how](_local("run").members[0].call)
+        time.sleep(_EVER)
     return x
 
 
@@ -701,23 +702,39 @@ def _at_start() -> None:
         except FileNotFoundError:
             continue
         how = way.name.partition(".")[0]
-        if how in ("closes", "garbage", "silent"):
+        if how in _BEGINNINGS:
             worker_module.main = _misbegin(how)
         else:
             _WAYS[how](0)
         return
 
 
+# What is said on the socket by a worker that misbehaves there, and then waits.
+_BEGINNINGS: dict[str, Callable[[Any], Any]] = {
+    "silent": lambda _: None,
+    "closes": lambda channel: channel.close(),
+    "garbage": lambda channel: channel.send(b"\xc1garbage"),
+    "empty map": lambda channel: channel.send(b"\x80"),
+    "unknown frame": lambda channel: channel.send(wire.encode(["nonsense", 1])),
+    "other call": lambda channel: channel.send(wire.encode(_done(999, _GOOD))),
+}
+
+
 def _misbegin(how: str) -> Callable[..., None]:
     def main(channel: Any, *_: Any) -> None:
         os.setpgid(0, 0)
-        if how == "closes":
-            channel.close()
-        elif how == "garbage":
-            channel.send(b"\xc1garbage")
+        _BEGINNINGS[how](channel)
         time.sleep(_EVER)
 
     return main
 
 
-os.register_at_fork(after_in_child=_at_start)
+def _at_fork() -> None:
+    """In the forkserver, which has a new child, and has told nobody of it yet: end where a test wants it."""
+    wanted = _AT_START / "forkserver.fork"
+    if wanted.exists():
+        wanted.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=_at_start, after_in_parent=_at_fork)

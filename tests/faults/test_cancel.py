@@ -12,6 +12,7 @@ import pytest
 
 from common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from tests.faults.test_client import in_flight
+from tests.faults.test_deaths import DEATHS
 from tests.faults.watching import Gate, Scrape, until
 from tests.mesh import Mesh
 from unlatch import Client
@@ -145,18 +146,20 @@ async def test_timeout_is_the_kernels_and_not_the_fronts(faulty: Mesh, client: C
     assert set(faulty.workers) == pids
 
 
-async def test_pure_call_outlives_its_worker(client: Client, tmp_path: Path) -> None:
-    """A pure kernel's call runs once more when its worker dies, and its caller sees a result."""
+@pytest.mark.parametrize("how", DEATHS)
+async def test_pure_call_outlives_its_worker(client: Client, tmp_path: Path, how: str) -> None:
+    """A pure kernel's call runs once more when its worker dies, whatever it dies of, and its caller sees a result."""
     record = tmp_path / "deaths"
-    np.testing.assert_array_equal(await client.dies_at_first(X, record=str(record)), X)
+    np.testing.assert_array_equal(await client.dies_at_first(X, record=str(record), how=how), X)
     assert len(record.read_bytes()) == 1
 
 
-async def test_call_that_kills_twice_is_not_run_again(faulty: Mesh, client: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", DEATHS)
+async def test_call_that_kills_twice_is_not_run_again(faulty: Mesh, client: Client, tmp_path: Path, how: str) -> None:
     """Two workers are enough: FAILED_PRECONDITION, and all others are served."""
     record = tmp_path / "deaths"
     with pytest.raises(FailedPrecondition, match="2 workers ended while they ran this call"):
-        await client.dies_at_first(X, record=str(record), times=100)
+        await client.dies_at_first(X, record=str(record), times=100, how=how)
     assert len(record.read_bytes()) == 2
     np.testing.assert_array_equal(await client.echo(X), X)
     await until(lambda: is_full(faulty), "the pool is at full width again")

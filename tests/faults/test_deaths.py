@@ -177,9 +177,28 @@ async def test_death_fails_no_call_that_was_not_begun(faulty: Mesh, client: Clie
     await busy(client)
 
 
-@pytest.mark.parametrize(
-    "how", ["sigkill", "sigsegv", "exit", "abort", "stops", "main thread ends", "closes", "garbage"]
-)
+@pytest.mark.parametrize("how", DEATHS)
+async def test_death_in_its_grace_hurts_nobody(faulty: Mesh, client: Client, gate: GateMaker, how: str) -> None:
+    """A run that nobody waits for, and whose worker dies of it before it is ended for that, costs one worker."""
+    here = gate("here")
+    before = Scrape(faulty.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
+    with replaced(faulty, ""):
+        doomed = asyncio.ensure_future(client.dies(fresh(), how=how, gate=str(here)))
+        await until(lambda: here.reached, "it runs")
+        others = [asyncio.ensure_future(client.echo(X * factor)) for factor in range(12)]
+        doomed.cancel()
+        await until(
+            lambda: Scrape(faulty.front_metrics).sum("unlatch_calls_total", code="CANCELLED") == before + 1,
+            "the front knows",
+        )
+        # It may be too late for this: either way it is one end.
+        here.open()
+        for factor, y in enumerate(await asyncio.gather(*others)):
+            np.testing.assert_array_equal(y, X * factor)
+    await busy(client)
+
+
+@pytest.mark.parametrize("how", DEATHS)
 async def test_death_while_starting_is_tried_again(faulty: Mesh, client: Client, at_start: Path, how: str) -> None:
     """A replacement that dies before it is ready is replaced in turn, and meanwhile the other worker serves."""
     (at_start / f"{how}.start").touch()
@@ -247,23 +266,28 @@ async def test_forkserver_killed(faulty: Mesh, client: Client, gate: GateMaker) 
 
 
 async def renew(faulty: Mesh, client: Client, processes: list[Process]) -> None:
-    """Workers whose parent is gone: nobody but the pidfd tells of their end. Both die; the new one has the next two."""
+    """Workers whose parent is gone: nobody but the pidfd tells of their end. All die; the new one has the next two."""
     for process in processes:
-        with replaced(faulty, "it ended in a way that nobody saw"):
+        ours = process.pid in faulty.workers
+        with replaced(faulty, "SIGKILL ended it" if ours else "it ended in a way that nobody saw"):
             os.kill(process.pid, signal.SIGKILL)
         await busy(client)
     assert len(faulty.workers) == 2
     assert not children(faulty.front_service.pid, zombies=True)
 
 
+@pytest.mark.parametrize("moment", ["start", "fork"])
 async def test_forkserver_killed_while_it_starts_a_worker(
-    faulty: Mesh, client: Client, at_start: Path, gate: GateMaker
+    faulty: Mesh, client: Client, at_start: Path, gate: GateMaker, moment: str
 ) -> None:
-    """A forkserver that dies in the middle of a start is replaced, and so is the worker; the other serves meanwhile."""
+    """A forkserver that dies in the middle of a start is replaced, and so is the worker; the other serves meanwhile.
+
+    At the fork it has told nobody of its child; at the child's start it may have, and then that one serves.
+    """
     forkserver = Process.of(faulty.pids["forkserver"])
-    (at_start / "forkserver.start").touch()
+    (at_start / f"forkserver.{moment}").touch()
     await fails(asyncio.ensure_future(client.dies(fresh(), how="exit")), "code 3")
-    while (at_start / "forkserver.start").exists() or not is_full(faulty):
+    while (at_start / f"forkserver.{moment}").exists() or not is_full(faulty):
         np.testing.assert_array_equal(await client.echo(X), X)
     assert not forkserver.alive
     gates = [gate("one"), gate("two")]
