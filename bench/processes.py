@@ -38,7 +38,11 @@ class Seen:
 
 
 class Process:
-    """One child in a session of its own, so Ctrl-C reaches the bench first. It ends with the bench, come what may."""
+    """One child in a process group of its own, so Ctrl-C reaches the bench first. It ends with the bench.
+
+    Callers, servers and workers are of one session, where what is nice gives way: between sessions cores are shared
+    whatever runs there, and callers were found to wait for 60 ms while a worker had theirs (docs/decisions/0007).
+    """
 
     def __init__(
         self,
@@ -62,7 +66,7 @@ class Process:
                 stderr=log,
                 cwd=ROOT,
                 env={**environment(), **(variables or {})},
-                start_new_session=True,
+                process_group=0,
             )
 
     def __enter__(self) -> Self:

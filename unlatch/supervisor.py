@@ -83,8 +83,11 @@ class Child:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", self._name, *self._arguments),
                 env={**os.environ, "NOTIFY_SOCKET": str(address), "UNLATCH_SUPERVISOR": str(os.getpid())},
-                # A terminal's Ctrl-C reaches the supervisor alone, which then stops its children in order.
-                start_new_session=True,
+                stdin=asyncio.subprocess.DEVNULL,
+                # A terminal's Ctrl-C reaches the supervisor alone, which then stops its children in order. No session
+                # of its own: the system shares cores out between sessions first, and a front's workers would give way
+                # to that front, but not to the gateway (docs/decisions/0007).
+                process_group=0,
             )
             ready = asyncio.ensure_future(loop.sock_recv(notices, 64))
             ended = asyncio.ensure_future(self._process.wait())

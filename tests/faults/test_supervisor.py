@@ -250,6 +250,19 @@ async def test_front_killed_is_started_again(tmp_path: Path) -> None:
         serve.service.stop()
 
 
+async def test_workers_give_way_to_both_loops() -> None:
+    """All are of the supervisor's session, within which a nice value counts; a terminal's Ctrl-C is its alone."""
+    with serving() as serve:
+        supervisor = serve.service.pid
+        everyone = [process.pid for process in tree(supervisor)]
+        loops = {supervisor, serve.gateway, serve.front}
+        assert {os.getsid(pid) for pid in everyone} == {os.getsid(supervisor)}
+        assert supervisor not in {os.getpgid(pid) for pid in everyone if pid != supervisor}
+        niceness = {pid: os.getpriority(os.PRIO_PROCESS, pid) for pid in everyone}
+        assert sorted(niceness.values())[-2] > max(niceness[pid] for pid in loops)
+        serve.service.stop()
+
+
 TAKEN_NAME = """\
 import numpy as np
 from jaxtyping import Float64
