@@ -121,9 +121,7 @@ class LaneEnd:
     def send_bytes(self, message: bytes) -> None:
         self._outgoing.put(message)
 
-    def call(
-        self, number: int, message: ModelInferRequest, remaining_microseconds: int = 0, attempt: int = 0
-    ) -> None:
+    def call(self, number: int, message: ModelInferRequest, remaining_microseconds: int = 0, attempt: int = 0) -> None:
         """A call with its body; from a gateway's first `attempt` on its beginning is to be told of."""
         raw = message.raw_input_contents
         small = sum(map(len, raw)) <= WHOLE_BYTES

@@ -83,8 +83,9 @@ class Child:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", self._name, *self._arguments),
                 env={**os.environ, "NOTIFY_SOCKET": str(address), "UNLATCH_SUPERVISOR": str(os.getpid())},
-                # A terminal's Ctrl-C reaches the supervisor alone, which then stops its children in order.
-                start_new_session=True,
+                # A terminal's Ctrl-C reaches the supervisor alone, which then stops its children in order. Its session
+                # is theirs: where Linux shares the processor out by sessions, workers give way to both loops.
+                process_group=0,
             )
             ready = asyncio.ensure_future(loop.sock_recv(notices, 64))
             ended = asyncio.ensure_future(self._process.wait())

@@ -1,4 +1,4 @@
-"""When a call that may have effects begins: once its caller knows, whoever else has left, and nobody is waited for long."""
+"""When a call that may have effects begins: once its caller knows, who is not waited for, nor for who has left."""
 
 from collections.abc import Iterator
 from pathlib import Path

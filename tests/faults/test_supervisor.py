@@ -169,6 +169,17 @@ async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> 
             assert not list(serve.directory.iterdir())
 
 
+async def test_services_share_the_supervisors_session_and_not_its_group() -> None:
+    """So Ctrl-C reaches the supervisor alone, and workers give way to both loops where sessions share the processor."""
+    with serving() as serve:
+        pids = serve.service.pid, serve.gateway, serve.front
+        assert len({os.getsid(pid) for pid in pids}) == 1
+        assert len({os.getpgid(pid) for pid in pids}) == 3
+        os.killpg(os.getpgid(serve.service.pid), signal.SIGINT)
+        assert serve.service.wait() == 0
+        assert not [line for line in serve.service.lines if "started again" in line]
+
+
 @pytest.mark.parametrize("doing", ["running", "replying"])
 async def test_front_killed_alone_takes_its_workers_along(tmp_path: Path, doing: str) -> None:
     """A front without a supervisor that is killed leaves nothing either, whatever its workers are doing."""
