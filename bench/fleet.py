@@ -126,7 +126,9 @@ def _gateway(stack: ExitStack, replicas: list[str]) -> _Gateway:
     argv = [str(UNLATCH), "gateway", "--listen", target, "--replicas", ",".join(replicas)]
     argv += ["--metrics-listen", f"127.0.0.1:{metrics}", "--health-listen", "127.0.0.1:0"]
     name = "-".join(replica.rpartition(":")[2] for replica in replicas)
-    return _Gateway(process=stack.enter_context(Process(f"fleet-gateway-{name}", argv)), target=target, metrics=metrics)
+    # All calls are alike, and each is to be run.
+    process = Process(f"fleet-gateway-{name}", argv, variables={"UNLATCH_COALESCING": "false"})
+    return _Gateway(process=stack.enter_context(process), target=target, metrics=metrics)
 
 
 def _is_up(gateway: _Gateway, target: str) -> bool:

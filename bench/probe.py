@@ -1,16 +1,19 @@
 """A process that asks "are you well?" every 20 ms and notes how long the answer took.
 
 Checks leave on a fixed schedule whether or not the last one is back: a server that stalls for a second shows fifty bad
-checks, not one. Each is timed from when it was due; how late it left is this process's own lag, and told beside. Asked
-and answered in JSON lines.
+checks, not one. Each is timed from when it was due; how late it left is this process's own lag, and told beside. It
+runs before all others, where it may (SCHED_FIFO): Linux was seen to let one that is hardly ever awake wait for 0.1 s
+and more behind sessions that are busy. Asked and answered in JSON lines.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc.aio
@@ -96,7 +99,14 @@ def main() -> None:
     parser.add_argument("--health", required=True)
     parser.add_argument("--live")
     args = parser.parse_args()
+    _go_first()
     uvloop.run(probe(args.health, args.live))
+
+
+def _go_first() -> None:
+    """Be on time, whoever else is busy, where that is allowed: it is the server whose time is taken."""
+    with suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Certificates as files hold them: read and checked at the start, and again whenever they change.
 
     every second: did a file change? ──> read and checked, on a thread ──> taken
+                                                     ├── not valid yet: the same again when they are
                                                      └── not fit for use: the old ones stay, the log says why
 
 Kubernetes swaps the directory that holds them in one step, others write one file after the other. So a certificate and
@@ -9,6 +10,7 @@ a key that do not belong together are no error later than the start: one of them
 
 import asyncio
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -60,16 +62,28 @@ class Contents:
     expiries: Mapping[tuple[str, str], float]
 
 
-class Certificates:
-    """One end's certificates, as they are now."""
+class NotValidYet(CertificateError):
+    """A certificate that will be fit for use: when, in seconds since the epoch, `valid_from` says."""
 
-    def __init__(self, files: Files, contents: Contents) -> None:
+    valid_from = math.inf
+
+
+# Files as they were at one time.
+_States = tuple[State | None, ...]
+
+
+class Certificates:
+    """One end's certificates, as they are now. `seen` is how the files were before they were read."""
+
+    def __init__(self, files: Files, contents: Contents, seen: _States) -> None:
         self.files = files
         self.now = contents
         # Authorities that were trusted once and are not any more, by their subject and key.
         self._removed: OrderedDict[bytes, Certificate] = OrderedDict()
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
-        self._seen = _states(files)
+        self._seen = seen
+        # When what the files hold is fit for use, where it was too early for it.
+        self._valid_from = math.inf
         self._changed = asyncio.Event()
 
     async def changed(self) -> None:
@@ -85,15 +99,17 @@ class Certificates:
             looked()
 
     async def _refresh(self) -> bool:
-        """Take what the files hold if they have changed and are fit for use."""
+        """Take what the files hold if they have changed, or have become valid, and are fit for use."""
         states = _states(self.files)
-        if states == self._seen:
+        if states == self._seen and time() < self._valid_from:
             return False
         # Noted before they are read: what changes meanwhile is seen the next time.
-        self._seen = states
+        self._seen, self._valid_from = states, math.inf
         try:
             contents = await asyncio.to_thread(_read, self.files)
         except CertificateError as error:
+            if isinstance(error, NotValidYet):
+                self._valid_from = error.valid_from
             _log.warning("certificates are not taken, the old ones stay: %s", error)
             return False
         self._take(contents)
@@ -141,10 +157,12 @@ class _Peer:
 
 def load(files: Files) -> Certificates:
     """The certificates of these files. Raises CertificateError."""
-    return Certificates(files, _read(files))
+    # What changes while they are read is seen at the first look.
+    seen = _states(files)
+    return Certificates(files, _read(files), seen)
 
 
-def _states(files: Files) -> tuple[State | None, ...]:
+def _states(files: Files) -> _States:
     return tuple(map(state, files.paths.values()))
 
 
@@ -206,11 +224,17 @@ def _check_dates(name: str, path: str, certificate: Certificate) -> None:
     if now >= ends:
         raise _wrong(name, path, f"the certificate expired at {ends:%Y-%m-%d %H:%M:%S} UTC")
     if now < begins:
-        raise _wrong(name, path, f"the certificate does not hold before {begins:%Y-%m-%d %H:%M:%S} UTC")
+        early = NotValidYet(_told(name, path, f"the certificate does not hold before {begins:%Y-%m-%d %H:%M:%S} UTC"))
+        early.valid_from = begins.timestamp()
+        raise early
 
 
 def _wrong(name: str, path: str, what: str) -> CertificateError:
-    return CertificateError(f"{name} {path}: {what}")
+    return CertificateError(_told(name, path, what))
+
+
+def _told(name: str, path: str, what: str) -> str:
+    return f"{name} {path}: {what}"
 
 
 def _expiry(certificate: Certificate) -> float:

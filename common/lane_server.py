@@ -5,6 +5,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from common.lane import (
     unpack,
 )
 from common.rpc import abort
+from common.turns import Turns
 from protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
 
 log = structlog.get_logger()
@@ -126,8 +128,13 @@ class LaneServer:
         seconds = 0.0 if taken is None else min(now - taken.came, taken.deadline - now)
         self._outbox.reply(number, reply, body, sent, seconds)
 
-    async def run(self, read: Callable[[], Awaitable[object]], write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Carry calls until the caller closes the stream. Raises ProtocolViolation when it breaks the protocol."""
+    async def run(
+        self, read: Callable[[], Awaitable[object]], write: Callable[[bytes], Awaitable[None]], turns: Turns
+    ) -> None:
+        """Carry calls until the caller closes the stream. Raises ProtocolViolation when it breaks the protocol.
+
+        What comes is taken in by `turns`, which many lanes share.
+        """
         writing = asyncio.Lock()
 
         async def write_whole(message: bytes) -> None:
@@ -137,7 +144,7 @@ class LaneServer:
         writer = asyncio.ensure_future(self._outbox.run(write_whole))
         try:
             while isinstance(message := await read(), bytes):
-                self._receive(message)
+                await turns.take(partial(self._receive, message))
                 await self._outbox.relieved(MOST_UNSENT_BYTES)
         finally:
             try:
@@ -274,6 +281,7 @@ class Lanes:
         self._welcome = welcome
         self._load = load
         self._open: dict[LaneServer, _Opened] = {}
+        self._turns = Turns()
         self._draining = self._resting = False
 
     async def carry(self, lane: LaneServer, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
@@ -288,7 +296,7 @@ class Lanes:
             async with asyncio.timeout(None) as limit:
                 self._open[lane] = _Opened(context, limit)
                 try:
-                    await lane.run(context.read, context.write)
+                    await lane.run(context.read, context.write, self._turns)
                 finally:
                     self._open.pop(lane).forget()
         except TimeoutError:

@@ -4,10 +4,11 @@ reason      a metric's label: one of those below, nothing that a worker can choo
 story       the same with what varies, for logs and callers
 is_strike   the call that it ran is held to have done it (compute/suspects.py)
 at_once     its slot is filled again at once, however often it happens
+went_on     it had said something of the run that it was in, and may have begun what was staged behind it
 """
 
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,8 @@ class End:
     story: str = ""
     is_strike: bool = True
     at_once: bool = False
+    # Also seen afterwards, of any end: it makes no other end of it.
+    went_on: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return self.story or self.reason
@@ -42,10 +45,10 @@ UNREADY = End("it was not ready in time", is_strike=False)
 # By us, because of what it did. What has stopped a worker may have come from outside: the next need not wait for it.
 STOPPED = End("it was stopped", at_once=True)
 HALF_GONE = End("its main thread ended without it", at_once=True)
-NO_FRAME = End("it sent a frame that is none")
+NO_FRAME = End("it sent a frame that is none", went_on=True)
 NOT_STARTING = End("it speaks as if it were starting")
-OTHER_CALL = End("it answered a call that it was not running")
-UNSOUND_REPLY = End("its reply is not what it can be")
+OTHER_CALL = End("it answered a call that it was not running", went_on=True)
+UNSOUND_REPLY = End("its reply is not what it can be", went_on=True)
 HUNG_UP = End("it closed its socket")
 DEAF = End("its socket refuses frames")
 

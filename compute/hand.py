@@ -3,7 +3,7 @@
 given ──> begun ──> Done, or Failed ──> its calls are answered; several that failed together run again, each alone
 │         ├─ nobody waits, or its time is over ─ grace ─>  the worker is killed: the core is free
 │         └─ the worker ends ──> run again elsewhere, each alone, if the kernel is pure and it was the first time
-└─ the worker ends ──> back to the queue, since it was not begun
+└─ the worker ends ──> back to the queue, since it was not begun; where nobody knows that, only if it is pure
 
 A call that must not run twice is begun only when its caller has said that it knows: a caller who does not know would
 send it elsewhere if this replica were lost. What tells it may be lost with the replica, too: only the answer
@@ -334,6 +334,11 @@ class Hand:
                     if not begun:
                         self._queue.not_run(call)
                     call.fail(Unavailable(f"worker {self._worker} ended: {end}"))
+                    call.release()
+                elif not begun and given.handed and end.went_on and not call.spec.pure:
+                    # Who knows? What must not run twice is not run again.
+                    self._queue.not_run(call)
+                    call.fail(Unavailable(f"worker {self._worker} ended, and may have begun the call: {end}"))
                     call.release()
                 elif not begun:
                     self._queue.put_back(call)

@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 
 import msgspec
@@ -137,9 +138,12 @@ class WorkerProcess:
         self._hear_no_more()
         if self._grace is not None:
             self._grace.cancel()
-        # What it said before it ended still counts; not what it said after it was found to be at fault.
+        # What it said before it ended still counts; of what it said after it was to be killed only that it did.
         with contextlib.suppress(OSError, msgspec.DecodeError):
-            while not self._verdict and (frame := self._channel.recv(_RECEIVE_BYTES)):
+            while frame := self._channel.recv(_RECEIVE_BYTES):
+                if self._verdict:
+                    self._verdict = replace(self._verdict, went_on=True)
+                    break
                 self._on_frame(wire.decode_for_front(frame))
         self._channel.close()
         self._timeout = self._loop.call_later(_REAPED_WITHIN_SECONDS, self._reaped)

@@ -217,7 +217,7 @@ class Slot:
             # It never was ready, and whoever starts it hears of that.
             if ready is not None:
                 why = self._misfit or f"a worker ended before it was ready: {end}"
-                lasting = end is ends.UNREADY or self._unfit_parent == self._parent
+                lasting = end == ends.UNREADY or self._unfit_parent == self._parent
                 ready.set_exception(StartError(why, lasting=lasting))
         elif not self._stopping:
             tell = log.info if end in ends.PLANNED else log.warning

@@ -24,11 +24,17 @@ class Authority:
         """Its own certificate."""
         return self._ca.cert_pem.bytes()
 
-    def issue(self, name: str, *, seconds: float = 3600.0, through: bool = False) -> Named:
-        """A certificate for a name, for so long from now, and its key. `through`: by one that this one vouches for."""
+    def issue(self, name: str, *, seconds: float = 3600.0, after: float | None = None, through: bool = False) -> Named:
+        """A certificate for a name, for so long from now, and its key.
+
+        It has been valid for an hour, unless it is to be only `after` so many seconds. `through`: by one that this one
+        vouches for.
+        """
         issuer = self._ca.create_child_ca() if through else self._ca
         now = datetime.now(UTC)
         begins = min(now, now + timedelta(seconds=seconds)) - timedelta(hours=1)
+        if after is not None:
+            begins = now + timedelta(seconds=after)
         leaf = issuer.issue_cert(name, not_before=begins, not_after=now + timedelta(seconds=seconds))
         chain = b"".join(part.bytes() for part in leaf.cert_chain_pems)
         return {"tls.crt": chain, "tls.key": leaf.private_key_pem.bytes()}

@@ -102,6 +102,7 @@ class LaneEnd:
         self._stream = opening(iter(self._outgoing.get, None), timeout=within, metadata=metadata)
         self._replies: dict[int, Reply] = {}
         self._bytes: dict[int, bytearray] = {}
+        self._started: set[int] = set()
         self.welcome = Welcome()
         while not self.welcome.kernels:
             self._receive()
@@ -120,14 +121,13 @@ class LaneEnd:
     def send_bytes(self, message: bytes) -> None:
         self._outgoing.put(message)
 
-    def call(self, number: int, message: ModelInferRequest, remaining_microseconds: int = 0) -> None:
-        """A call with its body."""
+    def call(self, number: int, message: ModelInferRequest, remaining_microseconds: int = 0, attempt: int = 0) -> None:
+        """A call with its body; from a gateway's first `attempt` on its beginning is to be told of."""
         raw = message.raw_input_contents
         small = sum(map(len, raw)) <= WHOLE_BYTES
-        self.send(
-            Frames(calls=[descriptor(number, message, whole=small, remaining_microseconds=remaining_microseconds)]),
-            *(raw if small else ()),
-        )
+        frame = descriptor(number, message, whole=small, remaining_microseconds=remaining_microseconds)
+        frame.attempt = attempt
+        self.send(Frames(calls=[frame]), *(raw if small else ()))
         for frames, piece in () if small else pieces(number, raw, PIECE_BYTES):
             self.send(frames, piece)
 
@@ -145,6 +145,11 @@ class LaneEnd:
         while number not in self._replies:
             self._receive()
         return self._replies[number]
+
+    def until_started(self, number: int) -> None:
+        """Wait until the server says that a call begins, or is about to."""
+        while number not in self._started:
+            self._receive()
 
     def forget(self, number: int) -> None:
         """Take in what still comes for a call that was cancelled, and look at none of it."""
@@ -186,6 +191,7 @@ class LaneEnd:
         entries = iter(message.payload)
         if message.frames.HasField("welcome"):
             self.welcome = message.frames.welcome
+        self._started.update(message.frames.started)
         for reply in message.frames.replies:
             self._replies[reply.call] = reply
             whole = [next(entries) for _ in reply.lengths] if reply.whole else []

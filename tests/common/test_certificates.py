@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,45 @@ async def test_what_is_not_fit_for_use_is_not_taken(
     assert len(caplog.records) == 3
     await swapped(certificates, given, {**ours.issue("server.example"), "ca.crt": ours.pem})
     assert certificates.now is not before
+
+
+async def test_what_is_not_valid_yet_is_taken_when_it_is(
+    given: Renamed, ours: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though its file does not change any more: the clock of who issued it was ahead."""
+    certificates = loaded(given)
+    before = certificates.now
+    caplog.set_level(logging.WARNING)
+    early = ours.issue("server.example", after=3.0)
+    await swapped(certificates, given, early)
+    assert certificates.now.cert == early["tls.crt"] != before.cert
+    assert all("does not hold before" in record.message for record in caplog.records)
+    assert caplog.records
+
+
+async def test_change_while_files_are_read_for_the_first_time_is_seen(tmp_path: Path, ours: Authority) -> None:
+    """Between the reading of one file and of the next, which is a pipe here: it is read once the others have been."""
+    first, second = ours.issue("server.example"), ours.issue("server.example")
+    given, bundle = Renamed(tmp_path / "files", first), tmp_path / "ca.crt"
+    os.mkfifo(bundle)
+
+    def load_them() -> Certificates:
+        return load(Files(cert=given["tls.crt"], key=given["tls.key"], ca=str(bundle), names=NAMES))
+
+    loading = asyncio.create_task(asyncio.to_thread(load_them))
+    with await asyncio.to_thread(bundle.open, "wb") as written:
+        given.swap(second)
+        written.write(ours.pem)
+    certificates = await loading
+    assert certificates.now.cert == first["tls.crt"]
+    writing = asyncio.create_task(asyncio.to_thread(bundle.write_bytes, ours.pem))
+    taken = await certificates._refresh()
+    # Where it was not read nobody else would let go of who writes.
+    reading = os.open(bundle, os.O_RDONLY | os.O_NONBLOCK)
+    await writing
+    os.close(reading)
+    assert taken
+    assert certificates.now.cert == second["tls.crt"]
 
 
 def test_keys_are_shown_nowhere(given: Renamed, tmp_path: Path) -> None:

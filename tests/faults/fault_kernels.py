@@ -170,6 +170,15 @@ def dies(x: Vector, *, how: str, gate: str = "") -> Vector:
 
 
 @kernel
+def lies(x: Vector, *, how: str, gate: str) -> Vector:
+    """Misbehave in one of the ways below that leave the worker alive, and go on as if nothing had been."""
+    run = _local("run")
+    _pass(gate)
+    _WAYS[how](run.members[0].call)
+    return x
+
+
+@kernel
 def dies_replying(x: Vector, *, how: str, gate: str = "") -> Vector:
     """The same when half of the answer is written."""
     run, mapped = _local("run"), _worker()._mapped

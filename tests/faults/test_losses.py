@@ -1,6 +1,7 @@
 """Replicas that are lost: what was begun is sent again if it may be, what was not goes elsewhere, nobody runs twice."""
 
 import asyncio
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,36 @@ async def test_call_that_was_begun_is_sent_again_where_it_is_pure(start_fleet: S
         np.testing.assert_array_equal(await calling, x * 2.0)
     assert left_in(record) == {1.0: 2}
     assert Scrape(fleet.metrics).sum(RETRIES, reason="lost") == 1
+
+
+@pytest.mark.parametrize("pure", [True, False])
+async def test_calls_of_a_frozen_replica_go_elsewhere_or_are_told(
+    start_fleet: StartFleet, tmp_path: Path, *, pure: bool
+) -> None:
+    """Its connection stays, and its silence is noticed: what it ran is run by another if it may be, and no more."""
+    fleet = start_fleet(2)
+    await asyncio.to_thread(fleet.start, 0)
+    x, record, kernel = np.arange(1.0, 4.0), tmp_path / "record", "stays_at_first" if pure else "doubles_once"
+    async with Client(fleet.address) as client:
+        stays = {} if pure else {"seconds": 3600.0}
+        calling = asyncio.create_task(client.call(kernel, x, record=str(record), timeout=60.0, **stays))
+        await until(lambda: left_in(record), "it has begun")
+        await asyncio.to_thread(fleet.start, 1)
+        front = fleet.fronts[0]
+        assert front is not None
+        front.signal(signal.SIGSTOP)
+        await asyncio.to_thread(
+            fleet.gateway.wait_for, "lane to replica broke", replica=f"unix:{fleet.sockets[0]}", within=6.0
+        )
+        if pure:
+            np.testing.assert_array_equal(await calling, x * 2.0)
+        else:
+            with pytest.raises(Unavailable, match="may have had effect"):
+                await calling
+        # Whoever comes after it is noticed hears nothing of it.
+        for value in range(20):
+            np.testing.assert_array_equal(await client.doubles(np.array([float(value)])), [2.0 * value])
+    assert left_in(record) == {1.0: 2 if pure else 1}
 
 
 async def test_call_that_nobody_has_begun_is_sent_elsewhere(start_fleet: StartFleet, tmp_path: Path) -> None:

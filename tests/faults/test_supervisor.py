@@ -169,6 +169,16 @@ async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> 
             assert not list(serve.directory.iterdir())
 
 
+async def test_interrupt_of_the_supervisors_group_reaches_it_alone() -> None:
+    """What a terminal's Ctrl-C sends: it stops its children itself, in order, and none is started again."""
+    with serving() as serve:
+        pids = serve.service.pid, serve.gateway, serve.front
+        assert len({os.getpgid(pid) for pid in pids}) == 3
+        os.killpg(os.getpgid(serve.service.pid), signal.SIGINT)
+        assert serve.service.wait() == 0
+        assert not [line for line in serve.service.lines if "started again" in line]
+
+
 @pytest.mark.parametrize("doing", ["running", "replying"])
 async def test_front_killed_alone_takes_its_workers_along(tmp_path: Path, doing: str) -> None:
     """A front without a supervisor that is killed leaves nothing either, whatever its workers are doing."""
@@ -251,13 +261,12 @@ async def test_front_killed_is_started_again(tmp_path: Path) -> None:
 
 
 async def test_workers_give_way_to_both_loops() -> None:
-    """All are of the supervisor's session, within which a nice value counts; a terminal's Ctrl-C is its alone."""
+    """All are of the supervisor's session, within which a nice value counts."""
     with serving() as serve:
         supervisor = serve.service.pid
         everyone = [process.pid for process in tree(supervisor)]
         loops = {supervisor, serve.gateway, serve.front}
         assert {os.getsid(pid) for pid in everyone} == {os.getsid(supervisor)}
-        assert supervisor not in {os.getpgid(pid) for pid in everyone if pid != supervisor}
         niceness = {pid: os.getpriority(os.PRIO_PROCESS, pid) for pid in everyone}
         assert sorted(niceness.values())[-2] > max(niceness[pid] for pid in loops)
         serve.service.stop()

@@ -2,8 +2,11 @@
 
 import random
 import socket
+import ssl
+import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -11,8 +14,10 @@ import pytest
 
 from common.lane import MAX_MESSAGE_BYTES
 from protos.unlatch_pb2 import Frames, LaneMessage, Piece
+from tests.authority import Authority, Renamed
 from tests.doors import LARGE, Oip, descriptor, request, vector
 from tests.faults.watching import Scrape, resident_bytes, wait_until
+from tests.mesh import running_mesh
 from tests.security.conftest import Guarded
 from tests.security.http2 import Http2
 from tests.security.issuer import bearer
@@ -86,6 +91,34 @@ def test_connections_that_say_nothing_are_closed(guarded: Guarded) -> None:
             one.sendall(b"PRI * HTTP/2.0\r\n")
         for one in (*silent, *talking):
             assert _ended(one)
+
+
+def test_handshakes_that_never_end(tmp_path: Path) -> None:
+    """Nothing of one, half of a hello, TLS and then not a word of HTTP/2: they are closed, and others are served."""
+    authority = Authority()
+    files = Renamed(tmp_path / "files", {**authority.issue("127.0.0.1"), "ca.crt": authority.pem})
+    flags = ("--tls-cert", files["tls.crt"], "--tls-key", files["tls.key"], "--handshake-seconds", "2")
+    context = ssl.create_default_context(cafile=files["ca.crt"])
+    context.set_alpn_protocols(["h2"])
+    credentials = grpc.ssl_channel_credentials(authority.pem)
+    with running_mesh(tmp_path, gateway=flags) as mesh, ExitStack() as stack:
+        oip = Oip(stack.enter_context(grpc.secure_channel(mesh.gateway, credentials)))
+        assert oip.serves()
+        silent = [stack.enter_context(_connected(mesh.gateway)) for _ in range(20)]
+        halting = [stack.enter_context(_connected(mesh.gateway)) for _ in range(20)]
+        for one in halting:
+            one.sendall(_hello(context)[:100])
+        shaken = [
+            stack.enter_context(context.wrap_socket(_connected(mesh.gateway), server_hostname="127.0.0.1"))
+            for _ in range(20)
+        ]
+        for one in shaken[:10]:
+            one.sendall(b"PRI * HTTP/2.0\r\n")
+        ending = [threading.Thread(target=_ended, args=(one,)) for one in (*silent, *halting, *shaken)]
+        for thread in ending:
+            thread.start()
+        while any(thread.is_alive() for thread in ending):
+            assert oip.serves()
 
 
 def test_headers_that_drip(guarded: Guarded) -> None:
@@ -162,12 +195,20 @@ def _connected(address: str) -> socket.socket:
     return socket.create_connection((host, int(port)), 20.0)
 
 
+def _hello(context: ssl.SSLContext) -> bytes:
+    """What a client says first."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1").do_handshake()
+    return outgoing.read()
+
+
 def _ended(connection: socket.socket) -> bool:
     """Wait until the other end closes."""
     try:
         while connection.recv(1 << 16):
             pass
-    except ConnectionError:
+    except (ConnectionError, ssl.SSLError):
         pass
     return True
 
