@@ -233,7 +233,9 @@ async def test_deadline_is_the_callers_and_the_gateway_keeps_it(behind: Behind, 
     before = sum(behind.calls(kernel="sleeps", code="DEADLINE_EXCEEDED"))
     _, trailers = web_call(behind.envoy, request("sleeps", seconds=600.0), text=False, headers={"grpc-timeout": "300m"})
     assert trailers["grpc-status"] == str(grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
-    assert sum(behind.calls(kernel="sleeps", code="DEADLINE_EXCEEDED")) == before + 1
+    await until(
+        lambda: sum(behind.calls(kernel="sleeps", code="DEADLINE_EXCEEDED")) == before + 1, "the gateway's doing"
+    )
     orders = [("x-envoy-upstream-rq-timeout-ms", "1"), ("x-envoy-retry-on", "5xx"), ("x-envoy-max-retries", "3")]
     patient = Oip(channel, orders)
     assert patient.infer(request("sleeps", seconds=0.2)).model_name == "sleeps"
