@@ -9,7 +9,7 @@ from gateway.window import Window
 from protos.unlatch_pb2 import Load
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Held:
     """A short call of 10 ms."""
 
