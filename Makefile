@@ -33,8 +33,11 @@ check: lint ## lint, and stub drift, and what the docs say
 fmt: setup ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
 
-protos: setup ## generate the stubs from protos/*.proto
+protos: setup ## generate the stubs from protos/*.proto, and what Envoy knows them by
 	$(call protoc,$(or $(OUT),.))
+	@mkdir -p $(or $(OUT),.)/deploy/envoy
+	$(BIN)/python -m grpc_tools.protoc -I. -I "$$(echo .venv/lib/python3*/site-packages)" --include_imports \
+		--descriptor_set_out=$(or $(OUT),.)/deploy/envoy/inference.binpb protos/inference.proto google/rpc/error_details.proto
 
 bench: setup ## measure everything; ARGS=--quick for a minute's worth
 	@$(BIN)/python -m bench $(ARGS)

@@ -20,7 +20,7 @@ def plot_gil(rows: Sequence[Row]) -> Path:
     names = list(dict.fromkeys(row.way.name for row in rows))
     says = {row.way.name: row.way.says for row in rows}
     counts = sorted({row.cores for row in rows})
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(13, 0.75 * len(names) + 1.9), sharey=True, layout="constrained")
         for axis, title, attribute in (
             (axes[0], "Throughput, calls a second", "rate"),
@@ -59,7 +59,7 @@ def plot_gil(rows: Sequence[Row]) -> Path:
 def plot_ratios(ratios: dict[str, dict[str, Any]]) -> Path:
     """Every ratio that has a floor, as a bar over the line of 1, with its spread, floor and aim."""
     shown = {name: ratio for name, ratio in ratios.items() if ratio["value"] is not None and ratio["floor"] is not None}
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(11, 0.62 * len(shown) + 1.9), layout="constrained")
         for place, ratio in enumerate(shown.values()):
             low, high = ratio["spread"]
@@ -89,7 +89,7 @@ def plot_ratios(ratios: dict[str, dict[str, Any]]) -> Path:
         return _save(figure, "ratios.png")
 
 
-_STYLE: Any = {
+STYLE: Any = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
     "axes.edgecolor": GRID,

@@ -9,9 +9,9 @@ The reports are a replica's heartbeat, too: each says when the next one comes at
 
 import asyncio
 import math
+from typing import Protocol
 
 from common.lane_server import Lanes
-from compute.pool import Pool
 from compute.queue import Queue
 from compute.settings import ComputeSettings
 from protos.unlatch_pb2 import Load
@@ -30,15 +30,30 @@ _NEWS = 0.05
 _LONGEST_WAIT_SECONDS = 3600.0
 
 
+class Workers(Protocol):
+    """What is reported of the pool."""
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+
+    @property
+    def busy_ratio(self) -> float:
+        """What part of them has a call in hand now."""
+
+
 class Reports:
     """How the pool stands, for the callers of its lanes."""
 
-    def __init__(self, pool: Pool, queue: Queue, settings: ComputeSettings) -> None:
+    def __init__(self, pool: Workers, queue: Queue, settings: ComputeSettings) -> None:
         self._pool = pool
         self._queue = queue
         self._settings = settings
         self._utilization = 0.0
         self._told = self._wait_seconds
+        # In the time of a report, and since the last one.
+        self._looks = max(1, math.floor(settings.report_seconds / _LOOK_SECONDS))
+        self._looked = 0
 
     def load(self, lanes: int) -> Load:
         """The report, for each of so many lanes that have calls."""
@@ -58,17 +73,26 @@ class Reports:
             interval_milliseconds=round(settings.report_seconds * 1e3),
         )
 
+    @property
+    def look_seconds(self) -> float:
+        """How long until the next look."""
+        return self._settings.report_seconds / self._looks
+
+    def is_due(self) -> bool:
+        """Look at the pool: whether a report is to be made now."""
+        self._utilization += (self._pool.busy_ratio - self._utilization) * _NEWS
+        self._looked += 1
+        if self._looked < self._looks and not self._has_changed():
+            return False
+        self._looked, self._told = 0, self._wait_seconds
+        return True
+
     async def run(self, lanes: Lanes) -> None:
         """Report on every lane, for ever: every so often, and sooner when waiting has become another matter."""
-        looks = max(1, math.floor(self._settings.report_seconds / _LOOK_SECONDS))
         while True:
-            for _ in range(looks):
-                await asyncio.sleep(self._settings.report_seconds / looks)
-                self._utilization += (self._pool.busy_ratio - self._utilization) * _NEWS
-                if self._has_changed():
-                    break
-            self._told = self._wait_seconds
-            lanes.report()
+            await asyncio.sleep(self.look_seconds)
+            if self.is_due():
+                lanes.report()
 
     @property
     def _wait_seconds(self) -> float:

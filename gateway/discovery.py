@@ -20,6 +20,8 @@ from typing import NoReturn
 import aiodns
 import structlog
 
+from gateway.subset import subset
+
 log = structlog.get_logger()
 
 _NAME = re.compile(r"dns:(?://(?P<server>[^/]*)/)?(?P<name>[^/:\[\]]+):(?P<port>\d{1,5})")
@@ -30,14 +32,20 @@ _JITTER = 0.1
 
 
 class Discovery:
-    """The fleet's addresses: `most` of them at the most, asked for anew every `seconds` where names stand for them."""
+    """The fleet's addresses, asked for anew every `seconds` where names stand for them.
 
-    def __init__(self, targets: Iterable[str], seconds: float, most: int) -> None:
+    Of more than `most` a gateway of that name takes its own; where that is a bound, and not meant, it is logged.
+    """
+
+    def __init__(self, targets: Iterable[str], seconds: float, most: int, *, name: str, bound: bool) -> None:
         targets = tuple(targets)
         self._fixed = [target for target in targets if not is_name(target)]
         self._names = [Name(target) for target in targets if is_name(target)]
         self._seconds = seconds
         self._most = most
+        self._name = name
+        self._bound = bound
+        self._found = 0
         self._told: list[str] = []
 
     async def run(self, tell: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -50,15 +58,12 @@ class Discovery:
 
     def _tell(self, tell: Callable[[Sequence[str]], None]) -> None:
         found = dict.fromkeys((*self._fixed, *(address for name in self._names for address in name.addresses)))
-        # Those that are known stay: who else is among the first of too many is chance, so that gateways differ.
-        kept = [address for address in self._told if address in found]
-        new = [address for address in found if address not in kept]
-        room = max(0, self._most - len(kept))
-        if len(new) > room:
+        chosen = subset(self._name, list(found), self._most)
+        if self._bound and len(found) > self._most and len(found) != self._found:
             log.warning("more replicas than max_replicas", found=len(found), max_replicas=self._most)
-            new = random.sample(new, room)
-        if new or len(kept) < len(self._told):
-            self._told = kept + new
+        self._found = len(found)
+        if chosen != self._told:
+            self._told = chosen
             tell(self._told)
 
 

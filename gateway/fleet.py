@@ -12,22 +12,20 @@ A call is bound to a replica when that has room for it, not before: until then i
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from time import monotonic
 from typing import Protocol
 
 from common.admission import MARGIN, needed_seconds, too_late
 from common.errors import DeadlineExceeded, NotFound, ResourceExhausted, Unavailable
-from common.lane_caller import LaneCaller
 from common.policy import Policy, Waiting
 from common.run_times import RunTimes
-from common.tls import ChannelSecurity
 from gateway.catalogue import Catalogue, Offer
 from gateway.discovery import Discovery
 from gateway.ejection import CALL
-from gateway.members import Members
-from gateway.replica import Outgoing, Replica
+from gateway.members import Members, NewReplica
+from gateway.replica import Lane, Outgoing, Replica
 from gateway.standing import Standing
 from protos.unlatch_pb2 import Kernel
 
@@ -37,6 +35,9 @@ _REFUSED_AT_ONCE = 32
 _UNKNOWN_SECONDS = 0.01
 # What a call is expected to take beyond its wait and its run, to the replica and back to its caller.
 _REPLY_SECONDS = 0.004
+# Of many replicas so many are looked at by chance, and the best of them taken if it is idle enough to begin at once.
+# Gateways that all take the best of a hundred take the same one, until the next report says that it is the worst.
+_LOOKED_AT = 3
 # Replicas that would be done within so much of one another are as good as each other: chance keeps gateways that have
 # heard the same reports from sending all they have to the same one.
 _EQUAL_SECONDS = 0.0005
@@ -58,7 +59,7 @@ class Routed(Outgoing, Waiting, Protocol):
     def avoids(self) -> Replica | None:
         """A replica that it is not to be sent to for now."""
 
-    def sent(self, replica: Replica, lane: LaneCaller, number: int) -> None:
+    def sent(self, replica: Replica, lane: Lane, number: int) -> None:
         """It is on that lane to that replica now, under that number."""
 
     def unroutable(self, error: NotFound | Unavailable | ResourceExhausted | DeadlineExceeded) -> None:
@@ -81,14 +82,9 @@ class Fleet:
     """Routes calls to replicas. `policy` is the order in which calls that fit no window wait."""
 
     def __init__(
-        self,
-        discovery: Discovery,
-        policy: Policy[Routed],
-        watching: Watching,
-        security: ChannelSecurity,
-        grace_seconds: float,
+        self, discovery: Discovery, policy: Policy[Routed], watching: Watching, new_replica: NewReplica
     ) -> None:
-        self._members = Members(discovery, self, security, grace_seconds)
+        self._members = Members(discovery, self, new_replica)
         self._policy = policy
         self._times = RunTimes()
         # How many calls of each kind the policy holds.
@@ -206,13 +202,12 @@ class Fleet:
         raise self.catalogue.missing(name, version)
 
     def _choose(self, call: Routed, offer: Offer) -> Replica | None:
-        """The replica that would be done with a call first, of those that have room for it."""
-        size, long, together = call.body.size, call.long, call.together
-        roomy = [
-            replica
-            for replica in offer.replicas
-            if replica is not call.avoids and replica.has_room(size, long=long, together=together)
-        ]
+        """The replica that would be done with a call first, of a few with an idle worker, else of all with room."""
+        roomy: list[Replica] = []
+        if len(offer.replicas) > _LOOKED_AT:
+            few = _roomy(call, random.sample(offer.replicas, _LOOKED_AT))
+            roomy = [replica for replica in few if not replica.window.wait_seconds(long=call.long)]
+        roomy = roomy or _roomy(call, offer.replicas)
         if len(roomy) < 2:
             return roomy[0] if roomy else None
         seconds = [replica.window.expected_seconds(call) for replica in roomy]
@@ -322,6 +317,16 @@ class Fleet:
 def _kind(call: Routed) -> _Kind:
     request = call.descriptor.request
     return request.kernel, request.version, call.long, call.together, call.avoids
+
+
+def _roomy(call: Routed, replicas: Sequence[Replica]) -> list[Replica]:
+    """Those of them that have room for a call."""
+    size, long, together = call.body.size, call.long, call.together
+    return [
+        replica
+        for replica in replicas
+        if replica is not call.avoids and replica.has_room(size, long=long, together=together)
+    ]
 
 
 def _is_hopeless(call: Routed, replica: Replica) -> bool:

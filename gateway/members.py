@@ -1,16 +1,15 @@
 """The fleet's replicas: who joins and leaves it, what they serve together, and who of them is ejected."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
 import structlog
 
-from common.tls import ChannelSecurity
 from gateway.catalogue import Catalogue
 from gateway.discovery import Discovery
-from gateway.replica import Replica
+from gateway.replica import Keeper, Replica
 from gateway.standing import Standing
 
 log = structlog.get_logger()
@@ -29,16 +28,17 @@ class Watching(Protocol):
         """One may have room for more."""
 
 
+# How one is come by, from its address.
+NewReplica = Callable[[str, Keeper], Replica]
+
+
 class Members:
     """Every replica that discovery has found, and those that have left and still answer calls."""
 
-    def __init__(
-        self, discovery: Discovery, watching: Watching, security: ChannelSecurity, grace_seconds: float
-    ) -> None:
+    def __init__(self, discovery: Discovery, watching: Watching, new_replica: NewReplica) -> None:
         self._discovery = discovery
         self._watching = watching
-        self._security = security
-        self._grace_seconds = grace_seconds
+        self._new_replica = new_replica
         self._replicas: dict[str, Replica] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._discovering: asyncio.Task[None] | None = None
@@ -129,7 +129,7 @@ class Members:
             asyncio.get_running_loop().call_later(_ANEW_SECONDS, self._join_again, address)
 
     def _join(self, address: str) -> None:
-        replica = self._replicas[address] = Replica(address, self, self._security, self._grace_seconds)
+        replica = self._replicas[address] = self._new_replica(address, self)
         task = self._running[address] = asyncio.create_task(replica.run())
         task.add_done_callback(partial(self._gone, address))
 

@@ -57,6 +57,23 @@ class Outgoing(Held, Waiter, Protocol):
         """What is left of its time."""
 
 
+class Lane(Protocol):
+    """What carries calls there once it is open: a LaneCaller, and in bench/simulate.py another."""
+
+    # No more calls go on it; it has ended.
+    finishing: bool
+    ended: bool
+
+    def call(self, descriptor: Descriptor, body: Body, waiter: Waiter) -> int:
+        """Send a call, under the number that this gives."""
+
+    def cancel(self, number: int) -> None:
+        """Nobody waits for a call any more."""
+
+    def finish(self) -> None:
+        """No more calls go on it: it ends when those are answered."""
+
+
 class Keeper(Protocol):
     """Whose replica it is."""
 
@@ -83,7 +100,7 @@ class Replica:
         self.window = Window()
         self._keeper = keeper
         # The one that calls go to.
-        self._lane: LaneCaller | None = None
+        self._lane: Lane | None = None
         self._no_lane_because = ""
         self._welcome = Welcome()
         self._retired = self._draining = False
@@ -108,7 +125,7 @@ class Replica:
             return False
         return self.window.has_room(size, long=long, together=together)
 
-    def send(self, call: Outgoing) -> tuple[LaneCaller, int]:
+    def send(self, call: Outgoing) -> tuple[Lane, int]:
         """Send a call, and tell the lane that it is on and its number there."""
         assert self._lane is not None
         self.window.take(call)
@@ -137,7 +154,7 @@ class Replica:
             self._retired = False
             self._left.clear()
             if self._lane is not None and self._welcome.kernels and not (self._draining or self._lane.ended):
-                self._welcomed(self._lane, self._welcome)
+                self.welcomed(self._lane, self._welcome)
 
     async def run(self) -> None:
         """Keep a lane open: until it has retired and its calls are answered, or the task is cancelled.
@@ -164,9 +181,9 @@ class Replica:
 
     def _new_lane(self) -> LaneCaller:
         lane = LaneCaller(
-            lambda welcome: self._welcomed(lane, welcome),
+            lambda welcome: self.welcomed(lane, welcome),
             lambda: self._drains(lane),
-            on_load=lambda load: self._reported(lane, load),
+            on_load=lambda load: self.reported(lane, load),
         )
         return lane
 
@@ -221,7 +238,8 @@ class Replica:
             self._lost(lane, "no other could be opened in its place, by the certificates that hold now")
             carrying.cancel()
 
-    def _welcomed(self, lane: LaneCaller, welcome: Welcome) -> None:
+    def welcomed(self, lane: Lane, welcome: Welcome) -> None:
+        """Its lane says what it serves: calls go there from now on."""
         if lane is not self._lane:
             if lane.finishing:
                 return
@@ -238,7 +256,8 @@ class Replica:
         log.info("replica is ready", replica=self.target, name=welcome.server, kernels=len(self.kernels))
         self._keeper.changed()
 
-    def _reported(self, lane: LaneCaller, load: Load) -> None:
+    def reported(self, lane: Lane, load: Load) -> None:
+        """Its lane says how much there is to do."""
         # A lane's first report comes before its welcome. Of two lanes to one replica each says the same.
         if not lane.finishing:
             self.window.hear(load)

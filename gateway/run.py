@@ -10,10 +10,9 @@ from typing import Protocol
 from common.errors import DeadlineExceeded, ResourceExhausted, Unavailable, UnlatchError
 from common.failures import raised
 from common.lane import Body, Sink
-from common.lane_caller import LaneCaller
 from common.priority import RANKS
 from gateway.fleet import Fleet
-from gateway.replica import Replica
+from gateway.replica import Lane, Replica
 from gateway.retries import Retries, not_sent_again
 from protos.unlatch_pb2 import Descriptor, Kernel, Reply
 
@@ -98,7 +97,7 @@ class Run:
         self._charge = charge
         self._calls: list[Sharer] = []
         self._held_bytes = body.size
-        self._sent: tuple[Replica, LaneCaller, int] | None = None
+        self._sent: tuple[Replica, Lane, int] | None = None
         # When it was sent last, and what its deadline was then.
         self._sent_at = self._sent_deadline = 0.0
         self._times_sent = self._times_begun = 0
@@ -162,7 +161,7 @@ class Run:
         self.descriptor.attempt = 0 if self._holder.fleet.alone else self._times_sent + 1
         self._holder.fleet.route(self)
 
-    def sent(self, replica: Replica, lane: LaneCaller, number: int) -> None:
+    def sent(self, replica: Replica, lane: Lane, number: int) -> None:
         """It is on that lane to that replica now, under that number."""
         self._sent = replica, lane, number
         self._sent_at, self._sent_deadline = monotonic(), self.deadline

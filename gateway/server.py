@@ -27,6 +27,7 @@ from gateway.fleet import Fleet, Routed
 from gateway.metrics import GatewayMetrics
 from gateway.oip_about import About
 from gateway.record import Records
+from gateway.replica import Replica
 from gateway.settings import GatewaySettings
 from gateway.tenants import Tenants
 from gateway.tokens import Tokens
@@ -68,11 +69,22 @@ class Gateway:
         self.health = Health(oip.SERVICE, lane.SERVICE)
         self._tokens = _tokens(settings)
         self._tenants = Tenants(settings.tenants)
-        discovery = Discovery(settings.replicas, settings.discovery_seconds, settings.max_replicas)
+        discovery = Discovery(
+            settings.replicas,
+            settings.discovery_seconds,
+            settings.most_replicas,
+            name=settings.name,
+            bound=not settings.replica_subset,
+        )
         # What the file of tenants says comes first.
         policy = Policy[Routed](ChainMap(self._tenants.weights, settings.tenant_weights))
         security = ChannelSecurity(of_lanes, settings.replica_name)
-        self.fleet = Fleet(discovery, policy, self, security, settings.tls_grace_seconds)
+        self.fleet = Fleet(
+            discovery,
+            policy,
+            self,
+            lambda target, keeper: Replica(target, keeper, security, settings.tls_grace_seconds),
+        )
         self.metrics = GatewayMetrics(self.recorder, lambda: len(self.calls), self.fleet, self._tenants.in_flight)
         log = CallLog(settings.logged_calls_per_second, settings.logged_failures_per_second)
         self.calls = Calls(self.fleet, settings, Records(self.metrics, Tracing(), log))

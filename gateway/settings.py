@@ -1,5 +1,6 @@
 """The gateway's settings."""
 
+import socket
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -25,6 +26,13 @@ class GatewaySettings(ServiceSettings):
     discovery_seconds: float = Field(3.0, ge=0.05, description="How often names of replicas are looked up")
     # Each costs a lane, and a look when a call is sent.
     max_replicas: int = Field(64, gt=0, description="Most replicas that this gateway opens lanes to")
+    # For hundreds of replicas and many gateways: each replica then hears reports and calls of a few.
+    replica_subset: int = Field(
+        0, ge=0, description="How many of the replicas this gateway takes for its own, by its name; 0 takes all"
+    )
+    name: str = Field(
+        default_factory=socket.gethostname, min_length=1, description="By which this gateway's replicas are chosen"
+    )
     tenant_weights: TenantWeights = Field(
         {}, description="Shares between tenants whose calls are held here, as the replicas': name=2,other=0.5"
     )
@@ -59,6 +67,17 @@ class GatewaySettings(ServiceSettings):
 
     # It costs what is read of calls that turn out to be alone: a fiftieth of their runs at most.
     coalescing: bool = Field(default=True, description="Whether identical calls of pure kernels share a run")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.replica_subset > self.max_replicas:
+            raise ValueError(f"--replica-subset {self.replica_subset} is more than --max-replicas {self.max_replicas}")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """How many replicas it has at the most."""
+        return self.replica_subset or self.max_replicas
 
     @model_validator(mode="after")
     def _paired(self) -> Self:

@@ -61,7 +61,7 @@ class Window:
         self._short_wait_seconds = load.short_wait_microseconds / 1e6
         self._least_calls, self._most_long_calls = load.least_calls, load.long_calls
         self._most_seconds = load.window_microseconds / 1e6
-        self._seconds_reported = self._seconds
+        self._seconds_reported, self._calls_reported = self._seconds, self.calls
 
     def has_room(self, size: int, *, long: bool, together: int) -> bool:
         """Whether a call of `size` bytes fits. One that is larger than the whole window goes alone."""
@@ -86,7 +86,9 @@ class Window:
     def expected_seconds(self, call: Held) -> float:
         """How long until a call that is sent there now is done, by which replicas are compared."""
         run = call.cost_seconds * self.slowness
-        return self.wait_seconds(long=call.long) + run * (1 + _RESIDUAL * self.utilization)
+        # Without its own calls since then, a gateway would send all that it has until the next report to one replica.
+        busy = self.utilization + (self.calls - self._calls_reported) / self.workers
+        return self.wait_seconds(long=call.long) + run * (1 + _RESIDUAL * min(max(busy, 0.0), 1.0))
 
     def take(self, call: Held) -> None:
         """A call is sent."""

@@ -1,4 +1,4 @@
-"""The stubs in protos/ are what protoc makes of the contracts beside them."""
+"""The stubs in protos/, and the descriptors that Envoy reads, are what protoc makes of the contracts."""
 
 import subprocess
 from pathlib import Path
@@ -22,3 +22,6 @@ def test_regenerating_the_stubs_changes_nothing(tmp_path: Path) -> None:
     assert fresh.keys() == here.keys()
     for name, text in fresh.items():
         assert text == here[name], f"protos/{name} is not what its .proto says: run `make protos`"
+    descriptors = Path("deploy", "envoy", "inference.binpb")
+    made_now, committed = (tmp_path / descriptors).read_bytes(), (ROOT / descriptors).read_bytes()
+    assert made_now == committed, f"{descriptors} is not what the .proto says: run `make protos`"

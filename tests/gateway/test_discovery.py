@@ -1,6 +1,7 @@
 """Who is in the fleet: addresses and names, looked up at a real server; and who is left alone for a while."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -10,6 +11,7 @@ from common.settings import parse
 from gateway.discovery import Discovery, is_name, split_name
 from gateway.ejection import CALL, LANE, Ejection
 from gateway.settings import GatewaySettings
+from gateway.subset import subset
 from tests.faults.watching import until
 from tests.names import NameServer
 
@@ -40,31 +42,61 @@ async def test_name_without_a_port_is_a_wrong_setting(target: str, capsys: pytes
     assert "dns:///name:port" in told
 
 
-async def test_addresses_that_are_known_stay_where_there_are_too_many() -> None:
-    """Of more addresses than are wanted some are chosen, and kept for as long as the name has them."""
+async def test_of_too_many_addresses_each_gateway_has_its_own() -> None:
+    """They are the same each time; one that goes is replaced by one other, and has its place when it is back."""
     told: list[list[str]] = []
 
     def tell(addresses: Sequence[str]) -> None:
         told.append(list(addresses))
 
+    hosts = [f"127.0.0.{last}" for last in range(2, 10)]
     with NameServer("127.0.0.2") as names:
-        discovery = Discovery(["unix:/one", f"dns://{names.target}/many.test:80"], 0.05, 3)
+        target = f"dns://{names.target}/many.test:80"
+        discovery = Discovery(["unix:/one", target], 0.05, 3, name="a", bound=True)
         running = asyncio.ensure_future(discovery.run(tell))
         try:
             await until(lambda: told and len(told[-1]) == 2, "both are known")
             assert told == [["unix:/one"], ["unix:/one", "127.0.0.2:80"]]
-            await asyncio.to_thread(names.answers, [f"127.0.0.{last}" for last in range(2, 10)])
-            await until(lambda: len(told) == 3, "another is known")
-            assert told[2][:2] == told[1]
-            assert len(told[2]) == 3
-            third = told[2][2]
-            await asyncio.to_thread(names.answers, [third.partition(":")[0], "127.0.0.20"])
-            await until(lambda: len(told) == 4, "one has gone, one has come")
-            assert told[3] == ["unix:/one", third, "127.0.0.20:80"]
+            await asyncio.to_thread(names.answers, hosts)
+            await until(lambda: len(told[-1]) == 3, "there are too many")
+            first = told[-1]
+            assert first == subset("a", ["unix:/one", *(f"{host}:80" for host in hosts)], 3)
+            gone = next(address for address in first if address.startswith("127."))
+            left = [host for host in hosts if f"{host}:80" != gone]
+            await asyncio.to_thread(names.answers, left)
+            await until(lambda: gone not in told[-1], "one has gone")
+            assert len(set(told[-1]) & set(first)) == 2
+            await asyncio.to_thread(names.answers, hosts)
+            await until(lambda: told[-1] == first, "it is back")
         finally:
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
+
+
+async def test_subsets_are_even_and_stable() -> None:
+    """Replicas get their share of gateways, give or take chance; who comes or goes changes one place at the most."""
+    replicas = [f"10.0.{number}.1:8011" for number in range(200)]
+    gateways = [f"unlatch-gateway-{number}" for number in range(60)]
+    shares = Counter(address for name in gateways for address in subset(name, replicas, 40))
+    assert sum(shares.values()) == 60 * 40
+    assert len(shares) == 200
+    # 12 each on average, of a binomial distribution whose deviation is 3.1.
+    assert max(shares.values()) < 12 + 5 * 3.1
+    for name in gateways[:5]:
+        own = set(subset(name, replicas, 40))
+        for gone in replicas[:20]:
+            without = set(subset(name, [address for address in replicas if address != gone], 40))
+            assert len(without) == 40
+            assert own - {gone} <= without
+    assert subset("a", replicas, 200) == subset("b", replicas, 500) == replicas
+
+
+async def test_subset_larger_than_the_bound_is_a_wrong_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both are named."""
+    with pytest.raises(SystemExit):
+        parse(GatewaySettings, "unlatch gateway", ["--replica-subset", "65"])
+    assert "--replica-subset 65 is more than --max-replicas 64" in capsys.readouterr().err
 
 
 async def test_failures_in_a_row_eject_and_what_goes_well_between_them_does_not() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from common.errors import ResourceExhausted, Unavailable
+from gateway.subset import subset
 from protos.inference_pb2 import (
     ModelMetadataRequest,
     ModelMetadataResponse,
@@ -181,6 +182,51 @@ async def test_name_gains_and_loses_addresses_under_load(tmp_path: Path) -> None
                     stop.set()
                     await asyncio.gather(*callers)
                 assert set(answers) == {0.01}
+
+
+async def test_each_gateway_has_a_subset_of_its_own(tmp_path: Path) -> None:
+    """By its name, the same after a restart; when one of its replicas goes another comes, and no call fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hosts = [f"127.0.0.{last}" for last in range(2, 6)]
+    addresses = [f"{host}:{port}" for host in hosts]
+    with ExitStack() as stack, NameServer(*hosts) as names:
+        for address in addresses:
+            replica(stack, address)
+        target = f"dns://{names.target}/fleet.test:{port}"
+        flags = ("--discovery-seconds", "0.1", "--replica-subset", "2", "--name")
+        for name in ("a", "b", "a"):
+            own = subset(name, addresses, 2)
+            left = [host for host in hosts if f"{host}:{port}" != own[0]]
+            then = set(subset(name, [f"{host}:{port}" for host in left], 2))
+            assert own[1] in then
+            with gateway(target, ready=0, flags=(*flags, name)) as door:
+                for address in own:
+                    door.wait_for("replica is ready", replica=address)
+                async with client_of(door) as client:
+                    await loses_one(client, door, names, set(own), left, then)
+            await asyncio.to_thread(names.answers, hosts, times=0)
+
+
+async def loses_one(
+    client: Client, door: Service, names: NameServer, own: set[str], left: list[str], then: set[str]
+) -> None:
+    """One of a gateway's own replicas leaves the name under load: it has another in its place, and all are answered."""
+    await until(lambda: set(of_replicas(door, "up")) == own, "its own are there")
+    stop = asyncio.Event()
+
+    async def caller() -> None:
+        while not stop.is_set():
+            await client.sleeps(seconds=0.005)
+
+    callers = [asyncio.ensure_future(caller()) for _ in range(4)]
+    try:
+        await asyncio.to_thread(names.answers, left)
+        await until(lambda: set(of_replicas(door, "up")) == then, "another has come")
+    finally:
+        stop.set()
+        await asyncio.gather(*callers)
 
 
 async def test_versions_during_a_roll_out(tmp_path: Path) -> None:

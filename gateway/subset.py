@@ -1,0 +1,22 @@
+"""Which of many replicas are a gateway's own: those that rank first by a hash of its name and theirs.
+
+Every gateway ranks them differently, so that each replica gets its share of gateways; and each ranks them alike every
+time, so that a replica which comes or goes changes one place, and a gateway that restarts finds the same again.
+(Rendezvous hashing, Thaler and Ravishankar 1998. Chance decides how many gateways a replica gets: docs/operations.md
+says how many it takes that none is left out.)
+"""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+
+def subset(name: str, addresses: Sequence[str], size: int) -> list[str]:
+    """So many of them, in the order in which they were given; all where there are no more."""
+    if len(addresses) <= size:
+        return list(addresses)
+    first = set(sorted(addresses, key=lambda address: _rank(name, address))[:size])
+    return [address for address in addresses if address in first]
+
+
+def _rank(name: str, address: str) -> bytes:
+    return blake2b(f"{name}\0{address}".encode(), digest_size=8).digest()

@@ -1,0 +1,145 @@
+"""Envoy as deploy/envoy/envoy.yaml has it, with nothing changed but where it listens and where gateways are."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from tests.faults.watching import wait_until
+from tests.mesh import ROOT
+
+ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent)) or shutil.which("envoy")
+CONFIGURATION = ROOT / "deploy" / "envoy" / "envoy.yaml"
+_NAME = "gateways.test"
+_WITHIN_SECONDS = 20.0
+
+
+class Envoy:
+    """One that runs; `address` is where its callers come."""
+
+    def __init__(self, child: subprocess.Popen[bytes], log: Path, admin: str) -> None:
+        self._child = child
+        self._log = log
+        self._admin = admin
+        listeners = self.asked("listeners?format=json")["listener_statuses"]
+        self.address = _written(listeners[0]["local_address"])
+
+    def asked(self, question: str) -> Any:
+        """What its admin port answers."""
+        with urlopen(f"http://{self._admin}/{question}", timeout=_WITHIN_SECONDS) as answer:
+            return json.load(answer)
+
+    @property
+    def well(self) -> set[str]:
+        """The gateways that it takes for healthy."""
+        (cluster,) = self.asked("clusters?format=json")["cluster_statuses"]
+        hosts = cluster.get("host_statuses", ())
+        return {
+            _written(host["address"]) for host in hosts if host["health_status"] == {"eds_health_status": "HEALTHY"}
+        }
+
+    def wait_for(self, gateways: set[str]) -> None:
+        """Wait until these are the healthy ones."""
+        wait_until(lambda: self.well == gateways, f"healthy are {gateways}; {self}", _WITHIN_SECONDS)
+
+    @property
+    def log(self) -> str:
+        """What it has printed: its own words, and its access log."""
+        return self._log.read_text()
+
+    def __str__(self) -> str:
+        state = self._child.poll()
+        return f"Envoy ({'running' if state is None else f'exit code {state}'}) printed:\n{self.log[-4000:]}"
+
+
+def configured(directory: Path, *, port: int, health_port: int, resolver: str, text: str = "") -> Path:
+    """The shipped configuration for any free ports, and gateways at these ports of the addresses of a name.
+
+    Where a caller gives `text`, it is that instead of the file's.
+    """
+    text = text or CONFIGURATION.read_text()
+    host, _, resolver_port = resolver.rpartition(":")
+    resolved = (
+        '\n          typed_dns_resolver_config: { name: envoy.network.dns_resolver.cares, typed_config: { "@type": '
+        "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig, resolvers: "
+        f"[{{ socket_address: {{ address: {host}, port_value: {resolver_port}, protocol: UDP }} }}] }} }}"
+    )
+    for shipped, here in {
+        "address: 127.0.0.1, port_value: 9901": "address: 127.0.0.1, port_value: 0",
+        "address: 127.0.0.1, port_value: 8080": "address: 127.0.0.1, port_value: 0",
+        "address: localhost, port_value: 8001": f"address: {_NAME}, port_value: {port}",
+        "port_value: 8003": f"port_value: {health_port}",
+        "dns_refresh_rate: 3s": f"dns_refresh_rate: 0.2s{resolved}",
+    }.items():
+        assert text.count(shipped) == 1, f"{shipped!r} is in envoy.yaml {text.count(shipped)} times"
+        text = text.replace(shipped, here)
+    path = directory / "envoy.yaml"
+    path.write_text(text)
+    return path
+
+
+def validated(configuration: Path) -> str:
+    """What `envoy --mode validate` says of it. Fails where it is wrong."""
+    command = [str(ENVOY), "--mode", "validate", "-c", str(configuration)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout + ran.stderr
+
+
+@contextmanager
+def running_envoy(configuration: Path) -> Iterator[Envoy]:
+    """An Envoy that takes calls; it ends with code 0."""
+    directory = configuration.parent
+    log, admin = directory / "envoy.log", directory / "admin"
+    command = [str(ENVOY), "-c", str(configuration), "--concurrency", "1", "--disable-hot-restart"]
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [*command, "--admin-address-path", str(admin)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_until(
+            lambda: child.poll() is not None or "starting workers" in log.read_text(), "it starts", _WITHIN_SECONDS
+        )
+        assert child.poll() is None, log.read_text()
+        yield Envoy(child, log, admin.read_text())
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(_WITHIN_SECONDS) == 0, log.read_text()
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+def free_port(*hosts: str) -> int:
+    """A port that is free on each of these addresses."""
+    while True:
+        with socket.socket() as first:
+            first.bind((hosts[0], 0))
+            port: int = first.getsockname()[1]
+            if all(_is_free(host, port) for host in hosts[1:]):
+                return port
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as tried:
+        try:
+            tried.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _written(address: dict[str, Any]) -> str:
+    where = address["socket_address"]
+    return f"{where['address']}:{where['port_value']}"
