@@ -10,7 +10,10 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) \
 	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/inference.proto protos/unlatch.proto
 
-.PHONY: help setup run test lint check fmt protos bench soak demo lock clean
+RULES := deploy/k8s/components/plain-prometheus/rules.yml
+OPERATORS_RULES := deploy/k8s/components/monitoring/prometheus-rule.yaml
+
+.PHONY: help setup run test lint check fmt protos rules bench soak demo lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,6 +38,9 @@ fmt: setup ## format, and mend what the linter can mend
 
 protos: setup ## generate the stubs from protos/*.proto
 	$(call protoc,$(or $(OUT),.))
+
+rules: ## make the operator's PrometheusRule of Prometheus' rules
+	@sed -i '/^spec:/q' $(OPERATORS_RULES) && sed -n '/^groups:/,$$ { s/^./  &/; p }' $(RULES) >> $(OPERATORS_RULES)
 
 bench: setup ## measure everything; ARGS=--quick for a minute's worth
 	@$(BIN)/python -m bench $(ARGS)
