@@ -100,15 +100,15 @@ class Prometheus:
 
 
 @contextmanager
-def running_prometheus(directory: Path, targets: Sequence[Target], rules: Path = RULES) -> Iterator[Prometheus]:
-    """One that scrapes these and evaluates the rules twice a second. Skips the test where there is no Prometheus."""
+def running_prometheus(directory: Path, config: Mapping[str, Any]) -> Iterator[Prometheus]:
+    """One of this configuration. Skips the test where there is no Prometheus."""
     if shutil.which("prometheus") is None:
         pytest.skip("there is no prometheus here: apt-get install --no-install-recommends prometheus")
-    config = directory / "prometheus.yml"
-    config.write_text(json.dumps(_config(targets, rules)))
+    file = directory / "prometheus.yml"
+    file.write_text(json.dumps(config))
     with subprocess.Popen(
         [
-            *("prometheus", f"--config.file={config}", f"--storage.tsdb.path={directory / 'data'}"),
+            *("prometheus", f"--config.file={file}", f"--storage.tsdb.path={directory / 'data'}"),
             *("--web.listen-address=127.0.0.1:0", "--log.level=info"),
         ],
         stdin=subprocess.DEVNULL,
@@ -122,11 +122,12 @@ def running_prometheus(directory: Path, targets: Sequence[Target], rules: Path =
             server.kill()
 
 
-def _config(targets: Sequence[Target], rules: Path) -> dict[str, Any]:
+def scraping(targets: Sequence[Target]) -> dict[str, Any]:
+    """A configuration that scrapes these and evaluates the rules twice a second."""
     interval = f"{INTERVAL_SECONDS * 1000:.0f}ms"
     return {
         "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
-        "rule_files": [str(rules)],
+        "rule_files": [str(RULES)],
         "scrape_configs": [
             {
                 "job_name": job,
@@ -182,7 +183,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     directory: Path = tmp_path_factory.mktemp("watched")
     with ExitStack() as stack:
         mesh = _Mesh(stack, directory)
-        prometheus = stack.enter_context(running_prometheus(directory, mesh.targets))
+        prometheus = stack.enter_context(running_prometheus(directory, scraping(mesh.targets)))
         began = time.time()
         with Load(mesh.door) as load:
             wait_until(lambda: load.fewest_rounds > 1, "every kind of call is made", _WITHIN_SECONDS)
