@@ -20,6 +20,7 @@ from tests.mesh import ROOT
 pytestmark = pytest.mark.timeout(180)
 
 OPERATORS_RULES = ROOT / "deploy" / "k8s" / "components" / "monitoring" / "prometheus-rule.yaml"
+BOARDS = ROOT / "deploy" / "k8s" / "components" / "monitoring" / "dashboards"
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 LOADED: list[dict[str, Any]] = [
     rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
@@ -126,6 +127,16 @@ def test_alert_says_what_it_knows(alert: dict[str, Any]) -> None:
     (fires, *_) = [case.fires for case in CASES if case.alert == alert["alert"] and case.fires is not None]
     named = set(re.findall(r"\$labels\.(\w+)", str(annotations)))
     assert named <= fires.keys(), named - fires.keys()
+
+
+@pytest.mark.skipif(not BOARDS.exists(), reason="there are no dashboards here")
+def test_every_alert_leads_to_a_panel() -> None:
+    """Grafana finds the board and the panel that its annotations name."""
+    boards = [json.loads(file.read_text()) for file in BOARDS.glob("*.json")]
+    panels = {(board["uid"], str(panel["id"])): panel for board in boards for panel in board["panels"]}
+    for name, alert in ALERTS.items():
+        led_to = panels[alert["annotations"]["__dashboardUid__"], alert["annotations"]["__panelId__"]]
+        assert led_to["type"] != "row", name
 
 
 def test_every_alert_has_its_runbook() -> None:
