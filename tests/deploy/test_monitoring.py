@@ -1,6 +1,7 @@
 """What finds the pods: the operator's PodMonitor, and Prometheus' own configuration for clusters without it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,49 @@ def test_operator_is_told_of_both() -> None:
     assert endpoint["port"] == "metrics"
     plain = yaml.safe_load((PLAIN / "prometheus.yml").read_text())["global"]
     assert (endpoint["interval"], endpoint["scrapeTimeout"]) == (plain["scrape_interval"], plain["scrape_timeout"])
+
+
+def objects(file: str) -> dict[str, Any]:
+    """What a file of the plain variant holds, by kind."""
+    return {one["kind"]: one for one in yaml.safe_load_all((PLAIN / file).read_text())}
+
+
+def test_plain_prometheus_may_do_what_it_needs() -> None:
+    """It keeps to the restricted standard, writes to its own volume alone, and may ask which pods there are."""
+    template = objects("deployment.yaml")["Deployment"]["spec"]["template"]
+    pod, (container,) = template["spec"], template["spec"]["containers"]
+    assert (
+        pod["securityContext"].items() >= {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}.items()
+    )
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    written = {mount["name"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert written == {"data"}
+    (data,) = [volume for volume in pod["volumes"] if volume["name"] == "data"]
+    assert "sizeLimit" in data["emptyDir"]
+    assert re.fullmatch(r"[\w./-]+:v\d+\.\d+\.\d+", container["image"])
+    assert container["resources"].keys() == {"requests", "limits"}
+    account = objects("service-account.yaml")
+    assert pod["serviceAccountName"] == account["ServiceAccount"]["metadata"]["name"]
+    assert account["RoleBinding"]["subjects"][0]["name"] == pod["serviceAccountName"]
+    assert account["RoleBinding"]["roleRef"]["name"] == account["Role"]["metadata"]["name"]
+    assert account["Role"]["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
+    (service, policy) = objects("service.yaml")["Service"], objects("network-policy.yaml")["NetworkPolicy"]
+    for selector in (service["spec"]["selector"], policy["spec"]["podSelector"]["matchLabels"]):
+        assert selector.items() <= template["metadata"]["labels"].items()
+    assert [port["targetPort"] for port in service["spec"]["ports"]] == [port["name"] for port in container["ports"]]
+
+
+def test_plain_prometheus_reads_what_is_shipped() -> None:
+    """Its configuration and rules are in the ConfigMap that it mounts, where its arguments look for them."""
+    (made,) = yaml.safe_load((PLAIN / "kustomization.yaml").read_text())["configMapGenerator"]
+    pod = objects("deployment.yaml")["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (mounted,) = [volume for volume in pod["volumes"] if volume.get("configMap") == {"name": made["name"]}]
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == mounted["name"]]
+    assert f"--config.file={mount['mountPath']}/prometheus.yml" in container["args"]
+    config = yaml.safe_load((PLAIN / "prometheus.yml").read_text())
+    assert set(made["files"]) == {"prometheus.yml", *config["rule_files"]}
