@@ -5,7 +5,7 @@ Each caller is a thread that goes its rounds until the load ends, and pauses aft
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
+from common.errors import Unavailable
 from protos.inference_pb2 import ModelInferRequest
 from tests.deploy import load_kernels
 from tests.doors import request, vector
@@ -109,46 +110,46 @@ class Load:
     # What the callers do in a round. UNAVAILABLE is always to be expected, since workers and replicas are killed.
 
     def _quick(self) -> None:
-        self._ends_with({"OK"}, "research", vector("identity", *range(64)))
+        self._end({"OK"}, "research", vector("identity", *range(64)))
 
     def _steady(self) -> None:
-        self._ends_with({"OK"}, "research", _any_vector("simulate", seconds=0.02))
+        self._end({"OK"}, "research", _any_vector("simulate", seconds=0.02))
 
     def _large(self) -> None:
         image = np.random.default_rng().random((512, 512))
-        self._ends_with({"OK"}, "research", request("gaussian_blur", {"image": image}, sigma=2.0))
+        self._end({"OK"}, "research", request("gaussian_blur", {"image": image}, sigma=2.0))
 
     def _alike(self) -> None:
         """Some that are the same, at the same time."""
-        self._end_with({"OK"}, "research", [_any_vector("simulate", seconds=0.05)] * 4)
+        self._end({"OK"}, "research", *[_any_vector("simulate", seconds=0.05)] * 4)
 
     def _together(self) -> None:
         """Some that may run as one."""
         rows = np.random.default_rng().random((8, 1, 16))
-        self._end_with({"OK"}, "planning", [request("score", {"x": row}) for row in rows])
+        self._end({"OK"}, "planning", *(request("score", {"x": row}) for row in rows))
 
     def _mapped(self) -> None:
         """By a lane."""
-        with suppress(Exception):  # a replica that was lost; what the others meet says whether it is more
+        with suppress(Unavailable):
             for _ in self._client.map("simulate", np.random.default_rng().random((4, 8)), seconds=0.005):
                 pass
 
     def _wrong(self) -> None:
         """What ends as its caller deserves, or its kernel."""
-        self._ends_with({"INVALID_ARGUMENT"}, "planning", request("identity", {"y": np.ones(2)}))
-        self._ends_with({"INVALID_ARGUMENT"}, "planning", vector("refuse", 1.0))
-        self._ends_with({"INTERNAL"}, "planning", vector("fail", 1.0))
-        self._ends_with({"NOT_FOUND"}, "planning", vector("no_such_kernel", 1.0))
-        self._ends_with({"UNAUTHENTICATED"}, "", vector("identity", 1.0))
+        self._end({"INVALID_ARGUMENT"}, "planning", request("identity", {"y": np.ones(2)}))
+        self._end({"INVALID_ARGUMENT"}, "planning", vector("refuse", 1.0))
+        self._end({"INTERNAL"}, "planning", vector("fail", 1.0))
+        self._end({"NOT_FOUND"}, "planning", vector("no_such_kernel", 1.0))
+        self._end({"UNAUTHENTICATED"}, "", vector("identity", 1.0))
 
     def _too_many(self) -> None:
         """More than its tenant may."""
-        self._end_with({"OK", "RESOURCE_EXHAUSTED"}, "modest", [vector("identity", 1.0)] * 4)
+        self._end({"OK", "RESOURCE_EXHAUSTED"}, "modest", *[vector("identity", 1.0)] * 4)
 
     def _late(self) -> None:
         """It takes longer than its caller waits; nor does the kernel end in its grace."""
         rpc = self._send("planning", _any_vector("record", seconds=1.0), 0.1)
-        assert self._end_of(rpc) in {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
+        assert rpc.code().name in {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
 
     def _left(self) -> None:
         """Its caller leaves, most likely while it runs."""
@@ -156,21 +157,15 @@ class Load:
         self._ends.wait(0.2)
         rpc.cancel()
 
-    def _ends_with(self, codes: set[str], tenant: str, message: ModelInferRequest) -> None:
-        self._end_with(codes, tenant, [message])
-
-    def _end_with(self, codes: set[str], tenant: str, messages: Sequence[ModelInferRequest]) -> None:
+    def _end(self, codes: set[str], tenant: str, *messages: ModelInferRequest) -> None:
+        """All at once, as one of these codes says."""
         for rpc in [self._send(tenant, message, _PATIENT_SECONDS) for message in messages]:
-            code = self._end_of(rpc)
-            assert code in codes | {"UNAVAILABLE"}, rpc
+            assert rpc.code().name in codes | {"UNAVAILABLE"}, rpc
 
     def _send(self, tenant: str, message: ModelInferRequest, timeout: float) -> Any:
         metadata = bearer(self._door.issuer.token(tenant)) if tenant else ()
         method: Any = self._channel.unary_unary(_METHOD)
         return method.future(message.SerializeToString(), timeout=timeout, metadata=metadata)
-
-    def _end_of(self, rpc: Any) -> str:
-        return str(rpc.code().name)
 
 
 def _any_vector(kernel: str, **scalars: float) -> ModelInferRequest:
