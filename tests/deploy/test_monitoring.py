@@ -144,9 +144,8 @@ def test_plain_prometheus_may_do_what_it_needs() -> None:
     assert account["RoleBinding"]["subjects"][0]["name"] == pod["serviceAccountName"]
     assert account["RoleBinding"]["roleRef"]["name"] == account["Role"]["metadata"]["name"]
     assert account["Role"]["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
-    (service, policy) = objects("service.yaml")["Service"], objects("network-policy.yaml")["NetworkPolicy"]
-    for selector in (service["spec"]["selector"], policy["spec"]["podSelector"]["matchLabels"]):
-        assert selector.items() <= template["metadata"]["labels"].items()
+    service = objects("service.yaml")["Service"]
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
     assert [port["targetPort"] for port in service["spec"]["ports"]] == [port["name"] for port in container["ports"]]
 
 
