@@ -13,11 +13,11 @@ protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. -
 RULES := deploy/k8s/components/plain-prometheus/rules.yml
 OPERATORS_RULES := deploy/k8s/components/monitoring/prometheus-rule.yaml
 
-.PHONY: help setup run test lint check fmt protos rules bench soak demo lock clean
+.PHONY: help setup run test lint check fmt protos rules dashboards bench soak demo lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name says; do printf '  %-8s %s\n' "$$name" "$$says"; done
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name says; do printf '  %-11s%s\n' "$$name" "$$says"; done
 
 setup: $(READY) ## make .venv with everything in it, at the versions that the lock names
 
@@ -41,6 +41,9 @@ protos: setup ## generate the stubs from protos/*.proto
 
 rules: ## make the operator's PrometheusRule of Prometheus' rules
 	@sed -i '/^spec:/q' $(OPERATORS_RULES) && sed -n '/^groups:/,$$ { s/^./  &/; p }' $(RULES) >> $(OPERATORS_RULES)
+
+dashboards: setup ## generate Grafana's boards from deploy/dashboards
+	@$(BIN)/python -m deploy.dashboards $(or $(OUT),deploy/k8s/components/monitoring/dashboards)
 
 bench: setup ## measure everything; ARGS=--quick for a minute's worth
 	@$(BIN)/python -m bench $(ARGS)
