@@ -98,7 +98,7 @@ def metrics_of(expr: str) -> set[str]:
     names: set[str] = set()
 
     def look(node: Any) -> None:
-        if isinstance(node, promql_parser.VectorSelector):
+        if isinstance(node, promql_parser.VectorSelector) and node.name:
             names.add(node.name)
 
     promql_parser.walk(promql_parser.parse(expr), look)
