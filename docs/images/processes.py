@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 from tests.deploy.boards import boards, fill
 from tests.deploy.load import KERNELS
-from tests.deploy.prometheus import INTERVAL_SECONDS, Prometheus, Series, Target, running_prometheus
+from tests.deploy.prometheus import INTERVAL_SECONDS, Prometheus, Series, Target, running_prometheus, scraping
 from tests.mesh import KERNELS as MORE_KERNELS
 from tests.mesh import Mesh, running_mesh
 from unlatch import BlockingClient, UnlatchError
@@ -218,7 +218,7 @@ def main(target: Path) -> None:
             Target(job="unlatch-gateway", pod="unlatch-gateway-0", address=mesh.gateway_metrics),
             Target(job="unlatch-compute", pod="unlatch-compute-0", address=mesh.front_metrics),
         ]
-        prometheus = stack.enter_context(running_prometheus(directory, targets))
+        prometheus = stack.enter_context(running_prometheus(directory, scraping(targets)))
         time.sleep(2 * WINDOW_SECONDS)
         began = time.time()
         work(mesh)

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -38,6 +39,14 @@ def test_generating_the_boards_changes_nothing(tmp_path: Path) -> None:
     assert fresh.keys() == {path.name for path in FILES}
     for name, text in fresh.items():
         assert text == (DIRECTORY / name).read_text(), f"{name} is not what its code makes: run `make dashboards`"
+
+
+def test_grafanas_sidecar_finds_every_board() -> None:
+    """The component makes a ConfigMap of each file, with the label that the sidecar of Grafana's charts looks for."""
+    component = yaml.safe_load((DIRECTORY.parent / "kustomization.yaml").read_text())
+    made = component["configMapGenerator"]
+    assert sorted(file for one in made for file in one["files"]) == [f"dashboards/{path.name}" for path in FILES]
+    assert all(one["options"]["labels"] == {"grafana_dashboard": "1"} for one in made)
 
 
 # Each board by itself
