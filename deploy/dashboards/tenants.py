@@ -139,7 +139,8 @@ _REFUSALS = (
     lines(
         23,
         "Calls by status",
-        "Of the tenants chosen above, each status that callers got. Red is our fault, yellow a quota or a bound, blue their own.",
+        "Of the tenants chosen above, each status that callers got. Red is our fault, yellow a quota or a bound, blue "
+        "their own.",
         "reqps",
         Query(rate(CALLS, TENANT, "code"), "{{code}}"),
         coloured=colours.CODES,
