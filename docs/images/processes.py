@@ -20,6 +20,7 @@ import numpy as np
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from tests.deploy.boards import boards, fill
 from tests.deploy.load import KERNELS
@@ -205,7 +206,7 @@ class Picture:
                 self._seconds, values, width=-WINDOW_SECONDS, align="edge", bottom=below, label=one.labels["reason"]
             )
             below += values
-        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def main(target: Path) -> None:
