@@ -10,11 +10,14 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) \
 	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/inference.proto protos/unlatch.proto
 
-.PHONY: help setup run test lint check fmt protos bench soak demo lock clean
+RULES := deploy/k8s/components/plain-prometheus/rules.yml
+OPERATORS_RULES := deploy/k8s/components/monitoring/prometheus-rule.yaml
+
+.PHONY: help setup run test lint check fmt protos rules dashboards bench soak demo lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name says; do printf '  %-8s %s\n' "$$name" "$$says"; done
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name says; do printf '  %-11s%s\n' "$$name" "$$says"; done
 
 setup: $(READY) ## make .venv with everything in it, at the versions that the lock names
 
@@ -38,6 +41,12 @@ protos: setup ## generate the stubs from protos/*.proto, and what Envoy knows th
 	@mkdir -p $(or $(OUT),.)/deploy/envoy
 	$(BIN)/python -m grpc_tools.protoc -I. -I "$$(echo .venv/lib/python3*/site-packages)" --include_imports \
 		--descriptor_set_out=$(or $(OUT),.)/deploy/envoy/inference.binpb protos/inference.proto google/rpc/error_details.proto
+
+rules: ## make the operator's PrometheusRule of Prometheus' rules
+	@sed -i '/^spec:/q' $(OPERATORS_RULES) && sed -n '/^groups:/,$$ { s/^./  &/; p }' $(RULES) >> $(OPERATORS_RULES)
+
+dashboards: setup ## generate Grafana's boards from deploy/dashboards
+	@$(BIN)/python -m deploy.dashboards $(or $(OUT),deploy/k8s/components/monitoring/dashboards)
 
 bench: setup ## measure everything; ARGS=--quick for a minute's worth
 	@$(BIN)/python -m bench $(ARGS)

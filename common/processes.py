@@ -1,4 +1,4 @@
-"""What each process costs, as the system accounts it: processor time, utilisation, memory, page faults.
+"""What each process costs, as the system accounts it: processor time, waits for a core, utilisation, memory, faults.
 
 A process is known by a name that outlives it ("front", "worker-0"), so that counters go on where a replacement takes
 over. Each has a *life* here from the moment it is watched until its counters are closed:
@@ -19,6 +19,10 @@ reaper, or whose reaper has itself gone, keeps its last reading.
 
 Counters of a worker include the children that it waited for, since the reaper's do; others' counters do not, or the
 front's would hold its workers' a second time.
+
+**How long it waited for a core** is told of each thread by itself (`schedstat`), and what is summed over threads goes
+down when one ends. So it is the first thread's: the one that runs the loop, or the kernels. What a killed process
+waited after its last reading, half a second at most, is lost.
 """
 
 import os
@@ -26,6 +30,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -40,6 +45,8 @@ _UNSETTLED_SECONDS = 0.01
 _TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 _TICK_NANOSECONDS = int(_TICK_SECONDS * 1e9)
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+# A system without scheduler statistics tells of no waits.
+_TELLS_WAITS = Path("/proc/self/schedstat").exists()
 
 # User and system time in ticks, minor and major page faults. Whole numbers: sums of fractions depend on their order,
 # and a counter that goes down by the last bit has been reset, as Prometheus sees it.
@@ -56,12 +63,11 @@ class _Life:
         self.reaper: _Life | None = None  # who tells of its usage once it has gone, if anyone does
         self.gone = self.leaving = False
         self.own = self.waited = _NOTHING
+        self.core_wait_nanoseconds = 0
         self.resident_bytes = 0
         self._seen: deque[tuple[int, int]] = deque()  # nanoseconds of the wall clock and of the processor
-        try:
-            self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
-        except OSError:
-            self._stat = -1
+        self._stat = _open(f"/proc/{pid}/stat")
+        self._schedstat = _open(f"/proc/{pid}/schedstat") if _TELLS_WAITS else -1
         self.read(0.0)
 
     def read(self, window_seconds: float) -> None:
@@ -71,6 +77,8 @@ class _Life:
             now = time.monotonic_ns()
             # After the clock, which goes by the number: that this succeeds says that the clock was this process's.
             stat = os.pread(self._stat, 4096, 0)
+            if _TELLS_WAITS:
+                self.core_wait_nanoseconds = int(os.pread(self._schedstat, 128, 0).split()[1])
         except OSError:
             self._end()
             return
@@ -100,9 +108,10 @@ class _Life:
 
     def _end(self) -> None:
         self.gone, self.leaving, self.resident_bytes = True, False, 0
-        if self._stat >= 0:
-            os.close(self._stat)
-            self._stat = -1
+        for opened in (self._stat, self._schedstat):
+            if opened >= 0:
+                os.close(opened)
+        self._stat = self._schedstat = -1
 
 
 class _Name:
@@ -110,6 +119,7 @@ class _Name:
 
     def __init__(self) -> None:
         self.past = _NOTHING
+        self.past_wait_nanoseconds = 0
         self.lives: list[_Life] = []  # the last is the one that fills the name now
 
 
@@ -183,6 +193,11 @@ class ProcessWatch:
             "Pages that had to be found (minor) or read from a disk (major) when they were touched.",
             labels=("process", "kind"),
         )
+        core_wait = CounterMetricFamily(
+            "unlatch_process_core_wait_seconds_total",
+            "How long the first threads of the processes of this name, ready to run, waited for a core.",
+            labels=("process",),
+        )
         with self._turn:
             self._sample()
             for label, name in self._names.items():
@@ -196,7 +211,9 @@ class ProcessWatch:
                 resident.add_metric((label,), now.resident_bytes if now else 0.0)
                 faults.add_metric((label, "minor"), minor)
                 faults.add_metric((label, "major"), major)
-        yield from (time_used, utilization, resident, faults)
+                waited = name.past_wait_nanoseconds + sum(life.core_wait_nanoseconds for life in name.lives)
+                core_wait.add_metric((label,), waited / 1e9)
+        yield from (time_used, utilization, resident, faults, *([core_wait] if _TELLS_WAITS else []))
 
     def __enter__(self) -> Self:
         self.start()
@@ -268,7 +285,16 @@ class ProcessWatch:
                 rest = _difference(rest, share)
                 del weights[life]
             name.past = _sum(name.past, _sum(life.usage, share))
+            name.past_wait_nanoseconds += life.core_wait_nanoseconds
             name.lives.remove(life)
+
+
+def _open(path: str) -> int:
+    """A descriptor to read from, -1 where there is nothing."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError:
+        return -1
 
 
 def _processor_nanoseconds(pid: int) -> int | None:

@@ -19,6 +19,11 @@ Answer = TypeVar("Answer")
 # What gRPC calls: with the request, or a stream of them, and the RPC's context.
 Method = Callable[[Any, Any], Awaitable[Answer]]
 
+# Prometheus' rate() does not see what a series is born with. So where it matters series are there before they count:
+# of a kernel's calls those whose end is not its caller's doing, from its first call on.
+_FAULTS = ("DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
+_RETRIED = ("not begun", "lost", "failed")
+_NOT_RETRIED = ("not pure", "attempts", "budget")
 
 _OF_REPLICAS: tuple[tuple[str, str, Callable[[Standing], float]], ...] = (
     ("unlatch_replica_up", "Whether a replica takes calls.", lambda one: one.up),
@@ -71,6 +76,10 @@ class GatewayMetrics:
             "Runs lost and not sent again: their kernel is not pure, the budget is spent, or there were many attempts.",
             ("reason",),
         )
+        for why in _RETRIED:
+            self._retries.labels(why)
+        for why in _NOT_RETRIED:
+            self._not_retried.labels(why)
         self._coalesced = recorder.counter(
             "unlatch_coalesced_calls_total", "Calls that shared the run of an identical one.", ("kernel",)
         )
@@ -117,6 +126,9 @@ class GatewayMetrics:
 
     def call_ended(self, kernel: str, code: str, seconds: float, timings: Timings | None) -> None:
         """A call has its answer, or needs none any more."""
+        if self._calls.seen(kernel, code) is None:
+            for fault in _FAULTS:
+                self._calls.labels(kernel, fault)
         self._calls.add(1, kernel, code)
         self._last.set(time(), kernel)
         self._stages.observe(seconds, kernel, "total" if code == "OK" else "failed")

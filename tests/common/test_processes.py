@@ -22,7 +22,10 @@ from common.processes import ProcessWatch
 pytestmark = pytest.mark.alone
 
 CPU, RATIO = "unlatch_process_cpu_seconds_total", "unlatch_process_utilization_ratio"
+CORE_WAIT = "unlatch_process_core_wait_seconds_total"
 RESIDENT, FAULTS = "unlatch_process_resident_memory_bytes", "unlatch_process_page_faults_total"
+TELLS_WAITS = Path("/proc/self/schedstat").exists()
+needs_waits = pytest.mark.skipif(not TELLS_WAITS, reason="this system has no /proc/<pid>/schedstat")
 SPINS = "while True: pass"
 HALF_SPINS = """
 import time
@@ -136,10 +139,35 @@ def test_window_forgets_what_is_older(children: Children) -> None:
         assert values(watch, FAULTS, "gateway")["minor"] > 100
 
 
+@needs_waits
+def test_what_does_not_run_waits_for_a_core(children: Children) -> None:
+    """Of two that want one core all the time each runs or waits, and waits for a quarter of it at least.
+
+    Which is half of it on a machine that gives both as much. What runs and waits is the whole time, within a tenth.
+    """
+    core = min(os.sched_getaffinity(0))
+    pair = [children.start(f"import os; os.sched_setaffinity(0, [{core}])\n{SPINS}") for _ in range(2)]
+    for child in pair:
+        until(lambda pid=child.pid: system_seconds(pid) > 0.1)  # type: ignore[misc]  # mypy cannot infer it
+    with ProcessWatch() as watch:
+        for number, child in enumerate(pair):
+            watch.watch(f"worker-{number}", child.pid)
+
+        def so_far(name: str) -> tuple[float, float, float]:
+            return time.monotonic(), cpu(watch, name), values(watch, CORE_WAIT, name)[""]
+
+        before = [so_far("worker-0"), so_far("worker-1")]
+        elapse(3)
+        for (wall, ran, waited), name in zip(before, ("worker-0", "worker-1"), strict=True):
+            wall_now, ran_now, waited_now = so_far(name)
+            assert ran_now - ran + waited_now - waited == pytest.approx(wall_now - wall, rel=0.1)
+            assert waited_now - waited > (wall_now - wall) / 4
+
+
 def test_replacement_goes_on_counting(children: Children) -> None:
     """When a name gets a new process no counter falls and no ratio leaves 0 to 1, however often it is looked at."""
     with ProcessWatch(sample_seconds=0.05) as watch:
-        last = 0.0
+        last = last_wait = 0.0
         for _ in range(4):
             child = children.start(SPINS)
             watch.watch("front", child.pid)
@@ -148,9 +176,10 @@ def test_replacement_goes_on_counting(children: Children) -> None:
                 if looked == 20:
                     child.kill()
                     child.wait()
-                now = cpu(watch, "front")
+                now, wait = cpu(watch, "front"), values(watch, CORE_WAIT, "front").get("", 0.0)
                 assert now >= last
-                last = now
+                assert wait >= last_wait
+                last, last_wait = now, wait
                 assert 0 <= ratio(watch, "front") <= 1.05
         assert last >= 4 * 0.15
         assert ratio(watch, "front") == 0
@@ -158,7 +187,7 @@ def test_replacement_goes_on_counting(children: Children) -> None:
 
 
 def test_metrics_are_scraped_over_http() -> None:
-    """A scrape has all four metrics of this very process, by its name, with help, and never a pid."""
+    """A scrape has all metrics of this very process, by its name, with help, and never a pid."""
     watch = ProcessWatch()
     watch.watch("gateway", os.getpid())
     address, close = serve_metrics("127.0.0.1:0", [watch])
@@ -169,7 +198,7 @@ def test_metrics_are_scraped_over_http() -> None:
         close()
     assert all(family.documentation for family in families)
     samples = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
-    assert {name for name, *_ in samples} == {CPU, RATIO, RESIDENT, FAULTS}
+    assert {name for name, *_ in samples} == {CPU, RATIO, RESIDENT, FAULTS} | ({CORE_WAIT} if TELLS_WAITS else set())
     used = sum(value for (name, *_), value in samples.items() if name == CPU)
     assert used == pytest.approx(time.process_time(), abs=0.1)
     assert not any(str(os.getpid()) in label for _, *labels in samples for label in labels)

@@ -146,10 +146,10 @@ class Scrape:
 
     def __init__(self, address: str) -> None:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=WITHIN_SECONDS) as response:
-            text = response.read().decode()
+            self.text = response.read().decode()
         self.samples: dict[tuple[str, Labels], float] = {}
         self._counters: set[tuple[str, Labels]] = set()
-        for family in text_string_to_metric_families(text):
+        for family in text_string_to_metric_families(self.text):
             for sample in family.samples:
                 key = (sample.name, frozenset(sample.labels.items()))
                 self.samples[key] = sample.value

@@ -1,0 +1,23 @@
+"""`python -m deploy.dashboards DIRECTORY` writes each board to a file of its uid's name."""
+
+import json
+import sys
+from pathlib import Path
+
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+from deploy.dashboards import mesh, processes, tenants
+
+BOARDS = (mesh.BOARD, processes.BOARD, tenants.BOARD)
+
+
+def write(directory: Path) -> None:
+    """Write all boards, and nothing else."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for board in BOARDS:
+        text = json.dumps(board.build(), cls=JSONEncoder, indent=2, sort_keys=True, ensure_ascii=False)
+        (directory / f"{board.uid}.json").write_text(f"{text}\n")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

@@ -1,0 +1,414 @@
+"""Processes: what every process does with its time and memory, and which of them is the trouble."""
+
+from deploy.dashboards import colours
+from deploy.dashboards.board import Board, Variable
+from deploy.dashboards.panels import HALF, WHOLE, Link, Query, figure, heat, lines, states
+from deploy.dashboards.queries import ANY_POD, born_or_grown, quantile, rate
+
+NAME = "{{pod}} {{process}}"
+WORKER = "{{pod}} worker-{{worker}}"
+LOOPS = f'{ANY_POD}, process=~"gateway|front"'
+OF_WORKERS = f'{ANY_POD}, process=~"worker-.*"'
+ONE = "namespace, pod, process"
+ONE_WORKER = "namespace, pod, worker"
+POD = Link(title="This pod alone", url="/d/unlatch-processes?var-pod=${__field.labels.pod}&${__url_time_range}")
+
+ON_A_CORE = rate("unlatch_process_cpu_seconds_total", ANY_POD, ONE)
+BUSY = f"rate(unlatch_worker_busy_seconds_total{{{ANY_POD}}}[$__rate_interval])"
+
+
+def _by_worker(metric: str) -> str:
+    """What a counter of processes says of workers, by the label that their own metrics have."""
+    growth = rate(metric, OF_WORKERS, ONE)
+    return f'sum by ({ONE_WORKER}) (label_replace({growth}, "worker", "$1", "process", "worker-(.*)"))'
+
+
+WORKERS_ON_A_CORE = _by_worker("unlatch_process_cpu_seconds_total")
+WORKERS_WAITING = _by_worker("unlatch_process_core_wait_seconds_total")
+IN_A_RUN = f"sum by ({ONE_WORKER}) ({BUSY})"
+BLOCKED = f"clamp_min({IN_A_RUN} - {WORKERS_ON_A_CORE} - {WORKERS_WAITING}, 0)"
+# A limit of 0 is none.
+MEMORY_RATIO = (
+    f"unlatch_worker_memory_bytes{{{ANY_POD}}} / on (namespace, pod) group_left () "
+    f"(unlatch_worker_memory_limit_bytes{{{ANY_POD}}} > 0)"
+)
+RESTARTS = born_or_grown("unlatch_worker_restarts_total", ANY_POD)
+
+_TOP = (
+    figure(
+        1,
+        "Workers out of place",
+        "Slots that no process fills which takes calls. A worker is replaced in milliseconds: if this stays above 0 "
+        "its kernels kill it at once, or do not load. See restarts by reason, and the front's log.",
+        "short",
+        f"sum(1 - unlatch_worker_up{{{ANY_POD}}})",
+        limits=((1, "red"),),
+    ),
+    figure(
+        2,
+        "Replacements in 15 min",
+        "Workers that were replaced. Some are by plan (recycling) or a caller's wish (cancelled calls): the reasons "
+        "are told below.",
+        "short",
+        f"sum(increase(unlatch_worker_replacement_seconds_count{{{ANY_POD}}}[15m]))",
+        limits=((1, "orange"), (10, "red")),
+    ),
+    figure(
+        3,
+        "Longest run now",
+        "How long the run goes on that has gone on longest. Longer than its kernel ever takes: it hangs. Its caller's "
+        "deadline ends it; a kernel's own `timeout` would sooner.",
+        "s",
+        f"max(unlatch_worker_running_seconds{{{ANY_POD}}})",
+        limits=((60, "orange"), (600, "red")),
+        none="none runs",
+    ),
+    figure(
+        4,
+        "Busiest loop",
+        "Processor time of the busiest gateway or front: 1 is one core, and a loop has no more. Near 1 it is what "
+        "limits calls: more gateways, or replicas with fewer workers each.",
+        "percentunit",
+        f"max(unlatch_process_utilization_ratio{{{LOOPS}}})",
+        limits=((0.7, "orange"), (0.9, "red")),
+    ),
+    figure(
+        5,
+        "Worst loop lag, p99",
+        "How late the slowest loop runs what is due. Over 10 ms: large unary messages, or no core left for it (see "
+        "waiting for a core).",
+        "s",
+        f"max({quantile(0.99, 'unlatch_event_loop_lag_seconds', LOOPS, 'namespace, pod, process')})",
+        limits=((0.01, "orange"), (0.1, "red")),
+    ),
+    figure(
+        6,
+        "Longest stall now",
+        "How overdue a loop is at this moment. Seconds: it is stopped, or in one long piece of work; take a stack of "
+        "that process (`py-spy dump --pid`), then let it be restarted.",
+        "s",
+        f"max(unlatch_event_loop_stalled_seconds{{{LOOPS}}})",
+        limits=((0.5, "orange"), (2, "red")),
+    ),
+    figure(
+        7,
+        "Worst GIL contention",
+        "Share of time that a thread of a gateway or front waits for its interpreter's lock. Above 0.5 something in "
+        "that process computes: nothing there should.",
+        "percentunit",
+        f"max(unlatch_gil_contention_ratio{{{LOOPS}}})",
+        limits=((0.3, "orange"), (0.5, "red")),
+    ),
+    figure(
+        8,
+        "Nearest its memory limit",
+        "The worker that has most of what it may have. At 1 its call is RESOURCE_EXHAUSTED: raise "
+        "`--worker-memory-bytes` and the pod's limit, or `memory=` of its kernel, or send it less.",
+        "percentunit",
+        f"max({MEMORY_RATIO})",
+        limits=((0.8, "orange"), (0.95, "red")),
+        none="no limit",
+    ),
+    heat(
+        11,
+        "Utilisation of every process",
+        "A row for each process: dark is a whole core, pale is idle. All workers dark: full, add replicas. One dark "
+        "for long: see what it runs. A gateway or front dark: it limits all others. Pale workers while calls wait: "
+        "the loops cannot feed them.",
+        "percentunit",
+        Query(ON_A_CORE, NAME),
+        most=1,
+        width=WHOLE,
+        height=10,
+    ),
+    lines(
+        12,
+        "Utilisation",
+        "The same as lines, killed processes' time included: 1 is one core. Blue gateways and purple fronts are to "
+        "stay below 0.7; orange workers are there to be used.",
+        "percentunit",
+        Query(ON_A_CORE, NAME),
+        width=WHOLE,
+        height=9,
+        coloured=colours.ROLES,
+        limits=((0.7, "orange"), (0.9, "red")),
+        most=1,
+        link=POD,
+    ),
+)
+
+_TIME = (
+    lines(
+        21,
+        "What workers do with their time",
+        "Mean of all workers. Waits for a core: more workers (or BLAS threads) than cores, or the CPU limit "
+        "throttles. Waits for something else: its kernels sleep, read or write: more workers than cores would do "
+        "more. Idle: nobody asks.",
+        "percentunit",
+        Query(f"avg({WORKERS_ON_A_CORE})", "on a core"),
+        Query(f"avg({WORKERS_WAITING})", "waits for a core"),
+        Query(f"avg({BLOCKED})", "waits for something else"),
+        Query(f"avg(1 - {IN_A_RUN})", "idle"),
+        coloured=colours.STATES,
+        most=1,
+        stacked=True,
+    ),
+    lines(
+        22,
+        "Waiting for a core",
+        "Share of time that each process was ready to run and had no core. Loops' are to be near 0: what they wait "
+        "all calls wait. If all have much, the pod's CPU limit is less than its workers, or the node is full.",
+        "percentunit",
+        Query(rate("unlatch_process_core_wait_seconds_total", ANY_POD, ONE), NAME),
+        coloured=colours.ROLES,
+        limits=((0.2, "red"),),
+        most=1,
+        link=POD,
+    ),
+    lines(
+        23,
+        "In a run, by worker",
+        "Share of time by the clock in which each worker ran kernels. Beside its utilisation it says whether its "
+        "kernels compute.",
+        "percentunit",
+        Query(IN_A_RUN, WORKER),
+        most=1,
+        link=POD,
+    ),
+    lines(
+        24,
+        "In a run, but on no core and waiting for none",
+        "Share of time in which a worker's kernel slept, read or wrote. For kernels that only compute it is near 0: "
+        "if not, they wait for a lock, a file, or memory that is paged in.",
+        "percentunit",
+        Query(BLOCKED, WORKER),
+        width=HALF,
+        most=1,
+        link=POD,
+    ),
+    lines(
+        25,
+        "Calls: running and waiting",
+        "Seconds that calls spent in each stage at the replicas, each second: how many run, and how many wait for a "
+        "worker. Waiting above running: add replicas.",
+        "short",
+        Query(
+            rate(
+                "unlatch_call_seconds_sum",
+                f'{ANY_POD}, job="unlatch-compute", kernel=~"$kernel", stage=~"run|queue"',
+                "stage",
+            ),
+            "{{stage}}",
+        ),
+        width=HALF,
+        coloured=colours.STAGES,
+    ),
+)
+
+_RUNS = (
+    lines(
+        31,
+        "Present run of each worker",
+        "How long each worker has run its present kernel. A line that climbs and climbs is a run that hangs: its name "
+        "is beside it.",
+        "s",
+        Query(f'unlatch_worker_running_seconds{{{ANY_POD}, kernel=~"$kernel"}}', f"{WORKER} {{{{kernel}}}}"),
+        link=POD,
+    ),
+    lines(
+        32,
+        "Calls that workers ended",
+        "By kernel and outcome. Errors are the kernels' own; a worker that ends none while others do is stuck, see "
+        "its present run.",
+        "reqps",
+        Query(
+            rate("unlatch_worker_calls_total", f'{ANY_POD}, kernel=~"$kernel"', "kernel, outcome"),
+            "{{kernel}} {{outcome}}",
+        ),
+        coloured={"error": "red"},
+    ),
+    lines(
+        33,
+        "Work for nobody",
+        "Processor time of runs whose callers had left or whose time had passed. Kernels that look at "
+        "`unlatch.cancelled()` end sooner; callers with longer deadlines wait for what they asked for.",
+        "short",
+        Query(rate("unlatch_wasted_cpu_seconds_total", ANY_POD, "pod"), "{{pod}}"),
+        link=POD,
+    ),
+)
+
+_RESTARTS = (
+    lines(
+        41,
+        "Restarts by reason",
+        "Workers that ended and were replaced. SIGKILL with no limit of ours: the machine ran out of memory. SIGSEGV: "
+        "a kernel's native code. `nobody waited for`: callers cancel. `its memory has grown`: recycling, as its "
+        "settings plan it.",
+        "short",
+        Query(f"sum by (reason) {RESTARTS}", "{{reason}}"),
+        stacked=True,
+        bars=True,
+        width=HALF,
+    ),
+    lines(
+        42,
+        "Restarts by worker",
+        "The same by slot. One slot alone: its calls kill it, and calls like them will be refused. All of a pod: its "
+        "memory, or its kernels.",
+        "short",
+        Query(f"sum by (pod, worker) {RESTARTS}", WORKER),
+        stacked=True,
+        bars=True,
+        width=HALF,
+        link=POD,
+    ),
+    lines(
+        43,
+        "Time without a worker",
+        "From the end of a worker until its replacement takes calls: some 10 ms. Seconds: its kernels take long to "
+        "load or keep killing it, so that each start waits longer.",
+        "s",
+        *(Query(quantile(q, "unlatch_worker_replacement_seconds", ANY_POD), f"p{q * 100:g}") for q in (0.5, 0.99)),
+        coloured=colours.QUANTILES,
+        width=HALF,
+    ),
+    states(
+        44,
+        "Workers",
+        "Whether a process that takes calls fills each slot. What is red for long has its reason in the front's log.",
+        Query(f"unlatch_worker_up{{{ANY_POD}}}", WORKER),
+        {0: ("none takes calls", "red"), 1: ("takes calls", "green")},
+        width=HALF,
+    ),
+)
+
+_MEMORY = (
+    lines(
+        51,
+        "Memory in RAM",
+        "Of every process, shared arenas included. All of a pod's together must stay below its limit; a front's grows "
+        "with what calls bring, bounded by `--input-arena-bytes`.",
+        "bytes",
+        Query(f"unlatch_process_resident_memory_bytes{{{ANY_POD}}}", NAME),
+        coloured=colours.ROLES,
+        link=POD,
+    ),
+    lines(
+        52,
+        "Workers' own memory, and its limit",
+        "What each worker has beyond what it started with, and (red) what it may have. A line that climbs with each "
+        "call is a kernel that leaks: `--recycle-growth-bytes` replaces such a worker.",
+        "bytes",
+        Query(f"unlatch_worker_memory_bytes{{{ANY_POD}}}", WORKER),
+        Query(f"unlatch_worker_memory_limit_bytes{{{ANY_POD}}} > 0", "{{pod}} limit"),
+        coloured={"limit$": "red", "worker-": "shades of orange"},
+        link=POD,
+    ),
+    lines(
+        53,
+        "Workers' memory against the limit",
+        "At 1 the call is RESOURCE_EXHAUSTED and the worker serves on, or is replaced. Near 1 for one kernel: give it "
+        "`memory=`, or send it less at a time.",
+        "percentunit",
+        Query(MEMORY_RATIO, WORKER),
+        limits=((0.8, "orange"), (0.95, "red")),
+        most=1,
+        link=POD,
+    ),
+    lines(
+        54,
+        "Page faults, minor",
+        "Pages that were found in RAM. Thousands a second in a worker are memory given back and taken again, call "
+        "after call: see its kernels' temporaries.",
+        "short",
+        Query(rate("unlatch_process_page_faults_total", f'{ANY_POD}, kind="minor"', ONE), NAME),
+        coloured=colours.ROLES,
+        width=HALF,
+        link=POD,
+    ),
+    lines(
+        55,
+        "Page faults, major",
+        "Pages that were read from a disk. After the start it is 0: if not, the node has no memory left and "
+        "everything waits for its disk.",
+        "short",
+        Query(rate("unlatch_process_page_faults_total", f'{ANY_POD}, kind="major"', ONE), NAME),
+        coloured=colours.ROLES,
+        limits=((1, "red"),),
+        width=HALF,
+        link=POD,
+    ),
+)
+
+_LOOPS = (
+    lines(
+        61,
+        "Loop lag, p99",
+        "How late each loop runs what is due every 50 ms: what every event that came then waited. Over 10 ms: large "
+        "unary messages, or no core left for it.",
+        "s",
+        Query(quantile(0.99, "unlatch_event_loop_lag_seconds", LOOPS, ONE), NAME),
+        coloured=colours.ROLES,
+        limits=((0.01, "orange"), (0.1, "red")),
+        width=HALF,
+        link=POD,
+    ),
+    heat(
+        62,
+        "Loop lag, all loops",
+        "How often which lag was seen. One band near the bottom is a healthy loop; a second one above it is work in "
+        "long pieces.",
+        "s",
+        Query(rate("unlatch_event_loop_lag_seconds_bucket", LOOPS, "le"), "{{le}}"),
+        buckets=True,
+        width=HALF,
+    ),
+    lines(
+        63,
+        "Loop stalled",
+        "How overdue each loop was when it was scraped. More than some milliseconds again and again is a loop that is "
+        "held up.",
+        "s",
+        Query(f"unlatch_event_loop_stalled_seconds{{{LOOPS}}}", NAME),
+        coloured=colours.ROLES,
+        limits=((0.5, "orange"), (2, "red")),
+        width=HALF,
+        link=POD,
+    ),
+    lines(
+        64,
+        "GIL contention",
+        "Share of time that a thread of each process waits for the interpreter's lock. It follows utilisation; above "
+        "0.5 something computes where nothing should.",
+        "percentunit",
+        Query(f"unlatch_gil_contention_ratio{{{LOOPS}}}", NAME),
+        coloured=colours.ROLES,
+        limits=((0.3, "orange"), (0.5, "red")),
+        most=1,
+        width=HALF,
+        link=POD,
+    ),
+)
+
+BOARD = Board(
+    uid="unlatch-processes",
+    says="What every process does with its time and memory, and which of them is the trouble.",
+    variables=(
+        Variable(name="namespace", title="Namespace", series="unlatch_process_utilization_ratio", label="namespace"),
+        Variable(
+            name="pod", title="Pod", series='unlatch_process_utilization_ratio{namespace=~"$namespace"}', label="pod"
+        ),
+        Variable(
+            name="kernel", title="Kernel", series='unlatch_worker_calls_total{namespace=~"$namespace"}', label="kernel"
+        ),
+    ),
+    top=_TOP,
+    rows={
+        "Run time and waiting": _TIME,
+        "Runs": _RUNS,
+        "Restarts": _RESTARTS,
+        "Memory": _MEMORY,
+        "Event loops": _LOOPS,
+    },
+)

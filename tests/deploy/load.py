@@ -1,0 +1,173 @@
+"""A mixed load for a gateway that asks who calls: whatever can become of a call becomes of some.
+
+Each caller is a thread that goes its rounds until the load ends, and pauses after each: two cores are to keep up.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+
+from common.errors import Unavailable
+from protos.inference_pb2 import ModelInferRequest
+from tests.deploy import load_kernels
+from tests.doors import request, vector
+from tests.security.issuer import Issuer, bearer
+from unlatch import TLS, BlockingClient
+
+KERNELS = load_kernels.__file__
+TENANTS = """
+[tenants.research]
+
+[tenants.planning]
+
+[tenants.modest]
+calls_per_second = 5
+burst_calls = 1
+"""
+_PATIENT_SECONDS = 20.0
+_METHOD = "/inference.GRPCInferenceService/ModelInfer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Door:
+    """Where the load comes to, and who lets it in."""
+
+    target: str
+    authority: bytes
+    tls: TLS
+    issuer: Issuer
+
+
+class Load:
+    """Goes on within a `with` block, at whose end no caller may have met what it does not expect."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._ends = threading.Event()
+        self._unexpected: list[BaseException] = []
+        self._callers: tuple[tuple[float, Callable[[], None]], ...] = (
+            (0.01, self._quick),
+            (0.01, self._steady),
+            (0.01, self._steady),
+            (0.05, self._large),
+            (0.05, self._alike),
+            (0.05, self._together),
+            (0.05, self._mapped),
+            (0.1, self._wrong),
+            (0.2, self._too_many),
+            (0.2, self._late),
+            (0.5, self._left),
+        )
+        self._threads = [
+            threading.Thread(target=self._go, args=(number, pause, rounds), name=rounds.__name__, daemon=True)
+            for number, (pause, rounds) in enumerate(self._callers)
+        ]
+        self.rounds: Counter[int] = Counter()
+
+    @property
+    def fewest_rounds(self) -> int:
+        """How many each caller has gone at least."""
+        assert not self._unexpected, self._unexpected
+        return min(self.rounds[number] for number in range(len(self._callers)))
+
+    def __enter__(self) -> Self:
+        credentials = grpc.ssl_channel_credentials(self._door.authority)
+        self._channel = grpc.secure_channel(self._door.target, credentials)
+        self._client = BlockingClient(
+            self._door.target, tls=self._door.tls, token=lambda: self._door.issuer.token("planning")
+        )
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ends.set()
+        for thread in self._threads:
+            thread.join(2 * _PATIENT_SECONDS)
+        self._client.close()
+        self._channel.close()
+        if error is None:
+            assert not self._unexpected, self._unexpected
+
+    def _go(self, number: int, pause_seconds: float, go_round: Callable[[], None]) -> None:
+        while not self._ends.wait(pause_seconds):
+            try:
+                go_round()
+            except BaseException as unexpected:  # noqa: BLE001 (whatever it is, the test is to say it)
+                self._unexpected.append(unexpected)
+                return
+            self.rounds[number] += 1
+
+    # What the callers do in a round. UNAVAILABLE is always to be expected, since workers and replicas are killed.
+
+    def _quick(self) -> None:
+        self._end({"OK"}, "research", vector("identity", *range(64)))
+
+    def _steady(self) -> None:
+        self._end({"OK"}, "research", _any_vector("simulate", seconds=0.02))
+
+    def _large(self) -> None:
+        image = np.random.default_rng().random((512, 512))
+        self._end({"OK"}, "research", request("gaussian_blur", {"image": image}, sigma=2.0))
+
+    def _alike(self) -> None:
+        """Some that are the same, at the same time."""
+        self._end({"OK"}, "research", *[_any_vector("simulate", seconds=0.05)] * 4)
+
+    def _together(self) -> None:
+        """Some that may run as one."""
+        rows = np.random.default_rng().random((8, 1, 16))
+        self._end({"OK"}, "planning", *(request("score", {"x": row}) for row in rows))
+
+    def _mapped(self) -> None:
+        """By a lane."""
+        with suppress(Unavailable):
+            for _ in self._client.map("simulate", np.random.default_rng().random((4, 8)), seconds=0.005):
+                pass
+
+    def _wrong(self) -> None:
+        """What ends as its caller deserves, or its kernel."""
+        self._end({"INVALID_ARGUMENT"}, "planning", request("identity", {"y": np.ones(2)}))
+        self._end({"INVALID_ARGUMENT"}, "planning", vector("refuse", 1.0))
+        self._end({"INTERNAL"}, "planning", vector("fail", 1.0))
+        self._end({"NOT_FOUND"}, "planning", vector("no_such_kernel", 1.0))
+        self._end({"UNAUTHENTICATED"}, "", vector("identity", 1.0))
+
+    def _too_many(self) -> None:
+        """More than its tenant may."""
+        self._end({"OK", "RESOURCE_EXHAUSTED"}, "modest", *[vector("identity", 1.0)] * 4)
+
+    def _late(self) -> None:
+        """It takes longer than its caller waits; nor does the kernel end in its grace."""
+        rpc = self._send("planning", _any_vector("record", seconds=1.0), 0.1)
+        assert rpc.code().name in {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
+
+    def _left(self) -> None:
+        """Its caller leaves, most likely while it runs."""
+        rpc = self._send("planning", _any_vector("record", seconds=0.4), _PATIENT_SECONDS)
+        self._ends.wait(0.2)
+        rpc.cancel()
+
+    def _end(self, codes: set[str], tenant: str, *messages: ModelInferRequest) -> None:
+        """All at once, as one of these codes says."""
+        for rpc in [self._send(tenant, message, _PATIENT_SECONDS) for message in messages]:
+            assert rpc.code().name in codes | {"UNAVAILABLE"}, rpc
+
+    def _send(self, tenant: str, message: ModelInferRequest, timeout: float) -> Any:
+        metadata = bearer(self._door.issuer.token(tenant)) if tenant else ()
+        method: Any = self._channel.unary_unary(_METHOD)
+        return method.future(message.SerializeToString(), timeout=timeout, metadata=metadata)
+
+
+def _any_vector(kernel: str, **scalars: float) -> ModelInferRequest:
+    """One that nobody else has."""
+    return vector(kernel, *np.random.default_rng().random(8), **scalars)

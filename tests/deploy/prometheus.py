@@ -1,0 +1,279 @@
+"""A real Prometheus that scrapes a running mesh: what rules and dashboards ask for is asked of it.
+
+    load ── TLS, tokens ──> gateway ── lanes, TLS ──> two replicas of two workers
+                               └────── /metrics ────────┴──> Prometheus, with the shipped rules
+
+The load goes on until everything has become of some call, a worker and a replica have been killed, and each target has
+been scraped often. Then it ends, and what is asked is asked as of its last `moment`: so no test that runs beside others
+has it in its way. Who needs it again goes `with watched.load():`.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+
+from tests.authority import Authority, Renamed
+from tests.deploy.load import KERNELS, TENANTS, Door, Load
+from tests.faults.watching import children, wait_until
+from tests.mesh import ROOT, Service
+from tests.security.issuer import Issuer
+from unlatch import TLS
+
+RULES = ROOT / "deploy" / "k8s" / "components" / "plain-prometheus" / "rules.yml"
+NAMESPACE = "unlatch"
+INTERVAL_SECONDS = 0.5
+_FEWEST_SCRAPES = 20
+# Not how long it takes, which is a third of that: so long a machine that is slow and busy may take.
+_WITHIN_SECONDS = 90.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One series that a query gave: times are seconds since the epoch; an instant has one."""
+
+    labels: Mapping[str, str]
+    points: Sequence[tuple[float, float]]
+
+    @property
+    def value(self) -> float:
+        """The last."""
+        return self.points[-1][1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One /metrics, and what Kubernetes would call whose it is."""
+
+    job: str
+    pod: str
+    address: str
+
+
+class Prometheus:
+    """A running server. Queries raise AssertionError with what it says of them when it refuses them."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def query(self, query: str, *, at: float | None = None) -> list[Series]:
+        """What a query gives now, or as of then."""
+        return self._ask("query", query=query, **({} if at is None else {"time": at}))
+
+    def query_range(self, query: str, *, start: float, end: float, step_seconds: float) -> list[Series]:
+        """What a query gives from then to then."""
+        return self._ask("query_range", query=query, start=start, end=end, step=step_seconds)
+
+    def get(self, path: str, **arguments: object) -> Any:
+        """The data that its HTTP API answers with, under /api/v1/."""
+        try:
+            with urlopen(f"http://{self.address}/api/v1/{path}?{urlencode(arguments)}", timeout=30) as answer:
+                return json.load(answer)["data"]
+        except HTTPError as error:
+            raise AssertionError(f"{arguments}: {error.read().decode()}") from error
+
+    def _ask(self, path: str, **arguments: object) -> list[Series]:
+        data = self.get(path, **arguments)
+        if data["resultType"] == "scalar":
+            return [Series(labels={}, points=[(float(data["result"][0]), float(data["result"][1]))])]
+        return [
+            Series(
+                labels=found["metric"],
+                points=[(float(at), float(value)) for at, value in found.get("values") or [found["value"]]],
+            )
+            for found in data["result"]
+        ]
+
+
+@contextmanager
+def running_prometheus(directory: Path, config: Mapping[str, Any]) -> Iterator[Prometheus]:
+    """One of this configuration. Skips the test where there is no Prometheus."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("there is no prometheus here: apt-get install --no-install-recommends prometheus")
+    file = directory / "prometheus.yml"
+    file.write_text(json.dumps(config))
+    with subprocess.Popen(
+        [
+            *("prometheus", f"--config.file={file}", f"--storage.tsdb.path={directory / 'data'}"),
+            *("--web.listen-address=127.0.0.1:0", "--log.level=info"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            yield Prometheus(_address(server))
+        finally:
+            server.kill()
+
+
+def scraping(targets: Sequence[Target]) -> dict[str, Any]:
+    """A configuration that scrapes these and evaluates the rules twice a second."""
+    interval = f"{INTERVAL_SECONDS * 1000:.0f}ms"
+    return {
+        "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
+        "rule_files": [str(RULES)],
+        "scrape_configs": [
+            {
+                "job_name": job,
+                "static_configs": [
+                    {"targets": [one.address], "labels": {"namespace": NAMESPACE, "pod": one.pod}}
+                    for one in targets
+                    if one.job == job
+                ],
+            }
+            for job in sorted({one.job for one in targets})
+        ],
+    }
+
+
+def _address(server: subprocess.Popen[str]) -> str:
+    """Where it listens, once it is ready. What it says afterwards is read, and forgotten."""
+    assert server.stderr is not None
+    said, address = [], ""
+    for line in server.stderr:
+        said.append(line)
+        if found := re.search(r'msg="Listening on" address=(\S+)', line):
+            address = found[1]
+        if address and "Server is ready to receive web requests" in line:
+            threading.Thread(target=server.stderr.read, name="prometheus's log", daemon=True).start()
+            return address
+    raise AssertionError(f"Prometheus did not start: {''.join(said[-20:])}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """A mesh that has been under load, and what Prometheus knows of it. Gateway and replicas still run."""
+
+    prometheus: Prometheus
+    gateway: Service
+    fronts: Sequence[Service]
+    targets: Sequence[Target]
+    door: Door
+    began: float
+    moment: float
+
+    def ask(self, query: str) -> list[Series]:
+        """What a query gives as of the load's last moment."""
+        return self.prometheus.query(query, at=self.moment)
+
+    def load(self) -> Load:
+        """The load once more, within a `with` block."""
+        return Load(self.door)
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """A mesh that has been under load, for every test that asks and leaves it as it was: give the first one 180 s."""
+    directory: Path = tmp_path_factory.mktemp("watched")
+    with ExitStack() as stack:
+        mesh = _Mesh(stack, directory)
+        prometheus = stack.enter_context(running_prometheus(directory, scraping(mesh.targets)))
+        began = time.time()
+        with Load(mesh.door) as load:
+            wait_until(lambda: load.fewest_rounds > 1, "every kind of call is made", _WITHIN_SECONDS)
+            mesh.hurt()
+            rounds = load.fewest_rounds
+            wait_until(lambda: load.fewest_rounds > rounds + 1, "every kind of call is made again", _WITHIN_SECONDS)
+            _wait_for(prometheus, f"min(count_over_time(up[10m])) >= {_FEWEST_SCRAPES}")
+            moment = time.time()
+            # Rules come after what they are made of, and some are made of others.
+            _wait_for(prometheus, f"min(timestamp(up)) > {moment + 4 * INTERVAL_SECONDS}")
+        yield Watched(
+            prometheus=prometheus,
+            gateway=mesh.gateway,
+            fronts=mesh.fronts,
+            targets=mesh.targets,
+            door=mesh.door,
+            began=began,
+            moment=moment,
+        )
+        mesh.stop()
+
+
+def _wait_for(prometheus: Prometheus, query: str) -> None:
+    wait_until(lambda: prometheus.query(query), f"Prometheus says {query}", _WITHIN_SECONDS)
+
+
+class _Mesh:
+    """A gateway that asks who calls, and two replicas, all with certificates, on ports of their own."""
+
+    def __init__(self, stack: ExitStack, directory: Path) -> None:
+        self._stack = stack
+        authority = Authority()
+        files = Renamed(
+            directory / "certificates", {**authority.issue("127.0.0.1", seconds=86400.0), "ca.crt": authority.pem}
+        )
+        self._shows = ("--tls-cert", files["tls.crt"], "--tls-key", files["tls.key"])
+        self._trusts = files["ca.crt"]
+        self.fronts = [self._front("127.0.0.1:0", "127.0.0.1:0") for _ in range(2)]
+        issuer, tenants = Issuer(directory), directory / "tenants.toml"
+        tenants.write_text(TENANTS)
+        shows = ("--replica-cert", files["tls.crt"], "--replica-key", files["tls.key"], "--replica-ca", files["ca.crt"])
+        replicas = [_served(front)["listen"] for front in self.fronts]
+        self.gateway = stack.enter_context(
+            Service(
+                "gateway",
+                *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"),
+                *("--replicas", ",".join(replicas), "--tenants", str(tenants), "--drain-seconds", "5"),
+                *(*self._shows, *shows, *issuer.flags),
+            )
+        )
+        for replica in replicas:
+            self.gateway.wait_for("replica is ready", replica=replica)
+        serving = _served(self.gateway)
+        self.door = Door(target=serving["listen"], authority=authority.pem, tls=TLS(ca=files["ca.crt"]), issuer=issuer)
+        self.targets = [
+            Target(job="unlatch-gateway", pod="unlatch-gateway-0", address=serving["metrics_listen"]),
+            *(
+                Target(job="unlatch-compute", pod=f"unlatch-compute-{number}", address=_served(front)["metrics_listen"])
+                for number, front in enumerate(self.fronts)
+            ),
+        ]
+
+    def hurt(self) -> None:
+        """Kill a worker of one replica, and the other replica, which is then started again where it was."""
+        (forkserver,) = [child for child in children(self.fronts[0].pid) if children(child)]
+        os.kill(children(forkserver)[0], signal.SIGKILL)
+        serving = _served(self.fronts[1])
+        line = len(self.gateway.lines)
+        self.fronts[1].kill()
+        self.fronts[1] = self._front(serving["listen"], serving["metrics_listen"])
+        self.gateway.wait_for("replica is ready", after=line, within=_WITHIN_SECONDS, replica=serving["listen"])
+
+    def stop(self) -> None:
+        """Have all end, cleanly."""
+        for service in (self.gateway, *self.fronts):
+            service.stop()
+
+    def _front(self, listen: str, metrics_listen: str) -> Service:
+        front = self._stack.enter_context(
+            Service(
+                "compute",
+                *("--listen", listen, "--metrics-listen", metrics_listen, "--health-listen", "127.0.0.1:0"),
+                *("--workers", "2", "--kernels", KERNELS, "--drain-seconds", "5"),
+                *("--worker-memory-bytes", str(512 * 1024 * 1024)),
+                *(*self._shows, "--tls-client-ca", self._trusts),
+            )
+        )
+        _served(front)
+        return front
+
+
+def _served(service: Service) -> dict[str, Any]:
+    return service.wait_for("serving")

@@ -1,0 +1,249 @@
+"""Grafana's boards: what they ask, of a real Prometheus that has watched a mesh under load; and how they are made."""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from tests.deploy.boards import DIRECTORY, FILES, Asked, Board, boards, fill, metrics_of
+from tests.deploy.prometheus import Watched
+from tests.mesh import ROOT
+
+BOARDS = boards()
+COLUMNS = 24
+every_board = pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.uid)
+
+
+def test_generating_the_boards_changes_nothing(tmp_path: Path) -> None:
+    """`make dashboards` into an empty directory gives the very files that are here."""
+    made = subprocess.run(
+        ["make", "--no-print-directory", "dashboards", f"OUT={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    fresh = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert fresh.keys() == {path.name for path in FILES}
+    for name, text in fresh.items():
+        assert text == (DIRECTORY / name).read_text(), f"{name} is not what its code makes: run `make dashboards`"
+
+
+def test_grafanas_sidecar_finds_every_board() -> None:
+    """The component makes a ConfigMap of each file, with the label that the sidecar of Grafana's charts looks for."""
+    component = yaml.safe_load((DIRECTORY.parent / "kustomization.yaml").read_text())
+    made = component["configMapGenerator"]
+    assert sorted(file for one in made for file in one["files"]) == [f"dashboards/{path.name}" for path in FILES]
+    assert all(one["options"]["labels"] == {"grafana_dashboard": "1"} for one in made)
+
+
+# Each board by itself
+
+
+def test_the_boards_are_those_that_alerts_and_readers_know() -> None:
+    """Their uids are part of their addresses, and files are called by them."""
+    assert [board.uid for board in BOARDS] == ["unlatch-mesh", "unlatch-processes", "unlatch-tenants"]
+    assert [path.stem for path in FILES] == [board.uid for board in BOARDS]
+
+
+def lost(here: Any, read: Any, path: str = "") -> Iterator[str]:
+    """Where something here was not read, or as something else. What is read beyond it are defaults."""
+    if isinstance(here, dict) and isinstance(read, dict):
+        for name, value in here.items():
+            yield from lost(value, read.get(name), f"{path}/{name}")
+    elif isinstance(here, list) and isinstance(read, list) and len(here) == len(read):
+        for place, (one, other) in enumerate(zip(here, read, strict=True)):
+            yield from lost(one, other, f"{path}/{place}")
+    elif here != read:
+        yield path
+
+
+@every_board
+def test_grafana_knows_every_field(board: Board) -> None:
+    """The types that are made of Grafana's schemas read the whole of it: nothing is misspelt or misplaced."""
+    register_default_plugins()
+    read = Dashboard.from_json(dict(board.json))
+    assert not list(lost(board.json, json.loads(json.dumps(read, cls=JSONEncoder))))
+
+
+@every_board
+def test_every_panel_has_a_number_of_its_own(board: Board) -> None:
+    """Alerts and links name panels by number; a row's are of its ten, so that a new one finds room."""
+    numbers = [panel["id"] for panel in board.json["panels"]]
+    assert len(set(numbers)) == len(numbers)
+    row = 0
+    for panel in board.json["panels"]:
+        if panel["type"] == "row":
+            row = panel["id"]
+            assert row % 10 == 0
+        elif row:
+            assert row < panel["id"] < row + 10, panel["title"]
+
+
+@every_board
+def test_panels_lie_beside_and_below_one_another(board: Board) -> None:
+    """None lies upon another or beyond the edge, and none above one that comes before it."""
+    places = [(panel["title"], panel["gridPos"]) for panel in board.json["panels"]]
+    for title, at in places:
+        assert 0 <= at["x"] < at["x"] + at["w"] <= COLUMNS, title
+    for (title, one), (other, two) in combinations(places, 2):
+        beside = one["x"] + one["w"] <= two["x"] or two["x"] + two["w"] <= one["x"]
+        below = one["y"] + one["h"] <= two["y"]
+        assert (beside and one["y"] <= two["y"]) or below, (title, other)
+
+
+@every_board
+def test_every_panel_says_what_it_shows_and_what_to_do(board: Board) -> None:
+    """A unit, a description of a sentence at least, queries by letters, of the data source that was chosen."""
+    titles = [panel["title"] for panel in board.panels]
+    assert len(set(titles)) == len(titles)
+    for panel in board.panels:
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert len(panel["description"]) > 60, panel["title"]
+        assert panel["description"].endswith("."), panel["title"]
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        refs = [target["refId"] for target in panel["targets"]]
+        assert refs == sorted(set(refs))
+        assert refs
+        for target in panel["targets"]:
+            assert target["datasource"] == panel["datasource"]
+
+
+@every_board
+def test_limits_are_coloured_from_the_lowest_on(board: Board) -> None:
+    """Whatever has thresholds has them rise, from a colour for all that is below; half of the figures have some."""
+    for panel in board.panels:
+        values = [step["value"] for step in thresholds(panel)]
+        assert values[:1] in ([], [None]), panel["title"]
+        assert values[1:] == sorted(values[1:]), panel["title"]
+    figures = [panel for panel in board.panels if panel["type"] == "stat"]
+    assert sum(len(thresholds(panel)) > 1 for panel in figures) >= len(figures) / 2
+
+
+def thresholds(panel: Mapping[str, Any]) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])
+    return steps
+
+
+@every_board
+def test_the_first_screen_is_the_answer(board: Board) -> None:
+    """At 1920 by 1080 some 24 of Grafana's rows are seen: the figures are all of the first four, from the left."""
+    figures = [panel["gridPos"] for panel in board.panels if panel["type"] == "stat"]
+    assert {(at["y"], at["h"]) for at in figures} == {(0, 4)}
+    assert sum(at["w"] for at in figures) == COLUMNS
+
+
+def links(board: Board) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Each panel's links to boards."""
+    for panel in board.panels:
+        defaults = panel["fieldConfig"]["defaults"].get("links", [])
+        of_columns = [
+            link
+            for override in panel["fieldConfig"]["overrides"]
+            for one in override["properties"]
+            if one["id"] == "links"
+            for link in one["value"]
+        ]
+        yield from ((panel, link["url"]) for link in [*defaults, *of_columns])
+
+
+@every_board
+def test_links_lead_to_boards_that_know_what_is_chosen(board: Board) -> None:
+    """A panel's link sets a variable of the board that it leads to; each board leads to the others."""
+    known = {other.uid: other.variables for other in BOARDS}
+    for panel, url in links(board):
+        target = urlsplit(url)
+        chosen = {name.removeprefix("var-") for name in parse_qs(target.query) if name.startswith("var-")}
+        assert chosen, panel["title"]
+        assert chosen <= known[target.path.removeprefix("/d/")].keys(), panel["title"]
+    assert {link["url"].removeprefix("/d/") for link in board.json["links"]} == known.keys() - {board.uid}
+
+
+@every_board
+def test_every_query_is_promql_of_the_boards_variables(board: Board) -> None:
+    """A parser reads each, with the variables filled in; none makes up a value where there is none."""
+    for asked in board.asks():
+        assert metrics_of(fill(asked.expr, board.everything())), asked
+        assert not re.search(r"\bvector\(|\babsent", asked.expr), asked
+        assert "$namespace" in asked.expr, asked
+
+
+# The boards of a mesh that runs
+
+
+@pytest.mark.timeout(180)
+@every_board
+def test_variables_offer_what_there_is(watched: Watched, board: Board) -> None:
+    """Namespaces, pods, kernels and tenants are those of the mesh."""
+    choices = board.choices(watched.prometheus)
+    assert choices["namespace"] == ["unlatch"]
+    pods = {target.pod for target in watched.targets}
+    expected = {
+        "pod": pods,
+        "gateway": {pod for pod in pods if "gateway" in pod},
+        "kernel": {"identity", "simulate", "score", "gaussian_blur"},
+        "tenant": {"research", "planning", "modest"},
+    }
+    for name, values in choices.items():
+        assert expected.get(name, set()) <= set(values), name
+    assert set(choices.get("pod", pods)) == pods
+
+
+@pytest.mark.timeout(180)
+@every_board
+def test_every_query_names_what_is_exported(watched: Watched, board: Board) -> None:
+    """No panel, variable or annotation reads a series that neither gateway nor front has."""
+    exported = set(watched.prometheus.get("label/__name__/values", **{"match[]": '{job=~"unlatch-.*"}'}))
+    exported -= {name for name in exported if ":" in name}
+    for asked in board.asks():
+        assert metrics_of(fill(asked.expr, board.everything())) <= exported, asked
+    for query in board.variables.values():
+        series = re.sub(r"label_values\((.+), \w+\)", r"\1", query)
+        assert metrics_of(fill(series, board.everything())) <= exported, query
+    for annotation in board.json["annotations"]["list"]:
+        # It is Prometheus's own.
+        assert metrics_of(annotation["expr"]) == {"ALERTS"}
+
+
+@pytest.mark.timeout(180)
+@every_board
+@pytest.mark.parametrize("chosen", ["all", "each"])
+def test_every_panel_has_data(watched: Watched, board: Board, chosen: str) -> None:
+    """Of the time under load each query gives something, whether nothing was chosen or each value was ticked."""
+    values = board.everything() if chosen == "all" else board.chosen(watched.prometheus)
+    empty: list[Asked] = []
+    for asked in board.asks():
+        query = fill(asked.expr, values)
+        given = watched.prometheus.query_range(query, start=watched.began, end=watched.moment, step_seconds=1.0)
+        # What is no number, a share of nothing for example, shows nothing.
+        if not any(value == value for one in given for _, value in one.points):  # noqa: PLR0124 (NaN is not itself)
+            empty.append(asked)
+    assert not empty, [str(asked) for asked in empty]
+
+
+@pytest.mark.timeout(180)
+@every_board
+def test_series_have_the_labels_that_name_and_link_them(watched: Watched, board: Board) -> None:
+    """What a legend, a table's column or a link takes a label from has that label."""
+    for panel in board.panels:
+        wanted = {
+            label for _, url in links(board) if _ is panel for label in re.findall(r"__field\.labels\.(\w+)", url)
+        }
+        for target in panel["targets"]:
+            named = wanted | set(re.findall(r"{{(\w+)}}", target.get("legendFormat", "")))
+            query = fill(target["expr"], board.everything())
+            given = watched.prometheus.query_range(query, start=watched.began, end=watched.moment, step_seconds=1.0)
+            for one in given:
+                assert named <= one.labels.keys(), (panel["title"], dict(one.labels))

@@ -1,0 +1,200 @@
+"""The board of processes against the system's own accounting: what /proc says meanwhile of the very same processes."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pytest
+
+from tests.deploy.boards import boards, fill
+from tests.deploy.prometheus import Series, Watched
+from tests.faults.watching import children, status_bytes, wait_until
+from unlatch import BlockingClient
+
+pytestmark = pytest.mark.timeout(180)
+
+BOARD = next(board for board in boards() if board.uid == "unlatch-processes")
+HEAT, UTILISATION, IN_A_RUN, MEMORY = 11, 12, 23, 51
+WINDOW_SECONDS = 4.0
+# A scrape's time is when it began. On a busy machine what it tells is read up to 0.1 s later, which may be as much
+# processor time; over the window it is a fortieth, and as much comes of what `rate` assumes of the window's edges.
+WITHIN_CPU_SECONDS, WITHIN_RATIO = 0.15, 0.1
+# What a process has in RAM may grow between the two.
+WITHIN_BYTES = 4 * 1024 * 1024
+# On a machine that is busy and slow a scrape takes longer than its half second now and then, and fails.
+_FAILING_SECONDS = 2.0
+_TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def used_and_waited(pid: int) -> tuple[float, float]:
+    """Seconds on a core of all its threads, and without one of the first."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    _, waited_nanoseconds, _ = Path(f"/proc/{pid}/schedstat").read_text().split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_SECONDS, int(waited_nanoseconds) / 1e9
+
+
+class Readings:
+    """What /proc says of some processes every 20 ms, as long as a `with` block lasts."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._at: list[float] = []
+        self._said: dict[int, list[tuple[float, float]]] = {pid: [] for pid in pids}
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="readings", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def used(self, pid: int, since: float, until: float) -> float:
+        """Seconds on a core between two moments."""
+        return self._between(0, pid, since, until)
+
+    def waited(self, pid: int, since: float, until: float) -> float:
+        """Seconds of waiting for one."""
+        return self._between(1, pid, since, until)
+
+    def _between(self, which: int, pid: int, since: float, until: float) -> float:
+        begin, end = np.interp([since, until], self._at, [said[which] for said in self._said[pid]])
+        return float(end - begin)
+
+    def _read(self) -> None:
+        while not self._ends.wait(0.02):
+            self._at.append(time.time())
+            for pid, said in self._said.items():
+                said.append(used_and_waited(pid))
+
+
+@contextmanager
+def calling(call: Callable[[], object]) -> Iterator[None]:
+    """One caller, who calls again as soon as it is answered."""
+    ends = threading.Event()
+
+    def go() -> None:
+        while not ends.is_set():
+            call()
+
+    thread = threading.Thread(target=go, name="caller", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ends.set()
+        thread.join(30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A mesh's processes over a stretch of time: what /proc has said, until when, and what was resident then.
+
+    `pids` are by pod and process; Prometheus tells a pod's workers by slot, so here they are by their number of birth.
+    """
+
+    watched: Watched
+    pids: Mapping[tuple[str, str], int]
+    readings: Readings
+    moment: float
+    resident: Mapping[int, int]
+
+    def panel(self, number: int) -> list[Series]:
+        """What a panel of the board shows then; of a pod whose last scrape failed, what the one before told."""
+        values = {**BOARD.everything(), "__rate_interval": f"{WINDOW_SECONDS:g}s"}
+        (asked,) = [asked.expr for asked in BOARD.asks() if asked.number == number]
+        since = self.moment - _FAILING_SECONDS
+        return self.watched.prometheus.query_range(fill(asked, values), start=since, end=self.moment, step_seconds=0.5)
+
+
+@pytest.fixture(scope="module")
+def compared(watched: Watched) -> Compared:
+    """Two long calls at any time, and many small ones, for as long as the panels look back."""
+    door, prometheus = watched.door, watched.prometheus
+    # Runs of the load that nobody waited for are over, and who was killed of it is replaced.
+    rest = "sum(unlatch_worker_up) == 4 unless on () count(unlatch_worker_running_seconds)"
+    wait_until(lambda: prometheus.query(rest), "every worker rests", 60.0)
+    pids = {("unlatch-gateway-0", "gateway"): watched.gateway.pid}
+    for number, front in enumerate(watched.fronts):
+        pod = f"unlatch-compute-{number}"
+        (forkserver,) = [child for child in children(front.pid) if children(child)]
+        pids |= {(pod, "front"): front.pid, (pod, "forkserver"): forkserver}
+        pids |= {(pod, f"worker-{slot}"): worker for slot, worker in enumerate(children(forkserver))}
+    rows = np.random.default_rng(1).random(8)
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(BlockingClient(door.target, tls=door.tls, token=lambda: door.issuer.token("planning")))
+            for _ in range(3)
+        ]
+        readings = stack.enter_context(Readings(list(pids.values())))
+        stack.enter_context(calling(lambda: clients[0].record(rows, seconds=0.5)))
+        stack.enter_context(calling(lambda: clients[1].record(rows, seconds=0.5)))
+        stack.enter_context(calling(lambda: clients[2].identity(rows)))
+        moment = time.time() + WINDOW_SECONDS + 1.0
+        resident: dict[int, int] = {}
+
+        def passed() -> bool:
+            if not resident and time.time() >= moment:
+                resident.update({pid: status_bytes(pid, "VmRSS") for pid in pids.values()})
+            return bool(prometheus.query(f"min(timestamp(up)) > {moment + 0.5}"))
+
+        wait_until(passed, "the window was scraped", 60.0)
+    return Compared(watched=watched, pids=pids, readings=readings, moment=moment, resident=resident)
+
+
+def by_process(given: Sequence[Series]) -> dict[tuple[str, str], float]:
+    return {(one.labels["pod"], one.labels["process"]): one.value for one in given}
+
+
+def test_utilisation_is_that_of_proc(compared: Compared) -> None:
+    """Of each process the lines and the heat map show processor time over wall time within 0.1 of /proc's."""
+    since, until = compared.moment - WINDOW_SECONDS, compared.moment
+    expected = {name: compared.readings.used(pid, since, until) / WINDOW_SECONDS for name, pid in compared.pids.items()}
+    for panel in (UTILISATION, HEAT):
+        shown = by_process(compared.panel(panel))
+        assert matched(shown) == pytest.approx(matched(expected), abs=WITHIN_RATIO)
+    # Whether they had a core or not.
+    assert max(one.value for one in compared.panel(IN_A_RUN)) > 0.5, "no worker was busy"
+
+
+@pytest.mark.parametrize(
+    ("counter", "within_seconds"),
+    [
+        ("unlatch_process_cpu_seconds_total", WITHIN_CPU_SECONDS),
+        # A wait is counted when it is over, and with no core to spare one lasts for tenths of a second.
+        ("unlatch_process_core_wait_seconds_total", 0.5),
+    ],
+)
+def test_counters_are_those_of_proc(compared: Compared, counter: str, within_seconds: float) -> None:
+    """From scrape to scrape, over the whole window, what each process used or waited grows as /proc's does."""
+    of_proc = compared.readings.used if "cpu" in counter else compared.readings.waited
+    grown: dict[tuple[str, str], float] = {}
+    expected: dict[tuple[str, str], float] = {}
+    for one in compared.watched.prometheus.query(f"{counter}[{WINDOW_SECONDS:g}s]", at=compared.moment):
+        name = one.labels["pod"], one.labels["process"]
+        (since, first), (until, last) = one.points[0], one.points[-1]
+        grown[name] = grown.get(name, 0.0) + last - first
+        expected[name] = of_proc(compared.pids[name], since, until)
+    assert matched(grown) == pytest.approx(matched(expected), abs=within_seconds)
+
+
+def test_memory_is_that_of_proc(compared: Compared) -> None:
+    """What each process has in RAM is /proc's VmRSS within 4 MiB."""
+    expected = {name: float(compared.resident[pid]) for name, pid in compared.pids.items()}
+    assert matched(by_process(compared.panel(MEMORY))) == pytest.approx(matched(expected), abs=WITHIN_BYTES)
+
+
+def matched(values: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """By name, workers by their rank in their pod: slots are not told by pids."""
+    named = {f"{pod} {process}": value for (pod, process), value in values.items() if "worker" not in process}
+    for pod in {pod for pod, _ in values}:
+        of_pod = [value for (name, process), value in values.items() if name == pod and "worker" in process]
+        named |= {f"{pod} {rank}": value for rank, value in enumerate(sorted(of_pod, reverse=True))}
+    return named

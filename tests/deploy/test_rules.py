@@ -1,0 +1,176 @@
+"""The rules: each alert fires when it should and is silent when it should, and all that they look at is there."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+
+from tests.deploy.prometheus import RULES, Watched
+from tests.deploy.rule_cases import CASES, Case
+from tests.faults.watching import Scrape
+from tests.mesh import ROOT
+
+pytestmark = pytest.mark.timeout(180)
+
+OPERATORS_RULES = ROOT / "deploy" / "k8s" / "components" / "monitoring" / "prometheus-rule.yaml"
+BOARDS = ROOT / "deploy" / "k8s" / "components" / "monitoring" / "dashboards"
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+LOADED: list[dict[str, Any]] = [
+    rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
+]
+ALERTS = {rule["alert"]: rule for rule in LOADED if "alert" in rule}
+RECORDED = {rule["record"]: rule for rule in LOADED if "record" in rule}
+# What Prometheus itself adds to each target.
+OF_PROMETHEUS = {"up"}
+
+
+def promtool(*arguments: str, fed: str | None = None) -> str:
+    """What it says, where all is well; skips the test where there is none."""
+    if shutil.which("promtool") is None:
+        pytest.skip("there is no promtool here: apt-get install --no-install-recommends prometheus")
+    ran = subprocess.run(["promtool", *arguments], input=fed, capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    return ran.stdout
+
+
+def looked_at(expression: Any) -> Iterator[Any]:
+    """The parts of an alert's expression that must have values where all is well: it without its comparisons."""
+    match expression:
+        case promql_parser.ParenExpr():
+            yield from looked_at(expression.expr)
+        case promql_parser.BinaryExpr() if operator(expression) in {"and", "or", "unless"}:
+            yield from looked_at(expression.lhs)
+            yield from looked_at(expression.rhs)
+        case promql_parser.BinaryExpr() if operator(expression) in {"==", "!=", ">", "<", ">=", "<="}:
+            yield from looked_at(expression.lhs)
+        case promql_parser.Call() if expression.func.name == "absent":
+            yield from looked_at(expression.args[0])
+        case _:
+            yield expression
+
+
+def operator(expression: Any) -> str:
+    """Of a binary expression, as it is written: the parser has no other name for it."""
+    return str(expression).removeprefix(str(expression.lhs)).split()[0]
+
+
+def names(expression: Any) -> set[str]:
+    """The metrics that an expression names."""
+    found: set[str] = set()
+
+    def visit(part: Any) -> bool:
+        if isinstance(part, promql_parser.VectorSelector):
+            assert part.name, f"a selector without a name in {expression}"
+            found.add(part.name)
+        return True
+
+    promql_parser.walk(expression, visit)
+    return found
+
+
+def test_rules_are_sound() -> None:
+    """Nothing is wrong with them, says promtool."""
+    assert f"{len(LOADED)} rules found" in promtool("check", "rules", "--lint-fatal", str(RULES))
+
+
+def test_operators_rules_are_the_same() -> None:
+    """`make rules` was run since the source was changed last."""
+    made = yaml.safe_load(OPERATORS_RULES.read_text())
+    assert (made["apiVersion"], made["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    assert made["spec"] == yaml.safe_load(RULES.read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_alert(case: Case, tmp_path: Path) -> None:
+    """It fires, with its labels, or is silent."""
+    labels = {"alertname": case.alert, "alertstate": "firing", "severity": ALERTS[case.alert]["labels"]["severity"]}
+    written = ",".join(f'{name}="{value}"' for name, value in {**labels, **(case.fires or {})}.items())
+    test = {
+        "interval": case.every,
+        "input_series": [{"series": series, "values": values} for series, values in case.series.items()],
+        "promql_expr_test": [
+            {
+                "expr": f'ALERTS{{alertname="{case.alert}",alertstate="firing"}}',
+                "eval_time": case.at,
+                "exp_samples": [] if case.fires is None else [{"labels": f"ALERTS{{{written}}}", "value": 1}],
+            }
+        ],
+    }
+    file = tmp_path / "test.yml"
+    file.write_text(
+        json.dumps({"rule_files": [str(RULES)], "evaluation_interval": case.evaluated or case.every, "tests": [test]})
+    )
+    promtool("test", "rules", str(file))
+
+
+def test_every_alert_is_tested_both_ways() -> None:
+    """Each has a case in which it fires, and one in which it does not."""
+    assert {case.alert for case in CASES if case.fires is not None} == set(ALERTS)
+    assert {case.alert for case in CASES if case.fires is None} == set(ALERTS)
+
+
+@pytest.mark.parametrize("alert", ALERTS.values(), ids=ALERTS)
+def test_alert_says_what_it_knows(alert: dict[str, Any]) -> None:
+    """How bad it is, what is wrong, and where the runbook is; and it names no label that it has not got."""
+    assert alert["labels"]["severity"] in {"critical", "warning"}
+    annotations = alert["annotations"]
+    assert annotations["summary"].endswith(".")
+    assert annotations["description"].endswith(".")
+    assert annotations["runbook_url"] == f"docs/operations.md#{alert['alert'].lower()}"
+    (fires, *_) = [case.fires for case in CASES if case.alert == alert["alert"] and case.fires is not None]
+    named = set(re.findall(r"\$labels\.(\w+)", str(annotations)))
+    assert named <= fires.keys(), named - fires.keys()
+
+
+@pytest.mark.skipif(not BOARDS.exists(), reason="there are no dashboards here")
+def test_every_alert_leads_to_a_panel() -> None:
+    """Grafana finds the board and the panel that its annotations name."""
+    boards = [json.loads(file.read_text()) for file in BOARDS.glob("*.json")]
+    panels = {(board["uid"], str(panel["id"])): panel for board in boards for panel in board["panels"]}
+    for name, alert in ALERTS.items():
+        led_to = panels[alert["annotations"]["__dashboardUid__"], alert["annotations"]["__panelId__"]]
+        assert led_to["type"] != "row", name
+
+
+def test_every_alert_has_its_runbook() -> None:
+    """A section of docs/operations.md each, in the order of the rules, and no section is left of one that is gone."""
+    chapter = OPERATIONS.split("\n## Alerts\n")[1].split("\n## ")[0]
+    assert re.findall(r"^#+ (Unlatch\w+)$", chapter, re.MULTILINE) == list(ALERTS)
+
+
+def test_every_rule_looks_at_something(watched: Watched) -> None:
+    """Of a mesh under load every recorded series has values, and so has whatever an alert compares."""
+    for name, rule in RECORDED.items():
+        assert watched.ask(rule["expr"]), f"{name} would have no value"
+        assert watched.ask(name), f"{name} was not recorded"
+    for name, rule in ALERTS.items():
+        for part in looked_at(promql_parser.parse(rule["expr"])):
+            assert watched.ask(str(part)), f"{name} looks at nothing: {part}"
+
+
+def test_rules_name_what_is_exported(watched: Watched) -> None:
+    """Metrics of the mesh, what other rules have recorded, and `up`."""
+    exported = {name for target in watched.targets for name, _ in Scrape(target.address).samples}
+    for rule in LOADED:
+        unknown = names(promql_parser.parse(rule["expr"])) - exported - RECORDED.keys() - OF_PROMETHEUS
+        assert not unknown, f"{rule.get('alert') or rule['record']} names {unknown}"
+
+
+def test_rules_evaluate_without_a_fault(watched: Watched) -> None:
+    """Prometheus has evaluated them all the while, templates too, and no two of their series were one."""
+    told = watched.prometheus.get("rules")["groups"]
+    assert sum(len(group["rules"]) for group in told) == len(LOADED)
+    assert [rule["lastError"] for group in told for rule in group["rules"] if rule["health"] != "ok"] == []
+
+
+def test_metrics_are_as_they_should_be(watched: Watched) -> None:
+    """There is nothing that promtool would have otherwise in what each service exports: names, units, texts."""
+    for target in watched.targets:
+        assert promtool("check", "metrics", fed=Scrape(target.address).text) == ""
