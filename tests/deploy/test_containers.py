@@ -17,6 +17,8 @@ from compute.settings import ComputeSettings
 from gateway.settings import GatewaySettings
 from tests.deploy.manifests import OVERLAYS, SERVICES, Manifests, composed, in_bytes, in_cores, overlay, problems
 
+# Whichever test is first waits until all combinations are rendered.
+pytestmark = pytest.mark.timeout(180)
 MiB = 1024 * 1024
 PORTS = ("listen", "metrics_listen", "health_listen")
 # What a stop may take after the drain: connections are closed, of a replica the pool is killed; and the last spans are

@@ -1,20 +1,23 @@
 """Objects of kinds that are not Kubernetes' own, held against what their definitions ask for.
 
-The rules are stated here as far as our objects go, from the published definitions: cert-manager's Certificate and Issuer
-(v1), KEDA's ScaledObject (v1alpha1), the Gateway API's Gateway, GRPCRoute and BackendTLSPolicy (v1), Envoy Gateway's
-BackendTrafficPolicy (v1alpha1), the Prometheus operator's PodMonitor and PrometheusRule (v1). A field that is not in them
-is refused: a server would drop it in silence.
+The rules are stated here as far as our objects go, from the published definitions: cert-manager's Certificate and
+Issuer (v1), KEDA's ScaledObject (v1alpha1), the Gateway API's Gateway, GRPCRoute and BackendTLSPolicy (v1), Envoy
+Gateway's BackendTrafficPolicy (v1alpha1), the Prometheus operator's PodMonitor and PrometheusRule (v1). A field that is
+not in them is refused: a server would drop it in silence.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from jsonschema import Draft202012Validator
 
 from protos.inference_pb2 import DESCRIPTOR as INFERENCE
 from protos.unlatch_pb2 import DESCRIPTOR as UNLATCH
 from tests.deploy.manifests import Manifests, composed, named, problems
 
+# Whichever test is first waits until all combinations are rendered.
+pytestmark = pytest.mark.timeout(180)
 Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": 253}
@@ -260,9 +263,7 @@ def test_files_are_where_settings_look_for_them() -> None:
             mounts = {mount["mountPath"] for mount in manifests.container(service)["volumeMounts"]}
             for variable, value in manifests.environment(service).items():
                 directory, _, name = value.rpartition("/")
-                if value.startswith("/tls") and not (
-                    directory in mounts and name in {"tls.crt", "tls.key", "ca.crt"}
-                ):
+                if value.startswith("/tls") and not (directory in mounts and name in {"tls.crt", "tls.key", "ca.crt"}):
                     yield f"{service}: {variable} is {value}"
 
     assert problems(look) == {}

@@ -20,6 +20,8 @@ from tests.deploy.manifests import (
 )
 from tests.mesh import ROOT
 
+# Whichever test is first waits until all combinations are rendered.
+pytestmark = pytest.mark.timeout(180)
 # preStop's sleep and the autoscaler's look at one container are there unasked from here on.
 OLDEST = (1, 30)
 VERSIONS = [
@@ -217,14 +219,14 @@ def _names(manifests: Manifests) -> Iterator[tuple[str, str, str]]:
 
 
 def test_selectors_match_pods() -> None:
-    """A Service, a budget and a spread are of the pods of one Deployment each, by labels that never change."""
+    """A Service, a budget and a spread are of the pods of one Deployment each."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         pods = {
             found["metadata"]["name"]: found["spec"]["template"]["metadata"]["labels"]
             for found in manifests.of("Deployment")
         }
-        for name in pods:
+        for name in (f"unlatch-{service}" for service in SERVICES):
             spec = manifests.one("Deployment", name)["spec"]
             selectors = [
                 spec["selector"]["matchLabels"],
@@ -243,10 +245,10 @@ def test_services_lead_to_ports() -> None:
     """A Service's ports are its pods', by name; the compute service's name stands for each of its pods."""
 
     def look(manifests: Manifests) -> Iterator[str]:
-        for found in manifests.of("Service"):
-            service = found["metadata"]["name"].removeprefix("unlatch-")
+        for service in SERVICES:
+            found = manifests.one("Service", f"unlatch-{service}")
             (port,) = found["spec"]["ports"]
-            ports = {named["name"]: named["containerPort"] for named in manifests.container(service)["ports"]}
+            ports = {one["name"]: one["containerPort"] for one in manifests.container(service)["ports"]}
             if (port["name"], port["targetPort"], port["port"]) != ("grpc", "grpc", ports["grpc"]):
                 yield f"{service}: {port} is not {ports}"
             if (found["spec"].get("clusterIP") == "None") != (service == "compute"):
@@ -263,9 +265,9 @@ def test_one_autoscaler_each() -> None:
         targets = sorted(found["spec"]["scaleTargetRef"]["name"] for found in scalers)
         if targets != ["unlatch-compute", "unlatch-gateway"]:
             yield f"autoscalers are of {targets}"
-        for found in manifests.of("Deployment"):
-            if "replicas" in found["spec"]:
-                yield f"{named(found)} says how many itself"
+        for name in targets:
+            if "replicas" in manifests.one("Deployment", name)["spec"]:
+                yield f"{name} says how many itself"
         for found in scalers:
             spec = found["spec"]
             least, most = (spec.get(f"{end}Replicas") or spec.get(f"{end}ReplicaCount") for end in ("min", "max"))
