@@ -127,6 +127,16 @@ def problems(look: Callable[[Manifests], Iterator[str]]) -> dict[str, list[str]]
     return found
 
 
+def in_words(of: Any, word: str) -> Iterator[Any]:
+    """Whatever stands under a word, at any depth."""
+    if isinstance(of, Mapping):
+        for name, value in of.items():
+            yield from [value] if name == word else in_words(value, word)
+    elif isinstance(of, list | tuple):
+        for value in of:
+            yield from in_words(value, word)
+
+
 BYTES = {"Mi": 1024**2, "Gi": 1024**3}
 
 

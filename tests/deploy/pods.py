@@ -78,8 +78,8 @@ class Pods:
         asked = self.manifests.container(service)[f"{probe}Probe"]["grpc"]
         running = self.gateway if service == "gateway" else self.compute
         with grpc.insecure_channel(_listens(running, "health_listen")) as channel:
-            check: Any = health_pb2_grpc.HealthStub(channel).Check
-            answer = check(health_pb2.HealthCheckRequest(service=asked.get("service", "")), timeout=10)
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=asked.get("service", "")), timeout=10)
         status: int = answer.status
         return status
 

@@ -177,4 +177,4 @@ def _at_port(rule: dict[str, Any], server: End, number: int, protocol: str) -> b
 
 def _matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     assert selector.keys() <= {"matchLabels"}, "no other way to select is understood here"
-    return selector.get("matchLabels", {}).items() <= labels.items()
+    return bool(selector.get("matchLabels", {}).items() <= labels.items())

@@ -18,8 +18,9 @@ from tests.doors import LaneEnd
 from unlatch import TLS, BlockingClient
 
 # As the README has a caller ask for one.
+NAME = "spiffe://example.org/ns/research/alice"
 CALLER = {
-    "uris": ["spiffe://example.org/ns/research/alice"],
+    "uris": [NAME],
     "usages": ["digital signature", "client auth"],
     "privateKey": {"algorithm": "ECDSA", "size": 256},
     "issuerRef": {"name": "unlatch-callers"},
@@ -78,7 +79,7 @@ def test_prod_serves_callers_with_certificates(prod: Prod) -> None:
     """A caller with a certificate of the callers' issuer is answered, and known by what it says."""
     assert serves(prod.pods, tls=prod.tls)
     entry = prod.pods.gateway.wait_for("call", kernel="histogram")
-    assert entry["tenant"] == CALLER["uris"][0]
+    assert entry["tenant"] == NAME
 
 
 def test_prod_lets_nobody_else_in(prod: Prod) -> None:
