@@ -15,8 +15,6 @@ import pytest
 
 from tests.deploy.manifests import Manifests, Object, composed, overlay, problems
 
-# The component plain-prometheus runs one beside ours.
-OWN_PROMETHEUS = "prometheus"
 # The kubelet's own label of every namespace.
 NAME = "kubernetes.io/metadata.name"
 # Whichever test is first waits until all combinations are rendered.
@@ -39,17 +37,22 @@ class End:
 
 def ends(manifests: Manifests) -> dict[str, End]:
     """Everybody: ours, those that a mesh is for, and strangers, some of whom look almost as they should."""
-    ours = {}
-    for found in manifests.of("Deployment"):
-        name, template = found["metadata"]["name"].removeprefix("unlatch-"), found["spec"]["template"]
-        (container,) = template["spec"]["containers"]
-        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        ours[name] = End(name, "unlatch", template["metadata"]["labels"], {NAME: "unlatch"}, ports=ports)
-    assert {"gateway", "compute"} <= ours.keys() <= {"gateway", "compute", OWN_PROMETHEUS}
+    ours = {
+        service: End(
+            service,
+            "unlatch",
+            manifests.one("Deployment", f"unlatch-{service}")["spec"]["template"]["metadata"]["labels"],
+            {NAME: "unlatch"},
+            ports={port["name"]: port["containerPort"] for port in manifests.container(service)["ports"]},
+        )
+        for service in ("gateway", "compute")
+    }
+    part = {"app.kubernetes.io/part-of": "unlatch"}
     prometheus = {"app.kubernetes.io/name": "prometheus"}
     others = [
         End("caller", "research", {}, {NAME: "research", "unlatch-callers": "allowed"}),
-        End("monitoring", "monitoring", prometheus, {NAME: "monitoring"}),
+        End("prometheus", "monitoring", prometheus, {NAME: "monitoring"}),
+        End("own prometheus", "unlatch", {"app.kubernetes.io/name": "unlatch-prometheus"} | part, {NAME: "unlatch"}),
         End("dns", "kube-system", {"k8s-app": "kube-dns"}, {NAME: "kube-system"}),
         End("node's dns", address="169.254.20.10"),
         End("neighbour", "unlatch", {}, {NAME: "unlatch"}),
@@ -66,8 +69,11 @@ def ends(manifests: Manifests) -> dict[str, End]:
 ALLOWED = {
     ("caller", "gateway", 8001, "TCP"),
     ("gateway", "compute", 8011, "TCP"),
-    ("monitoring", "gateway", 8002, "TCP"),
-    ("monitoring", "compute", 8012, "TCP"),
+    ("prometheus", "gateway", 8002, "TCP"),
+    ("prometheus", "compute", 8012, "TCP"),
+    # The component plain-prometheus's, which is beside ours.
+    ("own prometheus", "gateway", 8002, "TCP"),
+    ("own prometheus", "compute", 8012, "TCP"),
     *(("gateway", server, 53, protocol) for server in ("dns", "node's dns") for protocol in ("UDP", "TCP")),
 }
 
@@ -86,19 +92,14 @@ def test_policies_allow_what_the_mesh_does_and_nothing_else() -> None:
             for number, protocol in PORTS
             if _allowed(manifests, one, other, number, protocol)
         }
-        allowed = ALLOWED | (_of_own_prometheus(everybody) if OWN_PROMETHEUS in everybody else set())
+        outside = {end.called for end in everybody.values() if end.namespace != "unlatch"}
+        # It asks the API server, which has no label to be known by, who there is to be scraped.
+        allowed = ALLOWED | {("own prometheus", server, port, "TCP") for server in outside for port in (443, 6443)}
         yield from (f"denied: {flow}" for flow in allowed - seen)
         yield from (f"allowed: {flow}" for flow in seen - allowed)
 
     assert problems(look) == {}
     assert overlay("prod").of("NetworkPolicy")
-
-
-def _of_own_prometheus(everybody: dict[str, End]) -> set[tuple[str, str, int, str]]:
-    """It asks the API server, which has no label to be known by, who there is to be scraped."""
-    scraped = {(OWN_PROMETHEUS, "gateway", 8002, "TCP"), (OWN_PROMETHEUS, "compute", 8012, "TCP")}
-    outside = [end.called for end in everybody.values() if end.namespace != "unlatch"]
-    return scraped | {(OWN_PROMETHEUS, called, number, "TCP") for called in outside for number in (443, 6443)}
 
 
 def test_without_policies_everything_is_allowed() -> None:
@@ -108,7 +109,9 @@ def test_without_policies_everything_is_allowed() -> None:
     assert _allowed(manifests, everybody["the internet"], everybody["compute"], 8011, "TCP")
 
 
-@pytest.mark.parametrize("left_out", ["unlatch-nothing-else", "unlatch-gateway", "unlatch-compute", "unlatch-metrics"])
+@pytest.mark.parametrize(
+    "left_out", ["unlatch-nothing-else", "unlatch-gateway", "unlatch-compute", "unlatch-metrics", "unlatch-prometheus"]
+)
 def test_each_policy_is_needed(left_out: str) -> None:
     """Without any one of them other flows are allowed."""
     whole = overlay("prod")
