@@ -18,6 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.mesh import ROOT, Service
 
 VERSION = next(
@@ -36,12 +38,12 @@ class CannotRun(Exception):
     """Containers cannot be run here; the message says why."""
 
 
-def podman(*arguments: str, within: float = 60.0) -> str:
-    """What podman answers. Fails with what it says where it fails."""
+def podman(*arguments: str, given: str = "", within: float = 60.0) -> str:
+    """What podman answers to its arguments and its input. Fails with what it says where it fails."""
     ran = subprocess.run(
         ["podman", *arguments],
         env=_ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
+        input=given,
         capture_output=True,
         text=True,
         timeout=within,
@@ -69,6 +71,14 @@ def build() -> str:
             raise CannotRun(f"podman runs no container here: {error}") from None
         _run("make", "image", "CONTAINER=podman", f"BASE_IMAGE={base}", f"ARGS={_pip_of_this_machine(Path(directory))}")
     return base
+
+
+def built_or_skipped() -> str:
+    """The same for a fixture: tests are skipped with the reason where containers cannot be run."""
+    try:
+        return build()
+    except CannotRun as why:
+        pytest.skip(str(why))
 
 
 @contextmanager

@@ -16,9 +16,8 @@ from tests.deploy.containers import (
     BUILD_SECONDS,
     SERVICES,
     VERSION,
-    CannotRun,
     Container,
-    build,
+    built_or_skipped,
     configuration,
     image,
     podman,
@@ -38,10 +37,7 @@ pytestmark = pytest.mark.timeout(BUILD_SECONDS + 300)  # the first of them build
 @pytest.fixture(scope="module", autouse=True)
 def base() -> str:
     """The images are there, on this base."""
-    try:
-        return build()
-    except CannotRun as why:
-        pytest.skip(str(why))
+    return built_or_skipped()
 
 
 @contextmanager
