@@ -173,8 +173,8 @@ class Container(Service):
 
     @property
     def init(self) -> int:
-        """Its PID 1, as this machine counts."""
-        return int(podman("inspect", "--format", "{{.State.Pid}}", self.container))
+        """Its PID 1, as this machine counts; 0 while there is none."""
+        return int(podman("ps", "--filter", f"name=^{self.container}$", "--format", "{{.Pid}}") or 0)
 
     def order_stop(self, grace_seconds: int) -> None:
         """SIGTERM, and SIGKILL when the grace is over: what a cluster does. Returns when the container has ended."""

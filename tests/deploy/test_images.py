@@ -131,6 +131,15 @@ async def test_a_gateway_drains() -> None:
             assert await asyncio.to_thread(gateway.wait) == 0, gateway
 
 
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_stop_at_the_start_is_heard(service: str) -> None:
+    """A SIGTERM that comes before the service has a handler for it ends the container, and nobody needs to kill it."""
+    with Container(image(service)) as container:
+        wait_until(lambda: container.init and children(container.init), "PID 1 has started the service")
+        container.order_stop(30)
+        assert container.wait() in (0, 128 + signal.SIGTERM), container
+
+
 def test_orphans_are_reaped() -> None:
     """What a kernel leaves behind becomes PID 1's child when its parent has ended, and no zombie when it has too."""
     with running() as (gateway, compute), BlockingClient(address(gateway), timeout=60.0) as client:
