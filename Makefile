@@ -5,7 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
-	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+# What only compute and the command line need: the gateway's image is made without it.
+NOT_OF_THE_GATEWAY := numpy jaxtyping wadler-lindig threadpoolctl msgspec watchfiles anyio idna shtab
 # protoc finds its plugins for typed stubs by PATH.
 protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) \
 	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/inference.proto protos/unlatch.proto
@@ -13,7 +15,13 @@ protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. -
 RULES := deploy/k8s/components/plain-prometheus/rules.yml
 OPERATORS_RULES := deploy/k8s/components/monitoring/prometheus-rule.yaml
 
-.PHONY: help setup run test lint check fmt protos rules dashboards bench soak demo lock clean
+CONTAINER ?= $(shell command -v docker || command -v podman || echo docker)
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+REVISION = $(shell git rev-parse HEAD 2> /dev/null || echo unknown)
+build_image = $(CONTAINER) build --file deploy/docker/Dockerfile --target $(1) --tag unlatch-$(1):$(VERSION) \
+	--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BASE_IMAGE:%=--build-arg BASE_IMAGE=%) $(ARGS) .
+
+.PHONY: help setup run test lint check fmt protos rules dashboards bench soak demo image lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,8 +65,14 @@ soak: setup ## kill a worker a second under load, look at every reply; ARGS="--s
 demo: setup ## blur a photograph and find its edges on all workers; pictures in demo/
 	@$(BIN)/python examples/photograph.py $(ARGS)
 
-lock: setup ## resolve the dependencies anew into both locks; ARGS=--upgrade for the newest
-	$(LOCK) $(ARGS) --extra dev -o requirements-dev.lock && $(LOCK) -c requirements-dev.lock -o requirements.lock
+image: ## build both images; CONTAINER=docker or podman, BASE_IMAGE=…, ARGS for its build
+	for target in gateway compute; do $(call build_image,$$target) || exit; done
+
+lock: setup ## resolve the dependencies anew into all locks; ARGS=--upgrade for the newest
+	$(LOCK) $(ARGS) pyproject.toml --extra dev -o requirements-dev.lock
+	$(LOCK) -c requirements-dev.lock pyproject.toml --extra otel -o requirements.lock
+	$(LOCK) -c requirements.lock pyproject.toml --extra otel $(NOT_OF_THE_GATEWAY:%=--no-emit-package %) -o deploy/docker/gateway.lock
+	echo hatchling | $(LOCK) -c requirements-dev.lock - -o deploy/docker/build.lock
 
 clean: ## remove everything that is generated, .venv too
 	rm -rf .venv .*_cache .hypothesis .coverage* bench/out demo dist

@@ -13,12 +13,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _Status = health_pb2.HealthCheckResponse
 
+# A service of no methods: SERVING as long as somebody answers at all. What asks whether to start the process anew asks
+# for it, since a process that has no replica, is overloaded or drains would be no better for a new start.
+LIVENESS = "liveness"
+
 
 class Health(health_pb2_grpc.HealthServicer):
-    """One answer for the server as a whole (service "") and each service named. NOT_SERVING until told otherwise."""
+    """One answer for the server as a whole (service "") and each service named: NOT_SERVING until told otherwise."""
 
     def __init__(self, *services: str) -> None:
-        self._services = {"", *services}
+        self._services = {"", LIVENESS, *services}
         self._serving = False
         self._ending = False
         self._changed = asyncio.Event()
@@ -58,4 +62,4 @@ class Health(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> Any:
         if service not in self._services:
             return _Status.SERVICE_UNKNOWN
-        return _Status.SERVING if self._serving else _Status.NOT_SERVING
+        return _Status.SERVING if self._serving or service == LIVENESS else _Status.NOT_SERVING

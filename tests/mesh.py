@@ -26,7 +26,13 @@ Entry = dict[str, Any]
 class Service:
     """One process of ours, and what it has logged. It ends with this test run, come what may."""
 
-    def __init__(self, module: str, *flags: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        *flags: str,
+        environment: Mapping[str, str] | None = None,
+        runner: Sequence[str] = (sys.executable, "-m"),
+    ) -> None:
         self.name = module
         self.lines: list[str] = []
         self._logged = threading.Condition()
@@ -37,7 +43,7 @@ class Service:
         # A service whose supervisor is gone ends itself.
         supervised = {**inherited, "UNLATCH_SUPERVISOR": str(os.getpid()), **(environment or {})}
         self._child = subprocess.Popen(
-            [sys.executable, "-m", module, *flags],
+            [*runner, module, *flags],
             cwd=ROOT,
             env=supervised,
             stdin=subprocess.DEVNULL,

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from common.errors import Unavailable, UnlatchError
+from common.health import LIVENESS
 from protos.inference_pb2 import ModelInferRequest, ModelInferResponse
 from tests.doors import arrays_of, vector
 from tests.faults.conftest import answered, front_at, gateway_to
@@ -56,7 +57,10 @@ async def infer(channel: grpc.aio.Channel, message: ModelInferRequest) -> ModelI
 @pytest.mark.parametrize("draining", ["gateway", "front"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: signal.Signals) -> None:
-    """Told to stop, a service says NOT_SERVING, refuses new calls at once, answers what is in flight, ends with 0."""
+    """Told to stop, a service says NOT_SERVING, refuses new calls at once, answers what is in flight, ends with 0.
+
+    All the while it is alive.
+    """
     socket = tmp_path / "front.sock"
     lane_gate, door_gate = gate("lane"), gate("door")
     with front_at(socket, "--drain-seconds", "30") as front, gateway_to(socket, "--drain-seconds", "30") as gateway:
@@ -76,6 +80,8 @@ async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: sig
             await until(lambda: lane_gate.reached and door_gate.reached, "both calls run")
             ending.signal(number)
             assert await status(watch) == NOT_SERVING
+            async with watched(ending.wait_for("serving")["health_listen"], LIVENESS) as alive:
+                assert await status(alive) == SERVING
             # A gateway whose only replica drains takes no calls either.
             assert await status(gateway_watch) == NOT_SERVING
             with pytest.raises(Unavailable):
@@ -149,7 +155,10 @@ async def test_calls_held_for_a_window_hear_of_a_broken_lane(tmp_path: Path, gat
 
 
 async def test_health_follows_the_replica(tmp_path: Path) -> None:
-    """A gateway is NOT_SERVING until it has a replica, SERVING while it has, and every watcher is told."""
+    """A gateway is NOT_SERVING until it has a replica, SERVING while it has, and every watcher is told.
+
+    With none it is alive all the same.
+    """
     socket = tmp_path / "front.sock"
     with gateway_to(socket) as gateway:
         entry = gateway.wait_for("serving")
@@ -168,6 +177,7 @@ async def test_health_follows_the_replica(tmp_path: Path) -> None:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             check = stub.Check
             assert (await check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
+            assert (await check(health_pb2.HealthCheckRequest(service=LIVENESS))).status == SERVING
             with pytest.raises(Unavailable, match="no replica"):
                 await client.call("echo", X)
             with front_at(socket) as front:
@@ -189,10 +199,15 @@ async def test_health_follows_the_replica(tmp_path: Path) -> None:
 
 
 async def test_replica_says_when_it_serves(tmp_path: Path) -> None:
-    """A replica's own health knows its lane and no other service."""
+    """A replica's own health knows its lane, its life, and no other service."""
     with running_front(tmp_path / "front.sock") as front:
         address = front.wait_for("serving")["health_listen"]
-        for service, expected in {"": SERVING, "unlatch.v1.Lane": SERVING, "inference.X": UNKNOWN}.items():
+        for service, expected in {
+            "": SERVING,
+            LIVENESS: SERVING,
+            "unlatch.v1.Lane": SERVING,
+            "inference.X": UNKNOWN,
+        }.items():
             async with watched(address, service) as watch:
                 assert await status(watch) == expected
 

@@ -1,0 +1,150 @@
+"""What deploy/k8s comes to, as kubectl renders it, and the questions that tests ask of it."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import yaml
+
+from common.settings import Settings, parse
+from compute.settings import ComputeSettings
+from gateway.settings import GatewaySettings
+from tests.mesh import ROOT
+
+Object = dict[str, Any]
+S = TypeVar("S", bound=Settings)
+
+KUBECTL = str(Path(sys.executable).parent / "kubectl")
+K8S = ROOT / "deploy" / "k8s"
+SERVICES: Mapping[str, type[Settings]] = {"gateway": GatewaySettings, "compute": ComputeSettings}
+OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
+COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
+# Components that add to what others make.
+ADDS_TO = {"ingress-mtls": {"ingress", "mtls"}}
+
+
+@dataclass(frozen=True)
+class Manifests:
+    """One rendering, and what it is called where a test fails."""
+
+    name: str
+    objects: tuple[Object, ...]
+
+    def of(self, *kinds: str) -> list[Object]:
+        return [found for found in self.objects if found["kind"] in kinds]
+
+    def one(self, kind: str, name: str) -> Object:
+        (found,) = (found for found in self.of(kind) if found["metadata"]["name"] == name)
+        return found
+
+    def pod(self, service: str) -> Object:
+        """The spec of a service's pods."""
+        spec: Object = self.one("Deployment", f"unlatch-{service}")["spec"]["template"]["spec"]
+        return spec
+
+    def container(self, service: str) -> Object:
+        """The one container of a service's pods."""
+        (container,) = self.pod(service)["containers"]
+        return dict(container)
+
+    def environment(self, service: str) -> dict[str, str]:
+        """The variables that Kubernetes gives to it."""
+        container = self.container(service)
+        found: dict[str, str] = {}
+        for source in container.get("envFrom", []):
+            found |= self.one("ConfigMap", source["configMapRef"]["name"])["data"]
+        return found | {given["name"]: given["value"] for given in container.get("env", [])}
+
+    def settings(self, service: str, kind: type[S]) -> S:
+        """Its settings, as the service itself reads them. Raises SystemExit where it would not start."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith("UNLATCH_")]:
+                patch.delenv(name)
+            for name, value in self.environment(service).items():
+                patch.setenv(name, value)
+            return parse(kind, service, self.container(service).get("args", []))
+
+
+def named(found: Object) -> str:
+    """What a message calls an object."""
+    return f"{found['kind']}/{found['metadata']['name']}"
+
+
+def render(directory: Path) -> tuple[Object, ...]:
+    """The objects of a directory that has a kustomization."""
+    ran = subprocess.run([KUBECTL, "kustomize", directory], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert not ran.stderr, f"kustomize warns: {ran.stderr}"
+    return tuple(yaml.safe_load_all(ran.stdout))
+
+
+@cache
+def overlay(name: str) -> Manifests:
+    """An overlay as it is."""
+    return Manifests(name, render(K8S / "overlays" / name))
+
+
+@cache
+def composed(beneath: str, *components: str) -> Manifests:
+    """`base` or an overlay with components on top, as a user's own kustomization has them."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory).resolve()
+        kustomization = {
+            "resources": [os.path.relpath(K8S / beneath, place)],
+            "components": [os.path.relpath(K8S / "components" / name, place) for name in components],
+        }
+        (place / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        return Manifests("+".join([beneath, *components]), render(place))
+
+
+@cache
+def every_combination() -> tuple[Manifests, ...]:
+    """The overlays, and every set of components that can be, on top of the one that has none."""
+    return (*map(overlay, OVERLAYS), composed("base"), *(composed("overlays/dev", *chosen) for chosen in _sets()))
+
+
+def _sets() -> Iterator[tuple[str, ...]]:
+    for size in range(1, len(COMPONENTS) + 1):
+        for chosen in combinations(COMPONENTS, size):
+            if all(ADDS_TO.get(name, set()) <= set(chosen) for name in chosen):
+                yield chosen
+
+
+def problems(look: Callable[[Manifests], Iterator[str]]) -> dict[str, list[str]]:
+    """What a look at every combination finds to be wrong, and in which."""
+    found: dict[str, list[str]] = {}
+    for manifests in every_combination():
+        for problem in look(manifests):
+            found.setdefault(problem, []).append(manifests.name)
+    return found
+
+
+def in_words(of: Any, word: str) -> Iterator[Any]:
+    """Whatever stands under a word, at any depth."""
+    if isinstance(of, Mapping):
+        for name, value in of.items():
+            yield from [value] if name == word else in_words(value, word)
+    elif isinstance(of, list | tuple):
+        for value in of:
+            yield from in_words(value, word)
+
+
+BYTES = {"Mi": 1024**2, "Gi": 1024**3}
+
+
+def in_bytes(quantity: str) -> int:
+    """Memory as Kubernetes writes it."""
+    return int(quantity[:-2]) * BYTES[quantity[-2:]]
+
+
+def in_cores(quantity: str) -> float:
+    """Processor time as Kubernetes writes it."""
+    return int(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)

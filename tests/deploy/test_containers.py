@@ -1,0 +1,218 @@
+"""What a container is granted, asked and given time for, held against the services' own code and defaults."""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import service as life
+from common.cores import granted_cores
+from common.health import LIVENESS
+from common.memory import granted_memory
+from compute import process, settings, shares
+from compute.settings import ComputeSettings
+from gateway.settings import GatewaySettings
+from tests.deploy.manifests import OVERLAYS, SERVICES, Manifests, composed, in_bytes, in_cores, overlay, problems
+
+# Whichever test is first waits until all combinations are rendered.
+pytestmark = pytest.mark.timeout(180)
+MiB = 1024 * 1024
+PORTS = ("listen", "metrics_listen", "health_listen")
+# What a stop may take after the drain: connections are closed, of a replica the pool is killed; and the last spans are
+# sent (docs/operations.md, Traces).
+STOP_SECONDS = life._STOP_GRACE_SECONDS + 1.0
+POOL_STOP_SECONDS = process._ENDS_WITHIN_SECONDS + process._REAPED_WITHIN_SECONDS
+# A loaded node is slow to do all of it.
+SPARE_SECONDS = 5.0
+# A message of the protocol's door while gRPC copies it (docs/limits.md), and what a gateway takes that does nothing.
+COPIES_OF_A_MESSAGE = 6
+GATEWAY_BYTES = 128 * MiB
+
+
+@pytest.fixture(params=OVERLAYS)
+def manifests(request: pytest.FixtureRequest) -> Manifests:
+    """Each overlay: it is there that numbers differ."""
+    return overlay(request.param)
+
+
+def test_settings_are_taken() -> None:
+    """Every variable is a setting that there is, and together the services start with them."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        for service, kind in SERVICES.items():
+            for variable in manifests.environment(service):
+                if variable.removeprefix("UNLATCH_").lower() not in kind.model_fields:
+                    yield f"{service}: there is no {variable}"
+            if manifests.name != "base":
+                manifests.settings(service, kind)
+
+    assert problems(look) == {}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_nobody_is_let_in_unasked(service: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With certificates a service asks for them; without, it does not start unless it is told that it need not."""
+    kind = SERVICES[service]
+    prod = overlay("prod").settings(service, kind)
+    assert prod.tls_client_ca
+    assert not prod.insecure
+    dev = overlay("dev").settings(service, kind)
+    assert dev.insecure
+    assert not dev.tls_cert
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        if "mtls" in manifests.name.split("+") and manifests.settings(service, kind).insecure:
+            yield f"{service} asks nobody"
+
+    assert problems(look) == {}
+    with pytest.raises(SystemExit):
+        composed("base").settings(service, kind)
+    assert "it needs --tls-cert" in capsys.readouterr().err
+
+
+def test_ports_are_those_of_the_settings() -> None:
+    """Every container names three ports, the defaults' own, and listens where other pods reach them."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        for service, kind in SERVICES.items():
+            given = manifests.environment(service)
+            ports = {port["name"]: port["containerPort"] for port in manifests.container(service)["ports"]}
+            for port, name in zip(("grpc", "metrics", "health"), PORTS, strict=True):
+                number = kind.model_fields[name].default.rpartition(":")[2]
+                if given[f"UNLATCH_{name.upper()}"] != f"0.0.0.0:{number}" or ports.pop(port) != int(number):
+                    yield f"{service}: {port} is not {number}"
+            if ports:
+                yield f"{service} names {ports} too"
+
+    assert problems(look) == {}
+
+
+def test_the_gateway_looks_for_all_replicas(manifests: Manifests) -> None:
+    """By the headless service's name, in whatever namespace it is, at its port."""
+    (port,) = manifests.one("Service", "unlatch-compute")["spec"]["ports"]
+    assert manifests.settings("gateway", GatewaySettings).replicas == (f"dns:///unlatch-compute:{port['port']}",)
+
+
+def test_probes() -> None:
+    """All three ask the health port by gRPC: start and life whether anybody answers, readiness whether calls are taken.
+
+    A start has the time that a worker has to load its kernels, and more; a life a minute without one answer.
+    """
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        for service in SERVICES:
+            container = manifests.container(service)
+            ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+            for name in ("startup", "liveness", "readiness"):
+                asked = {"port": ports["health"]} | ({} if name == "readiness" else {"service": LIVENESS})
+                if container[f"{name}Probe"]["grpc"] != asked:
+                    yield f"{service}: {name} asks {container[f'{name}Probe']}"
+            starts = manifests.settings(service, SERVICES[service]) if manifests.name != "base" else None
+            if isinstance(starts, ComputeSettings) and _longest(container["startupProbe"]) <= (
+                starts.worker_start_seconds
+            ):
+                yield f"{service} is killed while it starts"
+            if _longest(container["livenessProbe"]) < 60:
+                yield f"{service} is killed while it is busy"
+
+    assert problems(look) == {}
+
+
+def _longest(probe: dict[str, Any]) -> float:
+    return float(probe["periodSeconds"] * probe["failureThreshold"])
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_pod_has_the_time_that_it_needs_to_end(service: str, manifests: Manifests) -> None:
+    """preStop, drain, the pool's stop, and what a busy node takes, are less than what it has until it is killed."""
+    pod, container = manifests.pod(service), manifests.container(service)
+    before = container.get("lifecycle", {}).get("preStop", {"sleep": {"seconds": 0}})["sleep"]["seconds"]
+    drain = manifests.settings(service, SERVICES[service]).drain_seconds
+    pool = POOL_STOP_SECONDS if service == "compute" else 0.0
+    needed = before + drain + STOP_SECONDS + pool
+    assert needed + SPARE_SECONDS <= pod["terminationGracePeriodSeconds"] <= needed + 3 * SPARE_SECONDS
+
+
+def test_a_gateway_that_ends_is_left_first(manifests: Manifests) -> None:
+    """It serves on while others hear that it goes. A replica tells gateways itself, on their lanes."""
+    assert manifests.container("gateway")["lifecycle"]["preStop"]["sleep"]["seconds"] > 0
+    assert "lifecycle" not in manifests.container("compute")
+
+
+def test_a_rollout_waits_for_gateways(manifests: Manifests) -> None:
+    """No replica that is old ends before gateways have looked the name up twice, its answer being 5 s old at most."""
+    deployment = manifests.one("Deployment", "unlatch-compute")["spec"]
+    looked_up = manifests.settings("gateway", GatewaySettings).discovery_seconds
+    assert deployment["minReadySeconds"] > looked_up + 5
+    for name in ("unlatch-gateway", "unlatch-compute"):
+        assert manifests.one("Deployment", name)["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_a_gateway_has_lanes_for_all_replicas(manifests: Manifests) -> None:
+    """As many as there may be, and those of a rollout beside them."""
+    scalers = manifests.of("HorizontalPodAutoscaler", "ScaledObject")
+    (spec,) = (one["spec"] for one in scalers if one["spec"]["scaleTargetRef"]["name"] == "unlatch-compute")
+    surge = manifests.one("Deployment", "unlatch-compute")["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+    most = (spec.get("maxReplicas") or spec["maxReplicaCount"]) * (1 + int(surge.rstrip("%")) / 100)
+    assert most <= manifests.settings("gateway", GatewaySettings).max_replicas
+
+
+@pytest.mark.parametrize("cgroups", ["v1", "v2"])
+def test_workers_and_threads_fill_the_cores(
+    cgroups: str, manifests: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a large node a replica starts a worker for each whole core of its limit, with one BLAS thread."""
+    limit = in_cores(manifests.container("compute")["resources"]["limits"]["cpu"])
+    assert limit == int(limit)
+    own = _granted(tmp_path, cgroups, cores=int(limit))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(settings, "granted_cores", partial(granted_cores, tmp_path, own))
+    found = manifests.settings("compute", ComputeSettings)
+    assert (found.worker_count, found.worker_blas_threads) == (limit, 1)
+
+
+@pytest.mark.parametrize("cgroups", ["v1", "v2"])
+def test_workers_cannot_take_the_container_over_its_limit(
+    cgroups: str, manifests: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what a replica makes of it: arena, replies, services and workers are less, and a worker's share is of use."""
+    limits = manifests.container("compute")["resources"]["limits"]
+    own = _granted(tmp_path, cgroups, cores=int(limits["cpu"]), memory=in_bytes(limits["memory"]))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(settings, "granted_cores", partial(granted_cores, tmp_path, own))
+    granted = granted_memory(tmp_path, own)
+    assert granted == in_bytes(limits["memory"])
+    found = manifests.settings("compute", ComputeSettings)
+    shared = shares.share_out(found, granted)
+    workers = shared.worker_bytes * found.worker_count
+    replies = min(found.max_reply_bytes, shared.arena_bytes)
+    assert shared.arena_bytes + replies + shares._SERVICES_BYTES + workers <= granted
+    assert shared.worker_bytes >= 64 * MiB
+
+
+def _granted(root: Path, cgroups: str, *, cores: int, memory: int = 1 << 40) -> Path:
+    """What a container of this size finds of its cgroup: below `root`, and the file that says where."""
+    files = {
+        "v2": {"cpu.max": f"{cores * 100_000} 100000", "memory.max": f"{memory}"},
+        "v1": {
+            "cpu/cpu.cfs_quota_us": f"{cores * 100_000}",
+            "cpu/cpu.cfs_period_us": "100000",
+            "memory/memory.limit_in_bytes": f"{memory}",
+        },
+    }[cgroups]
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    own = root / "own"
+    own.write_text("0::/\n" if cgroups == "v2" else "4:cpu,cpuacct:/\n5:memory:/\n")
+    return own
+
+
+def test_a_gateway_holds_what_fits(manifests: Manifests) -> None:
+    """The calls that it may hold, its largest message while gRPC copies it, and itself are less than it may have."""
+    found = manifests.settings("gateway", GatewaySettings)
+    held = found.max_live_bytes + COPIES_OF_A_MESSAGE * found.max_message_bytes + GATEWAY_BYTES
+    assert held <= in_bytes(manifests.container("gateway")["resources"]["limits"]["memory"])

@@ -1,0 +1,307 @@
+"""Every overlay, and every combination of components: right by Kubernetes' own schemas, and by our rules."""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import pytest
+from kubernetes_validate import SchemaNotFoundError, ValidationError, validate
+from kubernetes_validate.utils import all_versions
+
+from tests.deploy.manifests import (
+    SERVICES,
+    Manifests,
+    Object,
+    every_combination,
+    in_bytes,
+    in_cores,
+    named,
+    overlay,
+    problems,
+)
+from tests.mesh import ROOT
+
+# Whichever test is first waits until all combinations are rendered.
+pytestmark = pytest.mark.timeout(180)
+# preStop's sleep and the autoscaler's look at one container are there unasked from here on.
+OLDEST = (1, 30)
+VERSIONS = [
+    found.rpartition(".")[0]
+    for found in dict.fromkeys(all_versions())
+    if tuple(map(int, found.split(".")[:2])) >= OLDEST
+]
+# What the restricted Pod Security Standard lets a pod have.
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+CUSTOM_GROUPS = (
+    "cert-manager.io",
+    "gateway.envoyproxy.io",
+    "gateway.networking.k8s.io",
+    "keda.sh",
+    "monitoring.coreos.com",
+)
+# Made by whoever runs the cluster, as the README says.
+GIVEN_SECRETS = {"unlatch-ingress"}
+
+
+@pytest.mark.parametrize("kubernetes", VERSIONS)
+def test_schemas(kubernetes: str) -> None:
+    """Every object has what its schema asks for and nothing that it does not know, in each version of Kubernetes."""
+    wrong, seen = [], set[str]()
+    for manifests in every_combination():
+        for found in manifests.objects:
+            if (text := repr(found)) in seen:
+                continue
+            seen.add(text)
+            try:
+                validate(found, kubernetes, strict=True)
+            except ValidationError as error:
+                wrong.append(f"{manifests.name}: {named(found)}: {error.message}")
+            except SchemaNotFoundError:
+                if found["apiVersion"].partition("/")[0] not in CUSTOM_GROUPS:
+                    wrong.append(f"{manifests.name}: {named(found)} is of no kind that there is")
+    assert wrong == []
+
+
+def test_the_readme_says_which_kubernetes_is_needed() -> None:
+    """The one that all of it is known to from here on; the schemas of an older one refuse it."""
+    assert f"Kubernetes {'.'.join(map(str, OLDEST))} or newer" in (ROOT / "deploy/k8s/README.md").read_text()
+    with pytest.raises(ValidationError, match="sleep"):
+        validate(overlay("dev").one("Deployment", "unlatch-gateway"), "1.28", strict=True)
+
+
+def test_images() -> None:
+    """They have the project's version, and nothing that moves."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        for service in SERVICES:
+            image = manifests.container(service)["image"]
+            if image != f"unlatch-{service}:{version('unlatch')}":
+                yield f"{service} runs {image}"
+
+    assert problems(look) == {}
+
+
+def test_resources() -> None:
+    """Every container asks for what it needs and may have no more; of memory, which none gives back, just that."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        for service in SERVICES:
+            resources = manifests.container(service)["resources"]
+            if not in_cores(resources["requests"]["cpu"]) <= in_cores(resources["limits"]["cpu"]):
+                yield f"{service} asks for more cores than it may have"
+            if in_bytes(resources["requests"]["memory"]) != in_bytes(resources["limits"]["memory"]):
+                yield f"{service} may have another amount of memory than it asks for"
+
+    assert problems(look) == {}
+
+
+def test_pod_security() -> None:
+    """Pods keep to the restricted standard, which their namespace enforces, and have nowhere to write but /tmp."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        (namespace,) = manifests.of("Namespace")
+        if namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] != "restricted":
+            yield "the namespace enforces nothing"
+        for service in SERVICES:
+            pod, container = manifests.pod(service), manifests.container(service)
+            yield from (f"{service}: {wrong}" for wrong in (*_of_pod(pod), *_of_container(container)))
+
+    assert problems(look) == {}
+
+
+def _of_pod(pod: Object) -> Iterator[str]:
+    wanted = {
+        "runAsNonRoot": True,
+        "runAsUser": 65532,
+        "runAsGroup": 65532,
+        "fsGroup": 65532,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    if pod["securityContext"] != wanted:
+        yield f"its pod's security context is {pod['securityContext']}"
+    yield from (f"it has {name}" for name in ("hostNetwork", "hostPID", "hostIPC", "initContainers") if pod.get(name))
+    if pod["automountServiceAccountToken"] is not False:
+        yield "it gets a token"
+    if pod["enableServiceLinks"] is not False:
+        yield "services become variables"
+    for volume in pod["volumes"]:
+        if not volume.keys() - {"name"} <= VOLUMES:
+            yield f"volume {volume['name']} is of a kind that is not restricted"
+        if "emptyDir" in volume and "sizeLimit" not in volume["emptyDir"]:
+            yield f"volume {volume['name']} has no end"
+
+
+def _of_container(container: Object) -> Iterator[str]:
+    wanted = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    if container["securityContext"] != wanted:
+        yield f"its security context is {container['securityContext']}"
+    if any("hostPort" in port for port in container["ports"]):
+        yield "it takes a node's port"
+    if "/tmp" not in {mount["mountPath"] for mount in container["volumeMounts"]}:
+        yield "there is no /tmp"
+    for mount in container["volumeMounts"]:
+        if mount["mountPath"] != "/tmp" and not mount.get("readOnly"):
+            yield f"{mount['mountPath']} can be written"
+        if "subPath" in mount:
+            yield f"{mount['mountPath']} would never be replaced"
+
+
+def test_accounts_have_no_token() -> None:
+    """Each service has an account of its own, which the API server knows by no token."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        for service in SERVICES:
+            account = manifests.one("ServiceAccount", manifests.pod(service)["serviceAccountName"])
+            if account["metadata"]["name"] != f"unlatch-{service}" or account["automountServiceAccountToken"]:
+                yield f"{service} runs as {account}"
+
+    assert problems(look) == {}
+
+
+def test_everything_is_in_one_namespace() -> None:
+    """And says whose it is."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        for found in manifests.objects:
+            if found["kind"] != "Namespace" and found["metadata"].get("namespace") != "unlatch":
+                yield f"{named(found)} is in {found['metadata'].get('namespace')}"
+        assert manifests.one("Namespace", "unlatch")
+
+    assert problems(look) == {}
+
+
+def test_what_is_named_is_there() -> None:
+    """Names that objects have of one another are those of objects: settings, secrets, accounts, targets."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        there = {(found["kind"], found["metadata"]["name"]) for found in manifests.objects}
+        there |= {("Secret", found["spec"]["secretName"]) for found in manifests.of("Certificate")}
+        there |= {("Secret", name) for name in GIVEN_SECRETS}
+        for by, kind, name in _names(manifests):
+            if (kind, name) not in there:
+                yield f"{by} names {kind}/{name}"
+
+    assert problems(look) == {}
+
+
+def _names(manifests: Manifests) -> Iterator[tuple[str, str, str]]:
+    for service in SERVICES:
+        pod = manifests.pod(service)
+        yield service, "ServiceAccount", pod["serviceAccountName"]
+        yield from ((service, "Secret", v["secret"]["secretName"]) for v in pod["volumes"] if "secret" in v)
+        yield from ((service, "ConfigMap", v["configMap"]["name"]) for v in pod["volumes"] if "configMap" in v)
+    for found in manifests.of("HorizontalPodAutoscaler", "ScaledObject"):
+        target = found["spec"]["scaleTargetRef"]
+        assert target["apiVersion"] == "apps/v1"
+        yield named(found), target["kind"], target["name"]
+    for found in manifests.of("Certificate"):
+        yield named(found), found["spec"]["issuerRef"]["kind"], found["spec"]["issuerRef"]["name"]
+    for found in manifests.of("Issuer"):
+        if "ca" in found["spec"]:
+            yield named(found), "Secret", found["spec"]["ca"]["secretName"]
+    for found in manifests.of("Gateway"):
+        for listener in found["spec"]["listeners"]:
+            yield from ((named(found), "Secret", ref["name"]) for ref in listener["tls"]["certificateRefs"])
+        if backend := found["spec"].get("tls", {}).get("backend"):
+            yield named(found), "Secret", backend["clientCertificateRef"]["name"]
+    for found in manifests.of("GRPCRoute"):
+        yield from ((named(found), "Gateway", parent["name"]) for parent in found["spec"]["parentRefs"])
+        for rule in found["spec"]["rules"]:
+            yield from ((named(found), "Service", ref["name"]) for ref in rule["backendRefs"])
+    for found in manifests.of("BackendTLSPolicy", "BackendTrafficPolicy"):
+        yield from ((named(found), target["kind"], target["name"]) for target in found["spec"]["targetRefs"])
+    for found in manifests.of("BackendTLSPolicy"):
+        refs = found["spec"]["validation"]["caCertificateRefs"]
+        yield from ((named(found), ref["kind"], ref["name"]) for ref in refs)
+
+
+def test_selectors_match_pods() -> None:
+    """A Service, a budget and a spread are of the pods of one Deployment each."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        pods = {
+            found["metadata"]["name"]: found["spec"]["template"]["metadata"]["labels"]
+            for found in manifests.of("Deployment")
+        }
+        for name in (f"unlatch-{service}" for service in SERVICES):
+            spec = manifests.one("Deployment", name)["spec"]
+            selectors = [
+                spec["selector"]["matchLabels"],
+                manifests.one("Service", name)["spec"]["selector"],
+                manifests.one("PodDisruptionBudget", name)["spec"]["selector"]["matchLabels"],
+                *(s["labelSelector"]["matchLabels"] for s in spec["template"]["spec"]["topologySpreadConstraints"]),
+            ]
+            for selector in selectors:
+                if [other for other, labels in pods.items() if selector.items() <= labels.items()] != [name]:
+                    yield f"{name}: {selector} selects others"
+
+    assert problems(look) == {}
+
+
+def test_services_lead_to_ports() -> None:
+    """A Service's ports are its pods', by name; the compute service's name stands for each of its pods."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        for service in SERVICES:
+            found = manifests.one("Service", f"unlatch-{service}")
+            (port,) = found["spec"]["ports"]
+            ports = {one["name"]: one["containerPort"] for one in manifests.container(service)["ports"]}
+            if (port["name"], port["targetPort"], port["port"]) != ("grpc", "grpc", ports["grpc"]):
+                yield f"{service}: {port} is not {ports}"
+            if (found["spec"].get("clusterIP") == "None") != (service == "compute"):
+                yield f"{service} is headless, or should be"
+
+    assert problems(look) == {}
+
+
+def test_one_autoscaler_each() -> None:
+    """Each Deployment has one autoscaler, which alone says how many there are, by a container that is there."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        scalers = manifests.of("HorizontalPodAutoscaler", "ScaledObject")
+        targets = sorted(found["spec"]["scaleTargetRef"]["name"] for found in scalers)
+        if targets != ["unlatch-compute", "unlatch-gateway"]:
+            yield f"autoscalers are of {targets}"
+        for name in targets:
+            if "replicas" in manifests.one("Deployment", name)["spec"]:
+                yield f"{name} says how many itself"
+        for found in scalers:
+            spec = found["spec"]
+            least, most = (spec.get(f"{end}Replicas") or spec.get(f"{end}ReplicaCount") for end in ("min", "max"))
+            if not 1 <= least < most:
+                yield f"{named(found)} has from {least} to {most}"
+            for metric in spec.get("metrics", []):
+                service = spec["scaleTargetRef"]["name"].removeprefix("unlatch-")
+                if metric["containerResource"]["container"] != manifests.container(service)["name"]:
+                    yield f"{named(found)} looks at {metric}"
+
+    assert problems(look) == {}
+
+
+def test_a_drain_of_nodes_goes_on() -> None:
+    """A budget lets one pod go at a time, however few there are, and is kept by pods that serve alone."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        for found in manifests.of("PodDisruptionBudget"):
+            spec = {name: value for name, value in found["spec"].items() if name != "selector"}
+            if spec != {"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow"}:
+                yield f"{named(found)}: {spec}"
+
+    assert problems(look) == {}
+
+
+def test_pods_are_spread() -> None:
+    """Over nodes and over zones, each version of them by itself."""
+
+    def look(manifests: Manifests) -> Iterator[str]:
+        for service in SERVICES:
+            spread = manifests.pod(service)["topologySpreadConstraints"]
+            if {one["topologyKey"] for one in spread} != {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}:
+                yield f"{service}: {spread}"
+            if any(one["matchLabelKeys"] != ["pod-template-hash"] for one in spread):
+                yield f"{service} is spread together with what it replaces"
+
+    assert problems(look) == {}
