@@ -83,7 +83,8 @@ def render(directory: Path) -> tuple[Object, ...]:
     ran = subprocess.run([KUBECTL, "kustomize", directory], capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
     assert not ran.stderr, f"kustomize warns: {ran.stderr}"
-    return tuple(yaml.safe_load_all(ran.stdout))
+    # libyaml's, not Python's own: boards are long, and rendered in every other combination.
+    return tuple(yaml.load_all(ran.stdout, Loader=yaml.CSafeLoader))
 
 
 @cache
