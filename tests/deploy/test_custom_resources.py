@@ -131,6 +131,7 @@ BACKEND_TRAFFIC_POLICY = record(
     {"targetRefs": some(TARGET)},
     timeout=record({}, http=record({}, requestTimeout=DURATION, streamIdleTimeout=DURATION)),
     loadBalancer=record({"type": one_of("ConsistentHash", "LeastRequest", "Random", "RoundRobin")}),
+    circuitBreaker=record({}, maxParallelRequests=NUMBER, maxPendingRequests=NUMBER),
 )
 POD_MONITOR = record(
     {

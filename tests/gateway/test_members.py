@@ -10,6 +10,7 @@ import pytest
 from common.tls import ChannelSecurity
 from gateway.discovery import Discovery
 from gateway.members import Members
+from gateway.replica import Replica
 from tests.faults.watching import until
 from tests.mesh import running_front
 
@@ -20,7 +21,7 @@ class Told(Discovery):
     """Finds what the test tells it to."""
 
     def __init__(self) -> None:
-        super().__init__((), 3600.0, 8)
+        super().__init__((), 3600.0, 8, name="", bound=True)
         self.tell: Callable[[Sequence[str]], None] = lambda _: None
 
     async def run(self, tell: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -42,7 +43,7 @@ async def test_replica_that_is_back_as_its_end_comes_is_opened_anew(tmp_path: Pa
     with running_front(tmp_path / "front.sock") as front:
         target = front.wait_for("serving")["listen"]
         told = Told()
-        members = Members(told, Nobody(), ChannelSecurity(), 10.0)
+        members = Members(told, Nobody(), lambda target, keeper: Replica(target, keeper, ChannelSecurity(), 10.0))
         members.start()
         await asyncio.sleep(0)
         try:
