@@ -127,7 +127,6 @@ def arrivals(world: World) -> list[Arrival]:
 
 def run(world: World) -> Figures:
     """One world, from its first call to its last answer."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     coming = arrivals(world)
     if world.way == "one":
         return _figures(world, coming, 0.0, _one_queue(world, coming), math.nan)
@@ -352,6 +351,11 @@ def _line(axis: Any, across: Sequence[float], found: Sequence[Figures], label: s
     axis.plot(across, [1e3 * one.wait_p95_seconds for one in found], marker="o", color=colour, label=label)
 
 
+def _warnings_only() -> None:
+    """Replicas that come and go say so."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="bench.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -359,7 +363,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a small world, of which the table is printed")
     quick = parser.parse_args().quick
     ways, subsets = worlds(quick=quick)
-    with ProcessPoolExecutor(granted_cores()) as pool:
+    with ProcessPoolExecutor(granted_cores(), initializer=_warnings_only) as pool:
         found = list(pool.map(run, ways + subsets))
     said = table(found[: len(ways)], found[len(ways) :])
     print(said)
