@@ -1,13 +1,19 @@
 """Every overlay, and every combination of components: right by Kubernetes' own schemas, and by our rules."""
 
+import os
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+import yaml
 from kubernetes_validate import SchemaNotFoundError, ValidationError, validate
 from kubernetes_validate.utils import all_versions
 
 from tests.deploy.manifests import (
+    COMPONENTS,
+    K8S,
     SERVICES,
     Manifests,
     Object,
@@ -17,6 +23,7 @@ from tests.deploy.manifests import (
     named,
     overlay,
     problems,
+    render,
 )
 from tests.mesh import ROOT
 
@@ -171,6 +178,27 @@ def test_everything_is_in_one_namespace() -> None:
         assert manifests.one("Namespace", "unlatch")
 
     assert problems(look) == {}
+
+
+def test_another_namespace_takes_everything(tmp_path: Path) -> None:
+    """An overlay's own `namespace:` is every object's and account's; who else says the old one the README tells."""
+    place = tmp_path.resolve()
+    kustomization = {
+        "namespace": "another",
+        "resources": [os.path.relpath(K8S / "overlays" / "dev", place)],
+        "components": [os.path.relpath(K8S / "components" / name, place) for name in COMPONENTS],
+    }
+    (place / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    objects = render(place)
+    assert {found["metadata"].get("namespace", found["metadata"]["name"]) for found in objects} == {"another"}
+    accounts = [subject for found in objects for subject in found.get("subjects", [])]
+    assert {subject["namespace"] for subject in accounts} == {"another"}
+    still = {
+        named(found) for found in objects if re.search(r"""unlatch\.svc|namespace['"]?[=:] ?['"]unlatch""", repr(found))
+    }
+    assert still == {"Certificate/unlatch-gateway", "ScaledObject/unlatch-compute"}
+    readme = (K8S / "README.md").read_text()
+    assert all(f"`components/{file}`" in readme for file in ("mtls/certificates.yaml", "keda/scaled-object.yaml"))
 
 
 def test_what_is_named_is_there() -> None:
