@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from jsonschema import Draft202012Validator
 
 from protos.inference_pb2 import DESCRIPTOR as INFERENCE
 from protos.unlatch_pb2 import DESCRIPTOR as UNLATCH
-from tests.deploy.manifests import Manifests, composed, named, problems
+from tests.deploy.manifests import Manifests, composed, in_words, named, problems
+from tests.mesh import ROOT
 
 # Whichever test is first waits until all combinations are rendered.
 pytestmark = pytest.mark.timeout(180)
@@ -275,6 +277,25 @@ def test_routes_lead_to_what_a_gateway_serves() -> None:
     (rule,) = composed("base", "ingress").one("GRPCRoute", "unlatch")["spec"]["rules"]
     let_through = {match["method"]["service"] for match in rule["matches"]}
     assert let_through == {service.full_name for file in (INFERENCE, UNLATCH) for service in _services(file)}
+
+
+def test_the_ingress_does_what_the_shipped_envoy_does() -> None:
+    """By turns, with no limit of time, no retries, and as many calls at once as deploy/envoy/envoy.yaml has."""
+    envoy = yaml.safe_load((ROOT / "deploy/envoy/envoy.yaml").read_text())
+    (cluster,) = envoy["static_resources"]["clusters"]
+    (most,) = cluster["circuit_breakers"]["thresholds"]
+    (request,) = {route["timeout"] for route in in_words(envoy, "route")}
+    (silence,) = in_words(envoy, "stream_idle_timeout")
+    assert cluster["lb_policy"] == "ROUND_ROBIN"
+    policy = composed("base", "ingress").one("BackendTrafficPolicy", "unlatch")["spec"]
+    assert {name: value for name, value in policy.items() if name != "targetRefs"} == {
+        "timeout": {"http": {"requestTimeout": request, "streamIdleTimeout": silence}},
+        "loadBalancer": {"type": "RoundRobin"},
+        "circuitBreaker": {
+            "maxParallelRequests": most["max_requests"],
+            "maxPendingRequests": most["max_pending_requests"],
+        },
+    }
 
 
 def _services(file: Any) -> list[Any]:
