@@ -1,6 +1,7 @@
 """Whether a call can be done before its deadline, by what runs have taken: at both ends of a lane."""
 
-from common.errors import ResourceExhausted
+from common.errors import DeadlineExceeded, ResourceExhausted
+from common.run_times import RunTimes
 
 # What is predicted is a mean, and a call that is done too late has kept a worker from one that would not have been: so
 # many times that must fit its deadline. It costs nothing when there is more to do than can be done.
@@ -8,18 +9,33 @@ MARGIN = 1.25
 _SHORTEST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.01, 10.0
 
 
-def needed_seconds(wait_seconds: float, cost_seconds: float, reply_seconds: float) -> float:
-    """What a call must have left that is to wait, run, and be answered."""
-    return MARGIN * (wait_seconds + cost_seconds) + reply_seconds
-
-
-def too_late(kernel: str, needed_seconds: float, left_seconds: float) -> ResourceExhausted:
-    """What is told the caller of a call that could not be in time."""
+def refusal_in_time(
+    kernel: str,
+    size: int,
+    times: RunTimes,
+    *,
+    wait_seconds: float,
+    cost_seconds: float,
+    reply_seconds: float,
+    left_seconds: float,
+) -> ResourceExhausted | None:
+    """Why a call is refused that has just come, if it could not wait, run, and be answered in what it has left."""
+    needed = MARGIN * (wait_seconds + cost_seconds) + reply_seconds
+    # One that finds an idle worker may try, whatever is expected of it: else nothing new would ever be learned.
+    if not wait_seconds or needed <= left_seconds:
+        return None
+    if MARGIN * cost_seconds + reply_seconds > left_seconds:
+        times.doubt(kernel, size)
     return ResourceExhausted(
-        f"kernel {kernel} would be done in {needed_seconds:.2g} s, with what waits before it, and the deadline is in "
+        f"kernel {kernel} would be done in {needed:.2g} s, with what waits before it, and the deadline is in "
         f"{left_seconds:.2g} s",
-        retry_after_milliseconds=retry_milliseconds(needed_seconds - left_seconds),
+        retry_after_milliseconds=retry_milliseconds(needed - left_seconds),
     )
+
+
+def too_late(kernel: str) -> DeadlineExceeded:
+    """What is told the caller of a call that has waited and cannot be in time any more."""
+    return DeadlineExceeded(f"the deadline passed, or would have, while kernel {kernel} waited")
 
 
 def retry_milliseconds(seconds: float) -> int:

@@ -14,7 +14,7 @@ from itertools import islice
 from time import monotonic
 from typing import Protocol
 
-from common.admission import MARGIN, needed_seconds, retry_milliseconds, too_late
+from common.admission import MARGIN, refusal_in_time, retry_milliseconds, too_late
 from common.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from common.policy import Policy
 from common.run_times import RunTimes
@@ -80,12 +80,17 @@ class Queue:
             return
         left = call.deadline - monotonic()
         wait = self._wait_seconds(call, (left - _REPLY_SECONDS) / MARGIN - call.cost_seconds)
-        needed = needed_seconds(wait, call.cost_seconds, _REPLY_SECONDS)
-        # One that finds an idle worker may try, whatever is expected of it: else nothing new would ever be learned.
-        if wait and needed > left:
-            if needed_seconds(0.0, call.cost_seconds, _REPLY_SECONDS) > left:
-                self._times.doubt(call.spec.name, call.size)
-            raise too_late(call.spec.name, needed, left)
+        refusal = refusal_in_time(
+            call.spec.name,
+            call.size,
+            self._times,
+            wait_seconds=wait,
+            cost_seconds=call.cost_seconds,
+            reply_seconds=_REPLY_SECONDS,
+            left_seconds=left,
+        )
+        if refusal is not None:
+            raise refusal
 
     def wait_seconds(self, *, short: bool) -> float:
         """How long a new call would wait; with `short`, one that is not long."""
@@ -165,8 +170,7 @@ class Queue:
             if not self._is_hopeless(call, workers):
                 self._run(call, workers)
                 continue
-            name = call.spec.name
-            self._turn_down(call, DeadlineExceeded(f"the deadline passed, or would have, while kernel {name} waited"))
+            self._turn_down(call, too_late(call.spec.name))
             hopeless += 1
             if hopeless == _REFUSED_AT_ONCE:
                 # By turns: after a standstill it may be all that wait.

@@ -17,7 +17,7 @@ from itertools import islice
 from time import monotonic
 from typing import Protocol
 
-from common.admission import MARGIN, needed_seconds, too_late
+from common.admission import MARGIN, refusal_in_time, too_late
 from common.errors import DeadlineExceeded, NotFound, ResourceExhausted, Unavailable
 from common.policy import Policy, Waiting
 from common.run_times import RunTimes
@@ -218,16 +218,16 @@ class Fleet:
         self, call: Routed, offer: Offer, replica: Replica | None, expected: float
     ) -> ResourceExhausted | None:
         """Why a call is refused that has just come, if it could not be in time."""
-        left = call.deadline - monotonic()
-        cost = expected * replica.window.slowness if replica is not None else expected
-        wait = replica.window.wait_seconds(long=call.long) if replica is not None else self._wait_seconds(call, offer)
-        needed = needed_seconds(wait, cost, _REPLY_SECONDS)
-        # One that finds an idle worker may try, whatever is expected of it: else nothing new would ever be learned.
-        if not wait or needed <= left:
-            return None
-        if needed_seconds(0.0, cost, _REPLY_SECONDS) > left:
-            self._times.doubt(call.descriptor.request.kernel, call.body.size)
-        return too_late(call.descriptor.request.kernel, needed, left)
+        window = None if replica is None else replica.window
+        return refusal_in_time(
+            call.descriptor.request.kernel,
+            call.body.size,
+            self._times,
+            wait_seconds=self._wait_seconds(call, offer) if window is None else window.wait_seconds(long=call.long),
+            cost_seconds=expected if window is None else expected * window.slowness,
+            reply_seconds=_REPLY_SECONDS,
+            left_seconds=call.deadline - monotonic(),
+        )
 
     def _wait_seconds(self, call: Routed, offer: Offer) -> float:
         """How long a call would wait that is to be held: for what is held before it, and then at a replica."""
@@ -249,8 +249,7 @@ class Fleet:
                 self._send(call, replica)
                 continue
             self.withdraw(call)
-            kernel = call.descriptor.request.kernel
-            call.unroutable(DeadlineExceeded(f"the deadline passed, or would have, while kernel {kernel} waited"))
+            call.unroutable(too_late(call.descriptor.request.kernel))
             hopeless += 1
             if hopeless == _REFUSED_AT_ONCE:
                 # By turns: after a standstill it may be all that wait.
@@ -260,7 +259,7 @@ class Fleet:
     def _next_held(self) -> tuple[Routed, Replica] | None:
         """The first call in order that has room now. A kind whose replicas are full does not hold up the others."""
         # While none of them has room, nobody is looked for among the many who may wait.
-        roomy = {kind: offer for kind in self._held if (offer := self._roomy(kind)) is not None}
+        roomy = {kind: offer for kind in self._held if (offer := self._offer_with_room(kind)) is not None}
         for call in self._policy if roomy else ():
             if (offer := roomy.get(_kind(call))) is not None:
                 if (replica := self._choose(call, offer)) is not None:
@@ -270,7 +269,7 @@ class Fleet:
                     break
         return None
 
-    def _roomy(self, kind: _Kind) -> Offer | None:
+    def _offer_with_room(self, kind: _Kind) -> Offer | None:
         """What is offered of a kind, if any replica has room for some call of it."""
         kernel, version, long, together, avoids = kind
         offer = self.catalogue.find(kernel, version)

@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 import structlog
 
+from common.backoff import Backoff
 from common.lane import MAX_MESSAGE_BYTES, METHOD, Body, ProtocolViolation
 from common.lane_caller import LaneCaller, Waiter
 from common.rpc import options
@@ -28,9 +29,6 @@ from protos.unlatch_pb2 import Descriptor, Kernel, Load, Welcome
 
 log = structlog.get_logger()
 
-# A lane that broke is opened again soon, but not by all gateways at once.
-_FIRST_BACKOFF_SECONDS = 0.05
-_LONGEST_BACKOFF_SECONDS = 2.0
 _CHANNEL_OPTIONS = [
     *options(MAX_MESSAGE_BYTES),
     # gRPC's own backoff starts at a second; ours is above it.
@@ -58,7 +56,7 @@ class Outgoing(Held, Waiter, Protocol):
 
 
 class Lane(Protocol):
-    """What carries calls there once it is open: a LaneCaller, and in bench/simulate.py another."""
+    """What carries calls there once it is open: a LaneCaller, and in bench/simulated.py another."""
 
     # No more calls go on it; it has ended.
     finishing: bool
@@ -162,18 +160,21 @@ class Replica:
         Another is opened once it has broken, or beside it where either end wants a new handshake: calls go to the old
         one until the new one is there. Then it ends when they are answered, in any case in time.
         """
-        loop, failures = asyncio.get_running_loop(), 0
+        loop = asyncio.get_running_loop()
+        tries = Backoff(first_seconds=0.05, longest_seconds=2.0)
         try:
             async with asyncio.TaskGroup() as lanes:
                 while not self._retired:
                     lane = self._new_lane()
                     carrying = lanes.create_task(self._carry(lane))
                     await self._security.until_another_is_wanted(lane, carrying)
-                    failures = 0 if lane.welcomed else failures + 1
+                    if lane.welcomed:
+                        tries.succeeded()
                     if not carrying.done():
                         loop.call_later(self._grace_seconds, self._cut_off, lane, carrying)
-                    longest = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(failures, 10))
+                    longest = tries.failed()
                     if not self._retired:
+                        # Soon, but not by all gateways at once.
                         await asyncio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 (jitter)
         finally:
             # However it ends, nobody is to think that it is there.

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from tests.faults.watching import children
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "tests" / "kernels_for_tests.py"
 _WITHIN_SECONDS = 20.0
@@ -161,10 +163,10 @@ class Mesh:
     def pids(self) -> dict[str, int]:
         """Each process by name: gateway, front, forkserver, and worker-<pid>, in the order of their birth."""
         found = {"gateway": self.gateway_service.pid, "front": self.front_service.pid}
-        for child in _children(self.front_service.pid):
+        for child in children(self.front_service.pid):
             if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found["forkserver"] = child
-                found |= {f"worker-{worker}": worker for worker in _children(child)}
+                found |= {f"worker-{worker}": worker for worker in children(child)}
         return found
 
     @property
@@ -211,16 +213,3 @@ def running_mesh(directory: Path, *, front: Sequence[str] = (), gateway: Sequenc
 
 
 _ANY_PORTS = ("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")
-
-
-def _children(parent: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                stat = (entry / "stat").read_text()
-            except OSError:
-                continue
-            if int(stat.rpartition(")")[2].split()[1]) == parent:
-                found.append(int(entry.name))
-    return sorted(found)

@@ -1,6 +1,7 @@
-"""What the docs list is what there is: settings, metrics, built-in kernels."""
+"""What the docs list is what there is: settings, metrics, built-in kernels, modules."""
 
 import re
+from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
@@ -13,6 +14,7 @@ from tests.mesh import ROOT, Mesh
 from unlatch.supervisor import ServeSettings
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 KERNELS = (ROOT / "docs" / "kernels.md").read_text()
 MiB = 1024 * 1024
 
@@ -54,3 +56,12 @@ def test_every_built_in_kernel_is_listed() -> None:
     """The table in docs/kernels.md has each by name, with its first sentence's arguments."""
     listed = re.findall(r"^\| `(\w+)\(", KERNELS, re.MULTILINE)
     assert sorted(listed) == sorted(load(()).specs)
+
+
+def test_every_module_has_its_place_in_the_architecture() -> None:
+    """Each is named in docs/architecture.md, or lies in a folder that is; and each that is named is there."""
+    rooms = [path for name in ("gateway", "compute", "common", "unlatch") for path in (ROOT / name).rglob("*.py")]
+    folders = [ROOT / name for name in re.findall(r"`(\w+/[\w/]+)/`", ARCHITECTURE)]
+    alone = {path.name for path in rooms if not {*path.parents} & {*folders} and not path.name.startswith("__")}
+    named = {Path(name).name for name in re.findall(r"`([\w/]+\.py)`", ARCHITECTURE)}
+    assert named == alone

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from common.errors import Unavailable
-from tests.faults.watching import Gate, tree
+from tests.faults.watching import Gate, Scrape, tree
 from tests.mesh import Mesh, Service, running_mesh
 from unlatch import Client
 
@@ -49,6 +49,22 @@ async def answered(client: Client, within: float = 10.0) -> None:
             await asyncio.sleep(0.02)
         else:
             return
+
+
+def restarts(mesh: Mesh, reason: str = "") -> float:
+    """How many workers have been replaced; for one reason, where that is given."""
+    labels = {"reason": reason} if reason else {}
+    return Scrape(mesh.front_metrics).sum("unlatch_worker_restarts_total", **labels)
+
+
+def is_full(mesh: Mesh) -> bool:
+    """Whether both of its workers are there."""
+    return Scrape(mesh.front_metrics).sum("unlatch_worker_up") == 2
+
+
+def gone(mesh: Mesh) -> float:
+    """How many callers have left, as far as the front knows."""
+    return Scrape(mesh.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from common.errors import (
 )
 from protos.inference_pb2 import ModelStatisticsRequest, ModelStatisticsResponse
 from tests.doors import Oip
-from tests.faults.conftest import FAULT_KERNELS
+from tests.faults.conftest import FAULT_KERNELS, gone, restarts
 from tests.faults.watching import Gate, Scrape, memory_files, resident_bytes, until
 from tests.mesh import Mesh, running_mesh
 from unlatch import Client
@@ -64,15 +64,6 @@ async def client(narrow: Mesh) -> AsyncIterator[Client]:
 
 def waiting(mesh: Mesh) -> float:
     return Scrape(mesh.front_metrics).sum("unlatch_queue_depth")
-
-
-def restarts(mesh: Mesh) -> float:
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_restarts_total")
-
-
-def gone(mesh: Mesh) -> float:
-    """How many callers have left, as far as the front knows."""
-    return Scrape(mesh.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
 
 
 _gates = itertools.count()

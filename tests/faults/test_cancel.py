@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from tests.faults.conftest import gone, is_full, restarts
 from tests.faults.test_client import in_flight
 from tests.faults.test_deaths import DEATHS
 from tests.faults.watching import Gate, Scrape, until
@@ -26,21 +27,8 @@ TIMED_OUT = "its kernel ran for longer than its timeout"
 EVER = 600.0
 
 
-def restarts(mesh: Mesh, reason: str) -> float:
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_restarts_total", reason=reason)
-
-
 def wasted(mesh: Mesh) -> float:
     return Scrape(mesh.front_metrics).sum("unlatch_wasted_cpu_seconds_total")
-
-
-def gone(mesh: Mesh) -> float:
-    """How many callers have left, as far as the front knows."""
-    return Scrape(mesh.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
-
-
-def is_full(mesh: Mesh) -> bool:
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_up") == 2
 
 
 def runs(mesh: Mesh, kernel: str) -> bool:

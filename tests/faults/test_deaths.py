@@ -14,6 +14,7 @@ import pytest
 
 from common.errors import InvalidArgument, Unavailable
 from common.tensors import Array
+from tests.faults.conftest import is_full, restarts
 from tests.faults.watching import (
     Gate,
     Process,
@@ -77,14 +78,6 @@ def story(how: str) -> str:
     return STORIES.get(how, DEATHS[how])
 
 
-def restarts(scrape: Scrape) -> float:
-    return scrape.sum("unlatch_worker_restarts_total")
-
-
-def is_full(mesh: Mesh) -> bool:
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_up") == 2
-
-
 def is_dead(process: Process) -> bool:
     return not process.alive
 
@@ -92,9 +85,9 @@ def is_dead(process: Process) -> bool:
 @contextmanager
 def replaced(mesh: Mesh, reason: str, times: int = 1) -> Iterator[None]:
     """Within, so many workers die for that reason; afterwards the pool is as it was, and has counted right."""
-    before = Scrape(mesh.front_metrics)
+    before, ended = Scrape(mesh.front_metrics), restarts(mesh)
     yield
-    wait_until(lambda: restarts(Scrape(mesh.front_metrics)) == restarts(before) + times, "restarts are counted")
+    wait_until(lambda: restarts(mesh) == ended + times, "restarts are counted")
     wait_until(lambda: is_full(mesh), "every slot has a worker")
     after = Scrape(mesh.front_metrics)
     assert not after.fell_since(before)
@@ -240,11 +233,11 @@ async def test_worker_that_lies_may_have_gone_on(
 async def test_death_while_starting_is_tried_again(faulty: Mesh, client: Client, at_start: Path, how: str) -> None:
     """A replacement that dies before it is ready is replaced in turn, and meanwhile the other worker serves."""
     (at_start / f"{how}.start").touch()
-    before = Scrape(faulty.front_metrics)
+    ended = restarts(faulty)
     await fails(asyncio.ensure_future(client.dies(fresh(), how="exit")), "code 3")
     while (at_start / f"{how}.start").exists() or not is_full(faulty):
         np.testing.assert_array_equal(await client.echo(X), X)
-    assert 1 <= restarts(Scrape(faulty.front_metrics)) - restarts(before) <= 2
+    assert 1 <= restarts(faulty) - ended <= 2
     await busy(client)
 
 
@@ -287,13 +280,13 @@ async def test_forkserver_killed(faulty: Mesh, client: Client, gate: GateMaker) 
     await until(lambda: here.reached, "a call runs")
     workers, forkserver = set(faulty.workers), faulty.pids["forkserver"]
     processes = [Process.of(pid) for pid in workers]
-    before = Scrape(faulty.front_metrics)
+    before, ended = Scrape(faulty.front_metrics), restarts(faulty)
     os.kill(forkserver, signal.SIGKILL)
     others = [asyncio.ensure_future(client.echo(X)) for _ in range(20)]
     # One of them is staged behind the call that waits.
     await until(lambda: sum(other.done() for other in others) == 19, "the other worker serves")
     assert len(alive(processes)) == 2
-    assert restarts(Scrape(faulty.front_metrics)) == restarts(before)
+    assert restarts(faulty) == ended
     here.open()
     np.testing.assert_array_equal(await running, X)
     await asyncio.gather(*others)

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from common.errors import InvalidArgument, ResourceExhausted
-from tests.faults.conftest import ANY_PORTS
+from tests.faults.conftest import ANY_PORTS, restarts
 from tests.faults.memory_kernels import DECLARED_BYTES
 from tests.faults.watching import Gate, Process, Scrape, resident_bytes, until
 from tests.mesh import Mesh, Service, running_mesh
@@ -56,11 +56,6 @@ async def fresh(mesh: Mesh, client: Client) -> int:
     os.kill(killed.pid, signal.SIGKILL)
     await until(lambda: not killed.alive and Scrape(mesh.front_metrics).sum("unlatch_worker_up"), "it is replaced")
     return await pid_of(client)
-
-
-def restarts(mesh: Mesh, reason: str = "") -> float:
-    labels = {"reason": reason} if reason else {}
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_restarts_total", **labels)
 
 
 def taken_bytes(mesh: Mesh) -> float:

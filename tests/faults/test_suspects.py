@@ -10,8 +10,7 @@ import pytest
 
 from common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from common.tensors import Array
-from tests.faults.conftest import FAULT_KERNELS, answered
-from tests.faults.watching import Scrape
+from tests.faults.conftest import FAULT_KERNELS, answered, restarts
 from tests.mesh import Mesh, running_mesh
 from unlatch import Client
 
@@ -29,10 +28,6 @@ def forgetful(tmp_path: Path) -> Iterator[Mesh]:
     flags = ["--kernels", str(FAULT_KERNELS), "--poison-seconds", str(POISON_SECONDS)]
     with running_mesh(tmp_path, front=flags) as running:
         yield running
-
-
-def restarts(mesh: Mesh) -> float:
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_restarts_total")
 
 
 def dice(size: int) -> Array:

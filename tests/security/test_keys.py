@@ -13,7 +13,7 @@ from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 from common.errors import Unauthenticated
 from common.watched import FileError
-from gateway.algorithms import ASYMMETRIC
+from gateway.settings import ASYMMETRIC
 from gateway.tokens import Tokens
 from tests.mesh import ROOT
 from tests.security.issuer import AUDIENCE, ISSUER, Issuer
