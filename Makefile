@@ -10,7 +10,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 NOT_OF_THE_GATEWAY := numpy jaxtyping wadler-lindig threadpoolctl msgspec watchfiles anyio idna shtab
 # protoc finds its plugins for typed stubs by PATH.
 protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) \
-	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/inference.proto protos/unlatch.proto
+	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) unlatch/protos/inference.proto unlatch/protos/unlatch.proto
 
 RULES := deploy/k8s/components/plain-prometheus/rules.yml
 OPERATORS_RULES := deploy/k8s/components/monitoring/prometheus-rule.yaml

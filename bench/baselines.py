@@ -20,8 +20,8 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from bench.pool_work import Tensor, run
-from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc as pb_grpc
+from unlatch.protos import inference_pb2 as pb
+from unlatch.protos import inference_pb2_grpc as pb_grpc
 
 WORKERS = 2
 THREADS = 32

@@ -21,8 +21,8 @@ import grpc.aio
 import numpy as np
 import uvloop
 
-from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc as pb_grpc
+from unlatch.protos import inference_pb2 as pb
+from unlatch.protos import inference_pb2_grpc as pb_grpc
 
 MAP_IN_FLIGHT = 64
 IN_FLIGHT = 32

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc.aio
 
-from common.lane import unpack
+from unlatch.common.lane import unpack
 
 _MOST_TOLD = 20
 

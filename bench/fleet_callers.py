@@ -14,7 +14,7 @@ import numpy as np
 import uvloop
 
 from bench.oip import METHOD
-from protos import inference_pb2 as pb
+from unlatch.protos import inference_pb2 as pb
 
 VALUES = np.arange(16.0)
 _ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})

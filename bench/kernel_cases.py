@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from compute.kernels import (
+from unlatch.compute.kernels import (
     basics,
     clustering,
     components,

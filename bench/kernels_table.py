@@ -17,9 +17,9 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from bench.kernel_cases import Case, cases
-from common.memory import keep_freed
-from common.spec import KernelSpec
-from compute.catalogue import load
+from unlatch.common.memory import keep_freed
+from unlatch.common.spec import KernelSpec
+from unlatch.compute.catalogue import load
 
 DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- python -m bench.kernels_table -->", "<!-- end of the table -->"

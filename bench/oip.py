@@ -11,7 +11,7 @@ import numpy as np
 
 from bench import work
 from bench.processes import OUT
-from protos import inference_pb2 as pb
+from unlatch.protos import inference_pb2 as pb
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 DATATYPES = {"float64": "FP64", "int64": "INT64"}

@@ -17,8 +17,8 @@ import uvloop
 from bench.processes import kill, workers
 from bench.scrape import scrape
 from bench.tenant_lane import TenantLane, tenant_lane
-from common.errors import DeadlineExceeded, ResourceExhausted
 from unlatch import Client
+from unlatch.common.errors import DeadlineExceeded, ResourceExhausted
 
 ROW = np.random.default_rng(7).random((1, 16))
 ENDLESS = np.array([10**12])

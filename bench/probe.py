@@ -21,8 +21,8 @@ import numpy as np
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc as pb_grpc
+from unlatch.protos import inference_pb2 as pb
+from unlatch.protos import inference_pb2_grpc as pb_grpc
 
 PERIOD_SECONDS = 0.020
 TIMEOUT_SECONDS = 10.0

@@ -41,8 +41,8 @@ from bench.simulated import (
     Unlatch,
     addresses_of,
 )
-from common.cores import granted_cores
-from gateway.subset import subset
+from unlatch.common.cores import granted_cores
+from unlatch.gateway.subset import subset
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATIONS = ROOT / "docs" / "operations.md"

@@ -19,17 +19,17 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol, cast
 
-from common.lane import Body
-from common.policy import Policy
-from common.tls import ChannelSecurity
-from compute.call import Call as FrontCall
-from compute.queue import Queue
-from compute.reports import Reports
-from compute.settings import ComputeSettings
-from gateway.discovery import Discovery
-from gateway.fleet import Fleet, Routed
-from gateway.replica import Keeper, Replica
-from protos.unlatch_pb2 import Descriptor, Kernel, Welcome
+from unlatch.common.lane import Body
+from unlatch.common.policy import Policy
+from unlatch.common.tls import ChannelSecurity
+from unlatch.compute.call import Call as FrontCall
+from unlatch.compute.queue import Queue
+from unlatch.compute.reports import Reports
+from unlatch.compute.settings import ComputeSettings
+from unlatch.gateway.discovery import Discovery
+from unlatch.gateway.fleet import Fleet, Routed
+from unlatch.gateway.replica import Keeper, Replica
+from unlatch.protos.unlatch_pb2 import Descriptor, Kernel, Welcome
 
 # Loops, gathering and network together, one way.
 HOP_SECONDS = 0.001

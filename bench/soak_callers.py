@@ -20,11 +20,11 @@ import uvloop
 
 from bench.counted import Answers, CountedChannel
 from bench.soak_calls import KINDS, LEFT, LULL_EVERY_SECONDS, LULL_SECONDS, OK, Array, Kind
-from common.errors import NAMES, UnlatchError
-from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc as pb_grpc
 from unlatch import Client
+from unlatch.common.errors import NAMES, UnlatchError
 from unlatch.link import Link
+from unlatch.protos import inference_pb2 as pb
+from unlatch.protos import inference_pb2_grpc as pb_grpc
 
 CALLERS_A_DOOR = 8
 # What a call may take beyond its own limit before it counts as one that nobody ends.

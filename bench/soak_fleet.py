@@ -20,8 +20,8 @@ from rich.table import Table
 
 from bench.processes import PYTHON, BenchError, Process, free_port, kill
 from bench.scrape import scrape, total
-from common.errors import UnlatchError
 from unlatch import Client
+from unlatch.common.errors import UnlatchError
 
 REPLICAS = 3
 KILL_SECONDS = 2.0
@@ -50,7 +50,7 @@ class Fleet:
         self._replicas = [self._replica(number) for number in range(REPLICAS)]
         self.port, self.metrics_port = free_port(), free_port()
         targets = ",".join(f"unix:{socket}" for socket in self._sockets)
-        argv = [PYTHON, "-m", "gateway", "--listen", f"127.0.0.1:{self.port}", "--replicas", targets]
+        argv = [PYTHON, "-m", "unlatch.gateway", "--listen", f"127.0.0.1:{self.port}", "--replicas", targets]
         argv += ["--metrics-listen", f"127.0.0.1:{self.metrics_port}", "--health-listen", "127.0.0.1:0"]
         self._gateway = stack.enter_context(Process("fleet-gateway", argv))
 
@@ -89,7 +89,7 @@ class Fleet:
         self._replicas[number] = self._replica(number)
 
     def _replica(self, number: int) -> Process:
-        argv = [PYTHON, "-m", "compute", "--listen", f"unix:{self._sockets[number]}", "--workers", "1"]
+        argv = [PYTHON, "-m", "unlatch.compute", "--listen", f"unix:{self._sockets[number]}", "--workers", "1"]
         argv += ["--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0", "--kernels", "bench/kernels.py"]
         return self._stack.enter_context(Process(f"fleet-{number}", argv))
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import grpc.aio
 
-from common.describe import understood
-from common.errors import UnlatchError
-from common.failures import raised
-from common.lane import METHOD
-from common.lane_caller import LaneCaller
-from common.spec import KernelSpec
-from protos.unlatch_pb2 import Reply, Welcome
 from unlatch.arrays import Caller, arrays
+from unlatch.common.describe import understood
+from unlatch.common.errors import UnlatchError
+from unlatch.common.failures import raised
+from unlatch.common.lane import METHOD
+from unlatch.common.lane_caller import LaneCaller
+from unlatch.common.spec import KernelSpec
+from unlatch.protos.unlatch_pb2 import Reply, Welcome
 
 
 class TenantLane:

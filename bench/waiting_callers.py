@@ -17,8 +17,8 @@ import uvloop
 
 from bench.client import unary
 from bench.scrape import scrape, total
-from protos import inference_pb2_grpc as pb_grpc
 from unlatch import Client
+from unlatch.protos import inference_pb2_grpc as pb_grpc
 
 # A lane's window is 1,024 calls.
 CALLERS = 10

@@ -1,7 +1,7 @@
 """Whether a call can be done before its deadline, by what runs have taken: at both ends of a lane."""
 
-from common.errors import DeadlineExceeded, ResourceExhausted
-from common.run_times import RunTimes
+from unlatch.common.errors import DeadlineExceeded, ResourceExhausted
+from unlatch.common.run_times import RunTimes
 
 # What is predicted is a mean, and a call that is done too late has kept a worker from one that would not have been: so
 # many times that must fit its deadline. It costs nothing when there is more to do than can be done.

@@ -22,8 +22,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509 import Certificate, load_pem_x509_certificate, load_pem_x509_certificates
 
-from common.errors import CertificateError
-from common.files import LOOK_SECONDS, State, content, state
+from unlatch.common.errors import CertificateError
+from unlatch.common.files import LOOK_SECONDS, State, content, state
 
 # Not structlog: clients come here too, and what they log is for the program that they are part of to say.
 _log = logging.getLogger(__name__)

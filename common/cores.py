@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import cgroups
+from unlatch.common import cgroups
 
 
 def granted_cores(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int:

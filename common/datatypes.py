@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from math import prod
 
-from common.errors import InvalidArgument
+from unlatch.common.errors import InvalidArgument
 
 NP_DTYPE = "np_dtype"
 BYTES = "BYTES"

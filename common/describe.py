@@ -1,8 +1,8 @@
 """A kernel's spec as lanes carry it, and back."""
 
-from common.parameters import parameter, scalar
-from common.spec import ArraySpec, KernelSpec, ScalarSpec
-from protos.unlatch_pb2 import Array, Kernel, Scalar
+from unlatch.common.parameters import parameter, scalar
+from unlatch.common.spec import ArraySpec, KernelSpec, ScalarSpec
+from unlatch.protos.unlatch_pb2 import Array, Kernel, Scalar
 
 
 def described(spec: KernelSpec) -> Kernel:

@@ -1,7 +1,7 @@
 """Errors on a lane: as a reply's failure, and back."""
 
-from common.errors import UnlatchError, from_code
-from protos.unlatch_pb2 import Failure, Reply
+from unlatch.common.errors import UnlatchError, from_code
+from unlatch.protos.unlatch_pb2 import Failure, Reply
 
 
 def failed(error: UnlatchError) -> Reply:

@@ -19,9 +19,9 @@ from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
-from common.pace import Pace, gathered
-from common.protowire import Malformed, bulk_entry, split
-from protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Load, Reply, Welcome
+from unlatch.common.pace import Pace, gathered
+from unlatch.common.protowire import Malformed, bulk_entry, split
+from unlatch.protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Load, Reply, Welcome
 
 SERVICE = "unlatch.v1.Lane"
 METHOD = f"/{SERVICE}/Open"

@@ -6,9 +6,9 @@ from contextlib import suppress
 from itertools import count, islice
 from typing import Protocol
 
-from common.errors import Unavailable, UnlatchError
-from common.lane import Body, Outbox, Sink, check_pieces, check_whole, unpack
-from protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
+from unlatch.common.errors import Unavailable, UnlatchError
+from unlatch.common.lane import Body, Outbox, Sink, check_pieces, check_whole, unpack
+from unlatch.protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
 
 # One that is told may be sent elsewhere at once: that takes some 50 µs.
 _TOLD_AT_ONCE = 32

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import grpc
 import structlog
 
-from common.errors import Unauthenticated, Unavailable, UnlatchError
-from common.failures import failed
-from common.lane import (
+from unlatch.common.errors import Unauthenticated, Unavailable, UnlatchError
+from unlatch.common.failures import failed
+from unlatch.common.lane import (
     MOST_CALLS,
     MOST_UNSENT_BYTES,
     Body,
@@ -25,9 +25,9 @@ from common.lane import (
     check_whole,
     unpack,
 )
-from common.rpc import abort
-from common.turns import Turns
-from protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
+from unlatch.common.rpc import abort
+from unlatch.common.turns import Turns
+from unlatch.protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
 
 log = structlog.get_logger()
 

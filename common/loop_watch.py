@@ -14,7 +14,7 @@ from typing import Self
 
 from gilknocker import KnockKnock  # type: ignore[import-untyped]  # compiled, without stubs
 
-from common.recorder import Recorder
+from unlatch.common.recorder import Recorder
 
 INTERVAL_SECONDS = 0.05
 LAG_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)

@@ -6,14 +6,14 @@ from typing import TypeVar
 
 import uvloop
 
-from common.errors import CertificateError
-from common.life import die_with_parent, let_threads_give_way
-from common.log import configure
-from common.memory import keep_freed, share_heaps
-from common.rpc import BindError
-from common.settings import MiB, Settings, parse
-from common.spans import exported
-from common.watched import FileError
+from unlatch.common.errors import CertificateError
+from unlatch.common.life import die_with_parent, let_threads_give_way
+from unlatch.common.log import configure
+from unlatch.common.memory import keep_freed, share_heaps
+from unlatch.common.rpc import BindError
+from unlatch.common.settings import MiB, Settings, parse
+from unlatch.common.spans import exported
+from unlatch.common.watched import FileError
 
 S = TypeVar("S", bound=Settings)
 

@@ -3,7 +3,7 @@
 import ctypes
 from pathlib import Path
 
-from common import cgroups
+from unlatch.common import cgroups
 
 # Version 1 has no word for "no limit": it says the largest number of whole pages that fits 63 bits.
 _NO_LIMIT_BYTES = 1 << 62

@@ -1,6 +1,6 @@
 """Scalars on their way: Python's bool, int, float and str, and the protocol's InferParameter."""
 
-from protos.unlatch_pb2 import Parameter
+from unlatch.protos.unlatch_pb2 import Parameter
 
 Value = bool | int | float | str
 

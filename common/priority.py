@@ -1,8 +1,8 @@
 """A call's priority: a parameter of the protocol that is none of its kernel's."""
 
-from common.errors import InvalidArgument
-from common.parameters import scalar
-from protos.unlatch_pb2 import Priority, Request
+from unlatch.common.errors import InvalidArgument
+from unlatch.common.parameters import scalar
+from unlatch.protos.unlatch_pb2 import Priority, Request
 
 PARAMETER = "priority"
 NORMAL = Priority.NORMAL

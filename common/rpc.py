@@ -10,8 +10,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from common.errors import UnlatchError
-from common.settings import ServiceSettings
+from unlatch.common.errors import UnlatchError
+from unlatch.common.settings import ServiceSettings
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _WINDOW_BYTES = 256 * 1024

@@ -10,19 +10,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import Collector
 
-from common.exposition import serve_metrics
-from common.garbage import Collecting
-from common.health import Health
-from common.lane_server import Lanes
-from common.life import Life, go_first, notify_ready
-from common.loop_watch import LoopWatch
-from common.recorder import Recorder
-from common.rpc import BindError, bind, options, server_options
-from common.settings import ServiceSettings, Settings
-from common.tls import refusal, server_credentials
+from unlatch.common.exposition import serve_metrics
+from unlatch.common.garbage import Collecting
+from unlatch.common.health import Health
+from unlatch.common.lane_server import Lanes
+from unlatch.common.life import Life, go_first, notify_ready
+from unlatch.common.loop_watch import LoopWatch
+from unlatch.common.recorder import Recorder
+from unlatch.common.rpc import BindError, bind, options, server_options
+from unlatch.common.settings import ServiceSettings, Settings
+from unlatch.common.tls import refusal, server_credentials
 
 if TYPE_CHECKING:
-    from common.certificates import Certificates
+    from unlatch.common.certificates import Certificates
 
 log = structlog.get_logger()
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, NoDecode, SettingsConfigDict
 
-from common.errors import near
-from common.exposure import is_exposed
+from unlatch.common.errors import near
+from unlatch.common.exposure import is_exposed
 
 MiB = 1024 * 1024
 

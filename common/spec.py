@@ -6,7 +6,7 @@ No NumPy and no protobuf here: the worker that imports the kernels sends these t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from common.errors import InvalidArgument
+from unlatch.common.errors import InvalidArgument
 
 ELLIPSIS = "..."
 ANY_LENGTH = "_"

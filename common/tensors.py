@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.datatypes import OBJECT
-from common.errors import InvalidArgument
+from unlatch.common.datatypes import OBJECT
+from unlatch.common.errors import InvalidArgument
 
 Array = NDArray[Any]
 

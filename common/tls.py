@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 import grpc.aio
 
-from common.errors import Unauthenticated
-from common.exposure import is_unix
-from common.lane_caller import LaneCaller
-from common.recorder import Recorder
-from common.settings import Settings
+from unlatch.common.errors import Unauthenticated
+from unlatch.common.exposure import is_unix
+from unlatch.common.lane_caller import LaneCaller
+from unlatch.common.recorder import Recorder
+from unlatch.common.settings import Settings
 
 if TYPE_CHECKING:
     # Who speaks no TLS does without it, which takes 50 ms to load.
-    from common.certificates import Certificates
+    from unlatch.common.certificates import Certificates
 
 Answer = TypeVar("Answer")
 Method = Callable[[Any, Any], Awaitable[Answer]]
@@ -28,7 +28,7 @@ Method = Callable[[Any, Any], Awaitable[Answer]]
 
 def load(cert: str, key: str, ca: str, *, names: tuple[str, str, str]) -> "Certificates":
     """One end's certificates from files, and what those who gave the paths call them. Raises CertificateError."""
-    from common.certificates import Files, load
+    from unlatch.common.certificates import Files, load
 
     return load(Files(cert=cert, key=key, ca=ca, names=names))
 

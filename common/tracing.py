@@ -14,7 +14,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from protos.unlatch_pb2 import Descriptor
+from unlatch.protos.unlatch_pb2 import Descriptor
 
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 # Of either header: what is longer is dropped. The standard asks for 512 of tracestate, and traceparent takes 55.

@@ -6,7 +6,7 @@ from typing import Never
 
 import structlog
 
-from common.files import LOOK_SECONDS, State, content, state
+from unlatch.common.files import LOOK_SECONDS, State, content, state
 
 log = structlog.get_logger()
 

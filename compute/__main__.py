@@ -1,4 +1,4 @@
-"""`python -m compute` (and `unlatch compute`): one replica."""
+"""`python -m unlatch.compute` (and `unlatch compute`): one replica."""
 
 import os
 import sys
@@ -10,10 +10,10 @@ def main(arguments: Sequence[str]) -> int:
     # gRPC reads it when it is imported. It writes past our log: a line for each handshake that somebody fails at.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Imported here: multiprocessing's children import this module again under another name.
-    from common.main import run
-    from compute.forkserver import StartError
-    from compute.server import serve
-    from compute.settings import ComputeSettings
+    from unlatch.common.main import run
+    from unlatch.compute.forkserver import StartError
+    from unlatch.compute.server import serve
+    from unlatch.compute.settings import ComputeSettings
 
     return run("unlatch compute", "front", ComputeSettings, serve, arguments, os.environ, (StartError,))
 

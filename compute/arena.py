@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
-from common.errors import ResourceExhausted
+from unlatch.common.errors import ResourceExhausted
 
 ALIGNMENT = 64
 _SMALLEST_CLASS = 4096

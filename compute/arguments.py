@@ -7,12 +7,12 @@ Every refusal is an InvalidArgument that names the argument, what it should be a
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from common.datatypes import NP_DTYPE, seen_by_numpy
-from common.errors import InvalidArgument, near
-from common.parameters import Value, scalar
-from common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec, one_by_one
-from compute.wire import MOST_STRING_BYTES, Parameters
-from protos.unlatch_pb2 import Descriptor, Parameter, RequestedOutput
+from unlatch.common.datatypes import NP_DTYPE, seen_by_numpy
+from unlatch.common.errors import InvalidArgument, near
+from unlatch.common.parameters import Value, scalar
+from unlatch.common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec, one_by_one
+from unlatch.compute.wire import MOST_STRING_BYTES, Parameters
+from unlatch.protos.unlatch_pb2 import Descriptor, Parameter, RequestedOutput
 
 # Of the protocol's extension for HTTP; here every output is binary.
 _BINARY_DATA = "binary_data"

@@ -4,19 +4,19 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
-from common.datatypes import NP_DTYPE, carrier, is_carried
-from common.errors import UnlatchError
-from common.failures import failed
-from common.lane import Arrival, Body, Buffer
-from common.lane_server import LaneServer
-from common.priority import NORMAL, RANKS
-from common.spec import KernelSpec
-from common.tracing import Tracing
-from compute.arena import Block, InputArena, offsets
-from compute.arguments import Arguments
-from compute.metrics import ComputeMetrics
-from compute.wire import Tensor
-from protos.unlatch_pb2 import Descriptor, Reply
+from unlatch.common.datatypes import NP_DTYPE, carrier, is_carried
+from unlatch.common.errors import UnlatchError
+from unlatch.common.failures import failed
+from unlatch.common.lane import Arrival, Body, Buffer
+from unlatch.common.lane_server import LaneServer
+from unlatch.common.priority import NORMAL, RANKS
+from unlatch.common.spec import KernelSpec
+from unlatch.common.tracing import Tracing
+from unlatch.compute.arena import Block, InputArena, offsets
+from unlatch.compute.arguments import Arguments
+from unlatch.compute.metrics import ComputeMetrics
+from unlatch.compute.wire import Tensor
+from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 
 @dataclass(frozen=True, slots=True)

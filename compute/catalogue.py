@@ -13,10 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common.spec import KernelSpec
+from unlatch.common.spec import KernelSpec
 from unlatch.declaration import DECLARED, DeclarationError, spec_of
 
-BUILT_IN = "compute.kernels"
+BUILT_IN = "unlatch.compute.kernels"
 
 
 class LoadError(Exception):

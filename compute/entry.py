@@ -13,6 +13,6 @@ class Inherited(Protocol):
 
 def enter(channel: socket.socket, front_alive: Inherited, max_reply_bytes: int, memory_bytes: int) -> None:
     """The target of a forkserver's child."""
-    from compute import worker
+    from unlatch.compute import worker
 
     worker.main(channel, front_alive.detach(), max_reply_bytes, memory_bytes)

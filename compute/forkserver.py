@@ -18,8 +18,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple
 
-from compute.entry import enter
-from compute.wire import PRELOAD_VARIABLE
+from unlatch.compute.entry import enter
+from unlatch.compute.wire import PRELOAD_VARIABLE
 
 # Every BLAS and OpenMP that NumPy may come with reads its own.
 _THREAD_VARIABLES = (
@@ -74,7 +74,7 @@ class ForkServer:
         # is set here: multiprocessing starts another forkserver by itself where one has died.
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(blas_threads)))
         os.environ[PRELOAD_VARIABLE] = ",".join(kernels)
-        self._context.set_forkserver_preload(["compute.worker", "compute.entry"])
+        self._context.set_forkserver_preload(["unlatch.compute.worker", "unlatch.compute.entry"])
         forkserver.ensure_running()
 
     @property

@@ -19,17 +19,17 @@ from time import monotonic
 
 import structlog
 
-from common.datatypes import is_held, is_served
-from common.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, Unavailable, from_code
-from compute import ends
-from compute.arena import ReplySegments, Segment
-from compute.call import Call, Ran
-from compute.ends import End
-from compute.metrics import WorkerMetrics
-from compute.process import WorkerProcess
-from compute.queue import Queue
-from compute.suspects import Suspects
-from compute.wire import Cancel, Done, Failed, Forget, Learn, Member, Result, Run
+from unlatch.common.datatypes import is_held, is_served
+from unlatch.common.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, Unavailable, from_code
+from unlatch.compute import ends
+from unlatch.compute.arena import ReplySegments, Segment
+from unlatch.compute.call import Call, Ran
+from unlatch.compute.ends import End
+from unlatch.compute.metrics import WorkerMetrics
+from unlatch.compute.process import WorkerProcess
+from unlatch.compute.queue import Queue
+from unlatch.compute.suspects import Suspects
+from unlatch.compute.wire import Cancel, Done, Failed, Forget, Learn, Member, Result, Run
 
 log = structlog.get_logger()
 

@@ -1,18 +1,18 @@
 """The serving end of lanes: a descriptor becomes a call, its arguments checked and its bytes landing in the arena."""
 
-from common.errors import ResourceExhausted, UnlatchError, no_kernel
-from common.failures import failed
-from common.lane import Body
-from common.lane_server import LaneServer
-from common.spec import KernelSpec
-from common.tracing import Tracing
-from compute.arena import InputArena
-from compute.arguments import check
-from compute.call import Call
-from compute.metrics import ComputeMetrics
-from compute.queue import Queue
-from compute.suspects import Suspects
-from protos.unlatch_pb2 import Descriptor
+from unlatch.common.errors import ResourceExhausted, UnlatchError, no_kernel
+from unlatch.common.failures import failed
+from unlatch.common.lane import Body
+from unlatch.common.lane_server import LaneServer
+from unlatch.common.spec import KernelSpec
+from unlatch.common.tracing import Tracing
+from unlatch.compute.arena import InputArena
+from unlatch.compute.arguments import check
+from unlatch.compute.call import Call
+from unlatch.compute.metrics import ComputeMetrics
+from unlatch.compute.queue import Queue
+from unlatch.compute.suspects import Suspects
+from unlatch.protos.unlatch_pb2 import Descriptor
 
 _UNKNOWN = "unknown"
 

@@ -18,9 +18,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from common.errors import ResourceExhausted
-from common.memory import freed_bytes, give_freed_back, grow_by, keep_freed, put_back, take
-from common.spec import KernelSpec
+from unlatch.common.errors import ResourceExhausted
+from unlatch.common.memory import freed_bytes, give_freed_back, grow_by, keep_freed, put_back, take
+from unlatch.common.spec import KernelSpec
 
 # What NumPy frees stays with the worker: else every temporary is given back to the system and faulted in again. Larger
 # arrays than this still come from mmap, and go back when they are freed.

@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 from time import monotonic
 
-from compute.arena import InputArena
-from compute.call import Call
-from compute.queue import Queue
-from compute.slot import Slot
-from compute.upkeep import Upkeep
+from unlatch.compute.arena import InputArena
+from unlatch.compute.call import Call
+from unlatch.compute.queue import Queue
+from unlatch.compute.slot import Slot
+from unlatch.compute.upkeep import Upkeep
 
 _SWEEP_SECONDS = 10.0
 # What a worker may take before anybody looks is what it can touch in this time: some 100 MB.

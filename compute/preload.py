@@ -8,8 +8,8 @@ environment.
 import gc
 import os
 
-from compute.catalogue import Catalogue, LoadError, load
-from compute.wire import PRELOAD_VARIABLE
+from unlatch.compute.catalogue import Catalogue, LoadError, load
+from unlatch.compute.wire import PRELOAD_VARIABLE
 
 catalogue = Catalogue()
 failure = ""

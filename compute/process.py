@@ -21,9 +21,9 @@ from multiprocessing.context import ForkServerProcess
 import msgspec
 import structlog
 
-from compute import ends, wire
-from compute.ends import End
-from compute.standstill import Standstill
+from unlatch.compute import ends, wire
+from unlatch.compute.ends import End
+from unlatch.compute.standstill import Standstill
 
 log = structlog.get_logger()
 

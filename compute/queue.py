@@ -14,12 +14,12 @@ from itertools import islice
 from time import monotonic
 from typing import Protocol
 
-from common.admission import MARGIN, refusal_in_time, retry_milliseconds, too_late
-from common.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-from common.policy import Policy
-from common.run_times import RunTimes
-from compute.call import Call
-from compute.wire import MOST_MEMBERS_BYTES, described_bytes
+from unlatch.common.admission import MARGIN, refusal_in_time, retry_milliseconds, too_late
+from unlatch.common.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from unlatch.common.policy import Policy
+from unlatch.common.run_times import RunTimes
+from unlatch.compute.call import Call
+from unlatch.compute.wire import MOST_MEMBERS_BYTES, described_bytes
 
 # What a call is expected to take beyond its wait and its run, on its way back to its caller.
 _REPLY_SECONDS = 0.002

@@ -11,10 +11,10 @@ import asyncio
 import math
 from typing import Protocol
 
-from common.lane_server import Lanes
-from compute.queue import Queue
-from compute.settings import ComputeSettings
-from protos.unlatch_pb2 import Load
+from unlatch.common.lane_server import Lanes
+from unlatch.compute.queue import Queue
+from unlatch.compute.settings import ComputeSettings
+from unlatch.protos.unlatch_pb2 import Load
 
 # How often it is looked at, and by how much a wait is another that is told before its time.
 _LOOK_SECONDS = 0.025

@@ -6,34 +6,34 @@ from importlib.metadata import version
 
 import grpc.aio
 
-from common.describe import described
-from common.errors import Unavailable
-from common.health import Health
-from common.lane import MAX_MESSAGE_BYTES, SERVICE
-from common.lane_server import Lanes, LaneServer
-from common.memory import granted_memory
-from common.policy import Policy
-from common.processes import ProcessWatch
-from common.recorder import Recorder
-from common.rpc import handlers
-from common.service import serve as serve_until_stopped
-from common.tls import report, server_certificates
-from common.tracing import Tracing
-from compute.arena import InputArena
-from compute.call import Call
-from compute.forkserver import ForkServer
-from compute.lane import Door
-from compute.limits import Limits
-from compute.metrics import FORKSERVER, ComputeMetrics
-from compute.pool import Pool
-from compute.queue import Queue
-from compute.readiness import Readiness
-from compute.reports import Reports
-from compute.settings import ComputeSettings
-from compute.shares import share_out
-from compute.slot import Slot
-from compute.suspects import Suspects
-from protos.unlatch_pb2 import Welcome
+from unlatch.common.describe import described
+from unlatch.common.errors import Unavailable
+from unlatch.common.health import Health
+from unlatch.common.lane import MAX_MESSAGE_BYTES, SERVICE
+from unlatch.common.lane_server import Lanes, LaneServer
+from unlatch.common.memory import granted_memory
+from unlatch.common.policy import Policy
+from unlatch.common.processes import ProcessWatch
+from unlatch.common.recorder import Recorder
+from unlatch.common.rpc import handlers
+from unlatch.common.service import serve as serve_until_stopped
+from unlatch.common.tls import report, server_certificates
+from unlatch.common.tracing import Tracing
+from unlatch.compute.arena import InputArena
+from unlatch.compute.call import Call
+from unlatch.compute.forkserver import ForkServer
+from unlatch.compute.lane import Door
+from unlatch.compute.limits import Limits
+from unlatch.compute.metrics import FORKSERVER, ComputeMetrics
+from unlatch.compute.pool import Pool
+from unlatch.compute.queue import Queue
+from unlatch.compute.readiness import Readiness
+from unlatch.compute.reports import Reports
+from unlatch.compute.settings import ComputeSettings
+from unlatch.compute.shares import share_out
+from unlatch.compute.slot import Slot
+from unlatch.compute.suspects import Suspects
+from unlatch.protos.unlatch_pb2 import Welcome
 
 
 class Replica:

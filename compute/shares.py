@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import structlog
 
-from common.settings import MiB
-from compute.forkserver import StartError
-from compute.settings import ComputeSettings
+from unlatch.common.settings import MiB
+from unlatch.compute.forkserver import StartError
+from unlatch.compute.settings import ComputeSettings
 
 log = structlog.get_logger()
 

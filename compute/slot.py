@@ -6,22 +6,22 @@ from contextlib import suppress
 
 import structlog
 
-from common.backoff import Backoff
-from common.spec import KernelSpec
-from compute import ends
-from compute.call import Call
-from compute.ends import End
-from compute.forkserver import ForkServer, StartError
-from compute.hand import Hand
-from compute.limits import Limits
-from compute.metrics import WorkerMetrics
-from compute.process import WorkerProcess
-from compute.queue import Queue
-from compute.readiness import Readiness
-from compute.settings import ComputeSettings
-from compute.suspects import Suspects
-from compute.upkeep import Upkeep
-from compute.wire import Done, Failed, Loaded, Misfit, Ready, Shrunk, ToFront
+from unlatch.common.backoff import Backoff
+from unlatch.common.spec import KernelSpec
+from unlatch.compute import ends
+from unlatch.compute.call import Call
+from unlatch.compute.ends import End
+from unlatch.compute.forkserver import ForkServer, StartError
+from unlatch.compute.hand import Hand
+from unlatch.compute.limits import Limits
+from unlatch.compute.metrics import WorkerMetrics
+from unlatch.compute.process import WorkerProcess
+from unlatch.compute.queue import Queue
+from unlatch.compute.readiness import Readiness
+from unlatch.compute.settings import ComputeSettings
+from unlatch.compute.suspects import Suspects
+from unlatch.compute.upkeep import Upkeep
+from unlatch.compute.wire import Done, Failed, Loaded, Misfit, Ready, Shrunk, ToFront
 
 log = structlog.get_logger()
 

@@ -8,8 +8,8 @@ import asyncio
 import os
 from collections.abc import Callable
 
-from compute import ends
-from compute.ends import End
+from unlatch.compute import ends
+from unlatch.compute.ends import End
 
 _LOOK_SECONDS = 0.25
 # As far as the state in proc_pid_stat(5): a number and a name of at most 64 bytes come before it.

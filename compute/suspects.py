@@ -25,10 +25,10 @@ from time import monotonic
 
 import msgspec
 
-from common.errors import FailedPrecondition
-from compute.call import Call
-from compute.ends import End
-from compute.queue import Queue
+from unlatch.common.errors import FailedPrecondition
+from unlatch.compute.call import Call
+from unlatch.compute.ends import End
+from unlatch.compute.queue import Queue
 
 # A call is run again when its worker ends, but not when that looks like its own doing.
 _MOST_DEATHS = 2

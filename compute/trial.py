@@ -1,6 +1,6 @@
 """Kernel modules loaded as a worker's forkserver loads them, in a process that has no other purpose.
 
-    python -m compute.trial PARENT-PID my_kernels.py other.module   ──> a Trial in JSON on stdout
+    python -m unlatch.compute.trial PARENT-PID my_kernels.py other.module   ──> a Trial in JSON on stdout
 
 Whoever is about to serve modules learns what they hold, or why they cannot be served, at no risk to itself: `tried` is
 the asking end.
@@ -18,9 +18,9 @@ from contextlib import suppress
 
 import msgspec
 
-from common.life import die_with_parent
-from common.spec import KernelSpec
-from compute.catalogue import Catalogue, LoadError, imported, kernels_in, load, place
+from unlatch.common.life import die_with_parent
+from unlatch.common.spec import KernelSpec
+from unlatch.compute.catalogue import Catalogue, LoadError, imported, kernels_in, load, place
 
 
 class TriedKernel(msgspec.Struct, frozen=True):
@@ -55,7 +55,7 @@ class Trial(msgspec.Struct, frozen=True):
 async def tried(names: Sequence[str], *, within_seconds: float, memory_bytes: int) -> Trial:
     """Load modules in a process that has so much time and memory. What ends that process is the first one's failure."""
     child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "compute.trial", str(os.getpid()), *names),
+        *(sys.executable, "-m", "unlatch.compute.trial", str(os.getpid()), *names),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         # A session of its own, so that what a module starts can be ended with it.

@@ -11,12 +11,12 @@ nothing more, and ends when it has nothing in hand: no call is hurt.
 from contextlib import suppress
 from time import monotonic
 
-from compute import ends
-from compute.ends import End
-from compute.hand import Hand
-from compute.limits import Footprint, Limits
-from compute.process import WorkerProcess
-from compute.wire import Shrink, Shrunk
+from unlatch.compute import ends
+from unlatch.compute.ends import End
+from unlatch.compute.hand import Hand
+from unlatch.compute.limits import Footprint, Limits
+from unlatch.compute.process import WorkerProcess
+from unlatch.compute.wire import Shrink, Shrunk
 
 # RLIMIT_DATA stops a worker at its limit; one that is so far over it has gone around that.
 _FAR_OVER = 1.1

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import msgspec
 
-from common.spec import KernelSpec
+from unlatch.common.spec import KernelSpec
 
 # How the forkserver is told which kernel modules to load; the front sets it for the forkserver alone.
 PRELOAD_VARIABLE = "UNLATCH_PRELOAD"

@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from common.datatypes import OBJECT, is_served
-from common.errors import Cancelled, Internal, ResourceExhausted, UnlatchError, opaque
-from common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, one_by_one
-from common.tensors import Array, dtype_name, pack_bytes, view
-from compute import preload, wire
-from compute.arena import ALIGNMENT, Mapped, offsets
-from compute.limits import Allowance
 from unlatch import cancellation
+from unlatch.common.datatypes import OBJECT, is_served
+from unlatch.common.errors import Cancelled, Internal, ResourceExhausted, UnlatchError, opaque
+from unlatch.common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, one_by_one
+from unlatch.common.tensors import Array, dtype_name, pack_bytes, view
+from unlatch.compute import preload, wire
+from unlatch.compute.arena import ALIGNMENT, Mapped, offsets
+from unlatch.compute.limits import Allowance
 
 _NICE = 10
 # A worker that has had nothing to do for this long gives back the memory that it keeps for the next call.

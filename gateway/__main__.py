@@ -1,4 +1,4 @@
-"""`python -m gateway` (and `unlatch gateway`): the door to a fleet of replicas."""
+"""`python -m unlatch.gateway` (and `unlatch gateway`): the door to a fleet of replicas."""
 
 import os
 import sys
@@ -9,9 +9,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run a gateway with settings from flags and the environment; 2 when it cannot start."""
     # gRPC reads it when it is imported. It writes past our log: a line for each handshake that somebody fails at.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    from common.main import run
-    from gateway.server import serve
-    from gateway.settings import GatewaySettings
+    from unlatch.common.main import run
+    from unlatch.gateway.server import serve
+    from unlatch.gateway.settings import GatewaySettings
 
     return run("unlatch gateway", "gateway", GatewaySettings, serve, arguments, os.environ)
 

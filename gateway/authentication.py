@@ -7,8 +7,8 @@ certificate. Where a gateway has neither keys for tokens nor a CA for certificat
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from common.errors import Unauthenticated
-from gateway.tokens import Identity, Tokens
+from unlatch.common.errors import Unauthenticated
+from unlatch.gateway.tokens import Identity, Tokens
 
 AUTHORIZATION = "authorization"
 _SCHEME = "bearer "

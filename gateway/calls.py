@@ -9,23 +9,23 @@ from typing import Protocol
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from common.errors import (
+from unlatch.common.errors import (
     DeadlineExceeded,
     InvalidArgument,
     ResourceExhausted,
     Unavailable,
     UnlatchError,
 )
-from common.lane import MOST_DESCRIPTOR_BYTES, MOST_TENSORS, Body, Sink
-from common.protowire import Malformed, split
-from gateway.coalescing import Coalescing
-from gateway.fleet import Fleet
-from gateway.quotas import Tenant
-from gateway.record import Record, Records
-from gateway.retries import Retries
-from gateway.run import Run
-from gateway.settings import GatewaySettings
-from protos.unlatch_pb2 import Reply, Request
+from unlatch.common.lane import MOST_DESCRIPTOR_BYTES, MOST_TENSORS, Body, Sink
+from unlatch.common.protowire import Malformed, split
+from unlatch.gateway.coalescing import Coalescing
+from unlatch.gateway.fleet import Fleet
+from unlatch.gateway.quotas import Tenant
+from unlatch.gateway.record import Record, Records
+from unlatch.gateway.retries import Retries
+from unlatch.gateway.run import Run
+from unlatch.gateway.settings import GatewaySettings
+from unlatch.protos.unlatch_pb2 import Reply, Request
 
 # What the Open Inference Protocol calls them.
 _PROTOCOLS_NAMES = {"kernel": "model_name", "version": "model_version"}

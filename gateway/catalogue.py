@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from common.errors import NotFound, no_kernel
-from gateway.replica import Replica
-from protos.unlatch_pb2 import Kernel
+from unlatch.common.errors import NotFound, no_kernel
+from unlatch.gateway.replica import Replica
+from unlatch.protos.unlatch_pb2 import Kernel
 
 
 @dataclass(frozen=True, slots=True)

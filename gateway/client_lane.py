@@ -12,16 +12,16 @@ from typing import Any
 
 import structlog
 
-from common.errors import InvalidArgument, Unauthenticated, UnlatchError
-from common.failures import failed
-from common.lane import MOST_DESCRIPTOR_BYTES, Body, Sink
-from common.lane_server import Lanes, LaneServer
-from common.rpc import abort
-from gateway.authentication import Authentication
-from gateway.calls import Call, Calls, too_much_said
-from gateway.tenants import Tenants
-from gateway.tokens import Identity
-from protos.unlatch_pb2 import Descriptor, Reply
+from unlatch.common.errors import InvalidArgument, Unauthenticated, UnlatchError
+from unlatch.common.failures import failed
+from unlatch.common.lane import MOST_DESCRIPTOR_BYTES, Body, Sink
+from unlatch.common.lane_server import Lanes, LaneServer
+from unlatch.common.rpc import abort
+from unlatch.gateway.authentication import Authentication
+from unlatch.gateway.calls import Call, Calls, too_much_said
+from unlatch.gateway.tenants import Tenants
+from unlatch.gateway.tokens import Identity
+from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 log = structlog.get_logger()
 

@@ -16,11 +16,11 @@ import asyncio
 import hashlib
 from collections.abc import Callable
 
-from common.lane import WHOLE_BYTES, Body
-from gateway.fleet import Fleet
-from gateway.metrics import GatewayMetrics
-from gateway.run import Run
-from protos.unlatch_pb2 import Request
+from unlatch.common.lane import WHOLE_BYTES, Body
+from unlatch.gateway.fleet import Fleet
+from unlatch.gateway.metrics import GatewayMetrics
+from unlatch.gateway.run import Run
+from unlatch.protos.unlatch_pb2 import Request
 
 # What a digest costs here: BLAKE2b (RFC 7693) reads a gigabyte a second.
 _DIGEST_SECONDS = 30e-6

@@ -20,7 +20,7 @@ from typing import NoReturn
 import aiodns
 import structlog
 
-from gateway.subset import subset
+from unlatch.gateway.subset import subset
 
 log = structlog.get_logger()
 

@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from common.errors import DeadlineExceeded, InvalidArgument
-from gateway.authentication import Authentication
-from gateway.quotas import Tenant
-from gateway.tenants import Tenants
+from unlatch.common.errors import DeadlineExceeded, InvalidArgument
+from unlatch.gateway.authentication import Authentication
+from unlatch.gateway.quotas import Tenant
+from unlatch.gateway.tenants import Tenants
 
 Answer = Callable[[bytes, Any, Tenant], Awaitable[bytes]]
 

@@ -17,17 +17,17 @@ from itertools import islice
 from time import monotonic
 from typing import Protocol
 
-from common.admission import MARGIN, refusal_in_time, too_late
-from common.errors import DeadlineExceeded, NotFound, ResourceExhausted, Unavailable
-from common.policy import Policy, Waiting
-from common.run_times import RunTimes
-from gateway.catalogue import Catalogue, Offer
-from gateway.discovery import Discovery
-from gateway.ejection import CALL
-from gateway.members import Members, NewReplica
-from gateway.replica import Lane, Outgoing, Replica
-from gateway.standing import Standing
-from protos.unlatch_pb2 import Kernel
+from unlatch.common.admission import MARGIN, refusal_in_time, too_late
+from unlatch.common.errors import DeadlineExceeded, NotFound, ResourceExhausted, Unavailable
+from unlatch.common.policy import Policy, Waiting
+from unlatch.common.run_times import RunTimes
+from unlatch.gateway.catalogue import Catalogue, Offer
+from unlatch.gateway.discovery import Discovery
+from unlatch.gateway.ejection import CALL
+from unlatch.gateway.members import Members, NewReplica
+from unlatch.gateway.replica import Lane, Outgoing, Replica
+from unlatch.gateway.standing import Standing
+from unlatch.protos.unlatch_pb2 import Kernel
 
 # Refusing one takes about 30 µs.
 _REFUSED_AT_ONCE = 32

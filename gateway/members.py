@@ -7,10 +7,10 @@ from typing import Protocol
 
 import structlog
 
-from gateway.catalogue import Catalogue
-from gateway.discovery import Discovery
-from gateway.replica import Keeper, Replica
-from gateway.standing import Standing
+from unlatch.gateway.catalogue import Catalogue
+from unlatch.gateway.discovery import Discovery
+from unlatch.gateway.replica import Keeper, Replica
+from unlatch.gateway.standing import Standing
 
 log = structlog.get_logger()
 

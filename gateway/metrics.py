@@ -7,11 +7,11 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from common.errors import UnlatchError, opaque
-from common.recorder import GaugeReader, Recorder
-from common.rpc import abort
-from gateway.standing import Standing
-from protos.unlatch_pb2 import Timings
+from unlatch.common.errors import UnlatchError, opaque
+from unlatch.common.recorder import GaugeReader, Recorder
+from unlatch.common.rpc import abort
+from unlatch.gateway.standing import Standing
+from unlatch.protos.unlatch_pb2 import Timings
 
 log = structlog.get_logger()
 

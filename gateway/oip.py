@@ -10,15 +10,15 @@ from typing import Any
 
 import grpc.aio
 
-from common.errors import ResourceExhausted, UnlatchError
-from common.lane import Body, Buffer, Sink
-from common.tracing import TRACEPARENT, TRACESTATE
-from gateway.calls import Call, Calls
-from gateway.entrance import Entrance
-from gateway.oip_message import read_request, write_answer, write_failure, write_response
-from gateway.quotas import Tenant
-from gateway.record import Record
-from protos.unlatch_pb2 import Descriptor, Reply
+from unlatch.common.errors import ResourceExhausted, UnlatchError
+from unlatch.common.lane import Body, Buffer, Sink
+from unlatch.common.tracing import TRACEPARENT, TRACESTATE
+from unlatch.gateway.calls import Call, Calls
+from unlatch.gateway.entrance import Entrance
+from unlatch.gateway.oip_message import read_request, write_answer, write_failure, write_response
+from unlatch.gateway.quotas import Tenant
+from unlatch.gateway.record import Record
+from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 SERVICE = "inference.GRPCInferenceService"
 

@@ -6,16 +6,16 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from common.datatypes import BYTES, NP_DTYPE, carrier, is_carried
-from common.errors import InvalidArgument, Unimplemented, UnlatchError
-from common.parameters import scalar
-from gateway.catalogue import Catalogue
-from gateway.entrance import Answer
-from gateway.fleet import Fleet
-from gateway.metrics import GatewayMetrics
-from gateway.quotas import Tenant
-from protos import inference_pb2 as pb
-from protos.unlatch_pb2 import Array, Kernel, Scalar
+from unlatch.common.datatypes import BYTES, NP_DTYPE, carrier, is_carried
+from unlatch.common.errors import InvalidArgument, Unimplemented, UnlatchError
+from unlatch.common.parameters import scalar
+from unlatch.gateway.catalogue import Catalogue
+from unlatch.gateway.entrance import Answer
+from unlatch.gateway.fleet import Fleet
+from unlatch.gateway.metrics import GatewayMetrics
+from unlatch.gateway.quotas import Tenant
+from unlatch.protos import inference_pb2 as pb
+from unlatch.protos.unlatch_pb2 import Array, Kernel, Scalar
 
 PLATFORM = "unlatch_numpy"
 _EXTENSIONS = ("model_configuration", "statistics", "parameters")

@@ -10,13 +10,18 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from common.datatypes import BYTES
-from common.errors import InvalidArgument, ResourceExhausted, UnlatchError
-from common.lane import MOST_DESCRIPTOR_BYTES, MOST_TENSORS, Body, Buffer
-from common.protowire import Malformed, bulk_entry, split
-from gateway.calls import too_much_said
-from protos.inference_pb2 import InferTensorContents, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
-from protos.unlatch_pb2 import Descriptor, Reply, Tensor
+from unlatch.common.datatypes import BYTES
+from unlatch.common.errors import InvalidArgument, ResourceExhausted, UnlatchError
+from unlatch.common.lane import MOST_DESCRIPTOR_BYTES, MOST_TENSORS, Body, Buffer
+from unlatch.common.protowire import Malformed, bulk_entry, split
+from unlatch.gateway.calls import too_much_said
+from unlatch.protos.inference_pb2 import (
+    InferTensorContents,
+    ModelInferRequest,
+    ModelInferResponse,
+    ModelStreamInferResponse,
+)
+from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Tensor
 
 _RAW_INPUTS = ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 _RAW_OUTPUTS = ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.errors import PermissionDenied, ResourceExhausted
-from common.priority import NAMES, PARAMETER, RANKS, take_priority
-from protos.unlatch_pb2 import Priority, Request
+from unlatch.common.errors import PermissionDenied, ResourceExhausted
+from unlatch.common.priority import NAMES, PARAMETER, RANKS, take_priority
+from unlatch.protos.unlatch_pb2 import Priority, Request
 
 _MINUTE_SECONDS = 60.0
 # Nobody can tell when a call in flight ends: a guess.

@@ -4,12 +4,12 @@ import secrets
 from itertools import count
 from time import monotonic
 
-from common.errors import UnlatchError
-from common.recorder import OTHER
-from common.tracing import Attributes, Span, Tracing, bound, end, trace_id
-from gateway.call_log import CallLog
-from gateway.metrics import GatewayMetrics
-from protos.unlatch_pb2 import Descriptor, Reply, Timings
+from unlatch.common.errors import UnlatchError
+from unlatch.common.recorder import OTHER
+from unlatch.common.tracing import Attributes, Span, Tracing, bound, end, trace_id
+from unlatch.gateway.call_log import CallLog
+from unlatch.gateway.metrics import GatewayMetrics
+from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Timings
 
 # A caller chooses the kernel's name; until it is known to be one it is not a label.
 _UNKNOWN = "unknown"

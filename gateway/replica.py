@@ -18,14 +18,14 @@ import grpc
 import grpc.aio
 import structlog
 
-from common.backoff import Backoff
-from common.lane import MAX_MESSAGE_BYTES, METHOD, Body, ProtocolViolation
-from common.lane_caller import LaneCaller, Waiter
-from common.rpc import options
-from common.tls import ChannelSecurity
-from gateway.ejection import LANE, Ejection
-from gateway.window import Held, Window
-from protos.unlatch_pb2 import Descriptor, Kernel, Load, Welcome
+from unlatch.common.backoff import Backoff
+from unlatch.common.lane import MAX_MESSAGE_BYTES, METHOD, Body, ProtocolViolation
+from unlatch.common.lane_caller import LaneCaller, Waiter
+from unlatch.common.rpc import options
+from unlatch.common.tls import ChannelSecurity
+from unlatch.gateway.ejection import LANE, Ejection
+from unlatch.gateway.window import Held, Window
+from unlatch.protos.unlatch_pb2 import Descriptor, Kernel, Load, Welcome
 
 log = structlog.get_logger()
 

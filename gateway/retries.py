@@ -15,8 +15,8 @@ import math
 from collections.abc import Callable
 from time import monotonic
 
-from common.errors import Unavailable
-from gateway.metrics import GatewayMetrics
+from unlatch.common.errors import Unavailable
+from unlatch.gateway.metrics import GatewayMetrics
 
 # What each call adds.
 _SHARE = 0.1

@@ -7,14 +7,14 @@ from copy import copy
 from time import monotonic
 from typing import Protocol
 
-from common.errors import DeadlineExceeded, ResourceExhausted, Unavailable, UnlatchError
-from common.failures import raised
-from common.lane import Body, Sink
-from common.priority import RANKS
-from gateway.fleet import Fleet
-from gateway.replica import Lane, Replica
-from gateway.retries import Retries, not_sent_again
-from protos.unlatch_pb2 import Descriptor, Kernel, Reply
+from unlatch.common.errors import DeadlineExceeded, ResourceExhausted, Unavailable, UnlatchError
+from unlatch.common.failures import raised
+from unlatch.common.lane import Body, Sink
+from unlatch.common.priority import RANKS
+from unlatch.gateway.fleet import Fleet
+from unlatch.gateway.replica import Lane, Replica
+from unlatch.gateway.retries import Retries, not_sent_again
+from unlatch.protos.unlatch_pb2 import Descriptor, Kernel, Reply
 
 # How long a replica that has failed a run is not sent it again; twice as long each time.
 _FIRST_BACKOFF_SECONDS = 0.02

@@ -6,35 +6,35 @@ from collections import ChainMap
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from common import lane
-from common.health import Health
-from common.lane_server import Lanes
-from common.policy import Policy
-from common.processes import ProcessWatch
-from common.recorder import Recorder
-from common.rpc import handlers
-from common.service import serve as serve_until_stopped
-from common.tls import ChannelSecurity, guarded, guarded_stream, load, report, server_certificates
-from common.tracing import Tracing
-from gateway import oip
-from gateway.authentication import Authentication
-from gateway.call_log import CallLog
-from gateway.calls import Calls
-from gateway.client_lane import ClientDoor
-from gateway.discovery import Discovery
-from gateway.entrance import Entrance
-from gateway.fleet import Fleet, Routed
-from gateway.metrics import GatewayMetrics
-from gateway.oip_about import About
-from gateway.record import Records
-from gateway.replica import Replica
-from gateway.settings import GatewaySettings
-from gateway.tenants import Tenants
-from gateway.tokens import Tokens
-from protos.unlatch_pb2 import Kernel, Welcome
+from unlatch.common import lane
+from unlatch.common.health import Health
+from unlatch.common.lane_server import Lanes
+from unlatch.common.policy import Policy
+from unlatch.common.processes import ProcessWatch
+from unlatch.common.recorder import Recorder
+from unlatch.common.rpc import handlers
+from unlatch.common.service import serve as serve_until_stopped
+from unlatch.common.tls import ChannelSecurity, guarded, guarded_stream, load, report, server_certificates
+from unlatch.common.tracing import Tracing
+from unlatch.gateway import oip
+from unlatch.gateway.authentication import Authentication
+from unlatch.gateway.call_log import CallLog
+from unlatch.gateway.calls import Calls
+from unlatch.gateway.client_lane import ClientDoor
+from unlatch.gateway.discovery import Discovery
+from unlatch.gateway.entrance import Entrance
+from unlatch.gateway.fleet import Fleet, Routed
+from unlatch.gateway.metrics import GatewayMetrics
+from unlatch.gateway.oip_about import About
+from unlatch.gateway.record import Records
+from unlatch.gateway.replica import Replica
+from unlatch.gateway.settings import GatewaySettings
+from unlatch.gateway.tenants import Tenants
+from unlatch.gateway.tokens import Tokens
+from unlatch.protos.unlatch_pb2 import Kernel, Welcome
 
 if TYPE_CHECKING:
-    from common.certificates import Certificates
+    from unlatch.common.certificates import Certificates
 
 # gRPC refuses what is too large before we see it, in words that help nobody. So it lets through so many times as much,
 # and it is us who refuse that, and say where large calls belong. Its arguments are ints of C.

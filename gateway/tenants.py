@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from common.errors import PermissionDenied
-from common.recorder import OTHER
-from common.watched import WatchedFile
-from gateway.quotas import Limits, Tenant
+from unlatch.common.errors import PermissionDenied
+from unlatch.common.recorder import OTHER
+from unlatch.common.watched import WatchedFile
+from unlatch.gateway.quotas import Limits, Tenant
 
 # Metrics name so many of the tenants that the file names; the rest, and all others, are one.
 _MOST_LABELS = 100

@@ -14,8 +14,8 @@ from typing import Any
 
 import jwt
 
-from common.errors import Unauthenticated
-from common.watched import WatchedFile
+from unlatch.common.errors import Unauthenticated
+from unlatch.common.watched import WatchedFile
 
 # Good ones and bad ones apart: who sends bad ones pushes out nobody else's.
 _MOST_REMEMBERED = 4096

@@ -10,8 +10,8 @@ time: as much as keeps its workers busy. Calls are of three kinds there, and non
 
 from typing import Protocol
 
-from common.lane import Body
-from protos.unlatch_pb2 import Load, Welcome
+from unlatch.common.lane import Body
+from unlatch.protos.unlatch_pb2 import Load, Welcome
 
 # Until the first report on a lane: a replica of a version that makes none has no window but its welcome's.
 _UNREPORTED = Load(workers=1, least_calls=2**32 - 1, long_calls=2**32 - 1)

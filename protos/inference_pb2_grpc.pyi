@@ -9,7 +9,7 @@ any client of it (tritonclient, KServe's, one generated from this file) calls Un
 
 from collections import abc as _abc
 from grpc import aio as _aio
-from protos import inference_pb2 as _inference_pb2
+from unlatch.protos import inference_pb2 as _inference_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys

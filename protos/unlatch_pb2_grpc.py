@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from protos import unlatch_pb2 as protos_dot_unlatch__pb2
+from unlatch.protos import unlatch_pb2 as unlatch_dot_protos_dot_unlatch__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in protos/unlatch_pb2_grpc.py depends on'
+        + ' but the generated code in unlatch/protos/unlatch_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,8 +36,8 @@ class LaneStub:
         """
         self.Open = channel.stream_stream(
                 '/unlatch.v1.Lane/Open',
-                request_serializer=protos_dot_unlatch__pb2.LaneMessage.SerializeToString,
-                response_deserializer=protos_dot_unlatch__pb2.LaneMessage.FromString,
+                request_serializer=unlatch_dot_protos_dot_unlatch__pb2.LaneMessage.SerializeToString,
+                response_deserializer=unlatch_dot_protos_dot_unlatch__pb2.LaneMessage.FromString,
                 _registered_method=True)
 
 
@@ -55,8 +55,8 @@ def add_LaneServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Open': grpc.stream_stream_rpc_method_handler(
                     servicer.Open,
-                    request_deserializer=protos_dot_unlatch__pb2.LaneMessage.FromString,
-                    response_serializer=protos_dot_unlatch__pb2.LaneMessage.SerializeToString,
+                    request_deserializer=unlatch_dot_protos_dot_unlatch__pb2.LaneMessage.FromString,
+                    response_serializer=unlatch_dot_protos_dot_unlatch__pb2.LaneMessage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -84,8 +84,8 @@ class Lane:
             request_iterator,
             target,
             '/unlatch.v1.Lane/Open',
-            protos_dot_unlatch__pb2.LaneMessage.SerializeToString,
-            protos_dot_unlatch__pb2.LaneMessage.FromString,
+            unlatch_dot_protos_dot_unlatch__pb2.LaneMessage.SerializeToString,
+            unlatch_dot_protos_dot_unlatch__pb2.LaneMessage.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,7 +18,7 @@ one of two ways:
 
 from collections import abc as _abc
 from grpc import aio as _aio
-from protos import unlatch_pb2 as _unlatch_pb2
+from unlatch.protos import unlatch_pb2 as _unlatch_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys

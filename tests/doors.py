@@ -9,10 +9,10 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
-from common.lane import PIECE_BYTES, WHOLE_BYTES
-from common.parameters import Value, parameter
-from protos.inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
-from protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Reply, Welcome
+from unlatch.common.lane import PIECE_BYTES, WHOLE_BYTES
+from unlatch.common.parameters import Value, parameter
+from unlatch.protos.inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
+from unlatch.protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Reply, Welcome
 
 _WITHIN_SECONDS = 10.0
 Metadata = Sequence[tuple[str, str]]

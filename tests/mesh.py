@@ -33,7 +33,7 @@ class Service:
         module: str,
         *flags: str,
         environment: Mapping[str, str] | None = None,
-        runner: Sequence[str] = (sys.executable, "-m"),
+        runner: Sequence[str] = (),
     ) -> None:
         self.name = module
         self.lines: list[str] = []
@@ -45,7 +45,7 @@ class Service:
         # A service whose supervisor is gone ends itself.
         supervised = {**inherited, "UNLATCH_SUPERVISOR": str(os.getpid()), **(environment or {})}
         self._child = subprocess.Popen(
-            [*runner, module, *flags],
+            [*(runner or (sys.executable, "-m")), module if runner else f"unlatch.{module}", *flags],
             cwd=ROOT,
             env=supervised,
             stdin=subprocess.DEVNULL,

@@ -13,18 +13,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protos.inference_pb2 import (
+from tests.conftest import StartMesh
+from tests.doors import LARGE, LaneEnd, Oip, Refusal, arrays_of, descriptor, pieces, request, vector
+from tests.faults.watching import Scrape, wait_until
+from tests.mesh import Mesh, running_front
+from unlatch.protos.inference_pb2 import (
     ModelInferRequest,
     ModelMetadataRequest,
     ModelMetadataResponse,
     ModelReadyRequest,
     ModelReadyResponse,
 )
-from protos.unlatch_pb2 import Frames, LaneMessage, Reply
-from tests.conftest import StartMesh
-from tests.doors import LARGE, LaneEnd, Oip, Refusal, arrays_of, descriptor, pieces, request, vector
-from tests.faults.watching import Scrape, wait_until
-from tests.mesh import Mesh, running_front
+from unlatch.protos.unlatch_pb2 import Frames, LaneMessage, Reply
 
 INVALID, INTERNAL = "INVALID_ARGUMENT", "INTERNAL"
 KIBIBYTE = 1024

@@ -57,17 +57,22 @@ def test_every_module_of_compute_is_the_fronts_or_a_workers() -> None:
     placed = {
         module for contract in contracts if contract["name"].startswith(about) for module in contract["source_modules"]
     }
-    modules = {f"compute.{path.stem}" for path in (ROOT / "compute").iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert modules - {"compute.__init__", "compute.__pycache__"} == placed
+    modules = {
+        f"unlatch.compute.{path.stem}" for path in (ROOT / "compute").iterdir() if path.suffix == ".py" or path.is_dir()
+    }
+    assert modules - {"unlatch.compute.__init__", "unlatch.compute.__pycache__"} == placed
 
 
 @pytest.mark.parametrize(
     ("loaded", "absent"),
     [
-        ("gateway.server", {"numpy", "jaxtyping", "compute", "unlatch.client"}),
-        ("compute.server", {"numpy", "jaxtyping", "gateway"}),
-        ("compute.worker", {"grpc", "uvloop", "prometheus_client", "google.protobuf", "structlog", "opentelemetry"}),
-        ("unlatch.declaration", {"numpy", "grpc", "google.protobuf", "compute", "gateway"}),
+        ("unlatch.gateway.server", {"numpy", "jaxtyping", "unlatch.compute", "unlatch.client"}),
+        ("unlatch.compute.server", {"numpy", "jaxtyping", "unlatch.gateway"}),
+        (
+            "unlatch.compute.worker",
+            {"grpc", "uvloop", "prometheus_client", "google.protobuf", "structlog", "opentelemetry"},
+        ),
+        ("unlatch.declaration", {"numpy", "grpc", "google.protobuf", "unlatch.compute", "unlatch.gateway"}),
     ],
 )  # fmt: skip
 def test_a_process_loads_only_what_is_its_own(loaded: str, absent: set[str]) -> None:
@@ -79,6 +84,6 @@ def test_a_process_loads_only_what_is_its_own(loaded: str, absent: set[str]) -> 
 
 def test_one_process_may_use_unlatch_and_tritonclient() -> None:
     """One protobuf runtime serves both, and the client leaves the protocol's messages to tritonclient."""
-    program = "import unlatch, tritonclient.grpc, unlatch.blocking, protos.unlatch_pb2_grpc; unlatch.Client"
+    program = "import unlatch, tritonclient.grpc, unlatch.blocking, unlatch.protos.unlatch_pb2_grpc; unlatch.Client"
     for order in (program, program.replace("tritonclient.grpc, ", "") + "; import tritonclient.grpc"):
         subprocess.run([sys.executable, "-c", order], cwd=ROOT, check=True, timeout=50)

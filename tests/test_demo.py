@@ -9,8 +9,8 @@ import matplotlib.image as images
 import numpy as np
 from matplotlib import cbook
 
-from compute.kernels.images import gaussian_blur, sobel
 from tests.mesh import ROOT
+from unlatch.compute.kernels.images import gaussian_blur, sobel
 
 
 def test_demo_processes_a_photograph_on_all_workers(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from urllib.request import urlopen
 
 import pytest
 
-from common.settings import Settings
-from compute.catalogue import load
-from compute.settings import ComputeSettings
-from gateway.settings import GatewaySettings
 from tests.mesh import ROOT, Mesh
+from unlatch.common.settings import Settings
+from unlatch.compute.catalogue import load
+from unlatch.compute.settings import ComputeSettings
+from unlatch.gateway.settings import GatewaySettings
 from unlatch.supervisor import ServeSettings
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()

@@ -14,11 +14,11 @@ import pytest
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
-from compute.catalogue import load
 from examples.own_kernels import escape_times
 from tests.conftest import StartMesh
 from tests.mesh import ROOT, Mesh
 from unlatch import KernelError
+from unlatch.compute.catalogue import load
 
 EXAMPLES = ROOT / "examples"
 

@@ -13,9 +13,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from common.errors import InvalidArgument
 from tests.mesh import ROOT, running_mesh
 from unlatch import BlockingClient, KernelError
+from unlatch.common.errors import InvalidArgument
 
 pytestmark = pytest.mark.timeout(240)  # a compiler's time
 

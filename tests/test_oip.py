@@ -11,9 +11,9 @@ import grpc
 import numpy as np
 import pytest
 
-from protos.inference_pb2 import ModelInferRequest, ModelInferResponse
 from tests.doors import LARGE, Oip, arrays_of, request, vector
 from tests.mesh import KERNELS, ROOT, Mesh
+from unlatch.protos.inference_pb2 import ModelInferRequest, ModelInferResponse
 
 # What a tool of the protocol does, in a process that has nothing of ours: it prints what it saw, as JSON.
 _TRITON = """
@@ -268,7 +268,7 @@ def strings_of(response: ModelInferResponse) -> set[str]:
 def test_workers_load_nothing_of_the_servers(oip: Oip) -> None:
     """A worker has no gRPC, uvloop or prometheus_client, and none of what the front alone needs."""
     modules = strings_of(oip.infer(request("module_names")))
-    assert {"numpy", "compute.worker", "compute.kernels.basics"} <= modules
+    assert {"numpy", "unlatch.compute.worker", "unlatch.compute.kernels.basics"} <= modules
     tops = {name.partition(".")[0] for name in modules}
     assert tops.isdisjoint({"grpc", "uvloop", "prometheus_client", "gateway", "structlog", "pydantic", "google"})
 

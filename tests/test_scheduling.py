@@ -14,13 +14,13 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 
-from common.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
-from protos.unlatch_pb2 import Frames, Priority
 from tests.conftest import StartMesh
 from tests.doors import LaneEnd, Oip, descriptor, request
 from tests.faults.watching import Gate, Scrape, until
 from tests.mesh import Mesh, running_mesh
 from unlatch import Client
+from unlatch.common.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
+from unlatch.protos.unlatch_pb2 import Frames, Priority
 
 # gRPC wants one event loop a process.
 pytestmark = pytest.mark.asyncio(loop_scope="session")

@@ -17,7 +17,7 @@ def test_regenerating_the_stubs_changes_nothing(tmp_path: Path) -> None:
         check=False,
     )
     assert made.returncode == 0, made.stdout + made.stderr
-    fresh = {path.name: path.read_text() for path in (tmp_path / "protos").iterdir()}
+    fresh = {path.name: path.read_text() for path in (tmp_path / "unlatch" / "protos").iterdir()}
     here = {path.name: path.read_text() for path in (ROOT / "protos").glob("*_pb2*.py*")}
     assert fresh.keys() == here.keys()
     for name, text in fresh.items():

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
-from common.errors import UnlatchError
-from protos.inference_pb2 import ModelInferRequest
-from protos.unlatch_pb2 import Frames
 from tests.collector import Collector, collecting
 from tests.conftest import StartMesh
 from tests.doors import LaneEnd, descriptor, vector
 from tests.mesh import Entry, Mesh, running_mesh
 from unlatch import Client
+from unlatch.common.errors import UnlatchError
+from unlatch.protos.inference_pb2 import ModelInferRequest
+from unlatch.protos.unlatch_pb2 import Frames
 
 X = np.arange(3.0)
 # Is told of in the log.

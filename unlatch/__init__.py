@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from common.errors import CertificateError, KernelError, UnlatchError
     from unlatch.blocking import BlockingClient
     from unlatch.cancellation import cancelled
     from unlatch.client import Client
+    from unlatch.common.errors import CertificateError, KernelError, UnlatchError
     from unlatch.declaration import kernel
     from unlatch.security import TLS
 
@@ -21,10 +21,10 @@ __all__ = ["TLS", "BlockingClient", "CertificateError", "Client", "KernelError",
 _HOMES = {
     "TLS": "unlatch.security",
     "BlockingClient": "unlatch.blocking",
-    "CertificateError": "common.errors",
+    "CertificateError": "unlatch.common.errors",
     "Client": "unlatch.client",
-    "KernelError": "common.errors",
-    "UnlatchError": "common.errors",
+    "KernelError": "unlatch.common.errors",
+    "UnlatchError": "unlatch.common.errors",
     "cancelled": "unlatch.cancellation",
     "kernel": "unlatch.declaration",
 }

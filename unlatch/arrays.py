@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from common.datatypes import DATATYPES, NP_DTYPE, OBJECT, carrier, is_carried, is_served
-from common.errors import InvalidArgument, near
-from common.lane import WHOLE_BYTES, Arrival, Body, Buffer
-from common.parameters import parameter
-from common.spec import ArraySpec, KernelSpec
-from common.tensors import Array, dtype_name, pack_bytes, unpack_bytes
-from protos.unlatch_pb2 import Descriptor, Reply, Tensor
+from unlatch.common.datatypes import DATATYPES, NP_DTYPE, OBJECT, carrier, is_carried, is_served
+from unlatch.common.errors import InvalidArgument, near
+from unlatch.common.lane import WHOLE_BYTES, Arrival, Body, Buffer
+from unlatch.common.parameters import parameter
+from unlatch.common.spec import ArraySpec, KernelSpec
+from unlatch.common.tensors import Array, dtype_name, pack_bytes, unpack_bytes
+from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Tensor
 
 _DTYPES = {datatype: np.dtype(dtype) for datatype, (dtype, _) in DATATYPES.items()}
 

@@ -7,8 +7,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from common.spec import KernelSpec
 from unlatch.client import Client
+from unlatch.common.spec import KernelSpec
 from unlatch.link import Token
 from unlatch.results import Result
 from unlatch.security import TLS

@@ -13,11 +13,11 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from common.errors import DeadlineExceeded, PermissionDenied, Unauthenticated, Unavailable
-from common.lane import MAX_MESSAGE_BYTES
-from common.rpc import options
-from common.spec import KernelSpec
-from common.tls import ChannelSecurity
+from unlatch.common.errors import DeadlineExceeded, PermissionDenied, Unauthenticated, Unavailable
+from unlatch.common.lane import MAX_MESSAGE_BYTES
+from unlatch.common.rpc import options
+from unlatch.common.spec import KernelSpec
+from unlatch.common.tls import ChannelSecurity
 from unlatch.link import Link, PendingCall, Token
 from unlatch.results import Result
 from unlatch.security import TLS

@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from common.describe import understood
-from common.errors import (
+from unlatch.arrays import Arriving, Caller, arrays
+from unlatch.common.describe import understood
+from unlatch.common.errors import (
     DeadlineExceeded,
     Internal,
     NotFound,
@@ -22,13 +23,12 @@ from common.errors import (
     from_code,
     near,
 )
-from common.failures import raised
-from common.lane import METHOD, ProtocolViolation, Sink
-from common.lane_caller import LaneCaller
-from common.spec import KernelSpec
-from common.tls import ChannelSecurity
-from protos.unlatch_pb2 import Reply, Welcome
-from unlatch.arrays import Arriving, Caller, arrays
+from unlatch.common.failures import raised
+from unlatch.common.lane import METHOD, ProtocolViolation, Sink
+from unlatch.common.lane_caller import LaneCaller
+from unlatch.common.spec import KernelSpec
+from unlatch.common.tls import ChannelSecurity
+from unlatch.protos.unlatch_pb2 import Reply, Welcome
 from unlatch.results import Result, result
 from unlatch.trace_context import current
 

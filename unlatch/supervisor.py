@@ -22,10 +22,10 @@ import structlog
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from common.backoff import Backoff
-from common.life import notify_ready
-from common.log import configure
-from common.settings import Settings, parse, separated
+from unlatch.common.backoff import Backoff
+from unlatch.common.life import notify_ready
+from unlatch.common.log import configure
+from unlatch.common.settings import Settings, parse, separated
 
 log = structlog.get_logger()
 
@@ -81,7 +81,7 @@ class Child:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notices:
             notices.bind(str(address))
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", self._name, *self._arguments),
+                *(sys.executable, "-m", f"unlatch.{self._name}", *self._arguments),
                 env={**os.environ, "NOTIFY_SOCKET": str(address), "UNLATCH_SUPERVISOR": str(os.getpid())},
                 stdin=asyncio.subprocess.DEVNULL,
                 # A terminal's Ctrl-C reaches the supervisor alone, which then stops its children in order. No session

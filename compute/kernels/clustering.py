@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float64, Int32, Int64
 
-from compute.kernels.precision import column_means, working_dtype
-from compute.kernels.refusals import require_at_least, require_between, require_finite, require_work
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.precision import column_means, working_dtype
+from unlatch.compute.kernels.refusals import require_at_least, require_between, require_finite, require_work
 
 # Multiplications at most, and what finding the nearest of them costs as if it were some more: about a minute.
 _MAX_DISTANCE_WORK = 200_000_000_000

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
-from compute.kernels.refusals import require_work
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.refusals import require_work
 
 _MAX_PIXELS = 2**31 - 1
 

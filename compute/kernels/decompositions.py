@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Inexact
 
-from compute.kernels.precision import working_dtype
-from compute.kernels.refusals import require_finite, require_work
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.precision import working_dtype
+from unlatch.compute.kernels.refusals import require_finite, require_work
 
 # The work grows with the cube of these: about a minute on one core.
 _MAX_ITERATED_SIDE = 4096

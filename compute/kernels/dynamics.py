@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Inexact
 
-from compute.kernels.precision import real_dtype, working_dtype
-from compute.kernels.refusals import (
+from unlatch import KernelError, kernel
+from unlatch.compute.kernels.precision import real_dtype, working_dtype
+from unlatch.compute.kernels.refusals import (
     require_at_least,
     require_between,
     require_finite,
     require_result_bytes,
     require_work,
 )
-from unlatch import KernelError, kernel
 
 # The work grows with the cube of this: with the most squarings, about a minute on one core.
 _MAX_SIDE = 2048

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from compute.kernels.refusals import require_at_least, require_between, require_choice, require_work
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.refusals import require_at_least, require_between, require_choice, require_work
 
 _MAX_PATHS = 100_000_000
 # A payoff takes one to two nanoseconds: the limit is a few seconds on one core.

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Real
 
-from compute.kernels.bands import Band, filtered
-from compute.kernels.precision import image_dtype
-from compute.kernels.refusals import require_at_least, require_work
 from unlatch import kernel
+from unlatch.compute.kernels.bands import Band, filtered
+from unlatch.compute.kernels.precision import image_dtype
+from unlatch.compute.kernels.refusals import require_at_least, require_work
 
 # The work for a pixel grows with the radius: at the limit about 0.3 microseconds.
 _MAX_RADIUS_PIXELS = 1024

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from compute.kernels.precision import working_dtype
-from compute.kernels.refusals import require_choice, require_finite, require_result_bytes
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.precision import working_dtype
+from unlatch.compute.kernels.refusals import require_choice, require_finite, require_result_bytes
 
 # Values are found in blocks of about this many, which stay in the cache of one core.
 _BLOCK_VALUES = 16_384

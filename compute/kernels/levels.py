@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Real, UInt
 
-from compute.kernels.precision import image_dtype
-from compute.kernels.refusals import require_work
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.precision import image_dtype
+from unlatch.compute.kernels.refusals import require_work
 
 # The levels that a channel of floats is counted in, between its smallest and largest.
 _FLOAT_LEVELS = 256

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Inexact, Int64, Num
 
-from compute.kernels.precision import real_dtype, working_dtype
-from compute.kernels.refusals import require_at_least, require_finite, require_result_bytes, require_work
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.precision import real_dtype, working_dtype
+from unlatch.compute.kernels.refusals import require_at_least, require_finite, require_result_bytes, require_work
 
 # Up to here float64 holds every integer, so a product of integers by BLAS is exact.
 _EXACT_INTEGER = 2**53

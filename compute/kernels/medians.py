@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Real
 
-from compute.kernels.precision import image_dtype
-from compute.kernels.refusals import require_odd, require_work
 from unlatch import kernel
+from unlatch.compute.kernels.precision import image_dtype
+from unlatch.compute.kernels.refusals import require_odd, require_work
 
 _MAX_SIZE = 31
 

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from compute.kernels.refusals import require_odd
-from compute.kernels.windows import extremes
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.refusals import require_odd
+from unlatch.compute.kernels.windows import extremes
 
 
 @kernel(pure=True)

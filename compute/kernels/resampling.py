@@ -5,14 +5,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Real
 
-from compute.kernels.refusals import (
+from unlatch import KernelError, kernel
+from unlatch.compute.kernels.refusals import (
     require_at_least,
     require_between,
     require_choice,
     require_finite,
     require_work,
 )
-from unlatch import KernelError, kernel
 
 _MAX_RESAMPLES = 1_000_000
 # A draw takes 5 to 30 nanoseconds: the limit is a minute at worst.

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Real
 
-from compute.kernels.bands import Band, filtered
-from compute.kernels.precision import image_dtype
-from compute.kernels.refusals import require_between, require_choice, require_result_bytes
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.bands import Band, filtered
+from unlatch.compute.kernels.precision import image_dtype
+from unlatch.compute.kernels.refusals import require_between, require_choice, require_result_bytes
 
 _MAX_SIDE_PIXELS = 65_536
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Real
 
-from compute.kernels.precision import working_dtype
-from compute.kernels.windows import extremes, moments
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.precision import working_dtype
+from unlatch.compute.kernels.windows import extremes, moments
 
 _STRETCH_SAMPLES = 8192
 

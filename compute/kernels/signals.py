@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Complex, Inexact
 
-from compute.kernels.precision import working_dtype
-from compute.kernels.refusals import require_choice, require_finite, require_result_bytes
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.precision import working_dtype
+from unlatch.compute.kernels.refusals import require_choice, require_finite, require_result_bytes
 
 # Rows are transformed in blocks of about this many samples, so that what is kept between passes stays in the caches.
 # Smaller blocks would pay for the tables of a large prime length again and again.

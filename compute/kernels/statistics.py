@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64, Real
 
-from compute.kernels.refusals import require_between
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.refusals import require_between
 
 # One for every level of a 16-bit image. A reply stays within 1 MiB whatever is asked.
 _MAX_BINS = 65_536

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Float64, Int64, Integer, Real
 
-from compute.kernels.precision import column_means, working_dtype
-from compute.kernels.refusals import require_at_least, require_result_bytes
 from unlatch import KernelError, kernel
+from unlatch.compute.kernels.precision import column_means, working_dtype
+from unlatch.compute.kernels.refusals import require_at_least, require_result_bytes
 
 # Up to so many times as many numbers as rows, counting in an array of all of them is quicker than sorting.
 _DENSE_KEYS_PER_ROW = 4

@@ -9,7 +9,7 @@ from bench.processes import Seen, label
 from bench.report import Findings, document, ratios
 from bench.responsive import p99_seconds
 from bench.throughput import Cell
-from protos import inference_pb2 as pb
+from unlatch.protos import inference_pb2 as pb
 
 REPORT = """
 finished in 1.00s, 100.00 req/s, 1.20MB/s

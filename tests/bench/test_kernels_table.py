@@ -4,7 +4,7 @@ import re
 
 from bench.kernel_cases import Case, cases
 from bench.kernels_table import BEGIN, DOCS, END, measure, row
-from compute.catalogue import load
+from unlatch.compute.catalogue import load
 
 
 def test_every_kernel_is_measured_and_gives_what_its_reference_takes() -> None:

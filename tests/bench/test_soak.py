@@ -6,7 +6,7 @@ import pytest
 from bench.counted import Answers
 from bench.soak import Watched, uncounted
 from bench.soak_calls import KINDS, Kind
-from protos.unlatch_pb2 import Frames, LaneMessage
+from unlatch.protos.unlatch_pb2 import Frames, LaneMessage
 
 X = np.arange(1.0, 17.0)
 BY_NAME = {kind.name: kind for kind in KINDS}

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-import compute.kernels
-from compute.catalogue import kernels_in
 from tests.faults.watching import wait_until
 from tests.mesh import ROOT
+from unlatch.compute.catalogue import kernels_in
 
 HERE = ROOT / "tests" / "check"
 CLEAN, FAULTY = HERE / "clean_kernels.py", HERE / "faulty_kernels.py"
@@ -132,7 +131,7 @@ def test_measures_the_memory_of_temporaries() -> None:
         assert last["memory_bytes"] / last["input_bytes"] == pytest.approx(multiple, abs=0.15), name
 
 
-OWN = [f"compute.kernels.{module.name}" for module in pkgutil.iter_modules(compute.kernels.__path__)]
+OWN = [f"unlatch.compute.kernels.{module.name}" for module in pkgutil.iter_modules(unlatch.compute.kernels.__path__)]
 # Some hold what others share, and no kernel.
 BUILT_IN = [name for name in OWN if any(kernels_in(importlib.import_module(name)))]
 
@@ -217,7 +216,7 @@ def test_scalars_are_given_by_name(tmp_path: Path) -> None:
 
 def test_positive_numbers_are_tried_where_negative_ones_are_refused() -> None:
     """A price is never negative; its kernel is checked all the same, and what it refuses is a note."""
-    code, report = found("compute.kernels.finance", "--most-mib", 0.01)
+    code, report = found("unlatch.compute.kernels.finance", "--most-mib", 0.01)
     assert code == 0
     assert {finding["kind"] for finding in report["findings"]} == {"refuses"}
     assert report["growth"]["monte_carlo_option"]["rows"]

@@ -10,10 +10,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from common.recorder import LATENCY_BUCKETS
 from unlatch.cli.top.figures import Figures, figures, increase, quantile
 from unlatch.cli.top.screen import ASCII, UNICODE, Signs, bar, duration, screen, sparkline
 from unlatch.cli.top.sources import Labels, Reading, Seen
+from unlatch.common.recorder import LATENCY_BUCKETS
 
 HOSTILE = "[bold red]x[/] \x1b[2J\u202e日本語" + "n" * 300
 

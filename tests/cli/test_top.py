@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UnlatchError
 from tests.cli.conftest import COMMAND, Unlatch
 from tests.faults.watching import Gate, Scrape, children, wait_until
 from tests.mesh import ROOT, Mesh, Service, running_front, running_mesh
 from unlatch import BlockingClient
+from unlatch.common.errors import UnlatchError
 
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="no tmux here: top is not seen on a terminal")
 NAMES = ("gateway", "front", "forkserver", "worker-0", "worker-1")

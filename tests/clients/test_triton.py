@@ -6,8 +6,8 @@ import subprocess
 import sys
 from typing import Any
 
-from compute.catalogue import load
 from tests.mesh import KERNELS, ROOT, Mesh
+from unlatch.compute.catalogue import load
 
 
 def seen(mesh: Mesh, scenario: str) -> Any:

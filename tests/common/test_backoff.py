@@ -1,6 +1,6 @@
 """Waits before the next try."""
 
-from common.backoff import Backoff
+from unlatch.common.backoff import Backoff
 
 
 def test_waits_grow_until_something_comes_of_a_try() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import trustme
 
-from common.certificates import Certificates, Files, load
-from common.errors import CertificateError
 from tests.authority import Authority, Mounted, Named, Renamed
+from unlatch.common.certificates import Certificates, Files, load
+from unlatch.common.errors import CertificateError
 
 NAMES = ("--tls-cert", "--tls-key", "--tls-client-ca")
 

@@ -7,8 +7,8 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from common.exposition import serve_metrics
-from common.recorder import Recorder
+from unlatch.common.exposition import serve_metrics
+from unlatch.common.recorder import Recorder
 
 
 def fetched(address: str, query: str = "") -> dict[str, float]:

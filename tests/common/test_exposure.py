@@ -2,10 +2,10 @@
 
 import pytest
 
-from common.exposure import is_exposed
-from common.settings import Settings, parse
-from compute.settings import ComputeSettings
-from gateway.settings import GatewaySettings
+from unlatch.common.exposure import is_exposed
+from unlatch.common.settings import Settings, parse
+from unlatch.compute.settings import ComputeSettings
+from unlatch.gateway.settings import GatewaySettings
 from unlatch.supervisor import ServeSettings
 
 TLS = ("--tls-cert", "cert.pem", "--tls-key", "key.pem")

@@ -3,8 +3,8 @@
 import gc
 import weakref
 
-from common.garbage import Collecting
 from tests.faults.watching import until
+from unlatch.common.garbage import Collecting
 
 
 class Node:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.lane import (
+from unlatch.common.lane import (
     MAX_MESSAGE_BYTES,
     MESSAGE_BYTES,
     PIECE_BYTES,
@@ -19,7 +19,7 @@ from common.lane import (
     check_whole,
     unpack,
 )
-from protos.unlatch_pb2 import Descriptor, Failure, Frames, LaneMessage, Reply, Welcome
+from unlatch.protos.unlatch_pb2 import Descriptor, Failure, Frames, LaneMessage, Reply, Welcome
 
 KIBIBYTE = 1024
 

@@ -12,9 +12,9 @@ import pytest
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
-from common.exposition import serve_metrics
-from common.loop_watch import LoopWatch
-from common.recorder import Recorder
+from unlatch.common.exposition import serve_metrics
+from unlatch.common.loop_watch import LoopWatch
+from unlatch.common.recorder import Recorder
 
 pytestmark = pytest.mark.alone
 
@@ -128,8 +128,8 @@ def test_lock_contention_is_seen() -> None:
 
 LEAVES_WITHOUT_CLOSING = """
 import asyncio, sys
-from common.loop_watch import LoopWatch
-from common.recorder import Recorder
+from unlatch.common.loop_watch import LoopWatch
+from unlatch.common.recorder import Recorder
 
 async def main():
     LoopWatch(Recorder(), "front").start()

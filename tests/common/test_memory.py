@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.memory import granted_memory
 from tests.common.test_cores import own, tree
+from unlatch.common.memory import granted_memory
 
 MiB = 1024 * 1024
 NONE_IN_VERSION_1 = f"{2**63 - 4096}\n"

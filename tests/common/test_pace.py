@@ -3,7 +3,7 @@
 import asyncio
 from time import monotonic
 
-from common.pace import Pace, gathered
+from unlatch.common.pace import Pace, gathered
 
 
 def test_a_lone_call_never_waits() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.policy import Policy
+from unlatch.common.policy import Policy
 
 INTERACTIVE, NORMAL, BACKGROUND = 0, 1, 2
 

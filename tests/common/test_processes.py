@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from common.exposition import serve_metrics
-from common.processes import ProcessWatch
+from unlatch.common.exposition import serve_metrics
+from unlatch.common.processes import ProcessWatch
 
 pytestmark = pytest.mark.alone
 

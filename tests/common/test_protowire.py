@@ -5,9 +5,9 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.protowire import Malformed, bulk_entry, split, varint
-from protos.inference_pb2 import ModelInferRequest
-from protos.unlatch_pb2 import LaneMessage, Request
+from unlatch.common.protowire import Malformed, bulk_entry, split, varint
+from unlatch.protos.inference_pb2 import ModelInferRequest
+from unlatch.protos.unlatch_pb2 import LaneMessage, Request
 
 RAW = ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 MOST = 1000

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from common.recorder import LATENCY_BUCKETS, Recorder
+from unlatch.common.recorder import LATENCY_BUCKETS, Recorder
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.run_times import RunTimes
+from unlatch.common.run_times import RunTimes
 
 
 def learned(*seconds: float) -> RunTimes:

@@ -6,7 +6,7 @@ from time import monotonic
 
 import pytest
 
-from common.turns import Turns
+from unlatch.common.turns import Turns
 
 MANY = 20
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from common.watched import FileError, WatchedFile
+from unlatch.common.watched import FileError, WatchedFile
 
 
 def test_file_is_taken_whenever_it_has_changed(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import ResourceExhausted
-from compute.arena import ALIGNMENT, Block, InputArena, Mapped, ReplySegments, aligned, offsets
+from unlatch.common.errors import ResourceExhausted
+from unlatch.compute.arena import ALIGNMENT, Block, InputArena, Mapped, ReplySegments, aligned, offsets
 
 KIBIBYTE, MEBIBYTE = 1024, 1024 * 1024
 

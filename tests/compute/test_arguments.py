@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.datatypes import DATATYPES, carrier, is_served, seen_by_numpy
-from common.errors import InvalidArgument
-from common.spec import ArraySpec, KernelSpec, ScalarSpec
-from compute.arguments import check
-from protos.unlatch_pb2 import Descriptor
+from unlatch.common.datatypes import DATATYPES, carrier, is_served, seen_by_numpy
+from unlatch.common.errors import InvalidArgument
+from unlatch.common.spec import ArraySpec, KernelSpec, ScalarSpec
+from unlatch.compute.arguments import check
+from unlatch.protos.unlatch_pb2 import Descriptor
 
 
 def kernel(*dims: str, dtypes: tuple[str, ...] = ("float64",), scalars: tuple[ScalarSpec, ...] = ()) -> KernelSpec:

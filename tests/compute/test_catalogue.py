@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from compute.catalogue import LoadError, load
 from tests.mesh import Service
+from unlatch.compute.catalogue import LoadError, load
 
 HEAD = """import numpy as np
 from jaxtyping import Float64

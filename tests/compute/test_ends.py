@@ -1,7 +1,7 @@
 """How workers end: a label is one of few, whatever a worker does, and the rest is told beside it."""
 
-from compute import ends
-from compute.ends import End
+from unlatch.compute import ends
+from unlatch.compute.ends import End
 
 
 def test_worker_chooses_no_label() -> None:

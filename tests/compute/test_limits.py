@@ -2,10 +2,10 @@
 
 import pytest
 
-from common.settings import MiB
-from compute.forkserver import StartError
-from compute.settings import ComputeSettings
-from compute.shares import Shares, share_out
+from unlatch.common.settings import MiB
+from unlatch.compute.forkserver import StartError
+from unlatch.compute.settings import ComputeSettings
+from unlatch.compute.shares import Shares, share_out
 
 # What the services take for themselves is 256 MiB.
 ARENA, REPLIES = 512 * MiB, 256 * MiB

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from common.errors import ResourceExhausted, Unavailable
-from common.policy import Policy
-from compute.call import Call
 from tests.compute.test_suspects import Ward
 from tests.faults.watching import until
+from unlatch.common.errors import ResourceExhausted, Unavailable
+from unlatch.common.policy import Policy
+from unlatch.compute.call import Call
 
 A = np.arange(3.0)
 

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from compute import ends
-from compute.ends import End
-from compute.standstill import Standstill
 from tests.faults.watching import descriptors, until
+from unlatch.compute import ends
+from unlatch.compute.ends import End
+from unlatch.compute.standstill import Standstill
 
 Runs = Callable[[str], int]
 

@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import FailedPrecondition, Unavailable
-from common.lane_server import LaneServer
-from common.policy import Policy
-from common.processes import ProcessWatch
-from common.recorder import Recorder
-from common.spec import ArraySpec, KernelSpec, ScalarSpec
-from common.tensors import Array
-from common.tracing import Tracing
-from compute import ends
-from compute.arena import InputArena
-from compute.arguments import check
-from compute.call import Call
-from compute.metrics import ComputeMetrics
-from compute.queue import Queue
-from compute.suspects import Suspects
-from protos.unlatch_pb2 import Descriptor
 from tests.faults.watching import until
+from unlatch.common.errors import FailedPrecondition, Unavailable
+from unlatch.common.lane_server import LaneServer
+from unlatch.common.policy import Policy
+from unlatch.common.processes import ProcessWatch
+from unlatch.common.recorder import Recorder
+from unlatch.common.spec import ArraySpec, KernelSpec, ScalarSpec
+from unlatch.common.tensors import Array
+from unlatch.common.tracing import Tracing
+from unlatch.compute import ends
+from unlatch.compute.arena import InputArena
+from unlatch.compute.arguments import check
+from unlatch.compute.call import Call
+from unlatch.compute.metrics import ComputeMetrics
+from unlatch.compute.queue import Queue
+from unlatch.compute.suspects import Suspects
+from unlatch.protos.unlatch_pb2 import Descriptor
 
 SIGKILL = ends.by_itself(-9)
 # Read by a thread.

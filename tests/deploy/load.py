@@ -14,12 +14,12 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
-from common.errors import Unavailable
-from protos.inference_pb2 import ModelInferRequest
 from tests.deploy import load_kernels
 from tests.doors import request, vector
 from tests.security.issuer import Issuer, bearer
 from unlatch import TLS, BlockingClient
+from unlatch.common.errors import Unavailable
+from unlatch.protos.inference_pb2 import ModelInferRequest
 
 KERNELS = load_kernels.__file__
 TENANTS = """

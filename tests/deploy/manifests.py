@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import pytest
 import yaml
 
-from common.settings import Settings, parse
-from compute.settings import ComputeSettings
-from gateway.settings import GatewaySettings
 from tests.mesh import ROOT
+from unlatch.common.settings import Settings, parse
+from unlatch.compute.settings import ComputeSettings
+from unlatch.gateway.settings import GatewaySettings
 
 Object = dict[str, Any]
 S = TypeVar("S", bound=Settings)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from common import service as life
-from common.cores import granted_cores
-from common.health import LIVENESS
-from common.memory import granted_memory
-from compute import process, settings, shares
-from compute.settings import ComputeSettings
-from gateway.settings import GatewaySettings
 from tests.deploy.manifests import OVERLAYS, SERVICES, Manifests, composed, in_bytes, in_cores, overlay, problems
+from unlatch.common import service as life
+from unlatch.common.cores import granted_cores
+from unlatch.common.health import LIVENESS
+from unlatch.common.memory import granted_memory
+from unlatch.compute import process, settings, shares
+from unlatch.compute.settings import ComputeSettings
+from unlatch.gateway.settings import GatewaySettings
 
 # Whichever test is first waits until all combinations are rendered.
 pytestmark = pytest.mark.timeout(180)

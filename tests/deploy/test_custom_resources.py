@@ -13,10 +13,10 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from protos.inference_pb2 import DESCRIPTOR as INFERENCE
-from protos.unlatch_pb2 import DESCRIPTOR as UNLATCH
 from tests.deploy.manifests import Manifests, composed, in_words, named, problems
 from tests.mesh import ROOT
+from unlatch.protos.inference_pb2 import DESCRIPTOR as INFERENCE
+from unlatch.protos.unlatch_pb2 import DESCRIPTOR as UNLATCH
 
 # Whichever test is first waits until all combinations are rendered.
 pytestmark = pytest.mark.timeout(180)

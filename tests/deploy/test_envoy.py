@@ -20,17 +20,17 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from common import lane
-from common.errors import UnlatchError
-from gateway import oip
-from gateway.settings import GatewaySettings
-from protos.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from tests.deploy.envoy import CONFIGURATION, ENVOY, Envoy, configured, free_port, running_envoy, validated
 from tests.doors import LARGE, Oip, arrays_of, request, vector
 from tests.faults.watching import Gate, Scrape, until, wait_until
 from tests.mesh import Service, running_front
 from tests.names import NameServer
 from unlatch import Client
+from unlatch.common import lane
+from unlatch.common.errors import UnlatchError
+from unlatch.gateway import oip
+from unlatch.gateway.settings import GatewaySettings
+from unlatch.protos.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="session"),

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from common.settings import Settings
-from compute.settings import ComputeSettings
-from gateway.settings import GatewaySettings
 from tests.deploy.prometheus import RULES, Target, Watched, running_prometheus
 from tests.deploy.test_rules import promtool
 from tests.faults.watching import wait_until
 from tests.mesh import ROOT
+from unlatch.common.settings import Settings
+from unlatch.compute.settings import ComputeSettings
+from unlatch.gateway.settings import GatewaySettings
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from common.errors import Unavailable
 from tests.faults.watching import Gate, Scrape, tree
 from tests.mesh import Mesh, Service, running_mesh
 from unlatch import Client
+from unlatch.common.errors import Unavailable
 
 FAULT_KERNELS = Path(__file__).with_name("fault_kernels.py")
 ANY_PORTS = ("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
-from compute import preload, wire
-from compute import worker as worker_module
 from unlatch import KernelError, cancelled, kernel
+from unlatch.compute import preload, wire
+from unlatch.compute import worker as worker_module
 
 Vector = Float64[np.ndarray, "n"]
 Matrix = Float64[np.ndarray, "rows cols"]

@@ -13,7 +13,12 @@ import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.errors import (
+from tests.doors import Oip
+from tests.faults.conftest import FAULT_KERNELS, gone, restarts
+from tests.faults.watching import Gate, Scrape, memory_files, resident_bytes, until
+from tests.mesh import Mesh, running_mesh
+from unlatch import Client
+from unlatch.common.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
@@ -21,12 +26,7 @@ from common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from protos.inference_pb2 import ModelStatisticsRequest, ModelStatisticsResponse
-from tests.doors import Oip
-from tests.faults.conftest import FAULT_KERNELS, gone, restarts
-from tests.faults.watching import Gate, Scrape, memory_files, resident_bytes, until
-from tests.mesh import Mesh, running_mesh
-from unlatch import Client
+from unlatch.protos.inference_pb2 import ModelStatisticsRequest, ModelStatisticsResponse
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -7,9 +7,9 @@ import grpc
 import numpy as np
 import pytest
 
-from protos.unlatch_pb2 import Frames
 from tests.doors import LaneEnd, vector
 from tests.faults.conftest import front_at
+from unlatch.protos.unlatch_pb2 import Frames
 
 
 @pytest.fixture

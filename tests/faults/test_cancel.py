@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from tests.faults.conftest import gone, is_full, restarts
 from tests.faults.test_client import in_flight
 from tests.faults.test_deaths import DEATHS
 from tests.faults.watching import Gate, Scrape, until
 from tests.mesh import Mesh
 from unlatch import Client
+from unlatch.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

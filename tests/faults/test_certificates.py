@@ -22,8 +22,6 @@ import numpy as np
 import pytest
 from cryptography.x509 import load_pem_x509_certificate
 
-from common.errors import CertificateError, Unavailable, UnlatchError
-from protos.inference_pb2 import ModelInferResponse
 from tests.authority import Authority, Mounted, Named, Renamed
 from tests.doors import arrays_of, vector
 from tests.faults.conftest import ANY_PORTS
@@ -31,6 +29,8 @@ from tests.faults.watching import Scrape, until
 from tests.mesh import KERNELS, ROOT, Service
 from unlatch import TLS, BlockingClient, Client
 from unlatch.cli import run
+from unlatch.common.errors import CertificateError, Unavailable, UnlatchError
+from unlatch.protos.inference_pb2 import ModelInferResponse
 
 X = np.arange(3.0)
 INFER = "/inference.GRPCInferenceService/ModelInfer"

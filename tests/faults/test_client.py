@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import DeadlineExceeded, InvalidArgument, NotFound, UnlatchError
 from tests.faults.conftest import front_at, gateway_to
 from tests.faults.watching import Gate, Scrape, until
 from tests.mesh import ROOT, Mesh, running_mesh
 from unlatch import BlockingClient, Client
+from unlatch.common.errors import DeadlineExceeded, InvalidArgument, NotFound, UnlatchError
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from common.errors import DeadlineExceeded, InvalidArgument
-from protos.inference_pb2 import ModelInferRequest, ModelInferResponse
 from tests.conftest import StartMesh
 from tests.doors import arrays_of, request
 from tests.faults.conftest import FAULT_KERNELS
@@ -21,6 +19,8 @@ from tests.faults.test_losses import left_in
 from tests.faults.watching import Scrape, until
 from tests.mesh import Mesh, running_mesh
 from unlatch import Client
+from unlatch.common.errors import DeadlineExceeded, InvalidArgument
+from unlatch.protos.inference_pb2 import ModelInferRequest, ModelInferResponse
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from common.errors import Unavailable
-from common.processes import WINDOW_SECONDS
 from tests.faults.conftest import FAULT_KERNELS
 from tests.faults.watching import Scrape, processor_seconds, tree, until
 from tests.mesh import Mesh, running_mesh
 from unlatch import Client
+from unlatch.common.errors import Unavailable
+from unlatch.common.processes import WINDOW_SECONDS
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.alone]
 

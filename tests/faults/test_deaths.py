@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import InvalidArgument, Unavailable
-from common.tensors import Array
 from tests.faults.conftest import is_full, restarts
 from tests.faults.watching import (
     Gate,
@@ -28,6 +26,8 @@ from tests.faults.watching import (
 )
 from tests.mesh import Mesh
 from unlatch import Client
+from unlatch.common.errors import InvalidArgument, Unavailable
+from unlatch.common.tensors import Array
 
 # gRPC wants one event loop a process.
 pytestmark = pytest.mark.asyncio(loop_scope="session")

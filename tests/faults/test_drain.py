@@ -14,14 +14,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from common.errors import Unavailable, UnlatchError
-from common.health import LIVENESS
-from protos.inference_pb2 import ModelInferRequest, ModelInferResponse
 from tests.doors import arrays_of, vector
 from tests.faults.conftest import answered, front_at, gateway_to
 from tests.faults.watching import Gate, Scrape, until
 from tests.mesh import running_front
 from unlatch import Client
+from unlatch.common.errors import Unavailable, UnlatchError
+from unlatch.common.health import LIVENESS
+from unlatch.protos.inference_pb2 import ModelInferRequest, ModelInferResponse
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -10,11 +10,11 @@ import grpc
 import numpy as np
 import pytest
 
-from common.errors import Unavailable
 from tests.doors import LARGE, LaneEnd, request
 from tests.faults.conftest import Fleet
 from tests.faults.watching import Scrape, until
 from unlatch import Client
+from unlatch.common.errors import Unavailable
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -9,12 +9,12 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from protos.inference_pb2 import ModelInferResponse
 from tests.doors import arrays_of, vector
 from tests.faults.conftest import FAULT_KERNELS
 from tests.faults.watching import Gate, Scrape, resident_bytes, until
 from tests.mesh import running_mesh
 from unlatch import Client
+from unlatch.protos.inference_pb2 import ModelInferResponse
 
 # By each door; a lane's window is 1,024 calls.
 CALLS, CALLERS = 5_000, 5

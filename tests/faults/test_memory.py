@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from common.errors import InvalidArgument, ResourceExhausted
 from tests.faults.conftest import ANY_PORTS, restarts
 from tests.faults.memory_kernels import DECLARED_BYTES
 from tests.faults.watching import Gate, Process, Scrape, resident_bytes, until
 from tests.mesh import Mesh, Service, running_mesh
 from unlatch import Client
+from unlatch.common.errors import InvalidArgument, ResourceExhausted
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 
-from common.errors import Unavailable
 from tests.faults.conftest import ANY_PORTS, answered, gateway_to
 from tests.faults.watching import Gate, Process, Scrape, children, until, wait_until
 from tests.mesh import Service
 from unlatch import Client
+from unlatch.common.errors import Unavailable
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import NotFound, Unavailable
 from tests.faults.watching import Process, children, until, wait_until
 from tests.mesh import Service
 from unlatch import Client
+from unlatch.common.errors import NotFound, Unavailable
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -16,7 +16,6 @@ import grpc
 import numpy as np
 import pytest
 
-from common.errors import Unavailable, UnlatchError
 from tests.faults.conftest import ANY_PORTS, FAULT_KERNELS, answered, front_at, gateway_to
 from tests.faults.watching import (
     Gate,
@@ -31,6 +30,7 @@ from tests.faults.watching import (
 )
 from tests.mesh import Service
 from unlatch import Client
+from unlatch.common.errors import Unavailable, UnlatchError
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

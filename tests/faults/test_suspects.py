@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
-from common.tensors import Array
 from tests.faults.conftest import FAULT_KERNELS, answered, restarts
 from tests.mesh import Mesh, running_mesh
 from unlatch import Client
+from unlatch.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from unlatch.common.tensors import Array
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

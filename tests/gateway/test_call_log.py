@@ -2,8 +2,8 @@
 
 from structlog.testing import capture_logs
 
-from gateway.call_log import CallLog
 from tests.faults.watching import wait_until
+from unlatch.gateway.call_log import CallLog
 
 
 def test_next_line_counts_what_was_left_out() -> None:

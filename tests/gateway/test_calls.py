@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from jaxtyping import Float64
 
-from protos.unlatch_pb2 import Frames
 from tests.conftest import StartMesh
 from tests.doors import LARGE, LaneEnd, Oip, arrays_of, descriptor, pieces, request, vector
 from tests.faults.watching import Gate, Scrape, resident_bytes, wait_until
 from tests.mesh import Mesh, Service, running_front
+from unlatch.protos.unlatch_pb2 import Frames
 
 KIBIBYTE, MEBIBYTE = 1024, 1024 * 1024
 

@@ -7,13 +7,13 @@ from contextlib import suppress
 
 import pytest
 
-from common.settings import parse
-from gateway.discovery import Discovery, is_name, split_name
-from gateway.ejection import CALL, LANE, Ejection
-from gateway.settings import GatewaySettings
-from gateway.subset import subset
 from tests.faults.watching import until
 from tests.names import NameServer
+from unlatch.common.settings import parse
+from unlatch.gateway.discovery import Discovery, is_name, split_name
+from unlatch.gateway.ejection import CALL, LANE, Ejection
+from unlatch.gateway.settings import GatewaySettings
+from unlatch.gateway.subset import subset
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

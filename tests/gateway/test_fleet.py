@@ -12,19 +12,19 @@ import grpc
 import numpy as np
 import pytest
 
-from common.errors import ResourceExhausted, Unavailable
-from gateway.subset import subset
-from protos.inference_pb2 import (
-    ModelMetadataRequest,
-    ModelMetadataResponse,
-    RepositoryIndexRequest,
-    RepositoryIndexResponse,
-)
 from tests.doors import Oip, arrays_of, request, vector
 from tests.faults.watching import Gate, Scrape, until
 from tests.mesh import ROOT, Service
 from tests.names import NameServer
 from unlatch import Client
+from unlatch.common.errors import ResourceExhausted, Unavailable
+from unlatch.gateway.subset import subset
+from unlatch.protos.inference_pb2 import (
+    ModelMetadataRequest,
+    ModelMetadataResponse,
+    RepositoryIndexRequest,
+    RepositoryIndexResponse,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -7,12 +7,12 @@ from typing import NoReturn
 
 import pytest
 
-from common.tls import ChannelSecurity
-from gateway.discovery import Discovery
-from gateway.members import Members
-from gateway.replica import Replica
 from tests.faults.watching import until
 from tests.mesh import running_front
+from unlatch.common.tls import ChannelSecurity
+from unlatch.gateway.discovery import Discovery
+from unlatch.gateway.members import Members
+from unlatch.gateway.replica import Replica
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

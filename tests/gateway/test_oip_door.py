@@ -9,10 +9,10 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import inference_pb2 as pb
 from tests.conftest import StartMesh
 from tests.doors import Oip, arrays_of, request, vector
 from tests.faults.watching import Scrape, wait_until
+from unlatch.protos import inference_pb2 as pb
 
 METHOD = "/inference.GRPCInferenceService/"
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from gateway.retries import RetryBudget
+from unlatch.gateway.retries import RetryBudget
 
 
 class Clock:

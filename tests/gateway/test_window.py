@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from common.lane import Body
-from gateway.window import Window
-from protos.unlatch_pb2 import Load
+from unlatch.common.lane import Body
+from unlatch.gateway.window import Window
+from unlatch.protos.unlatch_pb2 import Load
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from compute.kernels.basics import identity
+from unlatch.compute.kernels.basics import identity
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 4), (1, 2, 3, 4)])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from compute.kernels.clustering import kmeans, pca
 from unlatch import KernelError
+from unlatch.compute.kernels.clustering import kmeans, pca
 
 Table = np.ndarray[Any, Any]
 

@@ -8,8 +8,8 @@ import scipy.ndimage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.components import connected_components
 from unlatch import KernelError
+from unlatch.compute.kernels.components import connected_components
 
 STRUCTURES = {4: scipy.ndimage.generate_binary_structure(2, 1), 8: scipy.ndimage.generate_binary_structure(2, 2)}
 

@@ -9,8 +9,8 @@ import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.decompositions import cholesky, eigh, qr, svd
 from unlatch import KernelError
+from unlatch.compute.kernels.decompositions import cholesky, eigh, qr, svd
 
 Factored = Callable[[np.ndarray[Any, Any]], object]
 

@@ -11,8 +11,8 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compute.kernels.dynamics import expm, integrate_linear_ode
 from unlatch import KernelError
+from unlatch.compute.kernels.dynamics import expm, integrate_linear_ode
 
 
 def random_matrix(seed: int, n: int, dtype: str) -> np.ndarray[Any, Any]:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from compute.kernels.finance import monte_carlo_option
 from unlatch import KernelError
+from unlatch.compute.kernels.finance import monte_carlo_option
 
 TERMS: dict[str, Any] = {"strike": 100.0, "rate": 0.03, "volatility": 0.25, "maturity": 1.5}
 

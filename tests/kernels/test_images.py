@@ -8,9 +8,9 @@ import scipy.ndimage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.images import gaussian_blur, sobel
 from tests.kernels.pictures import DTYPES, Image, by_channel, random_image, shapes
 from unlatch import KernelError
+from unlatch.compute.kernels.images import gaussian_blur, sobel
 
 TOLERANCES = {"f2": 1e-3, "f4": 2e-6, "f8": 1e-12}
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import CubicSpline
 
-from compute.kernels.interpolation import interpolate
 from unlatch import KernelError
+from unlatch.compute.kernels.interpolation import interpolate
 
 
 @given(

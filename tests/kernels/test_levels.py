@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from compute.kernels.levels import equalize_histogram, threshold_otsu
 from tests.kernels.pictures import Image, by_channel, random_image
 from unlatch import KernelError
+from unlatch.compute.kernels.levels import equalize_histogram, threshold_otsu
 
 
 def within(pixels: Image, threshold: float) -> float:

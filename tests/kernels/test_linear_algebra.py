@@ -9,8 +9,8 @@ import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.linear_algebra import lstsq, matmul, pinv, solve
 from unlatch import KernelError
+from unlatch.compute.kernels.linear_algebra import lstsq, matmul, pinv, solve
 
 
 def random_matrix(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:

@@ -6,9 +6,9 @@ import scipy.ndimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compute.kernels.medians import median_filter
 from tests.kernels.pictures import DTYPES, by_channel, random_image, shapes
 from unlatch import KernelError
+from unlatch.compute.kernels.medians import median_filter
 
 
 @settings(max_examples=60)

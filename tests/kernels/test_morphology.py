@@ -9,9 +9,9 @@ import scipy.ndimage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.morphology import closing, dilate, erode, opening
 from tests.kernels.pictures import DTYPES, Image, by_channel, random_image, shapes
 from unlatch import KernelError
+from unlatch.compute.kernels.morphology import closing, dilate, erode, opening
 
 REFERENCES: dict[Callable[..., Image], Callable[..., Image]] = {
     erode: scipy.ndimage.grey_erosion,

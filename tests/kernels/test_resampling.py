@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from compute.kernels.resampling import bootstrap
 from unlatch import KernelError
+from unlatch.compute.kernels.resampling import bootstrap
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 50, 301])

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from compute.kernels.resizing import resize
 from tests.kernels.pictures import DTYPES, Image, by_channel, random_image, shapes
 from unlatch import KernelError
+from unlatch.compute.kernels.resizing import resize
 
 METHODS = {
     "bilinear": Pillow.Resampling.BILINEAR,

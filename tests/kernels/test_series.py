@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.series import Rolling, rolling
 from unlatch import KernelError
+from unlatch.compute.kernels.series import Rolling, rolling
 
 
 def one_by_one(x: np.ndarray, window: int, ddof: int) -> Rolling:

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compute.catalogue import load
 from tests.mesh import Mesh
 from unlatch import BlockingClient
+from unlatch.compute.catalogue import load
 
 MATRIX = np.array([[4.0, 1.0, 0.0], [1.0, 3.0, 1.0], [0.0, 1.0, 5.0]])
 SERIES = np.arange(12.0).reshape(3, 4) % 5

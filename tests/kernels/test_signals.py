@@ -9,8 +9,8 @@ import scipy.signal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.signals import convolve, fft
 from unlatch import KernelError
+from unlatch.compute.kernels.signals import convolve, fft
 
 MODES: dict[str, Literal["full", "same", "valid"]] = {"full": "full", "same": "same", "valid": "valid"}
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.statistics import histogram
 from unlatch import KernelError
+from unlatch.compute.kernels.statistics import histogram
 
 
 def counted_one_by_one(x: np.ndarray, edges: np.ndarray) -> list[int]:

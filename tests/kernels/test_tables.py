@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.kernels.tables import correlation, covariance, group_by, quantile
 from unlatch import KernelError
+from unlatch.compute.kernels.tables import correlation, covariance, group_by, quantile
 
 REAL_DTYPES = ["i1", "u2", "i8", "f2", "f4", "f8"]
 

@@ -12,8 +12,6 @@ import grpc
 import numpy as np
 import pytest
 
-from common.lane import MAX_MESSAGE_BYTES
-from protos.unlatch_pb2 import Frames, LaneMessage, Piece
 from tests.authority import Authority, Renamed
 from tests.doors import LARGE, Oip, descriptor, request, vector
 from tests.faults.watching import Scrape, resident_bytes, wait_until
@@ -21,6 +19,8 @@ from tests.mesh import running_mesh
 from tests.security.conftest import Guarded
 from tests.security.http2 import Http2
 from tests.security.issuer import bearer
+from unlatch.common.lane import MAX_MESSAGE_BYTES
+from unlatch.protos.unlatch_pb2 import Frames, LaneMessage, Piece
 
 MEBIBYTE = 1024 * 1024
 INFER = "/inference.GRPCInferenceService/ModelInfer"

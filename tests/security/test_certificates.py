@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from common.errors import UnlatchError
-from common.rpc import abort, handlers
-from gateway.authentication import Authentication
-from gateway.tokens import Tokens
 from tests.doors import Metadata, refusal_of
 from tests.security.issuer import AUDIENCE, ISSUER, Issuer, bearer
+from unlatch.common.errors import UnlatchError
+from unlatch.common.rpc import abort, handlers
+from unlatch.gateway.authentication import Authentication
+from unlatch.gateway.tokens import Tokens
 
 SPIFFE = x509.UniformResourceIdentifier("spiffe://example.org/ns/research/sa/caller")
 URI = x509.UniformResourceIdentifier("https://example.org/caller")

@@ -11,12 +11,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
-from common.errors import Unauthenticated
-from common.watched import FileError
-from gateway.settings import ASYMMETRIC
-from gateway.tokens import Tokens
 from tests.mesh import ROOT
 from tests.security.issuer import AUDIENCE, ISSUER, Issuer
+from unlatch.common.errors import Unauthenticated
+from unlatch.common.watched import FileError
+from unlatch.gateway.settings import ASYMMETRIC
+from unlatch.gateway.tokens import Tokens
 
 SECRET = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA"  # a key for HMAC
 CURVE = ec.generate_private_key(ec.SECP384R1())

@@ -13,11 +13,6 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from common.errors import PermissionDenied, Unauthenticated, UnlatchError
-from common.lane import MAX_MESSAGE_BYTES, SERVICE, Body
-from common.lane_server import Lanes, LaneServer
-from common.rpc import handlers, options
-from protos.unlatch_pb2 import Array, Descriptor, Frames, Kernel, Priority, Reply, Welcome
 from tests.conftest import StartMesh
 from tests.doors import LaneEnd, Oip, descriptor, refusal_of, request, vector
 from tests.faults.conftest import gateway_to
@@ -25,6 +20,11 @@ from tests.faults.watching import wait_until
 from tests.security.conftest import Guarded
 from tests.security.issuer import Issuer, bearer, ends
 from unlatch import BlockingClient, Client
+from unlatch.common.errors import PermissionDenied, Unauthenticated, UnlatchError
+from unlatch.common.lane import MAX_MESSAGE_BYTES, SERVICE, Body
+from unlatch.common.lane_server import Lanes, LaneServer
+from unlatch.common.rpc import handlers, options
+from unlatch.protos.unlatch_pb2 import Array, Descriptor, Frames, Kernel, Priority, Reply, Welcome
 
 X = np.arange(3.0)
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.recorder import OTHER
-from gateway.quotas import Bucket, Limits, Tenant
-from gateway.tenants import Tenants
-from protos.inference_pb2 import ModelInferRequest, ModelStatisticsRequest, ModelStatisticsResponse
 from tests.doors import Oip, Refusal, request, vector
 from tests.faults.watching import Scrape, wait_until
 from tests.mesh import Mesh
 from tests.security.conftest import Guarded
 from unlatch import BlockingClient
+from unlatch.common.recorder import OTHER
+from unlatch.gateway.quotas import Bucket, Limits, Tenant
+from unlatch.gateway.tenants import Tenants
+from unlatch.protos.inference_pb2 import ModelInferRequest, ModelStatisticsRequest, ModelStatisticsResponse
 
 
 def outcomes(guarded: Guarded, door: str, tenant: str, messages: Sequence[ModelInferRequest]) -> list[Refusal]:

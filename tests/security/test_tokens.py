@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from protos.inference_pb2 import RepositoryIndexRequest
 from tests.doors import Oip, vector
 from tests.faults.watching import wait_until
 from tests.mesh import ROOT
 from tests.security.conftest import Guarded
 from tests.security.issuer import Issuer, bearer, ends
+from unlatch.protos.inference_pb2 import RepositoryIndexRequest
 
 
 def _tampered(issuer: Issuer) -> str:

@@ -6,17 +6,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import InvalidArgument, near
-from common.settings import MiB
-from common.spec import KernelSpec
-from compute.forkserver import StartError
-from compute.trial import TriedKernel, TriedModule, tried
 from unlatch.check.cases import Cases
 from unlatch.check.findings import Finding
 from unlatch.check.growth import Growth, measure
 from unlatch.check.report import for_people, for_programs
 from unlatch.check.rules import Examination
 from unlatch.check.worker import Workers
+from unlatch.common.errors import InvalidArgument, near
+from unlatch.common.settings import MiB
+from unlatch.common.spec import KernelSpec
+from unlatch.compute.forkserver import StartError
+from unlatch.compute.trial import TriedKernel, TriedModule, tried
 
 _IMPORT_SECONDS = 60.0
 _SLOW_IMPORT_SECONDS = 1.0

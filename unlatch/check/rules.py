@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.errors import InvalidArgument, ResourceExhausted
-from common.tensors import Array
-from compute.trial import TriedKernel
 from unlatch.check.cases import Case, Cases
 from unlatch.check.findings import Finding
 from unlatch.check.worker import Ended, Lost, Outcome, Refused, Workers
+from unlatch.common.errors import InvalidArgument, ResourceExhausted
+from unlatch.common.tensors import Array
+from unlatch.compute.trial import TriedKernel
 
 _BATCH_ROWS = 4
 # A batch may be summed in another order than a row; these are a thousand times what rounding alone does.

@@ -14,12 +14,14 @@ from itertools import count
 from pathlib import Path
 from typing import Self
 
-from common.tensors import Array, dtype_name, pack_bytes, view
-from compute.arena import Segment, offsets
-from compute.ends import POOL_STOPS, End
-from compute.forkserver import ForkServer, StartError
-from compute.process import WorkerProcess
-from compute.wire import (
+from unlatch.check.cases import Case
+from unlatch.check.probes import SETTLE
+from unlatch.common.tensors import Array, dtype_name, pack_bytes, view
+from unlatch.compute.arena import Segment, offsets
+from unlatch.compute.ends import POOL_STOPS, End
+from unlatch.compute.forkserver import ForkServer, StartError
+from unlatch.compute.process import WorkerProcess
+from unlatch.compute.wire import (
     Done,
     Failed,
     Forget,
@@ -34,8 +36,6 @@ from compute.wire import (
     Tensor,
     ToFront,
 )
-from unlatch.check.cases import Case
-from unlatch.check.probes import SETTLE
 
 _FIRST_REPLY_BYTES = 1024 * 1024
 _STARTS_WITHIN_SECONDS = 60.0

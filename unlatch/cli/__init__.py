@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from common.errors import CertificateError, UnlatchError, near
+from unlatch.common.errors import CertificateError, UnlatchError, near
 
 # name -> the module whose main(arguments) is the command, and what it does
 COMMANDS = {
     "serve": ("unlatch.supervisor", "gateway and compute on this machine, all cores"),
-    "gateway": ("gateway.__main__", "the door to a fleet of replicas"),
-    "compute": ("compute.__main__", "one replica: a pool of workers"),
+    "gateway": ("unlatch.gateway.__main__", "the door to a fleet of replicas"),
+    "compute": ("unlatch.compute.__main__", "one replica: a pool of workers"),
     "check": ("unlatch.check.command", "find what your kernels do that they should not: unlatch check my_kernels.py"),
     "kernels": ("unlatch.cli.kernels", "what a gateway serves; of one kernel all that callers need"),
     "call": ("unlatch.cli.call", "call a kernel: unlatch call gaussian_blur image=@photo.png sigma=2 -o out.png"),

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from common.errors import InvalidArgument, near
-from common.spec import KernelSpec
 from unlatch.cli import reading
+from unlatch.common.errors import InvalidArgument, near
+from unlatch.common.spec import KernelSpec
 
 
 def named(spec: KernelSpec, given: Iterable[str]) -> dict[str, str]:

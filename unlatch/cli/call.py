@@ -3,13 +3,13 @@
 import json
 from collections.abc import Sequence
 
-from common.spec import KernelSpec
-from common.tensors import Array
 from unlatch.blocking import BlockingClient
 from unlatch.cli import showing
 from unlatch.cli.arguments import named, values
 from unlatch.cli.options import Parser, add_priority, client_parser, find, secured, token
 from unlatch.cli.writing import Destination
+from unlatch.common.spec import KernelSpec
+from unlatch.common.tensors import Array
 from unlatch.results import Result
 
 

@@ -6,14 +6,14 @@ from importlib import import_module
 
 import shtab
 
-from common.settings import Settings
 from unlatch.cli import COMMANDS
 from unlatch.cli.options import Parser
+from unlatch.common.settings import Settings
 
 _SETTINGS = {
     "serve": ("unlatch.supervisor", "ServeSettings"),
-    "gateway": ("gateway.settings", "GatewaySettings"),
-    "compute": ("compute.settings", "ComputeSettings"),
+    "gateway": ("unlatch.gateway.settings", "GatewaySettings"),
+    "compute": ("unlatch.compute.settings", "ComputeSettings"),
 }
 # Whoever presses Tab does not wait for a gateway that is not there.
 _NAMES = shtab.cmd("unlatch kernels --names --timeout 1 2>/dev/null")

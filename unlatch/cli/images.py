@@ -4,8 +4,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from common.errors import InvalidArgument
-from common.tensors import Array
+from unlatch.common.errors import InvalidArgument
+from unlatch.common.tensors import Array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 # What Pillow calls a picture whose array means something as it is.

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import InvalidArgument
-from common.spec import ArraySpec
-from common.tensors import Array
 from unlatch.cli import reading
 from unlatch.cli.fit import typed, untyped
+from unlatch.common.errors import InvalidArgument
+from unlatch.common.spec import ArraySpec
+from unlatch.common.tensors import Array
 
 
 @dataclass(frozen=True, slots=True)

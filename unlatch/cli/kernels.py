@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from common.spec import KernelSpec
 from unlatch.blocking import BlockingClient
 from unlatch.cli import plain
 from unlatch.cli.options import Parser, client_parser, find, secured, token
 from unlatch.cli.showing import number
 from unlatch.cli.signatures import example, lines, signature
+from unlatch.common.spec import KernelSpec
 
 _SERVER = "127.0.0.1:8001"
 

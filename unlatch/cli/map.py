@@ -11,9 +11,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from common.errors import InvalidArgument, Unavailable, UnlatchError
-from common.priority import PARAMETER
-from common.spec import KernelSpec
 from unlatch.cli.arguments import named, values
 from unlatch.cli.call import by_name, outputs
 from unlatch.cli.items import Item, Items, files, rows
@@ -21,6 +18,9 @@ from unlatch.cli.options import Parser, add_priority, client_parser, find, numbe
 from unlatch.cli.progress import Outcome, Progress, progress
 from unlatch.cli.writing import SUFFIXES, Destination
 from unlatch.client import Client
+from unlatch.common.errors import InvalidArgument, Unavailable, UnlatchError
+from unlatch.common.priority import PARAMETER
+from unlatch.common.spec import KernelSpec
 from unlatch.results import Result
 
 # A worker's death, or a gateway that is started again, need not cost an item of a pure kernel: it is tried again.

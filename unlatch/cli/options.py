@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from common.errors import Unauthenticated, Unavailable, near, no_kernel
-from common.priority import NAMES
-from common.spec import KernelSpec
+from unlatch.common.errors import Unauthenticated, Unavailable, near, no_kernel
+from unlatch.common.priority import NAMES
+from unlatch.common.spec import KernelSpec
 from unlatch.security import TLS
 
 if TYPE_CHECKING:

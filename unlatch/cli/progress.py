@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
-from common.errors import UnlatchError
 from unlatch.cli import error_object, plain
+from unlatch.common.errors import UnlatchError
 
 _LINE_SECONDS = 2.0
 

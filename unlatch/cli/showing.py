@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from common.tensors import Array
 from unlatch.cli import plain
+from unlatch.common.tensors import Array
 
 _MOST_SHOWN = 200
 

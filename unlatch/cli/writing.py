@@ -11,9 +11,9 @@ from typing import IO
 
 import numpy as np
 
-from common.errors import InvalidArgument
-from common.tensors import Array
 from unlatch.cli import images
+from unlatch.common.errors import InvalidArgument
+from unlatch.common.tensors import Array
 
 SUFFIXES = (".npy", ".npz", ".csv", *images.SUFFIXES)
 _FIELD = "output"

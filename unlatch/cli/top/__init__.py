@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from common.errors import Unavailable
 from unlatch.cli.options import Parser, number
 from unlatch.cli.top.figures import Figures, figures
 from unlatch.cli.top.screen import ASCII, UNICODE, screen
 from unlatch.cli.top.sources import Source
 from unlatch.cli.top.terminal import Terminal
+from unlatch.common.errors import Unavailable
 
 _SHORTEST_INTERVAL_SECONDS = 0.1
 
