@@ -21,7 +21,7 @@ REVISION = $(shell git rev-parse HEAD 2> /dev/null || echo unknown)
 build_image = $(CONTAINER) build --file deploy/docker/Dockerfile --target $(1) --tag unlatch-$(1):$(VERSION) \
 	--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BASE_IMAGE:%=--build-arg BASE_IMAGE=%) $(ARGS) .
 
-.PHONY: help setup run test lint check fmt protos rules dashboards bench soak demo image lock clean
+.PHONY: help setup run test unit lint check fmt protos rules dashboards bench soak demo image lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,11 +35,14 @@ run: setup ## serve on this machine: gateway and compute, all cores
 test: setup ## run the tests, two files beside one another; ARGS="-n 0" for one after the other
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+unit: setup ## run the tests that start no mesh, in less than a minute
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/common tests/compute tests/gateway tests/structure $(ARGS)
+
 lint: setup ## style, types, import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy . && $(BIN)/lint-imports
 
 check: lint ## lint, and stub drift, and what the docs say
-	$(BIN)/python -m pytest -q tests/test_contracts.py tests/test_docs.py tests/test_readme.py tests/test_stubs.py
+	$(BIN)/python -m pytest -q tests/structure/test_contracts.py tests/docs/test_docs.py tests/docs/test_readme.py tests/structure/test_stubs.py
 
 fmt: setup ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .

@@ -15,10 +15,15 @@ from typing import Never
 from rich.console import Console
 from rich.text import Text
 
-from bench import clients, fleet, gil, oip, pool, responsive, subjects, throughput, tls, waiting
-from bench.load import connections, require_h2load
+from bench import gil, responsive, throughput, tls
+from bench.fleet import measure as fleet
+from bench.load import clients
+from bench.load.load import connections, require_h2load
+from bench.pool import measure as pool
 from bench.processes import BenchError
 from bench.report import Findings, failed_calls, ratios, show, write
+from bench.subjects import oip, subjects
+from bench.waiting import measure as waiting
 
 PARTS = frozenset({"throughput", "client", "responsive", "beside", "gil", "pool", "fleet", "tls", "waiting"})
 SUBJECTS = frozenset({"echo", "recipe", "unlatch", "bare", "inline", "threads"})

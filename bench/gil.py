@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from bench.load import calls_for
-from bench.oip import Work
+from bench.load.load import calls_for
 from bench.processes import Child, cores, load_core
-from bench.subjects import Subject, await_ready, check, start
+from bench.subjects.oip import Work
+from bench.subjects.subjects import Subject, await_ready, check, start
 from bench.throughput import loaded_with_cpu
 
 IN_FLIGHT = 32
@@ -115,7 +115,7 @@ def _turns(rows: list[Row], rounds: int) -> Iterator[tuple[Row, int]]:
 def _probe(stack: ExitStack, subject: Subject, works: dict[str, Work]) -> Child:
     await_ready(subject, works["identity_1k"])
     return stack.enter_context(
-        Child(f"probe-{subject.name}", "bench.probe", "--health", f"127.0.0.1:{subject.health_port}")
+        Child(f"probe-{subject.name}", "bench.load.probe", "--health", f"127.0.0.1:{subject.health_port}")
     )
 
 

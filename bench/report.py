@@ -15,11 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import fleet, pool, waiting
 from bench.bounds import Bound, judged
+from bench.fleet import measure as fleet
 from bench.gil import Idle, Row
+from bench.pool import measure as pool
 from bench.processes import OUT, ROOT, cores, load_core
 from bench.throughput import Cell
+from bench.waiting import measure as waiting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

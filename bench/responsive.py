@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Mapping
 from statistics import median
 
-from bench.load import calls_for, load
-from bench.oip import Work
+from bench.load.load import calls_for, load
 from bench.processes import Child
 from bench.scrape import scrape
-from bench.subjects import Subject, check
+from bench.subjects.oip import Work
+from bench.subjects.subjects import Subject, check
 
 IN_FLIGHT = 64
 LAG = "unlatch_event_loop_lag_seconds"
@@ -40,7 +40,7 @@ def _once(subject: Subject, work: Work, seconds: float) -> dict[str, float | Non
     addresses = ["--health", f"127.0.0.1:{subject.health_port}", "--live", f"127.0.0.1:{subject.port}"]
     body = work.body()
     warm = load(subject.port, body, calls=2 * IN_FLIGHT, in_flight=IN_FLIGHT, reply_bytes=reply_bytes)
-    with Child("probe-responsive", "bench.probe", *addresses) as probe:
+    with Child("probe-responsive", "bench.load.probe", *addresses) as probe:
         probe.ask(do="start")
         time.sleep(0.5)
         idle = probe.ask(do="stop")

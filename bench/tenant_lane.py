@@ -8,12 +8,12 @@ from typing import Any
 import grpc.aio
 
 from unlatch.arrays import Caller, arrays
-from unlatch.common.describe import understood
 from unlatch.common.errors import UnlatchError
-from unlatch.common.failures import raised
-from unlatch.common.lane import METHOD
-from unlatch.common.lane_caller import LaneCaller
-from unlatch.common.spec import KernelSpec
+from unlatch.common.kernel.messages import understood
+from unlatch.common.kernel.spec import KernelSpec
+from unlatch.common.lane.caller import LaneCaller
+from unlatch.common.lane.frames import METHOD
+from unlatch.common.lane.replies import raised
 from unlatch.protos.unlatch_pb2 import Reply, Welcome
 
 

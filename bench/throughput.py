@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
-from bench.load import Load, calls_for, load
-from bench.oip import Work
-from bench.subjects import Bare, Subject, await_ready, check
+from bench.load.load import Load, calls_for, load
+from bench.subjects.oip import Work
+from bench.subjects.subjects import Bare, Subject, await_ready, check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

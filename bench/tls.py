@@ -8,9 +8,9 @@ from pathlib import Path
 
 import trustme
 
-from bench.oip import Work
 from bench.processes import Process, free_port, labelled_cpu
-from bench.subjects import UNLATCH, Subject
+from bench.subjects.oip import Work
+from bench.subjects.subjects import UNLATCH, Subject
 from bench.throughput import Cell
 from bench.throughput import measure as measure_cells
 
@@ -67,7 +67,7 @@ def _start(
     listen, metrics, health, *others = (f"{HERE}:{port}" for port in ports)
     addresses = zip(("--listen", "--metrics-listen", "--health-listen"), others, strict=True)
     argv = [str(UNLATCH), "compute", *(part for pair in addresses for part in pair), *replica]
-    argv += ["--workers", "2", "--kernels", "bench/kernels.py"]
+    argv += ["--workers", "2", "--kernels", "bench/subjects/kernels.py"]
     behind = stack.enter_context(Process(f"{name}-compute", argv))
     argv = [str(UNLATCH), "gateway", "--listen", listen, "--metrics-listen", metrics, "--health-listen", health]
     argv += ["--replicas", others[0], *gateway, *to_replica]

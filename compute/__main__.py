@@ -10,8 +10,8 @@ def main(arguments: Sequence[str]) -> int:
     # gRPC reads it when it is imported. It writes past our log: a line for each handshake that somebody fails at.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Imported here: multiprocessing's children import this module again under another name.
-    from unlatch.common.main import run
-    from unlatch.compute.forkserver import StartError
+    from unlatch.common.service.main import run
+    from unlatch.compute.pool.forkserver import StartError
     from unlatch.compute.server import serve
     from unlatch.compute.settings import ComputeSettings
 

@@ -4,18 +4,18 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
-from unlatch.common.datatypes import NP_DTYPE, carrier, is_carried
 from unlatch.common.errors import UnlatchError
-from unlatch.common.failures import failed
-from unlatch.common.lane import Arrival, Body, Buffer
-from unlatch.common.lane_server import LaneServer
-from unlatch.common.priority import NORMAL, RANKS
-from unlatch.common.spec import KernelSpec
-from unlatch.common.tracing import Tracing
-from unlatch.compute.arena import Block, InputArena, offsets
-from unlatch.compute.arguments import Arguments
+from unlatch.common.kernel.datatypes import NP_DTYPE, carrier, is_carried
+from unlatch.common.kernel.spec import KernelSpec
+from unlatch.common.lane.body import Arrival, Body, Buffer
+from unlatch.common.lane.replies import failed
+from unlatch.common.lane.server import LaneServer
+from unlatch.common.telemetry.tracing import Tracing
+from unlatch.common.waiting.priority import NORMAL, RANKS
+from unlatch.compute.intake.arguments import Arguments
+from unlatch.compute.ipc.arena import Block, InputArena, offsets
+from unlatch.compute.ipc.frames import Tensor
 from unlatch.compute.metrics import ComputeMetrics
-from unlatch.compute.wire import Tensor
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 
@@ -57,7 +57,7 @@ class Call:
         self.ended = False
         # Workers that ended while they ran it.
         self.deaths = 0
-        # What it is, once somebody has had reason to read it (compute/suspects.py).
+        # What it is, once somebody has had reason to read it (compute/intake/poison.py).
         self.digest = b""
         remaining = descriptor.remaining_microseconds
         self.arrived = monotonic()

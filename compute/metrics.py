@@ -5,8 +5,8 @@ from time import monotonic
 
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 
-from unlatch.common.processes import ProcessWatch
-from unlatch.common.recorder import Recorder
+from unlatch.common.telemetry.processes import ProcessWatch
+from unlatch.common.telemetry.recorder import Recorder
 
 FORKSERVER = "forkserver"
 # Seconds: a fork and a hello take milliseconds; what takes longer is a backoff, or kernels that no longer load.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
-from unlatch.common.spec import KernelSpec
+from unlatch.common.kernel.spec import KernelSpec
 
 log = structlog.get_logger()
 

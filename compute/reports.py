@@ -11,8 +11,8 @@ import asyncio
 import math
 from typing import Protocol
 
-from unlatch.common.lane_server import Lanes
-from unlatch.compute.queue import Queue
+from unlatch.common.lane.lanes import Lanes
+from unlatch.compute.dispatch.queue import Queue
 from unlatch.compute.settings import ComputeSettings
 from unlatch.protos.unlatch_pb2 import Load
 

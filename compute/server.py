@@ -6,33 +6,34 @@ from importlib.metadata import version
 
 import grpc.aio
 
-from unlatch.common.describe import described
 from unlatch.common.errors import Unavailable
-from unlatch.common.health import Health
-from unlatch.common.lane import MAX_MESSAGE_BYTES, SERVICE
-from unlatch.common.lane_server import Lanes, LaneServer
-from unlatch.common.memory import granted_memory
-from unlatch.common.policy import Policy
-from unlatch.common.processes import ProcessWatch
-from unlatch.common.recorder import Recorder
-from unlatch.common.rpc import handlers
-from unlatch.common.service import serve as serve_until_stopped
-from unlatch.common.tls import report, server_certificates
-from unlatch.common.tracing import Tracing
-from unlatch.compute.arena import InputArena
+from unlatch.common.kernel.messages import described
+from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, SERVICE
+from unlatch.common.lane.lanes import Lanes
+from unlatch.common.lane.server import LaneServer
+from unlatch.common.machine.memory import granted_memory
+from unlatch.common.net.rpc import handlers
+from unlatch.common.security.tls import report, server_certificates
+from unlatch.common.service.health import Health
+from unlatch.common.service.serve import serve as serve_until_stopped
+from unlatch.common.telemetry.processes import ProcessWatch
+from unlatch.common.telemetry.recorder import Recorder
+from unlatch.common.telemetry.tracing import Tracing
+from unlatch.common.waiting.order import Policy
 from unlatch.compute.call import Call
-from unlatch.compute.forkserver import ForkServer
-from unlatch.compute.lane import Door
-from unlatch.compute.limits import Limits
+from unlatch.compute.dispatch.queue import Queue
+from unlatch.compute.intake.intake import Door
+from unlatch.compute.intake.poison import Suspects
+from unlatch.compute.ipc.arena import InputArena
+from unlatch.compute.ipc.memory_budget import share_out
+from unlatch.compute.ipc.memory_limits import Limits
 from unlatch.compute.metrics import FORKSERVER, ComputeMetrics
-from unlatch.compute.pool import Pool
-from unlatch.compute.queue import Queue
+from unlatch.compute.pool.forkserver import ForkServer
+from unlatch.compute.pool.pool import Pool
+from unlatch.compute.pool.slot import Slot
 from unlatch.compute.readiness import Readiness
 from unlatch.compute.reports import Reports
 from unlatch.compute.settings import ComputeSettings
-from unlatch.compute.shares import share_out
-from unlatch.compute.slot import Slot
-from unlatch.compute.suspects import Suspects
 from unlatch.protos.unlatch_pb2 import Welcome
 
 

@@ -6,8 +6,8 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from unlatch.common.cores import granted_cores
-from unlatch.common.settings import MiB, ServiceSettings, TenantWeights, separated
+from unlatch.common.machine.cores import granted_cores
+from unlatch.common.net.settings import MiB, ServiceSettings, TenantWeights, separated
 
 # With fewer workers one that is kept free is too much of the whole.
 _FEWEST_TO_RESERVE = 4

@@ -9,7 +9,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a gateway with settings from flags and the environment; 2 when it cannot start."""
     # gRPC reads it when it is imported. It writes past our log: a line for each handshake that somebody fails at.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    from unlatch.common.main import run
+    from unlatch.common.service.main import run
     from unlatch.gateway.server import serve
     from unlatch.gateway.settings import GatewaySettings
 

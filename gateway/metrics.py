@@ -8,9 +8,9 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from unlatch.common.errors import UnlatchError, opaque
-from unlatch.common.recorder import GaugeReader, Recorder
-from unlatch.common.rpc import abort
-from unlatch.gateway.standing import Standing
+from unlatch.common.net.rpc import abort
+from unlatch.common.telemetry.recorder import GaugeReader, Recorder
+from unlatch.gateway.fleet.status import Standing
 from unlatch.protos.unlatch_pb2 import Timings
 
 log = structlog.get_logger()

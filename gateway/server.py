@@ -6,35 +6,35 @@ from collections import ChainMap
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from unlatch.common import lane
-from unlatch.common.health import Health
-from unlatch.common.lane_server import Lanes
-from unlatch.common.policy import Policy
-from unlatch.common.processes import ProcessWatch
-from unlatch.common.recorder import Recorder
-from unlatch.common.rpc import handlers
-from unlatch.common.service import serve as serve_until_stopped
-from unlatch.common.tls import ChannelSecurity, guarded, guarded_stream, load, report, server_certificates
-from unlatch.common.tracing import Tracing
-from unlatch.gateway import oip
-from unlatch.gateway.authentication import Authentication
-from unlatch.gateway.call_log import CallLog
-from unlatch.gateway.calls import Calls
-from unlatch.gateway.client_lane import ClientDoor
-from unlatch.gateway.discovery import Discovery
-from unlatch.gateway.entrance import Entrance
-from unlatch.gateway.fleet import Fleet, Routed
+from unlatch.common.lane import frames as lane
+from unlatch.common.lane.lanes import Lanes
+from unlatch.common.net.rpc import handlers
+from unlatch.common.security.tls import ChannelSecurity, guarded, guarded_stream, load, report, server_certificates
+from unlatch.common.service.health import Health
+from unlatch.common.service.serve import serve as serve_until_stopped
+from unlatch.common.telemetry.processes import ProcessWatch
+from unlatch.common.telemetry.recorder import Recorder
+from unlatch.common.telemetry.tracing import Tracing
+from unlatch.common.waiting.order import Policy
+from unlatch.gateway.calls.call_log import CallLog
+from unlatch.gateway.calls.calls import Calls
+from unlatch.gateway.calls.record import Records
+from unlatch.gateway.doors import oip
+from unlatch.gateway.doors.client_lanes import ClientDoor
+from unlatch.gateway.doors.oip_metadata import About
+from unlatch.gateway.doors.rpc_guard import Entrance
+from unlatch.gateway.fleet.discovery import Discovery
+from unlatch.gateway.fleet.fleet import Fleet, Routed
+from unlatch.gateway.fleet.replica import Replica
 from unlatch.gateway.metrics import GatewayMetrics
-from unlatch.gateway.oip_about import About
-from unlatch.gateway.record import Records
-from unlatch.gateway.replica import Replica
 from unlatch.gateway.settings import GatewaySettings
-from unlatch.gateway.tenants import Tenants
-from unlatch.gateway.tokens import Tokens
+from unlatch.gateway.tenants.authentication import Authentication
+from unlatch.gateway.tenants.tenants import Tenants
+from unlatch.gateway.tenants.tokens import Tokens
 from unlatch.protos.unlatch_pb2 import Kernel, Welcome
 
 if TYPE_CHECKING:
-    from unlatch.common.certificates import Certificates
+    from unlatch.common.security.certificates import Certificates
 
 # gRPC refuses what is too large before we see it, in words that help nobody. So it lets through so many times as much,
 # and it is us who refuse that, and say where large calls belong. Its arguments are ints of C.

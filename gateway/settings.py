@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from unlatch.common.settings import MiB, ServiceSettings, TenantWeights, separated
-from unlatch.gateway.discovery import is_name, split_name
+from unlatch.common.net.settings import MiB, ServiceSettings, TenantWeights, separated
+from unlatch.gateway.fleet.discovery import is_name, split_name
 
 # What a token may be signed by (RFC 7518, RFC 8037).
 ASYMMETRIC = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")

@@ -9,9 +9,9 @@ import grpc
 import hypothesis
 import pytest
 
-from tests.doors import LaneEnd, Oip
-from tests.mesh import Mesh, running_mesh
-from tests.turns import a_turn
+from tests.support.doors import LaneEnd, Oip
+from tests.support.mesh import Mesh, running_mesh
+from tests.support.turns import a_turn
 
 # How fast something is says the benchmark; a test that is slow on a busy machine has found nothing.
 hypothesis.settings.register_profile("unlatch", deadline=None)

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from unlatch.common.datatypes import DATATYPES, NP_DTYPE, OBJECT, carrier, is_carried, is_served
 from unlatch.common.errors import InvalidArgument, near
-from unlatch.common.lane import WHOLE_BYTES, Arrival, Body, Buffer
-from unlatch.common.parameters import parameter
-from unlatch.common.spec import ArraySpec, KernelSpec
-from unlatch.common.tensors import Array, dtype_name, pack_bytes, unpack_bytes
+from unlatch.common.kernel.datatypes import DATATYPES, NP_DTYPE, OBJECT, carrier, is_carried, is_served
+from unlatch.common.kernel.parameters import parameter
+from unlatch.common.kernel.spec import ArraySpec, KernelSpec
+from unlatch.common.kernel.tensors import Array, dtype_name, pack_bytes, unpack_bytes
+from unlatch.common.lane.body import WHOLE_BYTES, Arrival, Body, Buffer
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Tensor
 
 _DTYPES = {datatype: np.dtype(dtype) for datatype, (dtype, _) in DATATYPES.items()}

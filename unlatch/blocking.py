@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from unlatch.client import Client
-from unlatch.common.spec import KernelSpec
+from unlatch.common.kernel.spec import KernelSpec
 from unlatch.link import Token
 from unlatch.results import Result
 from unlatch.security import TLS

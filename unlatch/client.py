@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from unlatch.common.errors import DeadlineExceeded, PermissionDenied, Unauthenticated, Unavailable
-from unlatch.common.lane import MAX_MESSAGE_BYTES
-from unlatch.common.rpc import options
-from unlatch.common.spec import KernelSpec
-from unlatch.common.tls import ChannelSecurity
+from unlatch.common.kernel.spec import KernelSpec
+from unlatch.common.lane.frames import MAX_MESSAGE_BYTES
+from unlatch.common.net.rpc import options
+from unlatch.common.security.tls import ChannelSecurity
 from unlatch.link import Link, PendingCall, Token
 from unlatch.results import Result
 from unlatch.security import TLS

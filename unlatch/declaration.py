@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar, get_type_hints, overload
 
-from unlatch.common.datatypes import DATATYPES
 from unlatch.common.errors import KernelError
-from unlatch.common.spec import ANY_LENGTH, ArraySpec, KernelSpec, ScalarSpec
+from unlatch.common.kernel.datatypes import DATATYPES
+from unlatch.common.kernel.spec import ANY_LENGTH, ArraySpec, KernelSpec, ScalarSpec
 
 __all__ = ["DeclarationError", "KernelError", "kernel", "spec_of"]
 

@@ -11,7 +11,6 @@ import grpc
 import grpc.aio
 
 from unlatch.arrays import Arriving, Caller, arrays
-from unlatch.common.describe import understood
 from unlatch.common.errors import (
     DeadlineExceeded,
     Internal,
@@ -23,11 +22,13 @@ from unlatch.common.errors import (
     from_code,
     near,
 )
-from unlatch.common.failures import raised
-from unlatch.common.lane import METHOD, ProtocolViolation, Sink
-from unlatch.common.lane_caller import LaneCaller
-from unlatch.common.spec import KernelSpec
-from unlatch.common.tls import ChannelSecurity
+from unlatch.common.kernel.messages import understood
+from unlatch.common.kernel.spec import KernelSpec
+from unlatch.common.lane.body import Sink
+from unlatch.common.lane.caller import LaneCaller
+from unlatch.common.lane.frames import METHOD, ProtocolViolation
+from unlatch.common.lane.replies import raised
+from unlatch.common.security.tls import ChannelSecurity
 from unlatch.protos.unlatch_pb2 import Reply, Welcome
 from unlatch.results import Result, result
 from unlatch.trace_context import current

@@ -17,8 +17,8 @@ from pathlib import Path
 import structlog
 from watchfiles import Change, awatch
 
-from unlatch.common.settings import MiB
-from unlatch.compute.trial import Trial, tried
+from unlatch.common.net.settings import MiB
+from unlatch.compute.worker.trial import Trial, tried
 
 log = structlog.get_logger()
 

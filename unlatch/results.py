@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from unlatch.common.tensors import Array
+from unlatch.common.kernel.tensors import Array
 
 Result = Any
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unlatch.common.tls import load
+from unlatch.common.security.tls import load
 
 if TYPE_CHECKING:
-    from unlatch.common.certificates import Certificates
+    from unlatch.common.security.certificates import Certificates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

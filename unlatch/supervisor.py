@@ -23,9 +23,9 @@ from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from unlatch.common.backoff import Backoff
-from unlatch.common.life import notify_ready
-from unlatch.common.log import configure
-from unlatch.common.settings import Settings, parse, separated
+from unlatch.common.net.settings import Settings, parse, separated
+from unlatch.common.service.life import notify_ready
+from unlatch.common.telemetry.log import configure
 
 log = structlog.get_logger()
 

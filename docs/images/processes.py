@@ -25,8 +25,8 @@ from matplotlib.ticker import MaxNLocator
 from tests.deploy.boards import boards, fill
 from tests.deploy.load import KERNELS
 from tests.deploy.prometheus import INTERVAL_SECONDS, Prometheus, Series, Target, running_prometheus, scraping
-from tests.mesh import KERNELS as MORE_KERNELS
-from tests.mesh import Mesh, running_mesh
+from tests.support.mesh import KERNELS as MORE_KERNELS
+from tests.support.mesh import Mesh, running_mesh
 from unlatch import BlockingClient, UnlatchError
 
 BOARD = next(board for board in boards() if board.uid == "unlatch-processes")

@@ -2,12 +2,12 @@
 
 import pytest
 
-from bench.load import calls_for, connections, parse
-from bench.oip import works
-from bench.pool import share_error
+from bench.load.load import calls_for, connections, parse
+from bench.pool.measure import share_error
 from bench.processes import Seen, label
 from bench.report import Findings, document, ratios
 from bench.responsive import p99_seconds
+from bench.subjects.oip import works
 from bench.throughput import Cell
 from unlatch.protos import inference_pb2 as pb
 

@@ -2,9 +2,9 @@
 
 import re
 
-from bench.kernel_cases import Case, cases
-from bench.kernels_table import BEGIN, DOCS, END, measure, row
-from unlatch.compute.catalogue import load
+from bench.kernels.__main__ import BEGIN, DOCS, END, measure, row
+from bench.kernels.cases import Case, cases
+from unlatch.compute.worker.catalogue import load
 
 
 def test_every_kernel_is_measured_and_gives_what_its_reference_takes() -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.simulate import WAYS, World, arrivals, kernels, run, table
+from bench.simulation.__main__ import WAYS, World, arrivals, kernels, run, table
 
 SMALL = World(replicas=8, workers=4, gateways=3, seconds=1.5, warm_seconds=0.25)
 

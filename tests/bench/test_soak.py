@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from bench.counted import Answers
-from bench.soak import Watched, uncounted
-from bench.soak_calls import KINDS, Kind
+from bench.load.counted import Answers
+from bench.soak.__main__ import Watched, uncounted
+from bench.soak.calls import KINDS, Kind
 from unlatch.protos.unlatch_pb2 import Frames, LaneMessage
 
 X = np.arange(1.0, 17.0)

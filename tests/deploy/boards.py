@@ -10,7 +10,7 @@ from typing import Any
 import promql_parser
 
 from tests.deploy.prometheus import Prometheus
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
 
 DIRECTORY = ROOT / "deploy" / "k8s" / "components" / "monitoring" / "dashboards"
 FILES = sorted(DIRECTORY.glob("*.json"))

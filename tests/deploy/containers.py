@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.mesh import ROOT, Service
+from tests.support.mesh import ROOT, Service
 
 VERSION = next(
     line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from tests.faults.watching import wait_until
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
+from tests.support.watching import wait_until
 
 ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent)) or shutil.which("envoy")
 CONFIGURATION = ROOT / "deploy" / "envoy" / "envoy.yaml"

@@ -15,8 +15,8 @@ import grpc
 import numpy as np
 
 from tests.deploy import load_kernels
-from tests.doors import request, vector
-from tests.security.issuer import Issuer, bearer
+from tests.support.doors import request, vector
+from tests.support.issuer import Issuer, bearer
 from unlatch import TLS, BlockingClient
 from unlatch.common.errors import Unavailable
 from unlatch.protos.inference_pb2 import ModelInferRequest

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import pytest
 import yaml
 
-from tests.mesh import ROOT
-from unlatch.common.settings import Settings, parse
+from tests.support.mesh import ROOT
+from unlatch.common.net.settings import Settings, parse
 from unlatch.compute.settings import ComputeSettings
 from unlatch.gateway.settings import GatewaySettings
 

@@ -13,11 +13,11 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.authority import Mounted
 from tests.deploy.cert_manager import CertManager
 from tests.deploy.manifests import SERVICES, Manifests, Object
-from tests.mesh import Service
-from tests.names import NameServer
+from tests.support.authority import Mounted
+from tests.support.dns import NameServer
+from tests.support.mesh import Service
 
 
 class Mounts:

@@ -27,11 +27,11 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.authority import Authority, Renamed
 from tests.deploy.load import KERNELS, TENANTS, Door, Load
-from tests.faults.watching import children, wait_until
-from tests.mesh import ROOT, Service
-from tests.security.issuer import Issuer
+from tests.support.authority import Authority, Renamed
+from tests.support.issuer import Issuer
+from tests.support.mesh import ROOT, Service
+from tests.support.watching import children, wait_until
 from unlatch import TLS
 
 RULES = ROOT / "deploy" / "k8s" / "components" / "plain-prometheus" / "rules.yml"

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from tests.deploy.manifests import OVERLAYS, SERVICES, Manifests, composed, in_bytes, in_cores, overlay, problems
-from unlatch.common import service as life
-from unlatch.common.cores import granted_cores
-from unlatch.common.health import LIVENESS
-from unlatch.common.memory import granted_memory
-from unlatch.compute import process, settings, shares
+from unlatch.common.machine.cores import granted_cores
+from unlatch.common.machine.memory import granted_memory
+from unlatch.common.service import serve as life
+from unlatch.common.service.health import LIVENESS
+from unlatch.compute import settings
+from unlatch.compute.ipc import memory_budget as shares
+from unlatch.compute.pool import process
 from unlatch.compute.settings import ComputeSettings
 from unlatch.gateway.settings import GatewaySettings
 

@@ -14,7 +14,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from tests.deploy.manifests import Manifests, composed, in_words, named, problems
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
 from unlatch.protos.inference_pb2 import DESCRIPTOR as INFERENCE
 from unlatch.protos.unlatch_pb2 import DESCRIPTOR as UNLATCH
 

@@ -17,7 +17,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tests.deploy.boards import DIRECTORY, FILES, Asked, Board, boards, fill, metrics_of
 from tests.deploy.prometheus import Watched
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
 
 BOARDS = boards()
 COLUMNS = 24

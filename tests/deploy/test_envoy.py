@@ -21,14 +21,14 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from tests.deploy.envoy import CONFIGURATION, ENVOY, Envoy, configured, free_port, running_envoy, validated
-from tests.doors import LARGE, Oip, arrays_of, request, vector
-from tests.faults.watching import Gate, Scrape, until, wait_until
-from tests.mesh import Service, running_front
-from tests.names import NameServer
+from tests.support.dns import NameServer
+from tests.support.doors import LARGE, Oip, arrays_of, request, vector
+from tests.support.mesh import Service, running_front
+from tests.support.watching import Gate, Scrape, until, wait_until
 from unlatch import Client
-from unlatch.common import lane
 from unlatch.common.errors import UnlatchError
-from unlatch.gateway import oip
+from unlatch.common.lane import frames as lane
+from unlatch.gateway.doors import oip
 from unlatch.gateway.settings import GatewaySettings
 from unlatch.protos.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 

@@ -22,8 +22,8 @@ from tests.deploy.containers import (
     image,
     podman,
 )
-from tests.faults.watching import Process, Scrape, children, tree, until, wait_until
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
+from tests.support.watching import Process, Scrape, children, tree, until, wait_until
 from unlatch import BlockingClient, Client
 
 MiB = 1024 * 1024

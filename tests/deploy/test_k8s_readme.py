@@ -24,7 +24,7 @@ from tests.deploy.cert_manager import CertManager, Secret
 from tests.deploy.manifests import K8S, SERVICES, Manifests, in_words, render
 from tests.deploy.pods import Mounts, Pods, running
 from tests.deploy.test_custom_resources import CERTIFICATE
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"# ([\w/.-]+\.\w+)\n")

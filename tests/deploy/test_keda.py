@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.deploy.manifests import composed, overlay
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
 
 promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is missing: apt install prometheus (.ci/run does)"

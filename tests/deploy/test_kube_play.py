@@ -20,8 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.deploy.containers import BUILD_SECONDS, built_or_skipped, podman
 from tests.deploy.manifests import K8S, Manifests, in_bytes, in_cores, overlay, render
-from tests.faults.watching import Scrape, wait_until
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
+from tests.support.watching import Scrape, wait_until
 from unlatch import BlockingClient
 
 pytestmark = pytest.mark.timeout(BUILD_SECONDS + 200)  # the images may have to be built

@@ -25,7 +25,7 @@ from tests.deploy.manifests import (
     problems,
     render,
 )
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
 
 # Whichever test is first waits until all combinations are rendered.
 pytestmark = pytest.mark.timeout(180)

@@ -10,9 +10,9 @@ import yaml
 
 from tests.deploy.prometheus import RULES, Target, Watched, running_prometheus
 from tests.deploy.test_rules import promtool
-from tests.faults.watching import wait_until
-from tests.mesh import ROOT
-from unlatch.common.settings import Settings
+from tests.support.mesh import ROOT
+from tests.support.watching import wait_until
+from unlatch.common.net.settings import Settings
 from unlatch.compute.settings import ComputeSettings
 from unlatch.gateway.settings import GatewaySettings
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.deploy.boards import boards, fill
 from tests.deploy.prometheus import Series, Watched
-from tests.faults.watching import children, status_bytes, wait_until
+from tests.support.watching import children, status_bytes, wait_until
 from unlatch import BlockingClient
 
 pytestmark = pytest.mark.timeout(180)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from tests.deploy.prometheus import NAMESPACE, Target, Watched
-from tests.faults.watching import Scrape, wait_until
+from tests.support.watching import Scrape, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

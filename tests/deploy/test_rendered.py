@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 
-from tests.authority import Mounted
 from tests.deploy.cert_manager import CertManager
 from tests.deploy.manifests import SERVICES, overlay
 from tests.deploy.pods import Mounts, Pods, running
-from tests.doors import LaneEnd
+from tests.support.authority import Mounted
+from tests.support.doors import LaneEnd
 from unlatch import TLS, BlockingClient
 from unlatch.common.errors import Unavailable
 

@@ -14,8 +14,8 @@ import yaml
 
 from tests.deploy.prometheus import RULES, Watched
 from tests.deploy.rule_cases import CASES, Case
-from tests.faults.watching import Scrape
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
+from tests.support.watching import Scrape
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -7,10 +7,10 @@ from math import prod
 
 import numpy as np
 
-from unlatch.common.datatypes import OBJECT
-from unlatch.common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec
-from unlatch.common.tensors import Array
-from unlatch.compute.wire import Parameters
+from unlatch.common.kernel.datatypes import OBJECT
+from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec
+from unlatch.common.kernel.tensors import Array
+from unlatch.compute.ipc.frames import Parameters
 
 # Where every dtype is allowed, these are tried: one for each way in which elements are laid out.
 _ANY_DTYPE = ("float64", "float32", "float16", "complex128", "int64", "uint8", "bool", "datetime64[s]", OBJECT)

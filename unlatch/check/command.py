@@ -13,10 +13,10 @@ from unlatch.check.report import for_people, for_programs
 from unlatch.check.rules import Examination
 from unlatch.check.worker import Workers
 from unlatch.common.errors import InvalidArgument, near
-from unlatch.common.settings import MiB
-from unlatch.common.spec import KernelSpec
-from unlatch.compute.forkserver import StartError
-from unlatch.compute.trial import TriedKernel, TriedModule, tried
+from unlatch.common.kernel.spec import KernelSpec
+from unlatch.common.net.settings import MiB
+from unlatch.compute.pool.forkserver import StartError
+from unlatch.compute.worker.trial import TriedKernel, TriedModule, tried
 
 _IMPORT_SECONDS = 60.0
 _SLOW_IMPORT_SECONDS = 1.0

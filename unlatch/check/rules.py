@@ -10,8 +10,8 @@ from unlatch.check.cases import Case, Cases
 from unlatch.check.findings import Finding
 from unlatch.check.worker import Ended, Lost, Outcome, Refused, Workers
 from unlatch.common.errors import InvalidArgument, ResourceExhausted
-from unlatch.common.tensors import Array
-from unlatch.compute.trial import TriedKernel
+from unlatch.common.kernel.tensors import Array
+from unlatch.compute.worker.trial import TriedKernel
 
 _BATCH_ROWS = 4
 # A batch may be summed in another order than a row; these are a thousand times what rounding alone does.

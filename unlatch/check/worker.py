@@ -16,12 +16,9 @@ from typing import Self
 
 from unlatch.check.cases import Case
 from unlatch.check.probes import SETTLE
-from unlatch.common.tensors import Array, dtype_name, pack_bytes, view
-from unlatch.compute.arena import Segment, offsets
-from unlatch.compute.ends import POOL_STOPS, End
-from unlatch.compute.forkserver import ForkServer, StartError
-from unlatch.compute.process import WorkerProcess
-from unlatch.compute.wire import (
+from unlatch.common.kernel.tensors import Array, dtype_name, pack_bytes, view
+from unlatch.compute.ipc.arena import Segment, offsets
+from unlatch.compute.ipc.frames import (
     Done,
     Failed,
     Forget,
@@ -36,6 +33,9 @@ from unlatch.compute.wire import (
     Tensor,
     ToFront,
 )
+from unlatch.compute.pool.exits import POOL_STOPS, End
+from unlatch.compute.pool.forkserver import ForkServer, StartError
+from unlatch.compute.pool.process import WorkerProcess
 
 _FIRST_REPLY_BYTES = 1024 * 1024
 _STARTS_WITHIN_SECONDS = 60.0

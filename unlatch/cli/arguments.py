@@ -5,7 +5,7 @@ from typing import Any
 
 from unlatch.cli import reading
 from unlatch.common.errors import InvalidArgument, near
-from unlatch.common.spec import KernelSpec
+from unlatch.common.kernel.spec import KernelSpec
 
 
 def named(spec: KernelSpec, given: Iterable[str]) -> dict[str, str]:

@@ -8,8 +8,8 @@ from unlatch.cli import showing
 from unlatch.cli.arguments import named, values
 from unlatch.cli.options import Parser, add_priority, client_parser, find, secured, token
 from unlatch.cli.writing import Destination
-from unlatch.common.spec import KernelSpec
-from unlatch.common.tensors import Array
+from unlatch.common.kernel.spec import KernelSpec
+from unlatch.common.kernel.tensors import Array
 from unlatch.results import Result
 
 

@@ -8,7 +8,7 @@ import shtab
 
 from unlatch.cli import COMMANDS
 from unlatch.cli.options import Parser
-from unlatch.common.settings import Settings
+from unlatch.common.net.settings import Settings
 
 _SETTINGS = {
     "serve": ("unlatch.supervisor", "ServeSettings"),

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from unlatch.common.datatypes import OBJECT
 from unlatch.common.errors import InvalidArgument
-from unlatch.common.spec import ArraySpec
-from unlatch.common.tensors import Array, dtype_name
+from unlatch.common.kernel.datatypes import OBJECT
+from unlatch.common.kernel.spec import ArraySpec
+from unlatch.common.kernel.tensors import Array, dtype_name
 
 # Beyond this not every whole number is a float64.
 _MOST_EXACT = 2**53

@@ -5,7 +5,7 @@ from typing import IO, Any
 import numpy as np
 
 from unlatch.common.errors import InvalidArgument
-from unlatch.common.tensors import Array
+from unlatch.common.kernel.tensors import Array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 # What Pillow calls a picture whose array means something as it is.

@@ -11,8 +11,8 @@ import numpy as np
 from unlatch.cli import reading
 from unlatch.cli.fit import typed, untyped
 from unlatch.common.errors import InvalidArgument
-from unlatch.common.spec import ArraySpec
-from unlatch.common.tensors import Array
+from unlatch.common.kernel.spec import ArraySpec
+from unlatch.common.kernel.tensors import Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from unlatch.cli import plain
 from unlatch.cli.options import Parser, client_parser, find, secured, token
 from unlatch.cli.showing import number
 from unlatch.cli.signatures import example, lines, signature
-from unlatch.common.spec import KernelSpec
+from unlatch.common.kernel.spec import KernelSpec
 
 _SERVER = "127.0.0.1:8001"
 

@@ -19,8 +19,8 @@ from unlatch.cli.progress import Outcome, Progress, progress
 from unlatch.cli.writing import SUFFIXES, Destination
 from unlatch.client import Client
 from unlatch.common.errors import InvalidArgument, Unavailable, UnlatchError
-from unlatch.common.priority import PARAMETER
-from unlatch.common.spec import KernelSpec
+from unlatch.common.kernel.spec import KernelSpec
+from unlatch.common.waiting.priority import PARAMETER
 from unlatch.results import Result
 
 # A worker's death, or a gateway that is started again, need not cost an item of a pure kernel: it is tried again.

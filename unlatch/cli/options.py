@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from unlatch.common.errors import Unauthenticated, Unavailable, near, no_kernel
-from unlatch.common.priority import NAMES
-from unlatch.common.spec import KernelSpec
+from unlatch.common.kernel.spec import KernelSpec
+from unlatch.common.waiting.priority import NAMES
 from unlatch.security import TLS
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import numpy as np
 from unlatch.cli import images
 from unlatch.cli.fit import typed, untyped
 from unlatch.common.errors import InvalidArgument, near
-from unlatch.common.spec import ELLIPSIS, ArraySpec
-from unlatch.common.tensors import Array
+from unlatch.common.kernel.spec import ELLIPSIS, ArraySpec
+from unlatch.common.kernel.tensors import Array
 
 # What NumPy, zipfile and zlib raise for files that are damaged, or that say they are larger than memory.
 _UNREADABLE = (OSError, ValueError, EOFError, MemoryError, NotImplementedError, BadZipFile, zlib.error)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from unlatch.cli import plain
-from unlatch.common.tensors import Array
+from unlatch.common.kernel.tensors import Array
 
 _MOST_SHOWN = 200
 

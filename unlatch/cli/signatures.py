@@ -5,8 +5,8 @@ import shlex
 from math import prod
 from typing import Any
 
-from unlatch.common.datatypes import OBJECT
-from unlatch.common.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec
+from unlatch.common.kernel.datatypes import OBJECT
+from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec
 
 _SCALARS = {"bool": "true", "int": "1", "float": "1.0", "str": "text"}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from unlatch.cli import images
 from unlatch.common.errors import InvalidArgument
-from unlatch.common.tensors import Array
+from unlatch.common.kernel.tensors import Array
 
 SUFFIXES = (".npy", ".npz", ".csv", *images.SUFFIXES)
 _FIELD = "output"

@@ -1,0 +1,1 @@
+"""Every built-in kernel, measured beside other libraries."""

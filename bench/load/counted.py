@@ -1,0 +1,93 @@
+"""A channel whose lanes count the answers that come on them, call by call, beneath whoever waits for them.
+
+A lane's caller looks at a call's first answer and ignores whatever follows. Here a second one is seen.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc.aio
+
+from unlatch.common.lane.frames import unpack
+
+_MOST_TOLD = 20
+
+
+class Answers:
+    """The answers on one lane.
+
+    A call has one: a response with all its bytes, or a failure, or a response and a failure before its last byte.
+    """
+
+    def __init__(self) -> None:
+        # Bytes that a call's response still wants, by the call's number; None once it has failed.
+        self._wanted: dict[int, int | None] = {}
+        self.wrong: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def note(self, message: bytes) -> None:
+        """Look at a message that came."""
+        frames, payload = unpack(message)
+        at = 0
+        for reply in frames.replies:
+            failed = reply.HasField("failure")
+            before = self._wanted.get(reply.call, ...)
+            if before is None or (before is not ... and not (failed and before)):
+                self._tell(f"call {reply.call} was answered twice")
+            entries = len(reply.lengths) if reply.whole else 0
+            came = sum(map(len, payload[at : at + entries]))
+            at += entries
+            self._wanted[reply.call] = None if failed else sum(reply.lengths) - came
+        for piece, entry in zip(frames.pieces, payload[at:], strict=True):
+            wanted = self._wanted.get(piece.call)
+            if wanted is None or wanted < len(entry):
+                self._tell(f"call {piece.call} got {len(entry)} bytes where {wanted} were wanted")
+            else:
+                self._wanted[piece.call] = wanted - len(entry)
+
+    def _tell(self, what: str) -> None:
+        if len(self.wrong) < _MOST_TOLD:
+            self.wrong.append(what)
+
+
+class CountedChannel:
+    """What opens a lane and closes, and nothing else of a channel."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+        self.answers: list[Answers] = []
+
+    async def close(self) -> None:
+        """Close it."""
+        await self._channel.close()
+
+    def stream_stream(self, method: str) -> Callable[..., "CountedStream"]:
+        """A lane's stream, with a count of its own: calls are numbered on each lane anew."""
+        opening: Any = self._channel.stream_stream(method)
+
+        def opened(**options: Any) -> CountedStream:
+            self.answers.append(Answers())
+            return CountedStream(opening(**options), self.answers[-1])
+
+        return opened
+
+
+class CountedStream:
+    """A lane's stream."""
+
+    def __init__(self, stream: Any, answers: Answers) -> None:
+        self._stream = stream
+        self._answers = answers
+        self.cancel, self.done_writing = stream.cancel, stream.done_writing
+
+    def write(self, message: bytes) -> Awaitable[None]:
+        written: Awaitable[None] = self._stream.write(message)
+        return written
+
+    async def read(self) -> object:
+        message: object = await self._stream.read()
+        if isinstance(message, bytes):
+            self._answers.note(message)
+        return message

@@ -1,0 +1,1 @@
+"""Figures of the pool: replacement, cancel, order, batches."""

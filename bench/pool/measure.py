@@ -1,0 +1,202 @@
+"""What the pool does when it is hurt, crowded, or asked for many small things: replacement, cancel, order, batches."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from bench.bounds import Bound, Figures
+from bench.processes import Child, load_core
+from bench.subjects.oip import Work
+from bench.subjects.subjects import Subject, await_ready, start
+
+WORKERS = 2
+SHORT_PER_SECOND = 200
+LONG_BESIDE = 8
+OVERLOAD = 2.0
+BATCH_CALLERS = 256
+MAP_CALLS_A_SECOND = 2000
+# Tenants by their weights. The heavy one sends ten times as many calls as either of the others.
+WEIGHTS = {"heavy": 1.0, "equal": 1.0, "threefold": 3.0}
+
+
+BOUNDS = (
+    Bound(name="replacement_ms_p50", at_most=20.0),
+    Bound(name="replacement_ms_p99", at_most=100.0),
+    # The grace that a run gets when nobody waits for it any more, and 50 ms.
+    Bound(name="cancel_to_next_ms_p50", at_most=300.0),
+    Bound(name="cancel_to_next_ms_p99", at_most=300.0),
+    Bound(name="short_call_p99_ms", at_most=10.0),
+    Bound(name="fair_share_error", at_most=10.0),
+    Bound(name="goodput_ratio", at_least=0.95),
+    Bound(name="refusal_ms_p99", at_most=5.0),
+    Bound(name="batch_gain", at_least=5.0),
+    Bound(name="batch_alone_ratio", at_most=1.1),
+    Bound(name="map_cpu_fall", at_least=5.0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """A mesh, its callers, and how long to ask."""
+
+    subject: Subject
+    callers: Child
+    rounds: int
+    seconds: float
+
+    def times(self, a_second: float) -> int:
+        """How often something is done that is done so often a second."""
+        return round(a_second * self.rounds * self.seconds)
+
+    def ask(self, figure: str, **how: Any) -> dict[str, Any]:
+        """Have the callers call through the gateway."""
+        return self.callers.ask(figure=figure, gateway=f"127.0.0.1:{self.subject.port}", **how)
+
+
+def measure(
+    work: Work, *, rounds: int, seconds: float, on_step: Callable[[str], None], only: frozenset[str] = frozenset()
+) -> Figures:
+    """Every figure of the pool, or those named, each on a mesh that has the workers and settings that it wants."""
+    found: Figures = {}
+    for workers, settings, figures in _meshes():
+        wanted = [figure for figure in figures if not only or figure.__name__ in only]
+        if not wanted:
+            continue
+        with ExitStack() as stack:
+            on_step(f"pool · starting {workers} workers")
+            subject = start(stack, "unlatch", workers=workers, settings=settings, log="pool")
+            await_ready(subject, work)
+            callers = stack.enter_context(Child("pool-callers", "bench.pool.callers", cpus=[load_core()]))
+            for figure in wanted:
+                on_step(f"pool · {figure.__name__}")
+                found |= figure(Asking(subject=subject, callers=callers, rounds=rounds, seconds=seconds))
+    return found
+
+
+def _meshes() -> Iterator[tuple[int, dict[str, str], tuple[Callable[[Asking], Figures], ...]]]:
+    """Workers, settings, and what is measured there."""
+    weights = ",".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
+    yield 1, {}, (replacement, goodput_to_spare)
+    yield WORKERS, {"UNLATCH_RESERVED_WORKERS": "1"}, (short_call,)
+    yield (
+        WORKERS,
+        {"UNLATCH_TENANT_WEIGHTS": weights},
+        (cancel_to_next, fair_share, goodput, batch, batch_alone, map_cpu),
+    )
+
+
+def replacement(asking: Asking) -> Figures:
+    """replacement_ms: from the SIGKILL of the only worker until its replacement runs a call that was made then."""
+    found = asking.ask("replacement", root=asking.subject.process.pid, kills=asking.times(10))
+    return _percentiles("replacement_ms", found["milliseconds"])
+
+
+def cancel_to_next(asking: Asking) -> Figures:
+    """cancel_to_next_ms: from callers leaving endless loops on all workers until each core runs another's call."""
+    found = asking.ask("cancel_to_next", metrics=asking.subject.metrics["front"], count=WORKERS, rounds=asking.times(7))
+    return _percentiles("cancel_to_next_ms", found["milliseconds"])
+
+
+def short_call(asking: Asking) -> Figures:
+    """short_call_p99_ms: 200 calls of 1 ms a second, from when they are due, beside 500 ms background calls in excess.
+
+    One of the two workers is reserved for what is not long.
+    """
+    seconds = asking.rounds * asking.seconds
+    found = asking.ask("short_beside_long", seconds=seconds, per_second=SHORT_PER_SECOND, beside=LONG_BESIDE)
+    return {f"short_call_p{p}_ms": float(np.percentile(found["milliseconds"], p)) for p in (50, 99)}
+
+
+def fair_share(asking: Asking) -> Figures:
+    """fair_share_error: how far, in percent, the processor time of a tenant is from its weighted share, at the worst.
+
+    Of two tenants one has ten times as many calls waiting as the other, and five times as long ones; once they weigh
+    the same, once the lighter one weighs three times as much.
+    """
+    errors = {}
+    for light in ("equal", "threefold"):
+        found = asking.callers.ask(
+            figure="fair_share",
+            front=asking.subject.front_target(),
+            seconds=asking.rounds * asking.seconds / 2,
+            light=light,
+            heavy="heavy",
+        )
+        errors[light] = share_error({light: found["light"], "heavy": found["heavy"]})
+    return {"fair_share_error": max(errors.values()), **{f"fair_share_error_{k}": v for k, v in errors.items()}}
+
+
+def share_error(used: dict[str, float]) -> float:
+    """The largest distance of a tenant's part from its weighted share, in percent of that share."""
+    weights, total = sum(WEIGHTS[name] for name in used), sum(used.values())
+    return max(abs(seconds / total / (WEIGHTS[name] / weights) - 1) for name, seconds in used.items()) * 100
+
+
+def goodput_to_spare(asking: Asking) -> Figures:
+    """The same with a core that no worker has: what refusing costs is not taken from what is computed."""
+    return {f"{name}_core_to_spare": value for name, value in goodput(asking).items()}
+
+
+def goodput(asking: Asking) -> Figures:
+    """goodput_ratio: calls of 10 ms answered within 100 ms at twice what the pool can do, over what it can do.
+
+    What it can do is measured before and after, by callers that wait. refusal_ms: from sending a call to its refusal.
+    """
+    before = asking.ask("capacity", seconds=asking.seconds)["per_second"]
+    seconds = 2 * asking.seconds
+    found = asking.ask("overload", seconds=seconds, per_second=OVERLOAD * before, seed=1)
+    after = asking.ask("capacity", seconds=asking.seconds)["per_second"]
+    refusals = found["refusal_milliseconds"]
+    return {
+        "goodput_ratio": found["answered"] / seconds / ((before + after) / 2),
+        "capacity_per_second": (before + after) / 2,
+        "overload_late_ratio": found["late"] / found["sent"],
+        "overload_refused_ratio": len(refusals) / found["sent"],
+        **(_percentiles("refusal_ms", refusals) if refusals else {}),
+    }
+
+
+def batch(asking: Asking) -> Figures:
+    """batch_gain: 256 callers' rate of 1 ms and 10 µs a row as a batch, over the same kernel's a call at a time."""
+    gains = []
+    for _ in range(asking.rounds):
+        rates = [
+            asking.ask("rows", kernel=kernel, callers=BATCH_CALLERS, seconds=asking.seconds / 2)["per_second"]
+            for kernel in ("costly_together", "costly_alone")
+        ]
+        gains.append(rates[0] / rates[1])
+    return {"batch_gain": median(gains)}
+
+
+def batch_alone(asking: Asking) -> Figures:
+    """batch_alone_ratio: one caller's median latency of a kernel that is batched, over the same unbatched."""
+    kernels = ["costly_together", "costly_alone"]
+    found = asking.ask("alone", kernels=kernels, seconds=asking.rounds * asking.seconds / 3)
+    return {"batch_alone_ratio": found[kernels[0]] / found[kernels[1]]}
+
+
+def map_cpu(asking: Asking) -> Figures:
+    """map_cpu_fall: worker and front CPU a call of 20 µs, one after another unbatched, over `map` of it batched."""
+    calls = round(MAP_CALLS_A_SECOND * asking.seconds / 2)
+    falls: list[float] = []
+    cpu_us: dict[str, list[float]] = {"one_by_one": [], "mapped": []}
+    for _ in range(asking.rounds):
+        for way, kernel in (("one_by_one", "light_alone"), ("mapped", "light_together")):
+            before = asking.subject.cpu()
+            asking.ask(way, kernel=kernel, calls=calls)
+            after = asking.subject.cpu()
+            cpu_us[way].append(sum(after[name] - before[name] for name in ("workers", "front")) / calls * 1e6)
+        falls.append(cpu_us["one_by_one"][-1] / cpu_us["mapped"][-1])
+    return {"map_cpu_fall": median(falls), **{f"map_cpu_us_{way}": median(each) for way, each in cpu_us.items()}}
+
+
+def _percentiles(name: str, values: list[float]) -> Figures:
+    return {f"{name}_p{p}": float(np.percentile(values, p)) for p in (50, 99)}
+
+
+# What can be asked for by name.
+FIGURES = frozenset(figure.__name__ for _, _, figures in _meshes() for figure in figures)

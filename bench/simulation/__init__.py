@@ -1,0 +1,1 @@
+"""A simulated fleet on the product's own code."""

@@ -1,0 +1,1 @@
+"""Load for minutes while workers or replicas are killed."""

@@ -1,0 +1,128 @@
+"""What the soak's callers call, and which ends of a call the table of what can fail (docs/architecture.md) allows."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bench.subjects import work
+
+Array = np.ndarray[Any, Any]
+
+OK = "OK"
+LEFT = "left"
+# What a caller waits for an answer, unless it is in a hurry: longer than any call takes here, so none may exceed it.
+PATIENT_SECONDS = 30.0
+
+# So often, for so long, no call is begun: what the services then hold is what they keep.
+LULL_EVERY_SECONDS, LULL_SECONDS = 5.0, 1.0
+
+_DIED = {"UNAVAILABLE": r"worker \d+ ended while it ran the call: \S"}
+_DIED_TWICE = {"FAILED_PRECONDITION": r"\d+ workers ended while they ran this call"}
+# Its own limit; or it was refused at arrival, since it could not have been answered within it.
+_TOO_LATE = {"DEADLINE_EXCEEDED": "", "RESOURCE_EXHAUSTED": ""}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """One kind of call: vectors of `doubles` values from the least to the most, or so many rows of `columns`.
+
+    `may` are the failures that are none of ours: a status, and what its message must hold. A caller that `leaves` does
+    so after up to that many seconds. `refusal` is what the kernel says to a vector that it does not take.
+    """
+
+    name: str
+    kernel: str
+    share: float
+    function: Callable[[Array], Array]
+    may: Mapping[str, str] = field(default_factory=dict)
+    doubles: tuple[int, int] = (16, 1024)
+    columns: int = 0
+    seconds: float = PATIENT_SECONDS
+    leaves: float = 0.0
+    refuses: bool = False
+
+    def arguments(self, random: np.random.Generator, noise: Array) -> Array:
+        """A vector, or rows, cut out of the noise: hardly one call is the same as another."""
+        if self.kernel == "python_loop":
+            return random.integers(10**10, 10**11, 1)
+        length = int(random.integers(*self.doubles, endpoint=True))
+        start = int(random.integers(0, len(noise) - length))
+        x = noise[start : start + length]
+        return x[: length - length % self.columns].reshape(-1, self.columns) if self.columns else x
+
+    def wrong(self, x: Array, code: str, said: str | Array) -> str | None:
+        """What is wrong with how a call ended, or nothing."""
+        if code == OK and not self.refuses:
+            y, expected = said, self.function(x)
+            right = isinstance(y, np.ndarray) and y.dtype == expected.dtype and np.array_equal(y, expected)
+            return None if right else f"{self.name}: the content is wrong"
+        if self.refuses and code == "INVALID_ARGUMENT" and said == f"the first value is {x[0]!r}":
+            return None
+        if code == LEFT and self.leaves:
+            return None
+        if code in self.may and isinstance(said, str) and re.search(self.may[code], said):
+            return None
+        return f"{self.name}: {code} {str(said)[:200]}"
+
+
+_MIB_DOUBLES = (1 << 20) // 8
+_LARGE = (_MIB_DOUBLES, 8 * _MIB_DOUBLES)
+
+KINDS = (
+    Kind(name="small, pure", kernel="doubled", share=28, function=lambda x: x * 2.0, may=_DIED_TWICE),
+    Kind(name="small", kernel="negated", share=20, function=np.negative, may=_DIED),
+    Kind(
+        name="batched",
+        kernel="light_together",
+        share=20,
+        function=work.light,
+        may=_DIED_TWICE,
+        doubles=(16, 64),
+        columns=16,
+    ),
+    Kind(
+        name="1 to 8 MiB, pure", kernel="doubled", share=4, function=lambda x: x * 2.0, may=_DIED_TWICE, doubles=_LARGE
+    ),
+    Kind(name="1 to 8 MiB", kernel="negated", share=3, function=np.negative, may=_DIED, doubles=_LARGE),
+    Kind(name="50 ms, pure", kernel="doubled_slowly", share=2, function=lambda x: x * 2.0, may=_DIED_TWICE),
+    Kind(name="50 ms", kernel="negated_slowly", share=1.5, function=np.negative, may=_DIED),
+    Kind(name="refused by its kernel", kernel="refused", share=8, function=np.negative, may=_DIED, refuses=True),
+    Kind(name="caller leaves", kernel="doubled", share=4, function=lambda x: x * 2.0, may=_DIED_TWICE, leaves=0.2),
+    Kind(
+        name="caller leaves, 50 ms",
+        kernel="negated_slowly",
+        share=1,
+        function=np.negative,
+        may=_DIED,
+        leaves=0.2,
+    ),
+    Kind(name="short deadline", kernel="negated", share=2, function=np.negative, may=_DIED | _TOO_LATE, seconds=0.3),
+    Kind(
+        name="short deadline, 50 ms",
+        kernel="negated_slowly",
+        share=1,
+        function=np.negative,
+        may=_DIED | _TOO_LATE,
+        seconds=0.3,
+    ),
+    # It never ends and asks nobody: its worker is killed for it.
+    Kind(
+        name="endless, caller leaves",
+        kernel="python_loop",
+        share=0.2,
+        function=np.negative,
+        may=_DIED_TWICE,
+        leaves=0.4,
+    ),
+    Kind(
+        name="endless, short deadline",
+        kernel="python_loop",
+        share=0.2,
+        function=np.negative,
+        may=_DIED_TWICE | _TOO_LATE,
+        seconds=0.4,
+    ),
+)

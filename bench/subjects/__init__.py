@@ -1,0 +1,1 @@
+"""The servers that the benchmark measures, and the work that they do."""

@@ -1,0 +1,118 @@
+"""The bench's work as Unlatch kernels: `unlatch serve --kernels bench/subjects/kernels.py`."""
+
+import numpy as np
+from jaxtyping import Float64
+
+from bench.subjects import work
+from unlatch import KernelError, kernel
+
+Vector = Float64[np.ndarray, "n"]
+Rows = Float64[np.ndarray, "rows columns"]
+# When it began, the processor time that it used, and the worker's pid.
+Stamp = Float64[np.ndarray, "3"]
+
+spin10 = kernel(pure=True)(work.spin10)
+elementwise = kernel(pure=True)(work.elementwise)
+python_loop = kernel(pure=True)(work.python_loop)
+wait10 = kernel(pure=True)(work.wait10)
+
+
+# A kernel for each length, since a kernel's run time is what is learned of it.
+
+
+@kernel(pure=True)
+def burns_0ms() -> Stamp:
+    """Say that a worker has come this far."""
+    return work.burnt(0.0)
+
+
+@kernel(pure=True)
+def burns_1ms() -> Stamp:
+    """Use 1 ms of processor time."""
+    return work.burnt(1.0)
+
+
+@kernel(pure=True)
+def burns_4ms() -> Stamp:
+    """Use 4 ms of processor time."""
+    return work.burnt(4.0)
+
+
+@kernel(pure=True)
+def burns_10ms() -> Stamp:
+    """Use 10 ms of processor time."""
+    return work.burnt(10.0)
+
+
+@kernel(pure=True)
+def burns_20ms() -> Stamp:
+    """Use 20 ms of processor time."""
+    return work.burnt(20.0)
+
+
+@kernel(pure=True)
+def burns_500ms() -> Stamp:
+    """Use 500 ms of processor time."""
+    return work.burnt(500.0)
+
+
+# The same work one call at a time, and as a batch.
+
+
+@kernel(pure=True)
+def costly_alone(x: Rows) -> Rows:
+    """`work.costly`, a run for each call."""
+    return work.costly(x)
+
+
+@kernel(pure=True, batch=True)
+def costly_together(x: Rows) -> Rows:
+    """`work.costly`, many calls a run."""
+    return work.costly(x)
+
+
+@kernel(pure=True)
+def light_alone(x: Rows) -> Rows:
+    """`work.light`, a run for each call."""
+    return work.light(x)
+
+
+@kernel(pure=True, batch=True)
+def light_together(x: Rows) -> Rows:
+    """`work.light`, many calls a run."""
+    return work.light(x)
+
+
+# What the soak calls besides: of each kind one that may be run again and one that may not.
+
+
+@kernel(pure=True)
+def doubled(x: Vector) -> Vector:
+    """Twice the vector."""
+    return x * 2.0
+
+
+@kernel
+def negated(x: Vector) -> Vector:
+    """The vector's negative, which nobody may compute again by himself."""
+    return -x
+
+
+@kernel(pure=True)
+def doubled_slowly(x: Vector) -> Vector:
+    """Twice the vector, for 50 ms of processor time."""
+    work.burnt(50.0)
+    return x * 2.0
+
+
+@kernel
+def negated_slowly(x: Vector) -> Vector:
+    """The vector's negative, for 50 ms of processor time."""
+    work.burnt(50.0)
+    return -x
+
+
+@kernel
+def refused(x: Vector) -> Vector:
+    """Nothing: it has an objection to each vector."""
+    raise KernelError(f"the first value is {x[0]!r}")

@@ -1,0 +1,141 @@
+"""What is measured: each a server with a port for calls and one for health checks, and a process tree to watch."""
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from bench.processes import PYTHON, ROOT, BenchError, Child, Process, cores, free_port, label, labelled_cpu, tree
+from bench.subjects.oip import METHOD, Work
+
+UNLATCH = ROOT / ".venv" / "bin" / "unlatch"
+START_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A running server. `metrics` are the ports of gateway and front, where there are such.
+
+    `ca` is the authority that vouches for it, where it speaks TLS.
+    """
+
+    name: str
+    process: Process
+    port: int
+    health_port: int
+    metrics: dict[str, int]
+    ca: bytes = b""
+
+    def cpu(self) -> dict[str, float]:
+        return labelled_cpu(self.process.pid)
+
+    def pid(self, name: str) -> int:
+        """Of the process that is the gateway, or the front."""
+        return next(pid for pid, found in label(tree(self.process.pid)).items() if found == name)
+
+    def front_target(self) -> str:
+        """Where the front takes lanes: the supervisor has told it so."""
+        command = next(seen.command for seen in tree(self.process.pid) if seen.pid == self.pid("front"))
+        return command.partition("--listen ")[2].split()[0]
+
+
+def start(
+    stack: ExitStack,
+    name: str,
+    *,
+    cpus: Iterable[int] | None = None,
+    workers: int = 2,
+    log: str = "",
+    settings: Mapping[str, str] | None = None,
+) -> Subject:
+    """Start `name`, bound to `cpus` with its whole tree if given; `stack` ends it.
+
+    `settings` are Unlatch's, by their variables' names.
+    """
+    bound = None if cpus is None else list(cpus)
+    log = log or (name if bound is None else f"{name}-{len(bound)}-cores")
+    port = free_port()
+    if name != "unlatch":
+        argv = [PYTHON, "-m", "bench.subjects.baselines", name, "--port", str(port)]
+        process = stack.enter_context(Process(log, argv, cpus=bound))
+        return Subject(name=name, process=process, port=port, health_port=port, metrics={})
+    if not UNLATCH.exists():
+        raise BenchError(f"{UNLATCH} does not exist; `make setup` installs it")
+    health, gateway, front = free_port(), free_port(), free_port()
+    argv = [str(UNLATCH), "serve", "--listen", f"127.0.0.1:{port}", "--health-listen", f"127.0.0.1:{health}"]
+    argv += ["--metrics-listen", f"127.0.0.1:{gateway}", "--compute-metrics-listen", f"127.0.0.1:{front}"]
+    argv += ["--compute-health-listen", "127.0.0.1:0"]
+    argv += ["--workers", str(workers), "--kernels", "bench/subjects/kernels.py"]
+    # What is measured is what calls cost, and the load is the same call again and again.
+    variables = {"UNLATCH_COALESCING": "false", **(settings or {})}
+    process = stack.enter_context(Process(log, argv, cpus=bound, variables=variables))
+    ports = {"gateway": gateway, "front": front}
+    return Subject(name=name, process=process, port=port, health_port=health, metrics=ports)
+
+
+def await_ready(subject: Subject, work: Work) -> None:
+    """Until a first call is answered; whatever keeps it from that is shown with the end of its log."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            check(subject, work)
+            return
+        except (grpc.RpcError, BenchError) as error:
+            ended = subject.process.child.poll()
+            if ended is not None or time.monotonic() > deadline:
+                state = f"ended with {ended}" if ended is not None else f"is not ready after {START_SECONDS:.0f} s"
+                raise BenchError(f"{subject.name} {state}: {error}\n{subject.process.tail()}") from None
+            time.sleep(0.1)
+
+
+def check(subject: Subject, work: Work) -> int:
+    """Send what the generator will send, look at what comes back; the length that every good reply has."""
+    sent = work.request()
+    options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    with _channel(subject, options) as channel:
+        infer: Any = channel.unary_unary(METHOD)
+        replies = [bytes(infer(sent, timeout=15.0)) for _ in range(4)]
+    for reply in replies:
+        if subject.name == "echo":
+            wrong = None if reply == sent else f"{work.name}: the echo differs from the request"
+        else:
+            wrong = work.wrong(reply)
+        if wrong is not None:
+            raise BenchError(f"{subject.name}: {wrong}")
+    lengths = {len(reply) for reply in replies}
+    if len(lengths) != 1:
+        raise BenchError(f"{subject.name}: {work.name}: good replies differ in length, so failures can't be counted")
+    return lengths.pop()
+
+
+def _channel(subject: Subject, options: list[tuple[str, int]]) -> grpc.Channel:
+    address = f"127.0.0.1:{subject.port}"
+    if subject.ca:
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(subject.ca), options=options)
+    return grpc.insecure_channel(address, options=options)
+
+
+class Bare:
+    """Two processes with no RPC, each calling the kernel's function in a loop: what the cores can give."""
+
+    def __init__(self, stack: ExitStack, count: int = 2) -> None:
+        self._children = [
+            stack.enter_context(Child(f"bare-{slot}", "bench.subjects.bare"))
+            for slot in range(min(count, len(cores())))
+        ]
+
+    def run(self, work: Work, seconds: float) -> tuple[float, float]:
+        """(calls per second of all together, CPU µs a call)."""
+        question = {"kernel": work.kernel, "input": work.array.tolist(), "seconds": seconds}
+        for child in self._children:
+            child.tell(**question)
+        answers = [child.answer() for child in self._children]
+        for answer in answers:
+            if answer["output"] != work.expected.tolist():
+                raise BenchError(f"bare: {work.name}: the result differs")
+        rate = sum(answer["calls"] / answer["wall_seconds"] for answer in answers)
+        cpu = sum(answer["cpu_seconds"] for answer in answers) / sum(answer["calls"] for answer in answers)
+        return rate, cpu * 1e6

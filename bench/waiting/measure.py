@@ -1,0 +1,56 @@
+"""Ten thousand calls in flight at once on one gateway, by either door, behind workers that are busy."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from bench.bounds import Bound
+from bench.processes import Child, load_core
+from bench.responsive import lag_buckets, p99_seconds
+from bench.subjects.oip import Work
+from bench.subjects.subjects import Subject, await_ready, start
+
+WORKERS = 2
+DOORS = ("protocol", "lane")
+
+BOUNDS = tuple(
+    Bound(name=f"waiting_{door}_{name}", at_most=at_most)
+    for door in DOORS
+    for name, at_most in (("kib_a_call", 40.0), ("loop_lag_p99_ms", 20.0), ("health_worst_ms", 50.0), ("failed", 0.0))
+)
+
+Figures = dict[str, float]
+
+
+def measure(work: Work, *, calls: int, on_step: Callable[[str], None]) -> Figures:
+    """By each door: the gateway's memory a waiting call, its loop's lag, the worst health check; each on a new mesh."""
+    found: Figures = {}
+    for door in DOORS:
+        with ExitStack() as stack:
+            on_step(f"waiting · {calls} calls by the {door}")
+            subject = start(stack, "unlatch", workers=WORKERS, log=f"waiting-{door}")
+            await_ready(subject, work)
+            found |= {f"waiting_{door}_{name}": value for name, value in _once(stack, subject, door, calls).items()}
+    return found
+
+
+def _once(stack: ExitStack, subject: Subject, door: str, calls: int) -> Figures:
+    metrics = subject.metrics["gateway"]
+    probe = stack.enter_context(
+        Child(f"probe-waiting-{door}", "bench.load.probe", "--health", f"127.0.0.1:{subject.health_port}")
+    )
+    callers = stack.enter_context(Child(f"callers-waiting-{door}", "bench.waiting.callers", cpus=[load_core()]))
+    probe.ask(do="start")
+    before = lag_buckets(metrics, "gateway")
+    asked = {"door": door, "gateway": f"127.0.0.1:{subject.port}", "metrics": metrics, "calls": calls}
+    found = callers.ask(**asked, pid=subject.pid("gateway"))
+    lag = p99_seconds(before, lag_buckets(metrics, "gateway"))
+    health = probe.ask(do="stop")["health"]
+    return {
+        "kib_a_call": found["bytes_a_call"] / 1024,
+        "loop_lag_p99_ms": (lag or 0.0) * 1e3,
+        "health_worst_ms": health["max_ms"],
+        # How late the checks themselves left: beyond that the gateway is not to blame.
+        "probe_late_p99_ms": health["late_p99_ms"],
+        "failed": float(found["failed"] + health["failed"]),
+        "most_in_flight": found["most_in_flight"],
+    }

@@ -1,0 +1,1 @@
+"""Cores and memory that the machine and its cgroups grant."""

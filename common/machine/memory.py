@@ -1,0 +1,92 @@
+"""Memory: what the container grants, and what glibc's malloc keeps of it when it is freed."""
+
+import ctypes
+from pathlib import Path
+
+from unlatch.common.machine import cgroups
+
+# Version 1 has no word for "no limit": it says the largest number of whole pages that fits 63 bits.
+_NO_LIMIT_BYTES = 1 << 62
+
+# <malloc.h>
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
+
+
+def granted_memory(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int:
+    """Bytes that this process's cgroup and all above it grant, the least of them; 0 where there is no limit.
+
+    The machine's own memory is no grant: nobody promised it to this process, and running out of it is not a whole
+    container's end.
+    """
+    limits = [
+        *(cgroups.said(level / "memory.max") for level in cgroups.levels(root, own, "")),
+        *(cgroups.said(level / "memory.limit_in_bytes") for level in cgroups.levels(root, own, "memory", "memory")),
+    ]
+    return min((int(limit) for limit in limits if limit.isdecimal() and int(limit) < _NO_LIMIT_BYTES), default=0)
+
+
+# What follows does nothing with a libc that has no such function (musl).
+
+
+def keep_freed(*, largest_bytes: int, most_bytes: int, step_bytes: int) -> None:
+    """Keep freed blocks of up to `largest_bytes` for the next ones, `most_bytes` together; grow by `step_bytes`."""
+    if _MALLOPT is not None:
+        _MALLOPT(_M_MMAP_THRESHOLD, largest_bytes)
+        _MALLOPT(_M_TRIM_THRESHOLD, most_bytes)
+        grow_by(step_bytes)
+
+
+def grow_by(step_bytes: int) -> None:
+    """Ask the system for so many bytes more than are needed. What is refused is needed and step together."""
+    if _MALLOPT is not None:
+        _MALLOPT(_M_TOP_PAD, step_bytes)
+
+
+def share_heaps(most: int) -> None:
+    """Have threads share `most` heaps, the first thread's among them; of itself each has one, up to eight a core."""
+    if _MALLOPT is not None:
+        _MALLOPT(_M_ARENA_MAX, most)
+
+
+def give_freed_back() -> None:
+    """Give the system all pages back that hold nothing but freed blocks. The next use faults them in again."""
+    if _MALLOC_TRIM is not None:
+        _MALLOC_TRIM(ctypes.c_size_t(0))
+
+
+def freed_bytes() -> int:
+    """How much malloc keeps of what was freed, and hands out before it asks the system."""
+    return int(_MALLINFO().fordblks) if _MALLINFO is not None else 0
+
+
+def take(size: int) -> int | None:
+    """A block that nobody touches, which costs no page; None where there is none."""
+    block: int | None = _MALLOC(size)
+    return block
+
+
+def put_back(block: int | None) -> None:
+    """Free a block that was taken."""
+    _FREE(block)
+
+
+class _Mallinfo(ctypes.Structure):
+    """`struct mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+_LIBC = ctypes.CDLL(None)
+_MALLOC, _FREE = _LIBC.malloc, _LIBC.free
+_MALLOC.restype, _MALLOC.argtypes, _FREE.argtypes = ctypes.c_void_p, (ctypes.c_size_t,), (ctypes.c_void_p,)
+_MALLOPT = getattr(_LIBC, "mallopt", None)
+_MALLOC_TRIM = getattr(_LIBC, "malloc_trim", None)
+_MALLINFO = getattr(_LIBC, "mallinfo2", None)
+if _MALLINFO is not None:
+    _MALLINFO.restype = _Mallinfo

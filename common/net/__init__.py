@@ -1,0 +1,1 @@
+"""gRPC servers and statuses, addresses, and settings from flags and the environment."""

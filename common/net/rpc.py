@@ -1,0 +1,117 @@
+"""gRPC servers as both services make them: their options, raw-bytes handlers, and errors as statuses."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from unlatch.common.errors import UnlatchError
+from unlatch.common.net.settings import ServiceSettings
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_WINDOW_BYTES = 256 * 1024
+
+
+class BindError(Exception):
+    """An address that cannot be listened on; the message names it."""
+
+
+def options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Channel arguments of every server and channel of ours."""
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # On by default, and then a second server binds the same port without a word.
+        ("grpc.so_reuseport", 0),
+        # A stalled loop must not make gRPC cancel what waits for it (the default is 1,000 of them).
+        ("grpc.server.max_pending_requests", 100_000),
+        ("grpc.server.max_pending_requests_hard_limit", 200_000),
+        # What a small call has to wait behind is what gRPC has taken of a large one: so a stream's window is small, and
+        # stays so. On a lane within a datacentre that costs no throughput (docs/decisions/0006).
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+    ]
+
+
+def server_options(max_message_bytes: int, settings: ServiceSettings) -> list[tuple[str, int]]:
+    """Channel arguments of a server that others than ourselves may reach."""
+    return [
+        *options(max_message_bytes),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        # Between the two gRPC would refuse some and not others.
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.server_handshake_timeout_ms", round(settings.handshake_seconds * 1e3)),
+        ("grpc.keepalive_time_ms", round(settings.keepalive_seconds * 1e3)),
+    ]
+
+
+def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> str:
+    """Listen, in plaintext unless there are credentials, and say where: port 0 becomes the port that was free.
+
+    Raises BindError.
+    """
+    try:
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise BindError(f"cannot listen on {address}: {error}") from None
+    if address.startswith("unix:"):
+        return address
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: UnlatchError) -> NoReturn:
+    """End an RPC with an error, its details and its advice on retrying, beside the trailers that it has."""
+    code = _CODES.get(error.code, grpc.StatusCode.UNKNOWN)
+    await context.abort(code, error.message, (*(context.trailing_metadata() or ()), *_trailers(error)))
+    raise AssertionError("abort always raises")
+
+
+def _trailers(error: UnlatchError) -> tuple[tuple[str, str | bytes], ...]:
+    """The error as google/rpc/error_details.proto tells it, and gRPC's push-back.
+
+    BadRequest for a field at fault, QuotaFailure for a quota that is used up, RetryInfo for when to come back.
+    """
+    details: list[Message] = []
+    trailers: list[tuple[str, str | bytes]] = []
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.quota:
+        over = error_details_pb2.QuotaFailure.Violation(subject=error.quota, description=error.message)
+        details.append(error_details_pb2.QuotaFailure(violations=[over]))
+    if error.retry_after_milliseconds:
+        delay = Duration()
+        delay.FromMilliseconds(error.retry_after_milliseconds)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        trailers.append(("grpc-retry-pushback-ms", str(error.retry_after_milliseconds)))
+    if details:
+        status = status_pb2.Status(code=error.code, message=error.message)
+        for detail in details:
+            packed = AnyMessage()
+            packed.Pack(detail)
+            status.details.append(packed)
+        trailers.append(("grpc-status-details-bin", status.SerializeToString()))
+    return tuple(trailers)
+
+
+Unary = Callable[[Any, Any], Awaitable[bytes]]
+Stream = Callable[[Any, Any], Awaitable[None]]
+
+
+def handlers(
+    service: str, *, unary: dict[str, Unary] | None = None, streams: dict[str, Stream] | None = None
+) -> grpc.GenericRpcHandler:
+    """A service's methods. Each reads what comes by its context, when it wants it: until then it waits with gRPC."""
+    methods: dict[str, Any] = {
+        name: grpc.stream_unary_rpc_method_handler(method) for name, method in (unary or {}).items()
+    }
+    for name, method in (streams or {}).items():
+        methods[name] = grpc.stream_stream_rpc_method_handler(method)
+    return grpc.method_handlers_generic_handler(service, methods)

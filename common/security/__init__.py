@@ -1,0 +1,1 @@
+"""TLS and certificates, and files that are read again when they change."""

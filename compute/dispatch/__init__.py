@@ -1,0 +1,1 @@
+"""Calls that wait for a worker, and the choice of the next."""

@@ -1,0 +1,1 @@
+"""Calls as they arrive at a replica: arguments checked, poison refused."""

@@ -1,0 +1,204 @@
+"""A call's arguments, held against its kernel's signature before the call waits for anything.
+
+The front knows dtypes by name and axes by length; what only NumPy can see (the prefixes within BYTES) a worker checks.
+Every refusal is an InvalidArgument that names the argument, what it should be and what came.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from unlatch.common.errors import InvalidArgument, near
+from unlatch.common.kernel.datatypes import NP_DTYPE, seen_by_numpy
+from unlatch.common.kernel.parameters import Value, scalar
+from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec, one_by_one
+from unlatch.compute.ipc.frames import MOST_STRING_BYTES, Parameters
+from unlatch.protos.unlatch_pb2 import Descriptor, Parameter, RequestedOutput
+
+# Of the protocol's extension for HTTP; here every output is binary.
+_BINARY_DATA = "binary_data"
+
+
+@dataclass(slots=True)
+class Arguments:
+    """What a call gives its kernel, and which of the outputs it wants back.
+
+    `order[i]` says which of the descriptor's tensors is the kernel's i-th array; `outputs` are positions in the spec.
+    """
+
+    dtypes: list[str]
+    shapes: list[tuple[int, ...]]
+    order: list[int]
+    parameters: Parameters
+    outputs: Sequence[int]
+
+
+def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
+    """A descriptor's arguments as the kernel will get them. Raises InvalidArgument."""
+    tensors = descriptor.request.tensors
+    lengths = descriptor.lengths[:]
+    if len(lengths) != len(tensors):
+        raise InvalidArgument(
+            f"raw_input_contents: {len(tensors)} inputs are described, but the bytes of {len(lengths)} came",
+            field="raw_input_contents",
+        )
+    position: dict[str, int] = {}
+    dtypes: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    for index, tensor in enumerate(tensors):
+        name = tensor.name
+        if name in position:
+            raise InvalidArgument(f"{name}: the array is given twice", field=name)
+        position[name] = index
+        np_dtype = _np_dtype(name[:64], tensor.parameters) if tensor.parameters else ""
+        dtype, shape = seen_by_numpy(name[:64], tensor.datatype, tuple(tensor.shape[:]), np_dtype, lengths[index])
+        dtypes.append(dtype)
+        shapes.append(shape)
+    if len(position) != len(spec.inputs) or any(array.name not in position for array in spec.inputs):
+        _refuse_set(spec, position, descriptor)
+    order: list[int] = []
+    axes: dict[str, tuple[int, str]] = {}
+    for declared in spec.inputs:
+        found = position[declared.name]
+        _check_array(declared, dtypes[found], shapes[found], axes)
+        order.append(found)
+    scalars = _scalars(spec, descriptor.request.parameters)
+    return Arguments(dtypes, shapes, order, scalars, _outputs(spec, descriptor.request.outputs))
+
+
+def _np_dtype(field: str, parameters: Mapping[str, Parameter]) -> str:
+    """What NumPy sees, where the datatype does not say it. Raises InvalidArgument for bytes that are elsewhere."""
+    for name in parameters:
+        if name.startswith("shared_memory"):
+            raise InvalidArgument(
+                f"{field}: shared memory is not served; send the bytes in raw_input_contents", field=field
+            )
+    if NP_DTYPE not in parameters:
+        return ""
+    np_dtype = scalar(parameters[NP_DTYPE])
+    if not isinstance(np_dtype, str):
+        raise InvalidArgument(f"{field}: {NP_DTYPE} is a string, such as complex128, not {np_dtype!r:.64}", field=field)
+    return np_dtype
+
+
+def _outputs(spec: KernelSpec, requested: Sequence[RequestedOutput]) -> Sequence[int]:
+    """Which outputs are wanted, in the order asked for: all, where none is named. Raises InvalidArgument."""
+    if not requested:
+        return range(len(spec.outputs))
+    positions = {output.name: index for index, output in enumerate(spec.outputs)}
+    wanted: dict[int, None] = {}
+    for output in requested:
+        name = output.name[:64]
+        if output.name not in positions:
+            raise InvalidArgument(f"{name}: kernel {spec.name} has no such output{near(name, positions)}", field=name)
+        if positions[output.name] in wanted:
+            raise InvalidArgument(f"{name}: the output is asked for twice", field=name)
+        for parameter in output.parameters:
+            if parameter != _BINARY_DATA:
+                raise InvalidArgument(f"{name}: an output's parameter {parameter[:64]!r} is not served", field=name)
+        wanted[positions[output.name]] = None
+    return tuple(wanted)
+
+
+def _check_array(declared: ArraySpec, dtype: str, shape: tuple[int, ...], axes: dict[str, tuple[int, str]]) -> None:
+    if declared.dtypes and dtype not in declared.dtypes:
+        _refuse_array(declared, dtype, shape)
+    dims, sizes, many, lengths = one_by_one(declared.dims, shape)
+    if len(dims) != len(sizes):
+        _refuse_array(declared, dtype, shape)
+    if many and many != ELLIPSIS:
+        _bind_many(declared, many, lengths, axes)
+    for dim, size in zip(dims, sizes, strict=True):
+        if dim.isdecimal():
+            if int(dim) != size:
+                _refuse_array(declared, dtype, shape)
+        elif dim != ANY_LENGTH:
+            known, owner = axes.setdefault(dim, (size, declared.name))
+            if known != size:
+                raise InvalidArgument(
+                    f"{declared.name}: axis {dim!r} has length {size}, but in {owner} it has {known}",
+                    field=declared.name,
+                )
+
+
+def _bind_many(declared: ArraySpec, dim: str, sizes: Sequence[int], axes: dict[str, tuple[int, str]]) -> None:
+    """Axes under one `*name` agree as a whole; they are bound one by one, and their number too."""
+    for index, size in enumerate((len(sizes), *sizes)):
+        known, owner = axes.setdefault(f"{dim}[{index}]", (size, declared.name))
+        if known != size:
+            raise InvalidArgument(
+                f"{declared.name}: axes {dim!r} are {list(sizes)}, which is not what they are in {owner}",
+                field=declared.name,
+            )
+
+
+def _scalars(spec: KernelSpec, given: Mapping[str, Parameter]) -> Parameters:
+    if not spec.scalars and not given:
+        return {}
+    parameters: Parameters = {}
+    for declared in spec.scalars:
+        if declared.name in given:
+            parameters[declared.name] = _scalar(declared, given[declared.name])
+        elif declared.required:
+            raise InvalidArgument(
+                f"{declared.name}: kernel {spec.name} needs this {declared.type} parameter", field=declared.name
+            )
+    _bound_strings(parameters)
+    if len(parameters) < len(given):
+        for name in given:
+            if name not in parameters:
+                _refuse_unknown(spec, name, "parameter")
+    return parameters
+
+
+def _bound_strings(parameters: Parameters) -> None:
+    """They go to the worker in one frame, which must fit a datagram."""
+    sizes = {name: len(value.encode()) for name, value in parameters.items() if isinstance(value, str)}
+    together = sum(sizes.values())
+    if together > MOST_STRING_BYTES:
+        longest = max(sizes, key=sizes.__getitem__)
+        raise InvalidArgument(
+            f"{longest}: str parameters of {together} bytes are more than {MOST_STRING_BYTES}; send a BYTES array",
+            field=longest,
+        )
+
+
+def _scalar(declared: ScalarSpec, given: Parameter) -> Value:
+    value = scalar(given)
+    came = type(value).__name__
+    if value is not None and came == declared.type:
+        return value
+    if declared.type == "float" and came == "int" and value is not None:
+        return float(value)
+    raise InvalidArgument(
+        f"{declared.name}: wanted a {declared.type} parameter, got "
+        + ("nothing" if value is None else f"the {came} {value!r:.64}"),
+        field=declared.name,
+    )
+
+
+def _refuse_array(declared: ArraySpec, dtype: str, shape: tuple[int, ...]) -> None:
+    wanted = " or ".join(declared.dtypes) or "any dtype"
+    raise InvalidArgument(
+        f"{declared.name}: wanted {wanted} of shape ({', '.join(declared.dims)}), got {dtype} of shape"
+        f" ({', '.join(map(str, shape))})",
+        field=declared.name,
+    )
+
+
+def _refuse_set(spec: KernelSpec, given: Collection[str], descriptor: Descriptor) -> None:
+    """The arrays that came are not the kernel's: say which is unknown, or else which is missing."""
+    declared = [array.name for array in spec.inputs]
+    for name in given:
+        if name not in declared:
+            _refuse_unknown(spec, name, "array")
+    missing = next(name for name in declared if name not in given)
+    as_parameter = ", which came as a parameter" if missing in descriptor.request.parameters else ""
+    raise InvalidArgument(f"{missing}: kernel {spec.name} needs this array{as_parameter}", field=missing)
+
+
+def _refuse_unknown(spec: KernelSpec, name: str, kind: str) -> None:
+    known = [array.name for array in spec.inputs] + [scalar.name for scalar in spec.scalars]
+    if name in known:
+        other = "parameter" if kind == "array" else "array"
+        raise InvalidArgument(f"{name}: kernel {spec.name} takes it as {other}, not as {kind}", field=name)
+    raise InvalidArgument(f"{name[:64]}: kernel {spec.name} has no such {kind}{near(name, known)}", field=name[:64])

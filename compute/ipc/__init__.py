@@ -1,0 +1,1 @@
+"""The dispatcher and its workers share these: frames, the arena, memory limits."""

@@ -1,0 +1,53 @@
+"""How the memory that a container grants is shared out: so that no worker can take the whole container over its limit.
+
+granted = input arena + replies of one moment + the services themselves + a limit for each worker
+"""
+
+from dataclasses import dataclass
+
+import structlog
+
+from unlatch.common.net.settings import MiB
+from unlatch.compute.pool.forkserver import StartError
+from unlatch.compute.settings import ComputeSettings
+
+log = structlog.get_logger()
+
+# Without a limit this is the input arena's; with one, at most this part of it.
+_ARENA_BYTES = 2048 * MiB
+_ARENAS_PART = 4
+# Front, forkserver and gateway, and what workers write to of the pages that they share: together some 200 MB.
+_SERVICES_BYTES = 256 * MiB
+# A worker with less cannot so much as load a BLAS's buffers.
+_LEAST_WORKER_BYTES = 16 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What the input arena may hold, and what a worker may take; 0 where no limit is known."""
+
+    arena_bytes: int
+    worker_bytes: int
+
+
+def share_out(settings: ComputeSettings, granted_bytes: int) -> Shares:
+    """The shares of what the container grants (0: no limit is known). Raises StartError for too little."""
+    by_default = min(_ARENA_BYTES, granted_bytes // _ARENAS_PART) if granted_bytes else _ARENA_BYTES
+    arena = settings.input_arena_bytes or by_default
+    if settings.worker_memory_bytes:
+        limit, whose = settings.worker_memory_bytes, f"{settings.worker_memory_bytes} bytes are"
+        if granted_bytes and limit * settings.worker_count > granted_bytes:
+            log.warning("workers may take more than the container grants", granted_bytes=granted_bytes)
+    elif not granted_bytes:
+        return Shares(arena, 0)
+    else:
+        replies = min(settings.max_reply_bytes, arena)
+        limit = max(0, granted_bytes - arena - replies - _SERVICES_BYTES) // settings.worker_count
+        whose = (
+            f"the container grants {granted_bytes} bytes; input_arena_bytes={arena}, {replies} for replies and"
+            f" {_SERVICES_BYTES} for the services themselves leave {limit} for each of {settings.worker_count} workers,"
+            " which is"
+        )
+    if limit < _LEAST_WORKER_BYTES:
+        raise StartError(f"worker_memory_bytes: {whose} too little, a worker needs {_LEAST_WORKER_BYTES}")
+    return Shares(arena, limit)

@@ -1,0 +1,1 @@
+"""The worker processes of a replica: their slots, runs, memory and ends."""

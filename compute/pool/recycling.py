@@ -1,0 +1,116 @@
+"""The front's end of a worker's limits: what it has taken, and whether another process is to take its place.
+
+    look()  ten times a second:  over the limit, or grown    ──> Shrink ──> Shrunk: still so?  ──> retires, or is due
+                                 far over it by a run        ──> that ends RESOURCE_EXHAUSTED, and the worker with it
+                                 has run its calls           ──> due
+
+A worker that is due is replaced when the pool says so, which it says to one at a time. One that retires is given
+nothing more, and ends when it has nothing in hand: no call is hurt.
+"""
+
+from contextlib import suppress
+from time import monotonic
+
+from unlatch.compute.ipc.frames import Shrink, Shrunk
+from unlatch.compute.ipc.memory_limits import Footprint, Limits
+from unlatch.compute.pool import exits as ends
+from unlatch.compute.pool.exits import End
+from unlatch.compute.pool.in_flight import Hand
+from unlatch.compute.pool.process import WorkerProcess
+
+# RLIMIT_DATA stops a worker at its limit; one that is so far over it has gone around that.
+_FAR_OVER = 1.1
+# A worker that was refused memory and has so much of its limit left in use may be refused it again and again.
+_TOO_MUCH_IN_USE = 0.5
+# Shrinking costs the next call its page faults, so a worker that has done it well is not asked again at once.
+_ASKED_EVERY_SECONDS = 2.0
+
+
+class Upkeep:
+    """One for each worker process, from when it is ready. Raises OSError where it has ended already."""
+
+    def __init__(self, process: WorkerProcess, hand: Hand, limits: Limits) -> None:
+        self._process = process
+        self._hand = hand
+        self._limits = limits
+        self._footprint = Footprint(process.pid)
+        try:
+            self._start = self._footprint.read()
+        except OSError:
+            self._footprint.close()
+            raise
+        self.since = monotonic()
+        # What it has taken since it was ready: the pages of its own that are in RAM.
+        self.taken_bytes = 0
+        # Why it is to be replaced, if it is.
+        self.due: End | None = None
+        self.retires = False
+        self._asked = -_ASKED_EVERY_SECONDS
+        # At the last look, how many calls it had ended; and what it may take before the run in hand is ended.
+        self._calls = 0
+        self._tolerated_bytes = limits.memory_bytes * _FAR_OVER
+
+    def look(self) -> None:
+        """See what it has taken, and do something about it."""
+        if self._process.ending:
+            return
+        # A run that it was not given yet may have been taken out of its hand.
+        self.rested()
+        with suppress(OSError):  # it has just ended, and its slot is about to hear of that
+            self.taken_bytes = max(0, self._footprint.read().resident - self._start.resident)
+        if self._limits.memory_bytes and self.taken_bytes > self._tolerated_bytes and self._hand:
+            self._far_over()
+        elif (self._is_over(self.taken_bytes) or self._has_grown(self.taken_bytes)) and not self.retires:
+            self._ask_to_shrink()
+        if self._limits.recycle_calls and self._hand.calls >= self._limits.recycle_calls:
+            self.due = self.due or ends.HAS_RUN
+        self._calls = self._hand.calls
+
+    def shrunk(self, left: Shrunk) -> None:
+        """It has given back what it could."""
+        if self._process.ending:
+            return
+        limit = self._limits.memory_bytes
+        left_bytes = left.resident_bytes - self._start.resident
+        in_use = left.data_bytes - self._start.data
+        if self._is_over(left_bytes) or (limit and left.ran_short and in_use > limit * _TOO_MUCH_IN_USE):
+            self.due = ends.OVER_LIMIT
+            self.retire()
+        elif self._has_grown(left_bytes):
+            self.due = self.due or ends.GROWN
+
+    def retire(self) -> None:
+        """Give it nothing more, and end it once it has nothing in hand."""
+        self.retires = True
+        self.rested()
+
+    def rested(self) -> None:
+        """It has ended a call, or had none."""
+        if self.retires and self.due and not self._hand:
+            self._process.kill(self.due)
+
+    def close(self) -> None:
+        """It is gone."""
+        self._footprint.close()
+
+    def _far_over(self) -> None:
+        if self._hand.calls == self._calls:
+            limit = self._limits.memory_bytes
+            told = f"took {self.taken_bytes} bytes of memory, more than a worker may have: worker_memory_bytes={limit}"
+            self._hand.refuse(told, ends.OVER_LIMIT)
+        else:
+            # A run that has ended since the last look may have left it: the present one is to blame for more only.
+            self._tolerated_bytes = self.taken_bytes * _FAR_OVER
+            self.due = ends.OVER_LIMIT
+            self.retire()
+
+    def _ask_to_shrink(self) -> None:
+        if monotonic() - self._asked >= _ASKED_EVERY_SECONDS:
+            self._asked = monotonic()
+            self._process.send(Shrink())
+
+    def _is_over(self, taken_bytes: int) -> bool:
+        return 0 < self._limits.memory_bytes < taken_bytes
+
+    def _has_grown(self, taken_bytes: int) -> bool:
+        return 0 < self._limits.recycle_growth_bytes < taken_bytes

@@ -1,0 +1,1 @@
+"""Code of the worker process, and of the forkserver before it."""

@@ -1,0 +1,118 @@
+"""Kernel modules loaded as a worker's forkserver loads them, in a process that has no other purpose.
+
+    python -m unlatch.compute.worker.trial PARENT-PID my_kernels.py other.module   ──> a Trial in JSON on stdout
+
+Whoever is about to serve modules learns what they hold, or why they cannot be served, at no risk to itself: `tried` is
+the asking end.
+"""
+
+import asyncio
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import msgspec
+
+from unlatch.common.kernel.spec import KernelSpec
+from unlatch.common.service.life import die_with_parent
+from unlatch.compute.worker.catalogue import Catalogue, LoadError, imported, kernels_in, load, place
+
+
+class TriedKernel(msgspec.Struct, frozen=True):
+    """A kernel and where it is defined."""
+
+    spec: KernelSpec
+    place: str
+
+
+class TriedModule(msgspec.Struct, frozen=True):
+    """One module. `failure` names file and line, and is empty for a module that can be served."""
+
+    name: str
+    kernels: list[TriedKernel]
+    import_seconds: float
+    threads: list[str]
+    failure: str = ""
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """Every module, in order, and the files of what was imported for them."""
+
+    modules: list[TriedModule]
+    files: list[str]
+
+    @property
+    def failure(self) -> str:
+        """Why they cannot be served; empty when they can."""
+        return next((module.failure for module in self.modules if module.failure), "")
+
+
+async def tried(names: Sequence[str], *, within_seconds: float, memory_bytes: int) -> Trial:
+    """Load modules in a process that has so much time and memory. What ends that process is the first one's failure."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "unlatch.compute.worker.trial", str(os.getpid()), *names),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        # A session of its own, so that what a module starts can be ended with it.
+        start_new_session=True,
+    )
+    try:
+        with suppress(ProcessLookupError):
+            resource.prlimit(child.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+        async with asyncio.timeout(within_seconds):
+            answer, _ = await child.communicate()
+        return msgspec.json.decode(answer, type=Trial)
+    except TimeoutError:
+        failure = f"importing did not end within {within_seconds:g} s"
+    except msgspec.DecodeError:
+        failure = f"importing ended the process, with code {child.returncode}"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        await child.wait()
+    return Trial([TriedModule(names[0], [], 0.0, [], f"{', '.join(names)}: {failure}")], [])
+
+
+def attempt(names: Sequence[str]) -> Trial:
+    """Load modules beside Unlatch's own kernels. One that fails does not keep the next from being tried."""
+    catalogue = load(())  # NumPy too: a module is not charged for what is there anyway
+    known = set(sys.modules)
+    modules = [_attempt(catalogue, name) for name in names]
+    files = (getattr(sys.modules[name], "__file__", None) for name in sys.modules.keys() - known)
+    return Trial(modules, sorted(os.path.realpath(file) for file in files if file))
+
+
+def _attempt(catalogue: Catalogue, name: str) -> TriedModule:
+    began = time.perf_counter()
+    threads = set(threading.enumerate())
+    try:
+        module = imported(name)
+        seconds = time.perf_counter() - began
+        catalogue.add(module)
+    except LoadError as error:
+        return TriedModule(name, [], time.perf_counter() - began, [], str(error))
+    started = [thread.name for thread in threading.enumerate() if thread not in threads]
+    found = {spec.name: TriedKernel(spec, place(function)) for function, spec in kernels_in(module)}
+    return TriedModule(name, list(found.values()), seconds, started)
+
+
+def main(parent: str, *names: str) -> None:
+    """Try modules for a parent; the answer is all that comes on stdout."""
+    die_with_parent(int(parent))
+    answer = os.dup(1)
+    # A module that prints while it is imported prints to stderr, as it would under the service.
+    os.dup2(2, 1)
+    with open(answer, "wb") as stdout:  # noqa: PTH123 (a descriptor has no path)
+        stdout.write(msgspec.json.encode(attempt(names)))
+    sys.stdout.flush()
+    # Threads that a module has left running end here too.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

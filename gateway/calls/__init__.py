@@ -1,0 +1,1 @@
+"""A call's life in the gateway, from admission to answer."""

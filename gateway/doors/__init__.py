@@ -1,0 +1,1 @@
+"""The gateway's two doors: the Open Inference Protocol, and lanes of Python clients."""

@@ -1,0 +1,1 @@
+"""The replicas that a gateway knows, and which of them gets a call."""

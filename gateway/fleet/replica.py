@@ -1,0 +1,288 @@
+"""One replica: its lane, opened again whenever it breaks.
+
+    opened ──> welcomed: takes calls ──> drains, or retires ──> its last call is answered ──> closed
+       ^           └── broken, or silent for several reports ──┐
+       └───────────────────── after a pause ───────────────────┘
+
+Three things keep a call from a replica: its window is full (window.py), it drains or has left the fleet, or it
+has failed too often (gateway/fleet/ejection.py).
+"""
+
+import asyncio
+import math
+import random
+from time import monotonic
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+import structlog
+
+from unlatch.common.backoff import Backoff
+from unlatch.common.lane.body import Body
+from unlatch.common.lane.caller import LaneCaller, Waiter
+from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, METHOD, ProtocolViolation
+from unlatch.common.net.rpc import options
+from unlatch.common.security.tls import ChannelSecurity
+from unlatch.gateway.fleet.ejection import LANE, Ejection
+from unlatch.gateway.fleet.window import Held, Window
+from unlatch.protos.unlatch_pb2 import Descriptor, Kernel, Load, Welcome
+
+log = structlog.get_logger()
+
+_CHANNEL_OPTIONS = [
+    *options(MAX_MESSAGE_BYTES),
+    # gRPC's own backoff starts at a second; ours is above it.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A connection on which nothing is heard any more must not be the next lane's.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+# Reports that fail to come, one after another, from a replica that stands still, or that the network has lost.
+_MISSED_REPORTS = 5
+# What a lane is given for its welcome, and how often it is looked at until a report says.
+_WELCOME_SECONDS = 10.0
+_FIRST_LOOKS_SECONDS = 0.25
+
+
+class Outgoing(Held, Waiter, Protocol):
+    """A call on its way to a replica."""
+
+    descriptor: Descriptor
+    body: Body
+
+    def remaining_microseconds(self) -> int:
+        """What is left of its time."""
+
+
+class Lane(Protocol):
+    """What carries calls there once it is open: a LaneCaller, and in bench/simulation/world.py another."""
+
+    # No more calls go on it; it has ended.
+    finishing: bool
+    ended: bool
+
+    def call(self, descriptor: Descriptor, body: Body, waiter: Waiter) -> int:
+        """Send a call, under the number that this gives."""
+
+    def cancel(self, number: int) -> None:
+        """Nobody waits for a call any more."""
+
+    def finish(self) -> None:
+        """No more calls go on it: it ends when those are answered."""
+
+
+class Keeper(Protocol):
+    """Whose replica it is."""
+
+    def changed(self) -> None:
+        """What it serves or takes has changed."""
+
+    def has_room(self) -> None:
+        """It may have room for more."""
+
+    def failed(self, replica: "Replica", weight: int) -> None:
+        """It has done what counts against it."""
+
+
+class Replica:
+    """One of a keeper's."""
+
+    def __init__(self, target: str, keeper: Keeper, security: ChannelSecurity, grace_seconds: float) -> None:
+        self.target = target
+        self._security = security
+        self._grace_seconds = grace_seconds
+        self.kernels: dict[str, Kernel] = {}
+        self.takes_calls = False
+        self.ejection = Ejection()
+        self.window = Window()
+        self._keeper = keeper
+        # The one that calls go to.
+        self._lane: Lane | None = None
+        self._no_lane_because = ""
+        self._welcome = Welcome()
+        self._retired = self._draining = False
+        self._left = asyncio.Event()
+        self._heard = monotonic()
+
+    @property
+    def name(self) -> str:
+        """What it calls itself."""
+        return self._welcome.server
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago it was last seen to be heard of; 0 without a lane."""
+        return monotonic() - self._heard if self.takes_calls else 0.0
+
+    def has_room(self, size: int, *, long: bool, together: int) -> bool:
+        """Whether a call of `size` bytes may go there now: long or not, and with so many that may run together."""
+        if not self.takes_calls or self._lane is None or self._lane.ended:
+            return False
+        if not self.ejection.trusted and (self.window.calls or self.ejection.ejected):
+            return False
+        return self.window.has_room(size, long=long, together=together)
+
+    def send(self, call: Outgoing) -> tuple[Lane, int]:
+        """Send a call, and tell the lane that it is on and its number there."""
+        assert self._lane is not None
+        self.window.take(call)
+        call.descriptor.remaining_microseconds = call.remaining_microseconds()
+        return self._lane, self._lane.call(call.descriptor, call.body, call)
+
+    def ended(self, call: Outgoing) -> None:
+        """A call that was sent has ended: its part of the window is free."""
+        self.window.give_back(call)
+        if self._retired and not self.window.calls:
+            self._left.set()
+
+    def retire(self) -> None:
+        """It has left the fleet: it gets nothing new, what it has it may answer."""
+        if not self._retired:
+            log.info("replica leaves the fleet", replica=self.target, calls=self.window.calls)
+            self._retired = True
+            self.takes_calls = False
+            if not self.window.calls:
+                self._left.set()
+            self._keeper.changed()
+
+    def stay(self) -> None:
+        """It is in the fleet, again if it had left."""
+        if self._retired:
+            self._retired = False
+            self._left.clear()
+            if self._lane is not None and self._welcome.kernels and not (self._draining or self._lane.ended):
+                self.welcomed(self._lane, self._welcome)
+
+    async def run(self) -> None:
+        """Keep a lane open: until it has retired and its calls are answered, or the task is cancelled.
+
+        Another is opened once it has broken, or beside it where either end wants a new handshake: calls go to the old
+        one until the new one is there. Then it ends when they are answered, in any case in time.
+        """
+        loop = asyncio.get_running_loop()
+        tries = Backoff(first_seconds=0.05, longest_seconds=2.0)
+        try:
+            async with asyncio.TaskGroup() as lanes:
+                while not self._retired:
+                    lane = self._new_lane()
+                    carrying = lanes.create_task(self._carry(lane))
+                    await self._security.until_another_is_wanted(lane, carrying)
+                    if lane.welcomed:
+                        tries.succeeded()
+                    if not carrying.done():
+                        loop.call_later(self._grace_seconds, self._cut_off, lane, carrying)
+                    longest = tries.failed()
+                    if not self._retired:
+                        # Soon, but not by all gateways at once.
+                        await asyncio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 (jitter)
+        finally:
+            # However it ends, nobody is to think that it is there.
+            self.takes_calls = False
+
+    def _new_lane(self) -> LaneCaller:
+        lane = LaneCaller(
+            lambda welcome: self.welcomed(lane, welcome),
+            lambda: self._drains(lane),
+            on_load=lambda load: self.reported(lane, load),
+        )
+        return lane
+
+    async def _carry(self, lane: LaneCaller) -> None:
+        """One lane, from its opening to its end."""
+        reason = "it closed the lane"
+        async with self._security.open_channel(self.target, _CHANNEL_OPTIONS) as channel:
+            stream: Any = channel.stream_stream(METHOD)()
+            running = asyncio.ensure_future(lane.run(stream))
+            watching = asyncio.ensure_future(self._until_silent(lane))
+            leaving = asyncio.ensure_future(self._left.wait())
+            try:
+                await asyncio.wait((running, watching, leaving), return_when=asyncio.FIRST_COMPLETED)
+                if running.done():
+                    await running
+                else:
+                    reason = watching.result() if watching.done() else "it has left the fleet"
+            except grpc.aio.AioRpcError as error:
+                reason = error.details() or error.code().name
+            except ProtocolViolation as violation:
+                reason = str(violation)
+            finally:
+                # Whoever waits on the lane is told before it is called lost, and finds no room here.
+                for task in (running, watching, leaving):
+                    task.cancel()
+                await asyncio.gather(running, watching, leaving, return_exceptions=True)
+                stream.cancel()
+        self._lost(lane, reason)
+
+    async def _until_silent(self, lane: LaneCaller) -> str:
+        """Wait until nothing has come for as long as several reports take; what is said of it then.
+
+        Looks are counted, not seconds: after a standstill of this loop, what came meanwhile is read before the next.
+        """
+        heard = missed = 0
+        while True:
+            interval = self.window.interval_seconds or _FIRST_LOOKS_SECONDS
+            await asyncio.sleep(interval)
+            if lane.heard != heard:
+                heard, missed, self._heard = lane.heard, 0, monotonic()
+                continue
+            missed += 1
+            # A replica of a version that makes no reports may be silent once it has said its welcome.
+            most = (
+                _MISSED_REPORTS if self.window.interval_seconds else math.inf if heard else _WELCOME_SECONDS / interval
+            )
+            if missed >= most:
+                return f"nothing was heard of it for {missed * interval:.3g} s"
+
+    def _cut_off(self, lane: LaneCaller, carrying: asyncio.Task[None]) -> None:
+        if not carrying.done():
+            self._lost(lane, "no other could be opened in its place, by the certificates that hold now")
+            carrying.cancel()
+
+    def welcomed(self, lane: Lane, welcome: Welcome) -> None:
+        """Its lane says what it serves: calls go there from now on."""
+        if lane is not self._lane:
+            if lane.finishing:
+                return
+            if self._lane is not None:
+                self._lane.finish()
+            self._lane = lane
+        self._welcome = welcome
+        self.window.grant(welcome)
+        self.kernels = {kernel.name: kernel for kernel in welcome.kernels}
+        self._draining = False
+        self.takes_calls = not self._retired
+        self._heard = monotonic()
+        self._no_lane_because = ""
+        log.info("replica is ready", replica=self.target, name=welcome.server, kernels=len(self.kernels))
+        self._keeper.changed()
+
+    def reported(self, lane: Lane, load: Load) -> None:
+        """Its lane says how much there is to do."""
+        # A lane's first report comes before its welcome. Of two lanes to one replica each says the same.
+        if not lane.finishing:
+            self.window.hear(load)
+            self._keeper.has_room()
+
+    def _drains(self, lane: LaneCaller) -> None:
+        if lane is self._lane:
+            log.info("replica drains", replica=self.target)
+            self._draining = True
+            self.takes_calls = False
+            self._keeper.changed()
+
+    def _lost(self, lane: LaneCaller, reason: str) -> None:
+        if not lane.welcomed and reason != self._no_lane_because:
+            # Once, and not with every attempt: a replica may be away for long.
+            self._no_lane_because = reason
+            log.warning("no lane to replica", replica=self.target, reason=reason)
+        if self._lane not in (lane, None):
+            return
+        self._lane = None
+        self.window.hear(None)
+        worked, self.takes_calls, self.kernels = self.takes_calls, False, {}
+        if worked:
+            log.warning("lane to replica broke", replica=self.target, reason=reason)
+            self._keeper.failed(self, LANE)
+        self._keeper.changed()

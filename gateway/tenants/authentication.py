@@ -1,0 +1,81 @@
+"""Who calls: what a caller's token says, or else the certificate of its connection.
+
+A caller who brings a token is who that says, or nobody: a token that does not hold is never made up for by a
+certificate. Where a gateway has neither keys for tokens nor a CA for certificates, it asks nobody.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from unlatch.common.errors import Unauthenticated
+from unlatch.gateway.tenants.tokens import Identity, Tokens
+
+AUTHORIZATION = "authorization"
+_SCHEME = "bearer "
+# As gRPC calls them, the first first: SPIFFE's name of a workload is what a mesh gives; common names are not looked at.
+_NAMES = ("peer_spiffe_id", "peer_uri", "peer_dns")
+
+ANYBODY = Identity(name="")
+
+
+class Context(Protocol):
+    """What an RPC's context tells of who calls."""
+
+    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]: ...
+
+
+class Authentication:
+    """`tokens` is None where none are looked at. `refused` is told why, each time that somebody is."""
+
+    def __init__(self, tokens: Tokens | None, refused: Callable[[str], None]) -> None:
+        self._tokens = tokens
+        self._refused = refused
+
+    def identify(self, context: Context) -> tuple[Identity, str]:
+        """Who makes an RPC, and its token if that is how it is known. Raises Unauthenticated."""
+        try:
+            return self._identify(context)
+        except Unauthenticated as error:
+            self._refused(error.message)
+            raise
+
+    def renew(self, token: str) -> Identity:
+        """Whose token it is, on a lane that was opened with another. Raises Unauthenticated."""
+        if self._tokens is None:
+            raise Unauthenticated("this gateway looks at no tokens")
+        return self._tokens.identify(token)
+
+    def _identify(self, context: Context) -> tuple[Identity, str]:
+        token = _bearer(context.invocation_metadata() or ()) if self._tokens is not None else None
+        if token is not None:
+            return self.renew(token), token
+        of_certificate = _certified(context.auth_context())
+        if of_certificate is not None:
+            return of_certificate, ""
+        if self._tokens is not None:
+            raise Unauthenticated("no token came: send it in the metadata, authorization: Bearer …")
+        return ANYBODY, ""
+
+
+def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+    """The token that came, if one did. Raises Unauthenticated."""
+    said = [value for key, value in metadata if key == AUTHORIZATION]
+    if not said:
+        return None
+    if len(said) > 1:
+        raise Unauthenticated("more than one authorization came")
+    text = said[0] if isinstance(said[0], str) else said[0].decode(errors="replace")
+    if text[: len(_SCHEME)].lower() != _SCHEME:
+        raise Unauthenticated("the authorization that came is none of a bearer: send authorization: Bearer …")
+    return text[len(_SCHEME) :].strip()
+
+
+def _certified(peer: Mapping[str, Iterable[bytes]]) -> Identity | None:
+    """Who a connection's certificate names, if it has one: gRPC has verified it. Raises Unauthenticated."""
+    if "x509_pem_cert" not in peer:
+        return None
+    for kind in _NAMES:
+        for name in peer.get(kind, ()):
+            return Identity(name=name.decode(errors="replace"))
+    raise Unauthenticated("the certificate names neither a URI nor a DNS name as its subject's alternative name")

@@ -1,0 +1,275 @@
+"""Lane messages: what an Outbox packs is what unpack gives, in bounded messages, each body's pieces by turns."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unlatch.common.lane.body import WHOLE_BYTES, Body
+from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, ProtocolViolation, check_pieces, check_whole, unpack
+from unlatch.common.lane.outbox import MESSAGE_BYTES, PIECE_BYTES, Outbox
+from unlatch.protos.unlatch_pb2 import Descriptor, Failure, Frames, LaneMessage, Reply, Welcome
+
+KIBIBYTE = 1024
+
+
+class Peer:
+    """The other end: takes an Outbox's messages in, and puts calls and bodies together again."""
+
+    def __init__(self, within_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self.messages: list[tuple[Frames, list[bytes]]] = []
+        self.bodies: dict[int, list[bytes]] = {}
+        self._lengths: dict[int, list[int]] = {}
+        self._within_bytes = within_bytes
+
+    async def take(self, message: bytes) -> None:
+        assert len(message) <= self._within_bytes
+        frames, payload = unpack(message)
+        entries = [bytes(entry) for entry in payload]
+        self.messages.append((frames, entries))
+        at = 0
+        bodied: list[Descriptor | Reply] = [*frames.calls, *frames.replies]
+        for frame in bodied:
+            self._lengths[frame.call] = list(frame.lengths)
+            self.bodies[frame.call] = [b"" for _ in frame.lengths]
+            if frame.whole:
+                check_whole(self._lengths[frame.call], payload[at : at + len(frame.lengths)])
+                self.bodies[frame.call] = entries[at : at + len(frame.lengths)]
+                at += len(frame.lengths)
+        check_pieces(frames, payload, at)
+        for piece, entry in zip(frames.pieces, entries[at:], strict=True):
+            body, lengths = self.bodies[piece.call], self._lengths[piece.call]
+            tensor = next(i for i, length in enumerate(lengths) if len(body[i]) < length)
+            body[tensor] += entry
+            assert len(body[tensor]) <= lengths[tensor], "a piece crosses from one tensor into the next"
+            assert 0 < len(entry) <= PIECE_BYTES
+
+    @property
+    def order(self) -> list[int]:
+        """Whose pieces came, in order."""
+        return [piece.call for frames, _ in self.messages for piece in frames.pieces]
+
+
+def no_calls() -> int:
+    """How many calls are outstanding: with none an outbox sends at once."""
+    return 0
+
+
+async def delivered(outbox: Outbox, peer: Peer) -> None:
+    """Send all that is due."""
+    running = asyncio.ensure_future(outbox.run(peer.take))
+    async with asyncio.timeout(10):
+        await outbox.flushed()
+    running.cancel()
+    await asyncio.wait([running])
+
+
+def body(*tensors: bytes) -> Body:
+    return Body([len(tensor) for tensor in tensors], list(tensors))
+
+
+def pattern(call: int, size: int) -> bytes:
+    return bytes([call % 251 + 1]) * size
+
+
+sizes = st.one_of(st.integers(0, 100), st.integers(WHOLE_BYTES - 2, WHOLE_BYTES + 2), st.integers(0, 3 * PIECE_BYTES))
+bodies = st.lists(st.lists(sizes, max_size=3), min_size=1, max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(bodies=bodies, replies=st.booleans())
+def test_calls_and_replies_arrive_as_they_were_sent(*, bodies: list[list[int]], replies: bool) -> None:
+    """Bodies of any sizes, small ones whole and large ones in pieces, are the same at the other end."""
+    peer, sent = Peer(), {}
+
+    async def send() -> None:
+        outbox = Outbox(no_calls)
+        outbox.welcome(Welcome(server="s"))
+        for call, lengths in enumerate(bodies):
+            sent[call] = [pattern(call + i, length) for i, length in enumerate(lengths)]
+            if replies:
+                outbox.reply(call, Reply(), body(*sent[call]))
+            else:
+                outbox.call(call, Descriptor(), body(*sent[call]))
+        outbox.draining()
+        await delivered(outbox, peer)
+
+    asyncio.run(send())
+    assert peer.bodies == sent
+    assert peer.messages[0][0].welcome.server == "s" or len(peer.messages) > 1
+    assert any(frames.draining for frames, _ in peer.messages)
+
+
+async def test_frames_without_bodies_hold_up_a_caller_who_reads_nothing() -> None:
+    """Refusals weigh what they take: a server reads no more of a caller who takes none of them."""
+    outbox = Outbox(no_calls)
+    for number in range(1, 1001):
+        outbox.reply(number, Reply(failure=Failure(code=3, message="m" * 500)), body())
+    waiting = asyncio.ensure_future(outbox.relieved(100_000))
+    done, _ = await asyncio.wait((waiting,), timeout=0.02)
+    assert not done
+    await delivered(outbox, Peer())
+    await asyncio.wait_for(waiting, 1.0)
+
+
+async def test_dropping_the_last_body_lets_go_of_who_waits() -> None:
+    """Whoever waits until all is sent does not wait for a body that is not to be sent any more."""
+    outbox, peer = Outbox(no_calls), Peer()
+    outbox.reply(1, Reply(), Body([100_000]))
+    running = asyncio.ensure_future(outbox.run(peer.take))
+    try:
+        waiting = asyncio.ensure_future(outbox.flushed())
+        done, _ = await asyncio.wait((waiting,), timeout=0.02)
+        assert peer.messages
+        assert not done
+        outbox.drop(1)
+        await asyncio.wait_for(waiting, 1.0)
+    finally:
+        running.cancel()
+
+
+async def test_pieces_take_turns() -> None:
+    """Two large bodies advance together; a small call meanwhile waits for neither, and makes their pieces smaller."""
+    outbox, peer = Outbox(no_calls), Peer()
+    large = 16 * PIECE_BYTES
+    small_after: list[int] = []
+
+    async def take(message: bytes) -> None:
+        await peer.take(message)
+        if len(peer.messages) == 2:
+            outbox.call(3, Descriptor(), body(b"small"))
+        if 3 in peer.bodies and not small_after:
+            small_after.append(len(peer.messages))
+
+    for call in (1, 2):
+        outbox.call(call, Descriptor(), body(pattern(call, large)))
+    running = asyncio.ensure_future(outbox.run(take))
+    async with asyncio.timeout(10):
+        await outbox.flushed()
+    running.cancel()
+    ones = [index for index, call in enumerate(peer.order) if call == 1]
+    twos = [index for index, call in enumerate(peer.order) if call == 2]
+    assert min(len(ones), len(twos)) > 16
+    assert abs(len(ones) - len(twos)) <= 1
+    assert all(abs(one - two) <= 2 for one, two in zip(ones, twos, strict=False))
+    assert small_after == [3]
+    assert peer.bodies == {1: [pattern(1, large)], 2: [pattern(2, large)], 3: [b"small"]}
+
+
+@pytest.mark.parametrize("size", [0, 1, KIBIBYTE, WHOLE_BYTES, WHOLE_BYTES + 1, 700 * KIBIBYTE])
+async def test_messages_are_bounded(size: int) -> None:
+    """However much is due at once, no message carries more than its bound and one last entry."""
+    outbox = Outbox(no_calls)
+    peer = Peer(within_bytes=MESSAGE_BYTES + PIECE_BYTES + 64 * KIBIBYTE)
+    for call in range(300 if size <= WHOLE_BYTES else 12):
+        outbox.call(call, Descriptor(), body(pattern(call, size)))
+    await delivered(outbox, peer)
+    assert all(tensors == [pattern(call, size)] for call, tensors in peer.bodies.items())
+
+
+async def test_many_frames_are_bounded_too() -> None:
+    """Descriptors that are large by themselves (long parameters) fill messages as bodies do."""
+    outbox, peer = Outbox(no_calls), Peer(within_bytes=MESSAGE_BYTES + 300 * KIBIBYTE)
+    for call in range(30):
+        descriptor = Descriptor(call=call)
+        descriptor.request.parameters["label"].string_param = "x" * 200 * KIBIBYTE
+        outbox.call(descriptor.call, descriptor, body())
+    await delivered(outbox, peer)
+    assert len(peer.bodies) == 30
+
+
+@pytest.mark.parametrize(("said", "draining"), [("draining, welcome", False), ("welcome, draining", True)])
+async def test_welcome_takes_back_that_no_calls_are_wanted(said: str, *, draining: bool) -> None:
+    """What was said last holds, though both go out as one message, in which `draining` is applied last."""
+    outbox, peer = Outbox(no_calls), Peer()
+    for word in said.split(", "):
+        if word == "draining":
+            outbox.draining()
+        else:
+            outbox.welcome(Welcome(server="one"))
+    await delivered(outbox, peer)
+    ((frames, _),) = peer.messages
+    assert frames.welcome.server == "one"
+    assert frames.draining is draining
+
+
+async def test_body_that_still_arrives_is_passed_on() -> None:
+    """Pieces leave as they come in, and the last of them ends the body."""
+    outbox, peer = Outbox(no_calls), Peer()
+    arriving = Body([5, 0, 3])
+    outbox.call(1, Descriptor(), arriving)
+    running = asyncio.ensure_future(outbox.run(peer.take))
+    for piece in (b"ab", b"cde", b"f", b"gh"):
+        assert not arriving.complete
+        arriving.feed(memoryview(piece))
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await outbox.flushed()
+    running.cancel()
+    assert arriving.complete
+    assert peer.bodies == {1: [b"abcde", b"", b"fgh"]}
+
+
+async def test_dropped_body_is_let_go_of() -> None:
+    """After a cancel no more of a call's body is sent; after a drop of a reply its buffers are given back, once."""
+    outbox, peer = Outbox(no_calls), Peer()
+    given_back: list[int] = []
+    outbox.call(1, Descriptor(), body(pattern(1, 4 * PIECE_BYTES)))
+    outbox.cancel(1)
+    outbox.reply(2, Reply(), body(pattern(2, 4 * PIECE_BYTES)), lambda: given_back.append(2))
+    outbox.drop(2)
+    outbox.drop(2)
+    outbox.reply(3, Reply(), body(pattern(3, 4 * PIECE_BYTES)), lambda: given_back.append(3))
+    await delivered(outbox, peer)
+    assert given_back == [2, 3]
+    assert set(peer.order) == {3}
+    assert [list(frames.cancels) for frames, _ in peer.messages if frames.cancels] == [[1]]
+
+
+async def test_closed_outbox_gives_every_buffer_back() -> None:
+    """A lane that is gone holds nobody's memory."""
+    outbox = Outbox(no_calls)
+    given_back: list[int] = []
+    for call in (1, 2):
+        outbox.reply(call, Reply(), body(bytes(2 * WHOLE_BYTES)), lambda call=call: given_back.append(call))  # type: ignore[misc]
+    outbox.close()
+    assert given_back == [1, 2]
+
+
+def fed(lengths: Sequence[int], *pieces: bytes) -> Callable[[], None]:
+    def feed() -> None:
+        arriving = Body(lengths)
+        for piece in pieces:
+            arriving.feed(memoryview(piece))
+
+    return feed
+
+
+@pytest.mark.parametrize(
+    "feed",
+    [
+        fed([3], b"abcd"),
+        fed([3, 3], b"abcd"),
+        fed([3], b""),
+        fed([3], b"abc", b"d"),
+        fed([], b"a"),
+        fed([0, 0], b"a"),
+        fed([2**63], b"a", b""),
+    ],
+)
+def test_piece_that_does_not_fit_is_a_violation(feed: Callable[[], None]) -> None:
+    """One that crosses a tensor's end, carries nothing, or comes after the end."""
+    with pytest.raises(ProtocolViolation):
+        feed()
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_a_message_or_a_violation(message: bytes) -> None:
+    """Nothing else is raised."""
+    try:
+        frames, payload = unpack(message)
+    except ProtocolViolation:
+        return
+    assert LaneMessage(frames=frames, payload=[bytes(entry) for entry in payload]).ByteSize() >= 0

@@ -1,0 +1,62 @@
+"""Memory granted: the least of every limit on the way to the cgroup's root, version 1 and 2."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.common.machine.test_cores import own, tree
+from unlatch.common.machine.memory import granted_memory
+
+MiB = 1024 * 1024
+NONE_IN_VERSION_1 = f"{2**63 - 4096}\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "granted"),
+    [
+        ({}, 0),
+        ({"memory.max": "max\n"}, 0),
+        ({"memory.max": "\n"}, 0),
+        ({"memory.max": f"{512 * MiB}\n"}, 512 * MiB),
+        ({"pods/one/memory.max": f"{512 * MiB}\n"}, 512 * MiB),
+        ({"pods/memory.max": f"{256 * MiB}\n", "pods/one/memory.max": f"{512 * MiB}\n"}, 256 * MiB),
+        ({"pods/memory.max": f"{512 * MiB}\n", "pods/one/memory.max": "max\n"}, 512 * MiB),
+        ({"pods/two/memory.max": f"{256 * MiB}\n"}, 0),
+    ],
+)
+def test_version_2(files: dict[str, str], granted: int, tmp_path: Path) -> None:
+    """`memory.max` of the cgroup itself and of all above it."""
+    assert granted_memory(tree(tmp_path / "cgroup", files), own(tmp_path, "0::/pods/one")) == granted
+
+
+@pytest.mark.parametrize(
+    ("files", "granted"),
+    [
+        ({"memory/memory.limit_in_bytes": NONE_IN_VERSION_1}, 0),
+        ({"memory/memory.limit_in_bytes": f"{512 * MiB}\n"}, 512 * MiB),
+        (
+            {
+                "memory/memory.limit_in_bytes": NONE_IN_VERSION_1,
+                "memory/pods/memory.limit_in_bytes": f"{512 * MiB}\n",
+                "memory/pods/one/memory.limit_in_bytes": NONE_IN_VERSION_1,
+            },
+            512 * MiB,
+        ),
+        ({"memory/elsewhere/memory.limit_in_bytes": f"{512 * MiB}\n"}, 0),
+    ],
+)
+def test_version_1(files: dict[str, str], granted: int, tmp_path: Path) -> None:
+    """`memory.limit_in_bytes`, which says "none" with the largest number of whole pages."""
+    lines = ("12:memory:/pods/one", "4:cpu,cpuacct:/elsewhere", "0::/")
+    assert granted_memory(tree(tmp_path / "cgroup", files), own(tmp_path, *lines)) == granted
+
+
+def test_both_versions(tmp_path: Path) -> None:
+    """Where both are mounted the least of all limits holds."""
+    files = {"memory.max": f"{512 * MiB}\n", "memory/memory.limit_in_bytes": f"{256 * MiB}\n"}
+    assert granted_memory(tree(tmp_path / "cgroup", files), own(tmp_path, "4:memory:/", "0::/")) == 256 * MiB
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    """Without cgroups nothing is granted, and nothing refused."""
+    assert granted_memory(tmp_path / "none", tmp_path / "none either") == 0

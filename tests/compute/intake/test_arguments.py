@@ -1,0 +1,157 @@
+"""Arguments against a signature: what the front finds out before a call waits for anything."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unlatch.common.errors import InvalidArgument
+from unlatch.common.kernel.datatypes import DATATYPES, carrier, is_served, seen_by_numpy
+from unlatch.common.kernel.spec import ArraySpec, KernelSpec, ScalarSpec
+from unlatch.compute.intake.arguments import check
+from unlatch.protos.unlatch_pb2 import Descriptor
+
+
+def kernel(*dims: str, dtypes: tuple[str, ...] = ("float64",), scalars: tuple[ScalarSpec, ...] = ()) -> KernelSpec:
+    """A kernel of arrays a, b, c … with these axes."""
+    inputs = tuple(ArraySpec(name="abcd"[i], dtypes=dtypes, dims=tuple(d.split())) for i, d in enumerate(dims))
+    return KernelSpec(
+        name="k",
+        version="1",
+        doc="",
+        inputs=inputs,
+        scalars=scalars,
+        outputs=(),
+        pure=False,
+        batch=False,
+        max_batch_size=1,
+        timeout_seconds=None,
+        memory_bytes=None,
+    )
+
+
+def call(**arrays: tuple[int, ...]) -> Descriptor:
+    """A call with float64 arrays of these shapes."""
+    descriptor = Descriptor(call=1)
+    for name, shape in arrays.items():
+        descriptor.request.tensors.add(name=name, datatype="FP64", shape=shape)
+        descriptor.lengths.append(8 * int(np.prod(shape)))
+    return descriptor
+
+
+@pytest.mark.parametrize(
+    ("dims", "shapes"),
+    [
+        (("",), [()]),
+        (("n",), [(0,)]),
+        (("3 _",), [(3, 9)]),
+        (("_ _",), [(3, 9)]),
+        (("...",), [(1, 2, 3)]),
+        (("... n", "n"), [(4,), (4,)]),
+        (("n ... m", "m n"), [(2, 9, 9, 3), (3, 2)]),
+        (("n ... m",), [(2, 3)]),
+        (("*batch n", "*batch m"), [(2, 3, 4), (2, 3, 5)]),
+        (("*batch", "*batch"), [(), ()]),
+        (("n n",), [(3, 3)]),
+        (("rows cols", "cols k", "rows k"), [(2, 3), (3, 4), (2, 4)]),
+    ],
+)
+def test_shapes_that_fit(dims: tuple[str, ...], shapes: list[tuple[int, ...]]) -> None:
+    """Lengths, names, `_`, `...` and `*name`, each where it may stand."""
+    given = dict(zip("abcd", shapes, strict=False))
+    assert check(kernel(*dims), call(**given)).shapes == shapes
+
+
+@pytest.mark.parametrize(
+    ("dims", "shapes", "field", "says"),
+    [
+        (("",), [(1,)], "a", r"wanted float64 of shape \(\), got float64 of shape \(1\)"),
+        (("n",), [()], "a", r"of shape \(n\), got float64 of shape \(\)"),
+        (("3",), [(4,)], "a", r"of shape \(3\), got float64 of shape \(4\)"),
+        (("n n",), [(3, 4)], "a", "axis 'n' has length 4, but in a it has 3"),
+        (("n", "n"), [(3,), (4,)], "b", "axis 'n' has length 4, but in a it has 3"),
+        (("... n", "n"), [(2, 3), (2,)], "b", "axis 'n' has length 2, but in a it has 3"),
+        (("n ... m",), [(2,)], "a", "got float64 of shape"),
+        (("... 3",), [(3, 2)], "a", "got float64 of shape"),
+        (("*b n", "*b n"), [(2, 3), (3,)], "b", r"axes '\*b' are \[\], which is not what they are in a"),
+        (("*b n", "*b n"), [(2, 3), (5, 3)], "b", r"axes '\*b' are \[5\]"),
+    ],
+)
+def test_shapes_that_do_not(dims: tuple[str, ...], shapes: list[tuple[int, ...]], field: str, says: str) -> None:
+    """The message names the argument, what it should be and what came."""
+    with pytest.raises(InvalidArgument, match=says) as refused:
+        check(kernel(*dims), call(**dict(zip("abcd", shapes, strict=False))))
+    assert refused.value.field == field
+    assert refused.value.message.startswith(f"{field}: ")
+
+
+def test_order_is_the_kernels() -> None:
+    """Tensors may come in any order; `order` leads from the kernel's arrays to them."""
+    arguments = check(kernel("n", "m", "k"), call(c=(3,), a=(1,), b=(2,)))
+    assert arguments.order == [1, 2, 0]
+    assert [arguments.shapes[i] for i in arguments.order] == [(1,), (2,), (3,)]
+
+
+SCALARS = tuple(
+    ScalarSpec(name=f"a_{kind}", type=kind, required=False, default=None) for kind in ("bool", "int", "float", "str")
+)
+
+
+def with_scalar(name: str, **value: Any) -> Descriptor:
+    descriptor = Descriptor(call=1)
+    for choice, chosen in value.items():
+        setattr(descriptor.request.parameters[name], choice, chosen)
+    return descriptor
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("a_bool", {"bool_param": False}, False),
+        ("a_int", {"int64_param": -(2**63)}, -(2**63)),
+        ("a_int", {"uint64_param": 2**64 - 1}, 2**64 - 1),
+        ("a_float", {"double_param": 0.1}, 0.1),
+        ("a_float", {"double_param": float("inf")}, float("inf")),
+        ("a_float", {"int64_param": 3}, 3.0),
+        ("a_str", {"string_param": ""}, ""),
+        ("a_str", {"string_param": "größe\0"}, "größe\0"),
+    ],
+)
+def test_scalars_keep_type_and_value(name: str, value: dict[str, Any], expected: object) -> None:
+    """An int may stand for a float, and nothing else for anything else."""
+    (got,) = check(kernel(scalars=SCALARS), with_scalar(name, **value)).parameters.values()
+    assert (got, type(got)) == (expected, type(expected))
+
+
+shapes = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5)
+words = st.one_of(st.sampled_from([*DATATYPES, ""]), st.text(max_size=5))
+np_dtypes = st.one_of(st.just(""), st.sampled_from(["complex64", "complex128", "datetime64[ns]"]), st.text(max_size=12))
+
+
+@given(words, shapes, np_dtypes, st.integers(0, 2**63))
+def test_any_description_is_refused_or_is_an_array(datatype: str, shape: list[int], np_dtype: str, length: int) -> None:
+    """Whatever a caller describes, what is let through is a dtype and shape that NumPy makes of that many bytes."""
+    fields = []
+    try:
+        dtype, seen = seen_by_numpy("x", datatype, shape, np_dtype, length)
+    except InvalidArgument as refused:
+        fields.append(refused.field)
+    if fields:
+        assert fields == ["x"]
+        return
+    assert is_served(dtype)
+    assert carrier(dtype) == datatype
+    if dtype != "object":
+        assert int(np.prod(seen, dtype=object)) * np.dtype(dtype).itemsize == length
+        if not length:
+            assert np.ndarray(seen, dtype, b"").shape == seen
+
+
+@given(st.sampled_from(["datetime64", "timedelta64"]), st.text("[]nsDYMW7 ", max_size=6))
+def test_time_that_is_let_through_is_numpys(kind: str, unit: str) -> None:
+    """An `np_dtype` of a time names a dtype that NumPy knows under that very name, or is refused."""
+    np_dtype = kind + unit
+    if is_served(np_dtype):
+        assert np.dtype(np_dtype).name == np_dtype

@@ -1,0 +1,186 @@
+"""The arena: room that is dealt, taken back and dealt again; and seals that hold against a worker."""
+
+import errno
+import mmap
+import os
+from itertools import pairwise
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unlatch.common.errors import ResourceExhausted
+from unlatch.compute.ipc.arena import ALIGNMENT, Block, InputArena, Mapped, ReplySegments, aligned, offsets
+
+KIBIBYTE, MEBIBYTE = 1024, 1024 * 1024
+
+
+@given(st.lists(st.integers(0, 10_000), max_size=8))
+def test_tensors_lie_apart_on_boundaries(lengths: list[int]) -> None:
+    """Each starts on a 64-byte boundary after the end of the one before, within what they need together."""
+    starts, size = offsets(lengths)
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    assert all(start % ALIGNMENT == 0 for start in starts)
+    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
+    assert max(ends, default=0) <= size <= sum(map(aligned, lengths))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.integers(1, 300_000), st.none()), max_size=60), st.randoms())
+def test_blocks_never_overlap(steps: list[int | None], chosen: Random) -> None:
+    """Whatever is allocated and freed in whatever order, live blocks are apart, aligned and inside their segments."""
+    arena = InputArena(64 * MEBIBYTE)
+    live: list[Block] = []
+    for size in steps:
+        if size is not None:
+            live.append(arena.allocate(size))
+        elif live:
+            arena.free(live.pop(chosen.randrange(len(live))))
+        assert arena.used_bytes == sum(block.size for block in live)
+        spans = sorted((block.segment.number, block.offset, block.offset + block.size) for block in live)
+        assert all(one[0] != two[0] or one[2] <= two[1] for one, two in pairwise(spans))
+        assert all(b.offset % ALIGNMENT == 0 and b.offset + b.size <= b.segment.size for b in live)
+    arena.close()
+
+
+def test_freed_room_is_used_again() -> None:
+    """A thousand calls one after the other need one segment."""
+    arena = InputArena(8 * MEBIBYTE)
+    seen = set()
+    for _ in range(1000):
+        block = arena.allocate(100 * KIBIBYTE)
+        seen.add(block.segment.number)
+        arena.free(block)
+    assert len(seen) == 1
+    arena.close()
+
+
+def test_limit_counts_what_is_held() -> None:
+    """What exceeds the limit is refused with the limit; once something is freed there is room again."""
+    arena = InputArena(1 * MEBIBYTE)
+    blocks = [arena.allocate(256 * KIBIBYTE) for _ in range(4)]
+    with pytest.raises(ResourceExhausted, match="input_arena_bytes=1048576"):
+        arena.allocate(1)
+    arena.free(blocks.pop())
+    arena.free(arena.allocate(256 * KIBIBYTE))
+    arena.close()
+
+
+def test_idle_segments_are_dropped_and_no_others() -> None:
+    """A segment goes at the second sweep without use; one with a live block stays, and its bytes with it."""
+    arena = InputArena(64 * MEBIBYTE)
+    kept, idle = arena.allocate(100), arena.allocate(MEBIBYTE)
+    kept.segment.view[kept.offset : kept.offset + 4] = b"kept"
+    arena.free(idle)
+    assert arena.drop_idle() == []
+    assert arena.drop_idle() == [idle.segment.number]
+    assert arena.drop_idle() == []
+    assert bytes(kept.segment.view[kept.offset : kept.offset + 4]) == b"kept"
+    again = arena.allocate(MEBIBYTE)
+    assert again.segment.number != idle.segment.number
+    arena.close()
+
+
+def test_worker_reads_what_the_front_writes() -> None:
+    """Through its own mapping, at any time after."""
+    arena = InputArena(MEBIBYTE)
+    block = arena.allocate(100)
+    mapped = Mapped()
+    mapped.learn_input(block.segment.number, os.dup(block.segment.fd))
+    block.segment.view[block.offset : block.offset + 5] = b"later"
+    memory = mapped.input(block.segment.number)
+    assert memory[block.offset : block.offset + 5] == b"later"
+    with pytest.raises(TypeError, match=r"readonly|read-only"):
+        memory[block.offset] = 0
+    arena.close()
+
+
+def test_sealed_segment_cannot_be_mapped_for_writing() -> None:
+    """The front's own mapping is the last that may write, through its descriptor or a new one from /proc."""
+    arena = InputArena(MEBIBYTE)
+    segment = arena.allocate(100).segment
+    with pytest.raises(PermissionError):
+        mmap.mmap(segment.fd, segment.size)
+    with pytest.raises(PermissionError):
+        os.pwrite(segment.fd, b"scribble", 0)
+    again = os.open(f"/proc/self/fd/{segment.fd}", os.O_RDWR)
+    try:
+        with pytest.raises(PermissionError):
+            mmap.mmap(again, segment.size)
+    finally:
+        os.close(again)
+    segment.view[:4] = b"mine"
+    arena.close()
+
+
+@pytest.mark.parametrize("size", [0, 4096, 1 << 40])
+def test_sealed_segment_keeps_its_size(size: int) -> None:
+    """It can neither be truncated, which would kill whoever touches it, nor grown."""
+    arena = InputArena(MEBIBYTE)
+    segment = arena.allocate(100).segment
+    with pytest.raises(PermissionError):
+        os.ftruncate(segment.fd, size)
+    with pytest.raises(PermissionError):
+        os.truncate(f"/proc/self/fd/{segment.fd}", size)
+    arena.close()
+
+
+def test_reply_segment_can_grow_but_not_shrink() -> None:
+    """A worker makes room for a large reply, and the front follows; neither loses a byte to a truncation."""
+    replies = ReplySegments()
+    segment = replies.lend()
+    mapped = Mapped()
+    mapped.learn_reply(segment.number, os.dup(segment.fd))
+    first = segment.view
+    mapped.reply(segment.number, 10)[:5] = b"small"
+    assert bytes(first[:5]) == b"small"
+    mapped.reply(segment.number, 3 * MEBIBYTE)[3 * MEBIBYTE - 3 : 3 * MEBIBYTE] = b"end"
+    segment.follow_growth_to(3 * MEBIBYTE)
+    assert bytes(segment.view[3 * MEBIBYTE - 3 : 3 * MEBIBYTE]) == b"end"
+    assert bytes(first[:5]) == b"small"
+    with pytest.raises(PermissionError) as refused:
+        os.ftruncate(segment.fd, 0)
+    assert refused.value.errno == errno.EPERM
+    mapped.forget([], [segment.number])
+    replies.give_back(segment)
+    replies.close()
+
+
+def test_front_follows_no_further_than_there_is() -> None:
+    """A worker that claims more than it has made leaves the segment as it is."""
+    replies = ReplySegments()
+    segment = replies.lend()
+    size = segment.size
+    segment.follow_growth_to(1 << 60)
+    assert segment.size == size
+    replies.give_back(segment)
+    replies.close()
+
+
+def test_reply_segments_are_lent_one_at_a_time() -> None:
+    """Two that are out are two; one that was given back is next; an idle one goes at the second sweep."""
+    replies = ReplySegments()
+    one, two = replies.lend(), replies.lend()
+    assert one.number != two.number
+    replies.give_back(one)
+    assert replies.lend() is one
+    replies.give_back(one)
+    replies.give_back(two)
+    assert replies.drop_idle() == []
+    assert replies.lend() is two
+    assert replies.drop_idle() == [one.number]
+    replies.close()
+    replies.give_back(two)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(two.fd)
+
+
+def test_closing_leaves_no_descriptor() -> None:
+    """Every memfd is closed with the arena."""
+    before = set(os.listdir("/proc/self/fd"))
+    arena = InputArena(64 * MEBIBYTE)
+    for size in (1, 5000, MEBIBYTE, 20 * MEBIBYTE):
+        arena.allocate(size)
+    arena.close()
+    assert set(os.listdir("/proc/self/fd")) <= before

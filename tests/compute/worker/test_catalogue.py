@@ -1,0 +1,168 @@
+"""Kernel modules that cannot be served stop the start, and whoever wrote them is told file and line."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.mesh import Service
+from unlatch.compute.worker.catalogue import LoadError, load
+
+HEAD = """import numpy as np
+from jaxtyping import Float64
+from unlatch import kernel
+"""
+FINE = """
+@kernel
+def fine(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
+    return x
+"""
+AGAIN = FINE.replace("return x", "return x + 1")
+
+
+@pytest.fixture(autouse=True)
+def imports_as_they_were() -> Iterator[None]:
+    """What a test loads is forgotten after it."""
+    modules, path = set(sys.modules), list(sys.path)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if not name.startswith(("compute", "numpy", "scipy", "jaxtyping")):
+            del sys.modules[name]
+
+
+# A module's text, and what the refusal says besides the file and the line.
+WRONG = {
+    "syntax": ("def f(:\n", 1, "SyntaxError"),
+    "import": ("\nimport no_such_module\n", 2, "ModuleNotFoundError: .*no_such_module"),
+    "raises": ("\n\nraise RuntimeError('no GPU')\n", 3, "RuntimeError: no GPU"),
+    "exits": ("import sys\nsys.exit('bye')\n", 2, "SystemExit: bye"),
+    "deep": ("def f():\n    return 1 / 0\nf()\n", 2, "ZeroDivisionError"),
+    "twice": (HEAD + FINE + AGAIN, 9, "kernel 'fine' is already defined at .*:5"),
+    "built-in": (HEAD + FINE.replace("fine", "fft"), 5, "kernel 'fft' is already defined at .*signals.py:"),
+    "no annotation": (HEAD + "\n@kernel\ndef f(x):\n    return x\n", 5, "'x' needs a jaxtyping annotation"),
+    "no result": (HEAD + "\n@kernel\ndef f(x: Float64[np.ndarray, 'n']):\n    return x\n", 5, "the result needs"),
+    "default": (
+        HEAD + "\n@kernel\ndef f(x: Float64[np.ndarray, 'n'] = 1) -> Float64[np.ndarray, 'n']:\n    return x\n",
+        5,
+        "array 'x' has a default",
+    ),
+    "scalar": (
+        HEAD + "\n@kernel\ndef f(*, x: list) -> Float64[np.ndarray, 'n']:\n    return x\n",
+        5,
+        "'x' must be a bool",
+    ),
+    "no time": (HEAD + FINE.replace("@kernel", "@kernel(timeout=0)"), 5, "timeout=0 is no number of seconds above 0"),
+    "endless time": (HEAD + FINE.replace("@kernel", "@kernel(timeout=1e999)"), 5, "timeout=inf is no number"),
+    "no memory": (HEAD + FINE.replace("@kernel", "@kernel(memory=0)"), 5, "memory=0 is no whole number of bytes"),
+    "part of a byte": (HEAD + FINE.replace("@kernel", "@kernel(memory=1e9)"), 5, "memory=1000000000.0 is no whole"),
+    "no batch": (HEAD + FINE.replace("@kernel", "@kernel(max_batch_size=0)"), 5, "max_batch_size=0 is no whole"),
+}
+
+BATCH = """
+@kernel(batch=True)
+def f(x: Float64[np.ndarray, {0!r}], y: Float64[np.ndarray, {1!r}]) -> Float64[np.ndarray, {2!r}]:
+    return x
+"""
+# What the first axes of a kernel of batches are not: the dims of two inputs and the output, and what is said of them.
+NO_BATCH = {
+    "a length": (("3 n", "3", "3"), "first axis has a name"),
+    "anything": (("_ n", "_", "_"), "first axis has a name"),
+    "any number": (("*rows", "*rows", "*rows"), "first axis has a name"),
+    "several": (("...", "rows", "rows"), "first axis has a name"),
+    "no axes": (("", "rows", "rows"), "first axis has a name"),
+    "another": (("rows", "cols", "rows"), "'y' has 'cols'"),
+    "none": (("rows", "", "rows"), "'y' has 'none'"),
+    "not first": (("rows", "n rows", "rows"), "'y' has 'n rows'"),
+    "twice": (("rows", "rows rows", "rows"), "'y' has 'rows rows'"),
+    "no rows out": (("rows n", "rows", "n"), "'output0' has 'n'"),
+    "a scalar out": (("rows n", "rows", ""), "'output0' has 'none'"),
+    "more rows out": (("rows", "rows", "rows+1"), "'output0' has 'rows\\+1'"),
+}
+
+
+@pytest.mark.parametrize(("dims", "says"), NO_BATCH.values(), ids=NO_BATCH)
+def test_kernel_whose_calls_cannot_run_as_one_is_refused(dims: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    """With `batch=True` every array has the rows first, under one name: file and line, and which array has not."""
+    path = tmp_path / "wrong_kernels.py"
+    path.write_text(HEAD + BATCH.format(*dims))
+    with pytest.raises(LoadError, match=rf"^{re.escape(str(path))}:5: .*batch=True.*{says}"):
+        load([str(path)])
+
+
+def test_kernel_of_no_arrays_is_no_batch(tmp_path: Path) -> None:
+    """There is nothing to put side by side."""
+    path = tmp_path / "wrong_kernels.py"
+    path.write_text(HEAD + "\n@kernel(batch=True)\ndef f(*, n: int) -> Float64[np.ndarray, 'rows']:\n    return n\n")
+    with pytest.raises(LoadError, match=r":5: .*takes arrays"):
+        load([str(path)])
+
+
+@pytest.mark.parametrize("name", ["priority", "timeout"])
+def test_parameter_that_is_the_calls_own_is_refused(name: str, tmp_path: Path) -> None:
+    """No kernel would ever be given it."""
+    path = tmp_path / "wrong_kernels.py"
+    path.write_text(HEAD + FINE.replace('"n"])', f'"n"], *, {name}: str = "")'))
+    with pytest.raises(LoadError, match=rf":5: .*'{name}' is the call's own"):
+        load([str(path)])
+
+
+@pytest.mark.parametrize("size", ["0", "-1"])
+def test_rows_of_a_run_are_one_at_least(size: str, tmp_path: Path) -> None:
+    """`max_batch_size` says how many rows run as one."""
+    path = tmp_path / "wrong_kernels.py"
+    path.write_text(
+        HEAD + BATCH.format("rows", "rows", "rows").replace("batch=True", f"batch=True, max_batch_size={size}")
+    )
+    with pytest.raises(LoadError, match=r":5: .*max_batch_size"):
+        load([str(path)])
+
+
+def test_kernels_of_a_file_are_served_beside_the_built_in(tmp_path: Path) -> None:
+    """By path; what the file imports from beside it is found, and a kernel imported from there counts once."""
+    (tmp_path / "beside_it.py").write_text(HEAD + FINE)
+    (tmp_path / "mine.py").write_text("from beside_it import fine\n")
+    catalogue = load([str(tmp_path / "mine.py")])
+    assert {"fine", "identity", "matmul"} <= catalogue.specs.keys()
+    assert catalogue.functions.keys() == catalogue.specs.keys()
+
+
+@pytest.mark.parametrize(("text", "line", "says"), WRONG.values(), ids=WRONG)
+def test_module_that_cannot_be_served_names_file_and_line(text: str, line: int, says: str, tmp_path: Path) -> None:
+    """Where it fails, not where we noticed."""
+    path = tmp_path / "wrong_kernels.py"
+    path.write_text(text)
+    with pytest.raises(LoadError, match=rf"^{re.escape(str(path))}:{line}: .*{says}"):
+        load([str(path)])
+
+
+def test_same_name_in_two_files_names_both(tmp_path: Path) -> None:
+    """The second is refused, and the first is where to look."""
+    one, two = tmp_path / "one_kernel.py", tmp_path / "two_kernels.py"
+    one.write_text(HEAD + FINE)
+    two.write_text(HEAD + "\n" + FINE)
+    with pytest.raises(LoadError, match=rf"^{re.escape(str(two))}:6: .*'fine' .* {re.escape(str(one))}:5$"):
+        load([str(one), str(two)])
+
+
+@pytest.mark.parametrize("name", ["no/such/file.py", "no_such_module", "no_such_package.module"])
+def test_module_that_is_not_there_is_named(name: str) -> None:
+    """By path or dotted."""
+    with pytest.raises(LoadError, match=re.escape(name.partition(".module")[0])):
+        load([name])
+
+
+@pytest.mark.parametrize("kind", ["syntax", "raises", "exits", "twice", "no annotation"])
+def test_replica_does_not_start_with_wrong_kernels(kind: str, tmp_path: Path) -> None:
+    """`python -m compute` ends with exit code 2, file and line on stderr, and no process stays."""
+    text, line, says = WRONG[kind]
+    path = tmp_path / "wrong_kernels.py"
+    path.write_text(text)
+    flags = ["--listen", f"unix:{tmp_path}/s", "--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"]
+    with Service("compute", *flags, "--workers", "2", "--kernels", str(path)) as front:
+        assert front.wait() == 2, front
+        said = "\n".join(front.lines)
+        assert re.search(rf"{re.escape(str(path))}:{line}: .*{says}", said), front
+        assert "Traceback" not in said, front

@@ -1,0 +1,67 @@
+"""What the docs list is what there is: settings, metrics, built-in kernels, modules."""
+
+import re
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from tests.support.mesh import ROOT, Mesh
+from unlatch.common.net.settings import Settings
+from unlatch.compute.settings import ComputeSettings
+from unlatch.compute.worker.catalogue import load
+from unlatch.gateway.settings import GatewaySettings
+from unlatch.supervisor import ServeSettings
+
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+KERNELS = (ROOT / "docs" / "kernels.md").read_text()
+MiB = 1024 * 1024
+
+
+def settings_table(kind: type[Settings]) -> str:
+    """A service's settings as docs/operations.md has them."""
+    rows = ["| flag | default | meaning |", "|---|---|---|"]
+    for name, field in kind.model_fields.items():
+        default = "the host's name" if field.default_factory else field.default
+        if isinstance(default, tuple):
+            default = ",".join(default)
+        if isinstance(default, int) and default >= MiB:
+            default = f"{default} ({default // MiB} MiB)"
+        rows.append(f"| `--{name.replace('_', '-')}` | {default} | {field.description} |")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize("kind", [ServeSettings, GatewaySettings, ComputeSettings])
+def test_every_setting_is_listed_with_its_default(kind: type[Settings]) -> None:
+    """The tables are those that the settings classes give."""
+    assert settings_table(kind) in OPERATIONS
+
+
+def test_every_metric_is_listed(mesh: Mesh) -> None:
+    """What gateway and front export is in the table, with its labels, and nothing else is."""
+    exported: dict[str, set[str]] = {}
+    for address in (mesh.gateway_metrics, mesh.front_metrics):
+        with urlopen(f"http://{address}/metrics") as scraped:
+            for name in re.findall(r"^# TYPE (\S+) ", scraped.read().decode(), re.MULTILINE):
+                exported.setdefault(name, set()).add("gateway" if address == mesh.gateway_metrics else "front")
+    listed = {
+        name: set(where.split(", "))
+        for name, where in re.findall(r"^\| `(\w+)(?:\{[\w,]*\})?` \| ([a-z, ]+?) \|", OPERATIONS, re.MULTILINE)
+    }
+    assert listed == exported
+
+
+def test_every_built_in_kernel_is_listed() -> None:
+    """The table in docs/kernels.md has each by name, with its first sentence's arguments."""
+    listed = re.findall(r"^\| `(\w+)\(", KERNELS, re.MULTILINE)
+    assert sorted(listed) == sorted(load(()).specs)
+
+
+def test_every_module_has_its_place_in_the_architecture() -> None:
+    """Each is named in docs/architecture.md, or lies in a folder that is; and each that is named is there."""
+    rooms = [path for name in ("gateway", "compute", "common", "unlatch") for path in (ROOT / name).rglob("*.py")]
+    folders = [ROOT / name for name in re.findall(r"`(\w+/[\w/]+)/`", ARCHITECTURE)]
+    alone = {path.name for path in rooms if not {*path.parents} & {*folders} and not path.name.startswith("__")}
+    named = {Path(name).name for name in re.findall(r"`([\w/]+\.py)`", ARCHITECTURE)}
+    assert named == alone

@@ -1,0 +1,150 @@
+"""Meshes for faults: their workers serve kernels that misbehave, and their services may end other than asked to."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from tests.support.mesh import Mesh, Service, running_mesh
+from tests.support.watching import Gate, Scrape, tree
+from unlatch import Client
+from unlatch.common.errors import Unavailable
+
+FAULT_KERNELS = Path(__file__).with_name("fault_kernels.py")
+ANY_PORTS = ("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")
+
+
+@contextmanager
+def gateway_to(socket: Path, *flags: str) -> Iterator[Service]:
+    """A gateway that may end any way; killed afterwards if it has not."""
+    arguments = ("--listen", "127.0.0.1:0", "--replicas", f"unix:{socket}", *ANY_PORTS, "--drain-seconds", "5")
+    with Service("gateway", *arguments, *flags) as gateway:
+        gateway.wait_for("serving")
+        yield gateway
+
+
+@contextmanager
+def front_at(socket: Path, *flags: str) -> Iterator[Service]:
+    """The same of a replica."""
+    arguments = ("--listen", f"unix:{socket}", *ANY_PORTS, "--workers", "2", "--kernels", str(FAULT_KERNELS))
+    with Service("compute", *arguments, *flags) as front:
+        front.wait_for("serving")
+        yield front
+
+
+async def answered(client: Client, within: float = 10.0) -> None:
+    """Wait until a call is answered: what was killed is up again, and this client knows it."""
+    x = np.arange(3.0)
+    end = time.monotonic() + within
+    while True:
+        try:
+            np.testing.assert_array_equal(await client.echo(x, timeout=5.0), x)
+        except Unavailable:
+            assert time.monotonic() < end, f"no call is answered within {within} s"
+            await asyncio.sleep(0.02)
+        else:
+            return
+
+
+def restarts(mesh: Mesh, reason: str = "") -> float:
+    """How many workers have been replaced; for one reason, where that is given."""
+    labels = {"reason": reason} if reason else {}
+    return Scrape(mesh.front_metrics).sum("unlatch_worker_restarts_total", **labels)
+
+
+def is_full(mesh: Mesh) -> bool:
+    """Whether both of its workers are there."""
+    return Scrape(mesh.front_metrics).sum("unlatch_worker_up") == 2
+
+
+def gone(mesh: Mesh) -> float:
+    """How many callers have left, as far as the front knows."""
+    return Scrape(mesh.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
+
+
+@pytest.fixture(scope="session")
+def at_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where a file `way.start` makes the next worker of a mesh of faults die while it starts."""
+    directory = tmp_path_factory.mktemp("start")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAULTS_DIRECTORY", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
+    """A mesh of two workers that serve the kernels of faults; it must outlive every fault, and end cleanly.
+
+    However long they run, they do not count as long: calls are staged behind them.
+    """
+    flags = ["--kernels", str(FAULT_KERNELS), "--long-call-seconds", "3600", "--stopped-worker-seconds", "0.5"]
+    # What waits is to wait at the replica, which is what is hurt.
+    flags += ["--ahead-seconds", "3600"]
+    # A front that a test stops for a second is not to be taken for a frozen one.
+    flags += ["--report-seconds", "1"]
+    with running_mesh(tmp_path_factory.mktemp("faulty"), front=flags) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def client(faulty: Mesh) -> AsyncIterator[Client]:
+    """A client of the mesh of faults."""
+    async with Client(faulty.gateway, timeout=30.0) as opened:
+        yield opened
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Callable[[str], Gate]:
+    """Makes gates."""
+    return lambda name: Gate(tmp_path / name)
+
+
+class Fleet:
+    """Replicas of one worker each, and a gateway to them all; each replica may end any way, and be started again."""
+
+    def __init__(self, stack: ExitStack, directory: Path, count: int, flags: Sequence[str]) -> None:
+        self._stack = stack
+        self._flags = flags
+        self.sockets = [directory / f"{number}.sock" for number in range(count)]
+        self.fronts: list[Service | None] = [None] * count
+        targets = ",".join(f"unix:{socket}" for socket in self.sockets)
+        arguments = ("--listen", "127.0.0.1:0", "--replicas", targets, *ANY_PORTS, "--drain-seconds", "5")
+        self.gateway = stack.enter_context(Service("gateway", *arguments))
+        serving = self.gateway.wait_for("serving")
+        self.address, self.metrics = serving["listen"], serving["metrics_listen"]
+
+    def start(self, number: int) -> None:
+        """Start a replica, in the place of one that has ended, and wait until the gateway has a lane to it."""
+        line = len(self.gateway.lines)
+        self.fronts[number] = self._stack.enter_context(front_at(self.sockets[number], "--workers", "1", *self._flags))
+        self.gateway.wait_for("replica is ready", after=line, replica=f"unix:{self.sockets[number]}")
+
+    def running(self, record: Path) -> int:
+        """Which replica runs the kernel that has said who it is beside this record."""
+        worker = int(Path(f"{record}.pid").read_text())
+        fronts = enumerate(self.fronts)
+        return next(number for number, front in fronts if front and worker in {one.pid for one in tree(front.pid)})
+
+    def kill(self, number: int) -> None:
+        """SIGKILL."""
+        front = self.fronts[number]
+        assert front is not None
+        front.kill()
+
+    def stop(self, number: int) -> None:
+        """SIGTERM, and its drain."""
+        front = self.fronts[number]
+        assert front is not None
+        front.stop()
+
+
+@pytest.fixture
+def start_fleet(tmp_path: Path) -> Iterator[Callable[..., Fleet]]:
+    """Starts a gateway that knows of so many replicas, none of which runs yet: `start_fleet(3, *flags of replicas)`."""
+    with ExitStack() as stack:
+        yield lambda count, *flags: Fleet(stack, tmp_path, count, flags)

@@ -1,0 +1,530 @@
+"""Calls that run as one: each caller gets its own rows, and what is wrong with one of them is its own affair."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.mesh.faults.conftest import FAULT_KERNELS, gone, restarts
+from tests.support.doors import Oip
+from tests.support.mesh import Mesh, running_mesh
+from tests.support.watching import Gate, Scrape, memory_files, resident_bytes, until
+from unlatch import Client
+from unlatch.common.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
+from unlatch.protos.inference_pb2 import ModelStatisticsRequest, ModelStatisticsResponse
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+Array = np.ndarray[Any, Any]
+GateMaker = Callable[[str], Gate]
+Begin = Callable[..., Awaitable[list[Any]]]
+
+X = np.arange(3.0)
+ROW = np.ones((1, 2))
+BAD = -ROW
+MEBIBYTE = 1 << 20
+
+
+# These tests' calls are often the same.
+ALL_RUN = ["--no-coalescing"]
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
+    """A mesh of one worker: what waits while it is busy waits together. Replies of more than 64 MiB are too large."""
+    flags = ["--kernels", str(FAULT_KERNELS), "--workers", "1", "--long-call-seconds", "3600"]
+    # What waits is to wait at the replica, whatever one call alone has taken.
+    flags += ["--ahead-seconds", "3600"]
+    limit = ["--max-reply-bytes", str(64 * MEBIBYTE)]
+    with running_mesh(tmp_path_factory.mktemp("narrow"), front=[*flags, *limit], gateway=ALL_RUN) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def client(narrow: Mesh) -> AsyncIterator[Client]:
+    """A client of that mesh."""
+    async with Client(narrow.gateway, timeout=30.0) as opened:
+        yield opened
+
+
+def waiting(mesh: Mesh) -> float:
+    return Scrape(mesh.front_metrics).sum("unlatch_queue_depth")
+
+
+_gates = itertools.count()
+
+
+@pytest.fixture
+def begin(narrow: Mesh, client: Client, gate: GateMaker) -> Begin:
+    """Begins calls together: they come while the worker is busy, and when it is let go they have all come."""
+
+    async def begun(calls: Sequence[Awaitable[object]]) -> list[asyncio.Future[Any]]:
+        here = gate(f"busy{next(_gates)}")
+        running = asyncio.ensure_future(client.waits(X, gate=str(here)))
+        await until(lambda: here.reached, "the worker is busy")
+        staged = asyncio.ensure_future(client.echo(X))
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(call) for call in calls]
+        await until(lambda: waiting(narrow) == len(tasks), f"{len(tasks)} calls wait")
+        here.open()
+        await asyncio.gather(running, staged)
+        return tasks
+
+    return begun
+
+
+@pytest.fixture
+def together(begin: Begin) -> Begin:
+    """The results of calls that were begun together, errors among them."""
+
+    async def ended(calls: Sequence[Awaitable[object]]) -> list[Any]:
+        return await asyncio.gather(*(await begin(calls)), return_exceptions=True)
+
+    return ended
+
+
+async def test_calls_that_wait_run_as_one(narrow: Mesh, client: Client, together: Begin) -> None:
+    """However many rows each has, none included: one run, and each caller's own rows."""
+    before = Scrape(narrow.front_metrics)
+    arrays = [np.full((rows, 3), float(number)) for number, rows in enumerate([1, 0, 5, 1, 17, 0, 2])]
+    for x, (y, seen) in zip(arrays, await together([client.scaled(x, factor=2.0) for x in arrays]), strict=True):
+        np.testing.assert_array_equal(y, x * 2)
+        assert y.shape == x.shape
+        assert seen.tolist() == [26] * len(x)
+    after = Scrape(narrow.front_metrics)
+
+    def risen(name: str, **labels: str) -> float:
+        return after.sum(name, kernel="scaled", **labels) - before.sum(name, kernel="scaled", **labels)
+
+    assert risen("unlatch_batch_calls_count") == 1
+    assert risen("unlatch_batch_calls_sum") == 7
+    assert (risen("unlatch_batch_calls_bucket", le="4.0"), risen("unlatch_batch_calls_bucket", le="8.0")) == (0, 1)
+    assert risen("unlatch_worker_calls_total", outcome="ok") == 7
+
+
+async def test_call_alone_waits_for_nobody(client: Client) -> None:
+    """One that finds the worker free runs by itself."""
+    y, seen = await client.scaled(ROW, factor=3.0)
+    assert (y.tolist(), seen.tolist()) == ([[3.0, 3.0]], [1])
+
+
+MIXED: dict[str, Callable[[int], tuple[Array, Array]]] = {
+    "bytes": lambda n: (np.array([b"", b"a" * n, b"\0"], object), np.arange(3)),
+    "strings": lambda n: (np.array([["\u00fc" * n, ""]], object), np.ones((1, 2, 0))),
+    "bool": lambda n: (np.arange(n) % 2 == 0, np.zeros((n, 2), bool)),
+    "complex": lambda n: (np.arange(n) * (1 + 2j), np.full((n, 1, 2), 3 - 4j, "c8")),
+    "half": lambda n: (np.arange(n, dtype="f2"), np.full((n, 3), np.nan, "f2")),
+    "one byte": lambda n: (np.full((n, 3), n, "u1"), np.full((n, 5), -n, "i1")),
+    "times": lambda n: (np.arange(n).astype("M8[ns]"), np.arange(n).astype("m8[s]")),
+    "no bytes": lambda n: (np.zeros((n, 0)), np.zeros((n, 2, 0), "i4")),
+    "large": lambda n: (np.full((n, MEBIBYTE // 8), float(n)), np.full((n, 9), n)),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+async def test_every_dtype_runs_as_one(client: Client, together: Begin, kind: str) -> None:
+    """Several arrays in and out, of any dtype, in whatever segments they lie: back as they went."""
+    given = [MIXED[kind](number) for number in (1, 0, 4, 2)]
+    expected = [(await client.mixed(a, b))[:2] for a, b in given]
+    results = await together([client.mixed(a, b) for a, b in given])
+    for result, pair in zip(results, expected, strict=True):
+        assert not isinstance(result, Exception), result
+        *came, seen = result
+        for array, wanted in zip(came, pair, strict=True):
+            assert (array.dtype, array.shape) == (wanted.dtype, wanted.shape)
+            np.testing.assert_array_equal(array, wanted)
+        assert set(seen.tolist()) <= {sum(len(a) for a, _ in given)}
+
+
+async def test_what_differs_never_mixes(client: Client, together: Begin) -> None:
+    """Other dtypes, trailing shapes, parameters (-0.0 is another than 0.0) and kernels run by themselves."""
+    kinds: list[Callable[[], Awaitable[Any]]] = [
+        lambda: client.scaled(np.ones((1, 2))),
+        lambda: client.scaled(np.ones((1, 3))),
+        lambda: client.scaled(np.ones((1, 2)), factor=2.0),
+        lambda: client.scaled(np.ones((1, 2)), factor=0.0),
+        lambda: client.scaled(np.ones((1, 2)), factor=-0.0),
+        lambda: client.scaled(np.ones((1, 2)), factor=float("nan")),
+        lambda: client.scaled(np.ones((1, 2)), label="factor"),
+        lambda: client.rescaled(np.ones((1, 2))),
+        lambda: client.mixed(np.ones((1, 2)), np.ones(1)),
+        lambda: client.mixed(np.ones((1, 2), "f4"), np.ones(1)),
+        lambda: client.mixed(np.ones((1, 2)), np.ones(1, "i8")),
+        lambda: client.mixed(np.ones((1, 2)), np.ones((1, 1))),
+    ]
+    for result in await together([kind() for kind in kinds for _ in range(2)]):
+        assert result.seen.tolist() == [2]
+    positive, negative = await together([client.scaled(ROW, factor=factor) for factor in (0.0, -0.0)])
+    assert (np.signbit(positive.y).any(), np.signbit(negative.y).all()) == (False, True)
+
+
+async def test_rows_of_a_run_are_bounded(client: Client, together: Begin) -> None:
+    """By `max_batch_size`: a call of more rows runs alone, the others in as few runs as they fit."""
+    rows = [3, 9, 3, 3, 2, 8, 0]
+    results = await together([client.scaled_by_eight(np.ones((count, 2))) for count in rows])
+    seen = [result.seen.tolist() for result in results]
+    assert [len(each) for each in seen] == rows
+    assert (seen[0], seen[1], seen[2], seen[4]) == ([8] * 3, [9] * 9, [8] * 3, [8] * 2)
+    assert (seen[3], seen[5]) == ([3] * 3, [8] * 8)
+
+
+async def test_urgent_calls_run_first(client: Client, together: Begin) -> None:
+    """Where a run has no room for all, calls of a lower priority wait, though they came first."""
+    ranks = ["background"] * 10 + ["interactive"] * 4
+    results = await together([client.scaled_by_eight(ROW, priority=priority) for priority in ranks])
+    assert [int(seen[0]) for _, seen in results] == [8] * 4 + [6] * 6 + [8] * 4
+
+
+async def test_run_is_within_the_kernels_timeout(narrow: Mesh, client: Client, together: Begin) -> None:
+    """Once it is known what a call takes, no more of them run as one than have the time."""
+    before = restarts(narrow)
+    await client.slow(ROW)
+    results = await together([client.slow(ROW) for _ in range(8)])
+    assert all(not isinstance(result, Exception) for result in results), results
+    assert 2 <= max(int(seen[0]) for _, seen in results) <= 4
+    assert restarts(narrow) == before
+
+
+async def test_statistics_are_of_runs(narrow: Mesh, together: Begin, client: Client) -> None:
+    """ModelStatistics: calls that went well as inferences, their runs as executions, and those by their sizes."""
+
+    def told(kernel: str) -> tuple[int, int, dict[int, int]]:
+        with grpc.insecure_channel(narrow.gateway) as channel:
+            request = ModelStatisticsRequest(name=kernel).SerializeToString()
+            (model,) = ModelStatisticsResponse.FromString(Oip(channel).send(request, "ModelStatistics")).model_stats
+        sizes = {batch.batch_size: batch.compute_infer.count for batch in model.batch_stats}
+        return model.inference_count, model.execution_count, sizes
+
+    for kernel, calls, expected in (
+        ("rescaled", [client.rescaled(ROW) for _ in range(6)], (6, 1, {6: 1})),
+        ("picky", [client.picky(x) for x in (ROW, BAD, ROW)], (2, 2, {1: 2})),
+    ):
+        inferences, executions, sizes = told(kernel)
+        await together(calls)
+        after = told(kernel)
+        risen = {size: count - sizes.get(size, 0) for size, count in after[2].items() if count > sizes.get(size, 0)}
+        assert (after[0] - inferences, after[1] - executions, risen) == expected
+
+
+async def test_kernel_that_takes_no_batches_runs_alone(client: Client, together: Begin) -> None:
+    """Of one that does not say `batch=True` each call is a run."""
+    for _, seen in await together([client.scaled_alone(ROW) for _ in range(4)]):
+        assert seen.tolist() == [1]
+
+
+async def test_large_calls_run_alone(client: Client, together: Begin) -> None:
+    """What has more bytes than company is worth is not put side by side."""
+    arrays = [np.full((1, MEBIBYTE * 20 // 8), float(number)) for number in range(3)]
+    for x, (y, seen) in zip(arrays, await together([client.scaled(x) for x in arrays]), strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert seen.tolist() == [1]
+
+
+async def test_many_small_calls_fit_the_frames(client: Client, together: Begin) -> None:
+    """More calls than one Run can name are several, and each is answered."""
+    calls = 700
+    results = await together([client.scaled(np.full((1, 1), float(number))) for number in range(calls)])
+    assert [float(y[0, 0]) for y, _ in results] == [float(number) for number in range(calls)]
+    assert sum(1 / float(seen[0]) for _, seen in results) <= 8
+
+
+async def test_inputs_of_a_run_are_as_of_one_alone(client: Client, together: Begin) -> None:
+    """On a 64-byte boundary and read-only."""
+    assert (await client.addresses(ROW)).tolist() == [[0, 0, 1]]
+    for row in await together([client.addresses(ROW) for _ in range(3)]):
+        assert row.tolist() == [[0, 0, 3]]
+
+
+# Failures.
+
+REFUSED = {
+    -1: (InvalidArgument, "no -1 please"),
+    -2: (Internal, "kernel picky failed; the server's log"),
+    -3: (ResourceExhausted, "more memory"),
+    -4: (Internal, "shape"),
+    -5: (Internal, "float32"),
+    -6: (Internal, "kernel picky failed"),
+    -7: (Internal, "read-only"),
+}
+
+
+@pytest.mark.parametrize("worst", REFUSED)
+async def test_one_that_is_refused_fails_alone(client: Client, narrow: Mesh, together: Begin, worst: int) -> None:
+    """With its own message, wherever it stands; the others are answered, and the worker goes on."""
+    pids = set(narrow.workers)
+    kind, message = REFUSED[worst]
+    values = [1.0, float(worst), 2.0, 3.0]
+    results = await together([client.picky(np.full((1, 2), value)) for value in values])
+    for value, result in zip(values, results, strict=True):
+        if value < 0:
+            assert isinstance(result, kind), result
+            assert message in str(result)
+        else:
+            assert not isinstance(result, Exception), result
+            assert (result.y.tolist(), result.seen.tolist()) == ([[value] * 2], [1])
+    assert set(narrow.workers) == pids
+
+
+async def test_all_that_are_refused_fail_each_for_itself(client: Client, together: Begin) -> None:
+    """Every way at once: each hears what is wrong with itself."""
+    results = await together([client.picky(np.full((1, 2), float(worst))) for worst in REFUSED])
+    for result, (kind, message) in zip(results, REFUSED.values(), strict=True):
+        assert isinstance(result, kind), result
+        assert message in str(result)
+
+
+async def test_bytes_that_are_none_fail_alone(client: Client, together: Begin) -> None:
+    """What only the worker can see of one call's BYTES is that call's fault."""
+    good = np.array([b"a"], object)
+    results = await together([client.mixed(good, good), client.mixed(good, np.ones(1)), client.mixed(good, good)])
+    assert [result.seen.tolist() for result in results] == [[2], [1], [2]]
+
+
+async def test_results_too_large_together_are_given_apart(client: Client, together: Begin) -> None:
+    """Calls whose results are within the limit each, and not all together, are answered; one beyond it fails alone."""
+    fits = 20 * MEBIBYTE // 8
+    results = await together([client.stretched(np.full(1, float(number)), length=fits) for number in range(5)])
+    for number, y in enumerate(results):
+        assert not isinstance(y, Exception), y
+        assert (y.shape, y.min(), y.max()) == ((1, fits), number, number)
+    few, many, last = await together([client.stretched(np.ones(rows), length=fits) for rows in (1, 4, 1)])
+    assert (few.shape, last.shape) == ((1, fits), (1, fits))
+    assert isinstance(many, ResourceExhausted)
+
+
+# Callers who leave.
+
+
+async def left(task: "asyncio.Future[Any]") -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_one_who_leaves_the_queue_is_not_run(
+    narrow: Mesh, client: Client, gate: GateMaker, tmp_path: Path
+) -> None:
+    """Queued, or staged with others behind a run: who leaves is not among the rows that are run."""
+    first, second = gate("first"), gate("second")
+    running = asyncio.ensure_future(client.waits(X, gate=str(first)))
+    await until(lambda: first.reached, "the worker is busy")
+    staged = asyncio.ensure_future(client.waits(X, gate=str(second)))
+    calls = [asyncio.ensure_future(client.scaled(ROW * number)) for number in range(6)]
+    await until(lambda: waiting(narrow) == 6, "six wait")
+    await left(calls[0])
+    await until(lambda: waiting(narrow) == 5, "five wait")
+    first.open()
+    await running
+    await until(lambda: second.reached, "the next runs")
+    await until(lambda: waiting(narrow) == 0, "the five are staged")
+    before = gone(narrow)
+    await left(calls[1])
+    await left(calls[5])
+    await until(lambda: gone(narrow) == before + 2, "the front knows")
+    second.open()
+    await staged
+    for number in (2, 3, 4):
+        y, seen = await calls[number]
+        assert (y.tolist(), seen.tolist()) == ([[number, number]], [3])
+
+
+@pytest.mark.parametrize("leavers", [1, 3])
+async def test_run_knows_that_nobody_waits_when_all_have_left(
+    narrow: Mesh, client: Client, gate: GateMaker, together: Begin, begin: Begin, tmp_path: Path, leavers: int
+) -> None:
+    """`cancelled()` is true once the last has left; until then the rest are waited for, and answered."""
+    here, record = gate("together"), tmp_path / "cancelled"
+    pids = set(narrow.workers)
+    calls = await begin([client.waits_together(ROW, gate=str(here), record=str(record)) for _ in range(3)])
+    await until(lambda: here.reached, "they run")
+    before = gone(narrow)
+    for call in calls[:leavers]:
+        await left(call)
+    await until(lambda: gone(narrow) == before + leavers, "the front knows")
+    here.open()
+    for call in calls[leavers:]:
+        y, seen = await call
+        assert (y.tolist(), seen.tolist()) == (ROW.tolist(), [3])
+    np.testing.assert_array_equal(await client.echo(X), X)
+    assert record.read_text() == str(leavers == 3)
+    assert set(narrow.workers) == pids
+
+
+async def test_core_is_freed_when_all_have_left(narrow: Mesh, client: Client, begin: Begin, tmp_path: Path) -> None:
+    """A run that goes on for nobody loses its worker, and not before."""
+    record, before = tmp_path / "rows", restarts(narrow)
+    calls = await begin([client.spins_together(ROW, record=str(record)) for _ in range(3)])
+    await until(lambda: record.exists() and record.read_text(), "they run")
+    assert record.read_text() == "3"
+    for call in calls:
+        assert restarts(narrow) == before
+        await left(call)
+    np.testing.assert_array_equal(await client.echo(X), X)
+    assert restarts(narrow) == before + 1
+
+
+async def test_many_who_leave_harm_nobody(narrow: Mesh, client: Client, gate: GateMaker, begin: Begin) -> None:
+    """A worker that listens to nobody while hundreds leave, of its run and of the next, answers those who stay."""
+    here, ends, before = gate("here"), restarts(narrow), gone(narrow)
+    calls = await begin(
+        [client.waits_together(ROW, gate=str(here)) for _ in range(220)] + [client.scaled(ROW) for _ in range(220)]
+    )
+    await until(lambda: here.reached and waiting(narrow) == 0, "a run of many has another staged behind it")
+    for call in (*calls[1:220], *calls[221:]):
+        await left(call)
+    await until(lambda: gone(narrow) == before + 438, "the front knows")
+    here.open()
+    assert (await calls[0]).seen.tolist() == [220]
+    assert (await calls[220]).seen.tolist() == [1]
+    assert restarts(narrow) == ends
+
+
+# Workers that end.
+
+
+async def test_run_that_dies_is_run_again_one_by_one(narrow: Mesh, client: Client, together: Begin) -> None:
+    """Of a pure kernel: the one that kills is refused after its second worker, the others are answered."""
+    before = restarts(narrow)
+    one, killer, other = await together([client.deadly_pure(x) for x in (ROW, BAD, ROW)])
+    assert isinstance(killer, FailedPrecondition), killer
+    for y, seen in (one, other):
+        assert (y.tolist(), seen.tolist()) == (ROW.tolist(), [1])
+    assert restarts(narrow) == before + 2
+
+
+async def test_run_that_dies_of_an_impure_kernel_is_lost(narrow: Mesh, client: Client, together: Begin) -> None:
+    """All that were in it end UNAVAILABLE, and nobody else."""
+    before = restarts(narrow)
+    *lost, right = await together([*(client.deadly(x) for x in (ROW, BAD, ROW)), client.scaled(ROW)])
+    for result in lost:
+        assert isinstance(result, Unavailable), result
+        assert "SIGKILL" in str(result)
+    assert right.y.tolist() == ROW.tolist()
+    assert restarts(narrow) == before + 1
+
+
+async def test_timeout_of_a_run_ends_all_of_it(client: Client, together: Begin) -> None:
+    """Of a kernel that is not pure: which of the calls it was nobody knows."""
+    for result in await together([client.timed_together(x) for x in (ROW, BAD, ROW)]):
+        assert isinstance(result, DeadlineExceeded), result
+        assert "timeout of 0.5 s" in str(result)
+    np.testing.assert_array_equal(await client.echo(X), X)
+
+
+async def test_timeout_of_a_pure_run_ends_whoever_it_was(client: Client, together: Begin) -> None:
+    """The others are answered when each has had the time for itself."""
+    one, endless, other = await together([client.timed_pure(x) for x in (ROW, BAD, ROW)])
+    assert isinstance(endless, DeadlineExceeded), endless
+    assert (one.y.tolist(), other.y.tolist()) == (ROW.tolist(), ROW.tolist())
+
+
+LIES = {
+    "twice": "was not running",
+    "one in another's place": "was not running",
+    "of the next run": "was not running",
+    "some": "not what it can be",
+    "one by one": "not what it can be",
+    "more": "was not running",
+    "none": "was not running",
+    "one is no array": "not what it can be",
+    "done after failed": "was not running",
+    "failed twice": "was not running",
+    "failed after done": "was not running",
+    "another call failed": "was not running",
+}
+
+
+@pytest.mark.parametrize("how", LIES)
+async def test_lie_about_a_run_ends_the_worker(narrow: Mesh, client: Client, together: Begin, how: str) -> None:
+    """A worker that answers for its calls what cannot be is killed: nobody waits for ever, or is answered twice."""
+    before = Scrape(narrow.front_metrics)
+    calls = [client.lies_together(np.full(1, float(number)), how=how) for number in range(3)]
+    *results, other = await together([*calls, client.scaled(ROW)])
+    if how == "failed after done":
+        assert all(not isinstance(result, Exception) for result in results), results
+    elif how in ("done after failed", "failed twice"):
+        # One of them was given to the worker again before it was found out.
+        assert sum(isinstance(result, Unavailable) for result in results) <= 1, results
+    else:
+        assert all(isinstance(result, Unavailable) for result in results), results
+    assert other.y.tolist() == ROW.tolist()
+    await until(lambda: restarts(narrow) == before.sum("unlatch_worker_restarts_total") + 1, "the worker is replaced")
+    after = Scrape(narrow.front_metrics)
+    reasons = {labels["reason"] for labels in after.labels("unlatch_worker_restarts_total")}
+    name = "unlatch_worker_restarts_total"
+    (reason,) = [one for one in reasons if after.sum(name, reason=one) > before.sum(name, reason=one)]
+    assert LIES[how] in reason
+    assert not after.fell_since(before)
+
+
+# Memory.
+
+
+async def test_large_replies_of_one_segment_stay_what_they_are(narrow: Mesh, client: Client, together: Begin) -> None:
+    """Replies that go out in pieces, while the worker is in its next runs already, are each its caller's to the end."""
+    length = 2 * MEBIBYTE // 8
+    for _ in range(3):
+        results = await together([client.stretched(np.full(1, float(number)), length=length) for number in range(40)])
+        for number, y in enumerate(results):
+            assert (y.shape, y.min(), y.max()) == ((1, length), number, number)
+
+
+async def test_runs_leave_nothing_behind(narrow: Mesh, client: Client, together: Begin) -> None:
+    """After many runs, refused, left and large ones among them, front and worker hold the memory that they held."""
+    front = narrow.front_service.pid
+
+    async def rounds(count: int) -> None:
+        for _ in range(count):
+            await together([client.stretched(np.ones(1), length=MEBIBYTE // 16) for _ in range(20)])
+            await together([client.picky(x) for x in (ROW, BAD, ROW)])
+            tasks = [asyncio.ensure_future(client.stretched(np.ones(1), length=MEBIBYTE // 4)) for _ in range(10)]
+            await asyncio.gather(*tasks[:3])
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            np.testing.assert_array_equal(await client.echo(X), X)
+
+    await rounds(4)
+    segments, memory = len(memory_files([front])), resident_bytes(front)
+    await rounds(12)
+    assert len(memory_files([front])) <= segments + 2
+    assert resident_bytes(front) - memory < 16 * MEBIBYTE
+
+
+# Any calls at all.
+
+_VALUES = st.integers(-7, 9).map(float)
+_ARRAYS = st.tuples(st.integers(0, 5), st.sampled_from([0, 1, 3]), _VALUES).map(lambda one: np.full(one[:2], one[2]))
+_FACTORS = st.sampled_from([1.0, -0.0, 0.0, np.inf, 2.5])
+
+
+@given(members=st.lists(st.tuples(_ARRAYS, _FACTORS, st.booleans()), min_size=1, max_size=24))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_together_is_as_alone(client: Client, together: Begin, members: list[tuple[Array, float, bool]]) -> None:
+    """Whatever is called together has the results and errors, to the last bit, that it has alone."""
+
+    def calls() -> Iterator[Awaitable[object]]:
+        for x, factor, picky in members:
+            yield client.picky(x) if picky else client.scaled(x, factor=factor)
+
+    def plain(result: Any) -> tuple[object, ...]:
+        if isinstance(result, Exception):
+            return type(result), str(result).partition(" under ")[0]
+        return result.y.dtype, result.y.shape, result.y.tobytes(), result.seen.shape
+
+    alone = [plain((await asyncio.gather(call, return_exceptions=True))[0]) for call in calls()]
+    assert [plain(result) for result in await together(list(calls()))] == alone

@@ -1,0 +1,81 @@
+"""When a call that may have effects begins: once its caller knows, who is not waited for, nor for who has left."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from tests.mesh.faults.conftest import front_at
+from tests.support.doors import LaneEnd, vector
+from unlatch.protos.unlatch_pb2 import Frames
+
+
+@pytest.fixture
+def lane(tmp_path: Path) -> Iterator[LaneEnd]:
+    """To a replica of one worker, behind whose runs others are staged however long they are expected to take."""
+    flags = ("--workers", "1", "--long-call-seconds", "3600", "--ahead-seconds", "3600")
+    with (
+        front_at(tmp_path / "front.sock", *flags) as front,
+        grpc.insecure_channel(front.wait_for("serving")["listen"]) as channel,
+        LaneEnd(channel, within=30.0) as opened,
+    ):
+        yield opened
+
+
+def hear(lane: LaneEnd, number: int) -> None:
+    """Say that it is known that a call begins."""
+    lane.send(Frames(started=[number]))
+
+
+def doubled(lane: LaneEnd, number: int) -> list[float]:
+    """What a call has come to."""
+    reply, body = lane.reply(number)
+    assert reply.HasField("response"), reply.failure
+    return [float(value) for value in np.frombuffer(body)]
+
+
+def make_it_slow(lane: LaneEnd) -> None:
+    """Runs of the kernel are expected to take so long that what is staged behind one is not about to begin."""
+    for number in (101, 102, 103):
+        lane.call(number, vector("doubles_once", 1.0, seconds=0.1))
+        assert doubled(lane, number) == [2.0]
+
+
+def test_beginning_waits_until_its_caller_knows(lane: LaneEnd, tmp_path: Path) -> None:
+    """What may have effects has none before that."""
+    record = tmp_path / "record"
+    lane.call(1, vector("doubles_once", 1.0, record=str(record)), attempt=1)
+    lane.until_started(1)
+    assert not record.exists()
+    hear(lane, 1)
+    assert doubled(lane, 1) == [2.0]
+    assert record.read_text() == "1.0\n"
+
+
+def test_staged_call_begins_though_the_one_before_it_has_left(lane: LaneEnd) -> None:
+    """Its caller hears of it when it is next, and that may be because the other's caller went before it knew."""
+    make_it_slow(lane)
+    lane.call(1, vector("doubles_once", 1.0), attempt=1)
+    lane.until_started(1)
+    lane.call(2, vector("doubles_once", 2.0), attempt=1)
+    lane.send(Frames(cancels=[1]))
+    lane.until_started(2)
+    hear(lane, 2)
+    assert doubled(lane, 2) == [4.0]
+
+
+def test_caller_who_never_says_that_it_knows_is_not_waited_for(lane: LaneEnd, tmp_path: Path) -> None:
+    """Its call ends UNAVAILABLE, not begun, and the one staged behind it is next."""
+    make_it_slow(lane)
+    record = tmp_path / "record"
+    lane.call(1, vector("doubles_once", 1.0, record=str(record)), attempt=1)
+    lane.until_started(1)
+    lane.call(2, vector("doubles_once", 2.0, record=str(record)), attempt=1)
+    refusal = lane.refusal(1)
+    assert (refusal.code, "has not said in time" in refusal.message) == ("UNAVAILABLE", True), refusal
+    lane.until_started(2)
+    hear(lane, 2)
+    assert doubled(lane, 2) == [4.0]
+    assert record.read_text() == "2.0\n"

@@ -1,0 +1,184 @@
+"""Identical calls of a pure kernel share a run: each caller gets its own answer, and none spoils it for the others."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from tests.conftest import StartMesh
+from tests.mesh.faults.conftest import FAULT_KERNELS
+from tests.mesh.faults.test_losses import left_in
+from tests.support.doors import arrays_of, request
+from tests.support.mesh import Mesh, running_mesh
+from tests.support.watching import Scrape, until
+from unlatch import Client
+from unlatch.common.errors import DeadlineExceeded, InvalidArgument
+from unlatch.protos.inference_pb2 import ModelInferRequest, ModelInferResponse
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+SHARED = "unlatch_coalesced_calls_total"
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """A mesh of two workers, whose gateway has yet to learn how long kernels run."""
+    with running_mesh(tmp_path_factory.mktemp("coalescing"), front=["--kernels", str(FAULT_KERNELS)]) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def client(mesh: Mesh) -> AsyncIterator[Client]:
+    """A client of the mesh."""
+    async with Client(mesh.gateway, timeout=60.0) as opened:
+        yield opened
+
+
+async def learned(client: Client, kernel: str, size: int) -> None:
+    """The gateway knows that this kernel takes half a second for so many values."""
+    await client.call(kernel, np.full(size, -1.0), seconds=0.5)
+
+
+def shared(mesh: Mesh, kernel: str = "doubles") -> float:
+    return Scrape(mesh.gateway_metrics).sum(SHARED, kernel=kernel)
+
+
+def runs(mesh: Mesh, kernel: str = "doubles") -> float:
+    """By the workers' own count."""
+    return Scrape(mesh.front_metrics).sum("unlatch_worker_calls_total", kernel=kernel)
+
+
+async def test_identical_calls_cost_one_run(mesh: Mesh, client: Client) -> None:
+    """64 calls through both doors: one run, 64 answers, to each the id that it gave."""
+    x = np.arange(1.0, 101.0)
+    await learned(client, "doubles", x.size)
+    ran, joined = runs(mesh), shared(mesh)
+    message = request("doubles", {"x": x}, seconds=0.5)
+
+    async with grpc.aio.insecure_channel(mesh.gateway) as channel:
+        rpc: Any = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=ModelInferRequest.SerializeToString,
+            response_deserializer=ModelInferResponse.FromString,
+        )
+
+        async def infer(number: int) -> ModelInferResponse:
+            own = ModelInferRequest()
+            own.CopyFrom(message)
+            own.id = f"call {number}"
+            answer: ModelInferResponse = await rpc(own)
+            return answer
+
+        by_oip = [asyncio.create_task(infer(number)) for number in range(32)]
+        by_lane = [asyncio.create_task(client.call("doubles", x, seconds=0.5)) for _ in range(32)]
+        for number, response in enumerate(await asyncio.gather(*by_oip)):
+            assert response.id == f"call {number}"
+            np.testing.assert_array_equal(arrays_of(response)[0], x * 2.0)
+        for y in await asyncio.gather(*by_lane):
+            np.testing.assert_array_equal(y, x * 2.0)
+    assert runs(mesh) - ran == 1
+    assert shared(mesh) - joined == 63
+
+
+async def test_large_calls_are_told_apart_by_their_last_byte(mesh: Mesh, client: Client) -> None:
+    """Tensors that come in pieces share a run where they are the same, and the reply's pieces go to every caller."""
+    x = np.arange(2.0**18)
+    other = x.copy()
+    other[-1] += 1.0
+    await learned(client, "doubles", x.size)
+    ran = runs(mesh)
+    calls = [asyncio.create_task(client.call("doubles", each, seconds=0.5)) for each in (x, other, x, other, x)]
+    for each, y in zip((x, other, x, other, x), await asyncio.gather(*calls), strict=True):
+        assert np.array_equal(y, each * 2.0)
+    assert runs(mesh) - ran == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda message: message.parameters["seconds"].MergeFrom(type(message.parameters["seconds"])(double_param=0.51)),
+        lambda message: message.inputs[0].shape.__setitem__(0, 1),
+        lambda message: setattr(message, "model_version", "1"),
+        lambda message: message.outputs.add(name="output0"),
+    ],
+    ids=["parameter", "shape", "version", "outputs"],
+)
+async def test_what_is_not_the_same_does_not_share(
+    change: Callable[[ModelInferRequest], None], mesh: Mesh, client: Client
+) -> None:
+    """Whatever a call says counts, but for its id."""
+    x = np.array([3.0, 3.0])
+    await learned(client, "doubles", x.size)
+    message, changed = (request("doubles", {"x": x}, seconds=0.5) for _ in range(2))
+    change(changed)
+    before = shared(mesh)
+    async with grpc.aio.insecure_channel(mesh.gateway) as channel:
+        rpc: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        one, two = rpc(message.SerializeToString()), rpc(changed.SerializeToString())
+        await one
+        # One that is refused was not the same either.
+        with suppress(grpc.aio.AioRpcError):
+            await two
+    assert shared(mesh) == before
+
+
+async def test_kernels_that_are_not_pure_share_nothing(mesh: Mesh, client: Client, tmp_path: Path) -> None:
+    """Each of their calls runs, and so does each of a kernel whose runs are short."""
+    await learned(client, "doubles_once", 1)
+    record, x = tmp_path / "record", np.array([7.0])
+    calls = [client.call("doubles_once", x, seconds=0.1, record=str(record)) for _ in range(4)]
+    await asyncio.gather(*calls)
+    assert left_in(record) == {7.0: 4}
+
+
+async def test_one_who_leaves_spoils_it_for_nobody(mesh: Mesh, client: Client, tmp_path: Path) -> None:
+    """Neither the first caller who leaves, nor one whose time is over: the others are answered, by the same run."""
+    x, record = np.array([11.0]), tmp_path / "record"
+    await learned(client, "doubles", x.size)
+    before = shared(mesh)
+
+    def call(**given: float) -> asyncio.Task[Any]:
+        return asyncio.create_task(client.call("doubles", x, seconds=1.0, record=str(record), **given))
+
+    first = call()
+    await until(lambda: left_in(record), "it has begun")
+    hurried, patient = call(timeout=0.3), call()
+    await until(lambda: shared(mesh) == before + 2, "the others share its run")
+    first.cancel()
+    with pytest.raises(DeadlineExceeded):
+        await hurried
+    np.testing.assert_array_equal(await patient, x * 2.0)
+    assert left_in(record) == {11.0: 1}
+
+
+async def test_when_all_have_left_the_core_is_free(start_mesh: StartMesh, tmp_path: Path) -> None:
+    """The last who leaves takes the run back from the worker."""
+    mesh = start_mesh(front=["--kernels", str(FAULT_KERNELS), "--workers", "1", "--kill-grace-seconds", "0.1"])
+    x, record = np.array([13.0]), tmp_path / "record"
+    async with Client(mesh.gateway, timeout=60.0) as client:
+        await learned(client, "doubles", x.size)
+        calls = [asyncio.create_task(client.call("doubles", x, seconds=3600.0, record=str(record))) for _ in range(3)]
+        await until(lambda: shared(mesh) == 2, "they share a run")
+        await until(lambda: left_in(record), "it has begun")
+        for call in calls:
+            call.cancel()
+        np.testing.assert_array_equal(await client.call("doubles", np.array([14.0])), [28.0])
+    assert Scrape(mesh.gateway_metrics).sum("unlatch_calls_in_flight") == 0
+
+
+async def test_a_failure_is_everybodys(mesh: Mesh, client: Client) -> None:
+    """What the run is refused with each caller hears."""
+    x = np.array([17.0])
+    await learned(client, "doubles", x.size)
+    calls = [asyncio.create_task(client.call("doubles", x, seconds=-1.0)) for _ in range(3)]
+    told = await asyncio.gather(*calls, return_exceptions=True)
+    assert len(told) == 3
+    assert all(isinstance(error, Exception) for error in told), told
+    assert not any(isinstance(error, InvalidArgument | DeadlineExceeded) for error in told)

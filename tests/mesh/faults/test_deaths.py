@@ -1,0 +1,463 @@
+"""Deaths of workers: a way to die x a moment. One death hurts the calls in that worker's hands and nothing else."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.mesh.faults.conftest import is_full, restarts
+from tests.support.mesh import Mesh
+from tests.support.watching import (
+    Gate,
+    Process,
+    Scrape,
+    alive,
+    children,
+    descriptors,
+    resident_bytes,
+    until,
+    wait_until,
+)
+from unlatch import Client
+from unlatch.common.errors import InvalidArgument, Unavailable
+from unlatch.common.kernel.tensors import Array
+
+# gRPC wants one event loop a process.
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+X = np.arange(3.0)
+GateMaker = Callable[[str], Gate]
+
+# How a worker that ends by itself is remembered: by the metrics, whose labels it does not choose.
+DEATHS = {
+    "sigkill": "SIGKILL ended it",
+    "sigsegv": "SIGSEGV ended it",
+    "sigbus": "SIGBUS ended it",
+    "exit": "it exited",
+    "abort": "SIGABRT ended it",
+    "real-time signal": "another signal ended it",
+    "stops": "it was stopped",
+    "main thread ends": "its main thread ended without it",
+    "closes": "it closed its socket",
+    "garbage": "it sent a frame that is none",
+    "empty map": "it sent a frame that is none",
+    "unknown frame": "it sent a frame that is none",
+    "other call": "it answered a call that it was not running",
+}
+# What callers are told where that is more.
+STORIES = {"exit": "it exited with code 3", "real-time signal": "signal 35 ended it"}
+# A thread's end is no process's: in an idle worker nothing is amiss.
+IDLE_DEATHS = DEATHS.keys() - {"main thread ends"}
+# Of those, the ones that tell nothing of what the worker does next: to the front it may have ended its run.
+SAID = ("garbage", "empty map", "unknown frame", "other call")
+LIES = (
+    *("no output", "too many outputs", "outside", "before", "longer than segment", "negative length"),
+    *("offsets overflow", "unserved dtype", "shape disagrees", "negative shape", "endless shape", "negative time"),
+    *("endless time", "negative code", "endless code", "code of success", "another misfit", "another start"),
+    "another kernel",
+    *("grown beyond memory", "grown beyond limit"),
+)
+
+
+_made = count()
+
+
+def fresh(size: int = 3) -> Array:
+    """An array that no call has had before: one that has met two deaths is refused."""
+    return np.full(size, float(next(_made)))
+
+
+def story(how: str) -> str:
+    return STORIES.get(how, DEATHS[how])
+
+
+def is_dead(process: Process) -> bool:
+    return not process.alive
+
+
+@contextmanager
+def replaced(mesh: Mesh, reason: str, times: int = 1) -> Iterator[None]:
+    """Within, so many workers die for that reason; afterwards the pool is as it was, and has counted right."""
+    before, ended = Scrape(mesh.front_metrics), restarts(mesh)
+    yield
+    wait_until(lambda: restarts(mesh) == ended + times, "restarts are counted")
+    wait_until(lambda: is_full(mesh), "every slot has a worker")
+    after = Scrape(mesh.front_metrics)
+    assert not after.fell_since(before)
+    name = "unlatch_worker_restarts_total"
+    grown = {
+        found: after.sum(name, reason=found) - before.sum(name, reason=found)
+        for found in {labels["reason"] for labels in after.labels(name)}
+    }
+    assert sum(count for found, count in grown.items() if reason in found) == times, grown
+
+
+async def busy(client: Client) -> None:
+    """Have every worker end a call: one that was replaced has then proved itself, and backs off no more."""
+    echoes = [client.burns(seconds=0.002) for _ in range(8)]
+    assert all(burnt >= 0.002 for burnt in await asyncio.gather(*echoes))
+
+
+async def fails(call: asyncio.Task[object], reason: str) -> None:
+    with pytest.raises(Unavailable, match=reason):
+        await call
+
+
+@pytest.mark.parametrize("kernel", ["dies", "dies_replying"])
+@pytest.mark.parametrize("how", DEATHS)
+async def test_death_in_a_call_fails_that_call(faulty: Mesh, client: Client, kernel: str, how: str) -> None:
+    """A worker that dies of its kernel, or with half of its reply written, fails that call alone, with the reason."""
+    with replaced(faulty, DEATHS[how]):
+        doomed = asyncio.ensure_future(client.call(kernel, fresh(1 << 18), how=how, timeout=5.0))
+        others = [client.echo(X * factor) for factor in range(50)]
+        for factor, y in enumerate(await asyncio.gather(*others)):
+            np.testing.assert_array_equal(y, X * factor)
+        await fails(doomed, story(how))
+    await busy(client)
+
+
+@pytest.mark.parametrize("how", LIES)
+async def test_lie_about_a_reply_ends_the_worker(faulty: Mesh, client: Client, how: str) -> None:
+    """A worker that answers what cannot be is killed, its call ends UNAVAILABLE, and the front is none the worse."""
+    with replaced(faulty, ""):
+        await fails(asyncio.ensure_future(client.dies(fresh(), how=how, timeout=5.0)), "worker")
+    assert resident_bytes(faulty.front_service.pid) < 400e6
+    await busy(client)
+
+
+@pytest.mark.parametrize("how", sorted(IDLE_DEATHS))
+async def test_death_of_an_idle_worker_fails_nothing(faulty: Mesh, client: Client, gate: GateMaker, how: str) -> None:
+    """A worker that dies between calls is replaced, and no call knows."""
+    here = gate("idle")
+    np.testing.assert_array_equal(await client.dies_idle(X, how=how, gate=str(here)), X)
+    await until(lambda: here.reached, "the thread waits")
+    # A worker that is not in a call takes the end of its socket for the end of its work.
+    with replaced(faulty, "it exited" if how == "closes" else DEATHS[how]):
+        here.open()
+    await busy(client)
+
+
+@pytest.mark.parametrize("how", [*(how for how in DEATHS if how not in SAID), "from outside"])
+async def test_death_fails_no_call_that_was_not_begun(faulty: Mesh, client: Client, gate: GateMaker, how: str) -> None:
+    """The call that a dead worker ran ends UNAVAILABLE; the one staged behind it, and all others, are answered."""
+    first, second = gate("first"), gate("second")
+    with replaced(faulty, DEATHS.get(how, "SIGKILL ended it")):
+        # Ties go to the lowest slot: the staged calls go to the workers in the same order.
+        outside = how == "from outside"
+        kernel = client.waits(X, gate=str(first)) if outside else client.dies(fresh(), how=how, gate=str(first))
+        doomed = asyncio.ensure_future(kernel)
+        await until(lambda: first.reached, "the first call runs")
+        running = asyncio.ensure_future(client.waits(X, gate=str(second)))
+        await until(lambda: second.reached, "the second call runs")
+        slots = {f"worker-{slot}": pid for slot, pid in enumerate((first.pid, second.pid))}
+        assert len(set(slots.values())) == 2
+        others = [asyncio.ensure_future(client.echo(X * factor)) for factor in range(12)]
+        await until(lambda: Scrape(faulty.front_metrics).sum("unlatch_queue_depth") == 10, "the rest waits")
+        if outside:
+            os.kill(first.pid, signal.SIGKILL)
+        else:
+            first.open()
+        await fails(doomed, "SIGKILL" if outside else story(how))
+        second.open()
+        np.testing.assert_array_equal(await running, X)
+        for factor, y in enumerate(await asyncio.gather(*others)):
+            np.testing.assert_array_equal(y, X * factor)
+    await busy(client)
+
+
+@pytest.mark.parametrize("how", DEATHS)
+async def test_death_in_its_grace_hurts_nobody(faulty: Mesh, client: Client, gate: GateMaker, how: str) -> None:
+    """A run that nobody waits for, and whose worker dies of it before it is ended for that, costs one worker."""
+    here = gate("here")
+    before = Scrape(faulty.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
+    with replaced(faulty, ""):
+        doomed = asyncio.ensure_future(client.dies(fresh(), how=how, gate=str(here)))
+        await until(lambda: here.reached, "it runs")
+        others = [asyncio.ensure_future(client.echo(X * factor)) for factor in range(12)]
+        doomed.cancel()
+        await until(
+            lambda: Scrape(faulty.front_metrics).sum("unlatch_calls_total", code="CANCELLED") == before + 1,
+            "the front knows",
+        )
+        # It may be too late for this: either way it is one end.
+        here.open()
+        for factor, y in enumerate(await asyncio.gather(*others)):
+            np.testing.assert_array_equal(y, X * factor)
+    await busy(client)
+
+
+@pytest.mark.parametrize("kernel", ["doubles", "doubles_once"])
+@pytest.mark.parametrize("how", [*SAID, "no output", "negative code"])
+async def test_worker_that_lies_may_have_gone_on(
+    faulty: Mesh, client: Client, gate: GateMaker, tmp_path: Path, how: str, kernel: str
+) -> None:
+    """It is killed when it has begun the call staged behind: that runs again if it is pure, and never twice if not."""
+    first, second, record = gate("first"), gate("second"), tmp_path / "record"
+    front = faulty.front_service
+    with replaced(faulty, ""):
+        liar = asyncio.ensure_future(client.lies(fresh(), how=how, gate=str(first)))
+        await until(lambda: first.reached, "the first call runs")
+        running = asyncio.ensure_future(client.waits(X, gate=str(second)))
+        await until(lambda: second.reached, "the second call runs")
+        x = fresh()
+        staged = asyncio.ensure_future(client.call(kernel, x, record=str(record)))
+        others = [asyncio.ensure_future(client.echo(X)) for _ in range(3)]
+        await until(lambda: Scrape(faulty.front_metrics).sum("unlatch_queue_depth") == 2, "one is staged behind each")
+        # The front hears of the lie when the next call has begun, and no sooner.
+        front.signal(signal.SIGSTOP)
+        try:
+            first.open()
+            await until(lambda: record.exists() and record.read_text(), "the staged call has begun")
+        finally:
+            front.signal(signal.SIGCONT)
+        await fails(liar, "worker")
+        if kernel == "doubles":
+            np.testing.assert_array_equal(await staged, x * 2.0)
+        else:
+            await fails(staged, "may have begun the call")
+        second.open()
+        for y in await asyncio.gather(running, *others):
+            np.testing.assert_array_equal(y, X)
+    assert len(record.read_text().split()) == (2 if kernel == "doubles" else 1)
+    await busy(client)
+
+
+@pytest.mark.parametrize("how", DEATHS)
+async def test_death_while_starting_is_tried_again(faulty: Mesh, client: Client, at_start: Path, how: str) -> None:
+    """A replacement that dies before it is ready is replaced in turn, and meanwhile the other worker serves."""
+    (at_start / f"{how}.start").touch()
+    ended = restarts(faulty)
+    await fails(asyncio.ensure_future(client.dies(fresh(), how="exit")), "code 3")
+    while (at_start / f"{how}.start").exists() or not is_full(faulty):
+        np.testing.assert_array_equal(await client.echo(X), X)
+    assert 1 <= restarts(faulty) - ended <= 2
+    await busy(client)
+
+
+async def test_dead_worker_takes_one_call_at_most(faulty: Mesh, client: Client) -> None:
+    """Of calls that come while an idle worker dies, the front gives it one at most before it knows."""
+    for _ in range(10):
+        victim = Process.of(faulty.workers[-1])
+        with replaced(faulty, "SIGKILL"):
+            os.kill(victim.pid, signal.SIGKILL)
+            await until(partial(is_dead, victim), "it is dead")
+            calls = [client.echo(X * factor) for factor in range(20)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(answer, Unavailable) for answer in answers) <= 1
+        await busy(client)
+
+
+async def test_many_deaths_leave_nothing(faulty: Mesh, client: Client) -> None:
+    """After many deaths the front has the descriptors and memory that it had, and no zombie is left anywhere."""
+    front, forkserver = faulty.front_service.pid, faulty.pids["forkserver"]
+
+    async def deaths(count: int) -> None:
+        for number in range(count):
+            how = ("sigkill", "sigsegv", "exit", "garbage")[number % 4]
+            with replaced(faulty, DEATHS[how]):
+                await fails(asyncio.ensure_future(client.dies(fresh(100_000), how=how)), story(how))
+            await busy(client)
+
+    await deaths(4)
+    files, memory = sorted(descriptors(front).values()), resident_bytes(front)
+    await deaths(24)
+    assert len(descriptors(front)) <= len(files) + 2, sorted(descriptors(front).values())
+    assert resident_bytes(front) - memory < 4e6
+    wait_until(lambda: not children(front, zombies=True) and not children(forkserver, zombies=True), "no zombies")
+
+
+async def test_forkserver_killed(faulty: Mesh, client: Client, gate: GateMaker) -> None:
+    """When the forkserver dies its workers go on, calls included; a worker killed later still gets a successor."""
+    here = gate("here")
+    running = asyncio.ensure_future(client.waits(X, gate=str(here)))
+    await until(lambda: here.reached, "a call runs")
+    workers, forkserver = set(faulty.workers), faulty.pids["forkserver"]
+    processes = [Process.of(pid) for pid in workers]
+    before, ended = Scrape(faulty.front_metrics), restarts(faulty)
+    os.kill(forkserver, signal.SIGKILL)
+    others = [asyncio.ensure_future(client.echo(X)) for _ in range(20)]
+    # One of them is staged behind the call that waits.
+    await until(lambda: sum(other.done() for other in others) == 19, "the other worker serves")
+    assert len(alive(processes)) == 2
+    assert restarts(faulty) == ended
+    here.open()
+    np.testing.assert_array_equal(await running, X)
+    await asyncio.gather(*others)
+    await renew(faulty, client, processes)
+    assert faulty.pids["forkserver"] != forkserver
+    assert not workers & set(faulty.workers)
+    assert not Scrape(faulty.front_metrics).fell_since(before)
+
+
+async def renew(faulty: Mesh, client: Client, processes: list[Process]) -> None:
+    """Workers whose parent is gone: nobody but the pidfd tells of their end. All die; the new one has the next two."""
+    for process in processes:
+        ours = process.pid in faulty.workers
+        with replaced(faulty, "SIGKILL ended it" if ours else "it ended in a way that nobody saw"):
+            os.kill(process.pid, signal.SIGKILL)
+        await busy(client)
+    assert len(faulty.workers) == 2
+    assert not children(faulty.front_service.pid, zombies=True)
+
+
+@pytest.mark.parametrize("moment", ["start", "fork"])
+async def test_forkserver_killed_while_it_starts_a_worker(
+    faulty: Mesh, client: Client, at_start: Path, gate: GateMaker, moment: str
+) -> None:
+    """A forkserver that dies in the middle of a start is replaced, and so is the worker; the other serves meanwhile.
+
+    At the fork it has told nobody of its child; at the child's start it may have, and then that one serves.
+    """
+    forkserver = Process.of(faulty.pids["forkserver"])
+    (at_start / f"forkserver.{moment}").touch()
+    await fails(asyncio.ensure_future(client.dies(fresh(), how="exit")), "code 3")
+    while (at_start / f"forkserver.{moment}").exists() or not is_full(faulty):
+        np.testing.assert_array_equal(await client.echo(X), X)
+    assert not forkserver.alive
+    gates = [gate("one"), gate("two")]
+    calls = [asyncio.ensure_future(client.waits(X, gate=str(each))) for each in gates]
+    await until(lambda: all(each.reached for each in gates), "both workers run a call")
+    processes = [Process.of(each.pid) for each in gates]
+    for each in gates:
+        each.open()
+    await asyncio.gather(*calls)
+    await renew(faulty, client, processes)
+    # One that was forked, but of which the front was never told, has ended by itself.
+    ours = {faulty.pids["forkserver"], *faulty.workers}
+    wait_until(lambda: forked(at_start) == ours, "no worker is left that nobody knows")
+
+
+def forked(mark: Path) -> set[int]:
+    """Forkservers and workers of meshes whose environment names that directory."""
+    found = set()
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):
+            process = Process.of(int(name))
+            environment = Path(f"/proc/{name}/environ").read_bytes()
+            if str(mark).encode() in environment and "multiprocessing.forkserver" in process.command and process.alive:
+                found.add(process.pid)
+    return found
+
+
+async def test_kernel_that_prints_to_nobody_hangs_alone(faulty: Mesh, client: Client, tmp_path: Path) -> None:
+    """Megabytes on a stderr that nobody reads stop the kernel that prints them, as long as it is let; nobody else."""
+    record = tmp_path / "prints"
+    with faulty.front_service.unread():
+        printing = asyncio.ensure_future(client.prints(fresh(), megabytes=4, record=str(record)))
+        await until(record.exists, "it prints")
+        for _ in range(4):
+            # The front logs each of these ends, to the same stderr.
+            with replaced(faulty, "SIGKILL ended it"):
+                await fails(asyncio.ensure_future(client.dies(fresh(), how="sigkill")), "SIGKILL")
+            np.testing.assert_array_equal(await client.echo(X), X)
+        assert not printing.done()
+        reason = {"reason": "it ran a call that nobody waited for"}
+        before = Scrape(faulty.front_metrics).sum("unlatch_worker_restarts_total", **reason)
+        printing.cancel()
+        await until(
+            lambda: Scrape(faulty.front_metrics).sum("unlatch_worker_restarts_total", **reason) == before + 1,
+            "it is ended",
+        )
+    await busy(client)
+    with replaced(faulty, "SIGKILL ended it"):
+        await fails(asyncio.ensure_future(client.dies(fresh(), how="sigkill")), "SIGKILL")
+
+
+async def test_thread_that_a_kernel_leaves_holds_nobody_up(faulty: Mesh, client: Client, gate: GateMaker) -> None:
+    """A thread that goes on after the reply takes turns with later calls, and ends with its worker."""
+    here = gate("here")
+    np.testing.assert_array_equal(await client.leaves_thread(X, gate=str(here)), X)
+    await until(lambda: here.reached, "its thread waits")
+    for factor in range(10):
+        np.testing.assert_array_equal(await client.echo(X * factor), X * factor)
+    host = Process.of(here.pid)
+    with replaced(faulty, "SIGTERM ended it"):
+        os.kill(host.pid, signal.SIGTERM)
+    assert not host.alive
+    await busy(client)
+
+
+@pytest.mark.parametrize("how", ["exit", "sigsegv"])
+async def test_child_that_keeps_the_socket_open_hides_no_death(
+    faulty: Mesh, client: Client, tmp_path: Path, how: str
+) -> None:
+    """A worker's end is seen though its end of the socket is not closed, and whoever holds that ends too."""
+    record = tmp_path / "child"
+    with replaced(faulty, DEATHS[how]):
+        doomed = client.leaves_child(fresh(), record=str(record), how=how, timeout=5.0)
+        await fails(asyncio.ensure_future(doomed), story(how))
+    child = int(await asyncio.to_thread(record.read_text))
+    wait_until(lambda: not Path(f"/proc/{child}/exe").exists(), "the child has ended")
+    await busy(client)
+
+
+async def test_child_of_a_kernel_ends_with_its_worker(faulty: Mesh, client: Client, tmp_path: Path) -> None:
+    """What a kernel has started goes when its worker goes."""
+    record = tmp_path / "child"
+    await client.leaves_child(X, record=str(record))
+    child = Process.of(int(record.read_text()))
+    assert child.alive
+    parent = next(pid for pid in faulty.workers if child.pid in children(pid))
+    with replaced(faulty, "SIGKILL"):
+        os.kill(parent, signal.SIGKILL)
+    wait_until(lambda: not child.alive, "the child has ended")
+    await busy(client)
+
+
+SEALED = {
+    "truncate input": "EPERM",
+    "grow input": "EPERM",
+    "write input": "EPERM",
+    "punch input": "EPERM",
+    "map input": "EPERM",
+    "unprotect input": "EACCES",
+    "seal input": "EPERM",
+    "truncate reply": "EPERM",
+    "shorten reply": "EPERM",
+    "write-seal reply": "EBUSY",
+}
+
+
+@pytest.mark.parametrize("how", SEALED)
+async def test_shared_memory_is_sealed(faulty: Mesh, client: Client, how: str) -> None:
+    """A worker can write no input segment, and shrink no segment at all: the system refuses, and calls go on."""
+    assert str(await client.tampers(X, how=how)) == repr(SEALED[how].encode())
+    np.testing.assert_array_equal(await client.echo(X), X)
+
+
+async def test_scribbling_worker_spoils_its_own_reply_alone(faulty: Mesh, client: Client) -> None:
+    """Noise written over a worker's reply segments while the front reads them reaches nobody else's reply."""
+    with replaced(faulty, "SIGKILL"):
+        spoilt = asyncio.ensure_future(client.scribbles(megabytes=64, seconds=1.5))
+        await until(lambda: Scrape(faulty.front_metrics).sum("unlatch_worker_busy_seconds_total"), "it runs")
+        for factor in range(100):
+            y = await client.echo(np.full(1000, float(factor)))
+            # The scribbler may be who answers this, and then it may be noise too.
+            assert y.shape == (1000,)
+        assert (await spoilt).shape == (64 << 17,)
+        scribbler = max(faulty.workers, key=lambda pid: Path(f"/proc/{pid}/task").stat().st_nlink)
+        os.kill(scribbler, signal.SIGKILL)
+    await busy(client)
+    np.testing.assert_array_equal(await client.echo(X), X)
+
+
+@pytest.mark.parametrize("size", [1 << 30, 1 << 46])
+async def test_huge_reply_segment_costs_the_front_nothing(faulty: Mesh, client: Client, size: int) -> None:
+    """A reply segment that its worker has made enormous, with a fair reply in it, is read as far as the reply goes."""
+    x = np.arange(1 << 18, dtype="f8")
+    np.testing.assert_array_equal(await client.grows(x, size=size), x)
+    assert resident_bytes(faulty.front_service.pid) < 400e6
+    np.testing.assert_array_equal(await client.echo(x), x)
+
+
+async def test_wrong_call_after_deaths_is_refused_as_ever(client: Client) -> None:
+    """The pool that has outlived all this still tells a caller's fault from its own."""
+    with pytest.raises(InvalidArgument):
+        await client.waits(X.astype("f4"), gate="")

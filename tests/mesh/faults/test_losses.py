@@ -1,0 +1,179 @@
+"""Replicas that are lost: what was begun is sent again if it may be, what was not goes elsewhere, nobody runs twice."""
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from tests.mesh.faults.conftest import Fleet
+from tests.support.doors import LARGE, LaneEnd, request
+from tests.support.watching import Scrape, until
+from unlatch import Client
+from unlatch.common.errors import Unavailable
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+StartFleet = Callable[..., Fleet]
+RETRIES = "unlatch_retries_total"
+BUSY = 12
+
+
+def left_in(record: Path) -> Counter[float]:
+    """How often each value was left."""
+    return Counter(map(float, record.read_text().split())) if record.exists() else Counter()
+
+
+class Callers:
+    """Callers that call one after another, each with values of its own, and look at every result."""
+
+    def __init__(self, client: Client, kernel: str, record: Path) -> None:
+        self._client = client
+        self._kernel = kernel
+        self._record = record
+        self._next = 0
+        self.stopped = False
+        self.answered: list[float] = []
+        self.failed: list[tuple[float, str]] = []
+
+    async def run(self) -> None:
+        """Call until stopped. Only Unavailable may end a call."""
+        while not self.stopped:
+            self._next += 1
+            value = float(self._next)
+            x = np.array([value, 1.0, -value])
+            try:
+                y = await self._client.call(self._kernel, x, seconds=0.004, record=str(self._record), timeout=60.0)
+            except Unavailable as error:
+                self.failed.append((value, error.message))
+            else:
+                np.testing.assert_array_equal(y, x * 2.0)
+                self.answered.append(value)
+
+
+async def test_replicas_are_killed_and_then_restarted_under_load(start_fleet: StartFleet, tmp_path: Path) -> None:
+    """Not one call of a pure kernel fails; of others some do, each is counted, and none has run twice."""
+    fleet = start_fleet(3)
+    await asyncio.gather(*(asyncio.to_thread(fleet.start, number) for number in range(3)))
+    async with Client(fleet.address) as client:
+        pure = Callers(client, "doubles", tmp_path / "pure")
+        once = Callers(client, "doubles_once", tmp_path / "once")
+        running = [asyncio.create_task(who.run()) for who in (pure, once) for _ in range(BUSY)]
+        for number in (0, 1, 2):
+            seen = len(pure.answered)
+            await until(lambda seen=seen: len(pure.answered) > seen + 100, "calls are answered", 30.0)  # type: ignore[misc]
+            await asyncio.to_thread(fleet.kill, number)
+            await asyncio.to_thread(fleet.start, number)
+        before = len(once.failed)
+        for number in (0, 1, 2):
+            await asyncio.to_thread(fleet.stop, number)
+            await asyncio.to_thread(fleet.start, number)
+        pure.stopped = once.stopped = True
+        await asyncio.gather(*running)
+    assert pure.failed == []
+    assert len(once.failed) == before, "a drain loses nothing"
+    assert all("may have had effect" in message for _, message in once.failed)
+    ran = left_in(tmp_path / "once")
+    assert max(ran.values()) == 1
+    assert ran.keys() >= set(once.answered)
+    now = Scrape(fleet.metrics)
+    assert now.sum("unlatch_calls_total", kernel="doubles_once", code="UNAVAILABLE") == len(once.failed)
+    assert now.sum("unlatch_retries_refused_total", reason="not pure") == len(once.failed)
+    again = now.sum(RETRIES, reason="lost") + now.sum(RETRIES, reason="failed")
+    assert again <= 0.1 * (len(pure.answered) + len(once.answered) + len(once.failed)) + 2 * BUSY
+    assert sum(left_in(tmp_path / "pure").values()) - len(pure.answered) <= again + now.sum(RETRIES, reason="not begun")
+
+
+async def test_call_that_was_begun_is_sent_again_where_it_is_pure(start_fleet: StartFleet, tmp_path: Path) -> None:
+    """The replica that ran it is killed: another runs it, and it is told from those that nobody had begun."""
+    fleet = start_fleet(2)
+    await asyncio.to_thread(fleet.start, 0)
+    x, record = np.arange(1.0, 4.0), tmp_path / "record"
+    async with Client(fleet.address) as client:
+        calling = asyncio.create_task(client.call("stays_at_first", x, record=str(record), timeout=60.0))
+        await until(lambda: left_in(record), "it has begun")
+        # It is told of with the next message.
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(fleet.start, 1)
+        await asyncio.to_thread(fleet.kill, 0)
+        np.testing.assert_array_equal(await calling, x * 2.0)
+    assert left_in(record) == {1.0: 2}
+    assert Scrape(fleet.metrics).sum(RETRIES, reason="lost") == 1
+
+
+@pytest.mark.parametrize("pure", [True, False])
+async def test_calls_of_a_frozen_replica_go_elsewhere_or_are_told(
+    start_fleet: StartFleet, tmp_path: Path, *, pure: bool
+) -> None:
+    """Its connection stays, and its silence is noticed: what it ran is run by another if it may be, and no more."""
+    fleet = start_fleet(2)
+    await asyncio.to_thread(fleet.start, 0)
+    x, record, kernel = np.arange(1.0, 4.0), tmp_path / "record", "stays_at_first" if pure else "doubles_once"
+    async with Client(fleet.address) as client:
+        stays = {} if pure else {"seconds": 3600.0}
+        calling = asyncio.create_task(client.call(kernel, x, record=str(record), timeout=60.0, **stays))
+        await until(lambda: left_in(record), "it has begun")
+        await asyncio.to_thread(fleet.start, 1)
+        front = fleet.fronts[0]
+        assert front is not None
+        front.signal(signal.SIGSTOP)
+        await asyncio.to_thread(
+            fleet.gateway.wait_for, "lane to replica broke", replica=f"unix:{fleet.sockets[0]}", within=6.0
+        )
+        if pure:
+            np.testing.assert_array_equal(await calling, x * 2.0)
+        else:
+            with pytest.raises(Unavailable, match="may have had effect"):
+                await calling
+        # Whoever comes after it is noticed hears nothing of it.
+        for value in range(20):
+            np.testing.assert_array_equal(await client.doubles(np.array([float(value)])), [2.0 * value])
+    assert left_in(record) == {1.0: 2 if pure else 1}
+
+
+async def test_call_that_nobody_has_begun_is_sent_elsewhere(start_fleet: StartFleet, tmp_path: Path) -> None:
+    """What waits in a replica that is killed runs in another, once, pure or not; what ran is told that it may have."""
+    fleet = start_fleet(2)
+    await asyncio.to_thread(fleet.start, 0)
+    record = tmp_path / "record"
+    async with Client(fleet.address, timeout=60.0) as client:
+        first = asyncio.create_task(client.call("doubles_once", np.array([1.0]), seconds=3600.0, record=str(record)))
+        await until(lambda: left_in(record), "it has begun")
+        others = [
+            asyncio.create_task(client.call("doubles_once", np.array([value]), record=str(record)))
+            for value in (2.0, 3.0, 4.0)
+        ]
+        large = np.full(300_000, 5.0)
+        others.append(asyncio.create_task(client.call("doubles_once", large, record=str(record))))
+        await until(lambda: Scrape(fleet.metrics).sum("unlatch_calls_in_flight") == 5, "all have come")
+        await asyncio.to_thread(fleet.start, 1)
+        await asyncio.to_thread(fleet.kill, 0)
+        with pytest.raises(Unavailable, match="may have had effect"):
+            await first
+        for value, y in zip((2.0, 3.0, 4.0, 5.0), await asyncio.gather(*others), strict=True):
+            assert set(y) == {2.0 * value}
+    assert left_in(record) == {1.0: 1, 2.0: 1, 3.0: 1, 4.0: 1, 5.0: 1}
+    assert Scrape(fleet.metrics).sum("unlatch_retries_total", reason="lost") == 0
+
+
+async def test_large_reply_that_breaks_off_begins_again(start_fleet: StartFleet, tmp_path: Path) -> None:
+    """A replica is killed while a reply of 128 MiB is on its way: its caller gets the whole of another one."""
+    fleet = start_fleet(2)
+    await asyncio.gather(*(asyncio.to_thread(fleet.start, number) for number in range(2)))
+    x, record, there = np.arange(2.0**17), tmp_path / "record", tmp_path / "there"
+    message = request("repeats_when", {"x": x}, times=128, there=str(there), record=str(record))
+    with grpc.insecure_channel(fleet.address, options=LARGE) as channel, LaneEnd(channel) as lane:
+        lane.call(1, message)
+        await until(lambda: left_in(record), "it has begun")
+        number = fleet.running(record)
+        there.touch()
+        await asyncio.to_thread(lane.first_frame, 1)
+        await asyncio.to_thread(fleet.kill, number)
+        reply, body = await asyncio.to_thread(lane.reply, 1)
+        assert not reply.HasField("failure"), reply.failure
+        assert np.array_equal(np.frombuffer(body), np.tile(x, 128))
+    assert left_in(record) == {0.0: 2}

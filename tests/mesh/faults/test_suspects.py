@@ -1,0 +1,102 @@
+"""Calls that kill: the third like it is refused, whoever sends it, and whoever did no harm is let through."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.mesh.faults.conftest import FAULT_KERNELS, answered, restarts
+from tests.support.mesh import Mesh, running_mesh
+from unlatch import Client
+from unlatch.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from unlatch.common.kernel.tensors import Array
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+# Read on the event loop, and by a thread.
+SIZES = {"small": 3, "large": 1 << 20}
+REFUSED = "2 workers ended while they ran this call, the last one because SIGKILL ended it"
+POISON_SECONDS = 2
+
+
+@pytest.fixture
+def forgetful(tmp_path: Path) -> Iterator[Mesh]:
+    """A mesh that soon forgets."""
+    flags = ["--kernels", str(FAULT_KERNELS), "--poison-seconds", str(POISON_SECONDS)]
+    with running_mesh(tmp_path, front=flags) as running:
+        yield running
+
+
+def dice(size: int) -> Array:
+    """What no call has had before."""
+    return np.frombuffer(os.urandom(8 * size), "u8").astype("f8")
+
+
+async def kills(client: Client, x: Array, how: str = "sigkill") -> None:
+    with pytest.raises(Unavailable, match="ended while it ran the call"):
+        await client.dies(x, how=how)
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_call_that_killed_twice_is_refused(faulty: Mesh, client: Client, size: str) -> None:
+    """A caller who sends again what has killed hears it twice; from then on nobody's worker dies of it."""
+    x = dice(SIZES[size])
+    await kills(client, x)
+    with pytest.raises(FailedPrecondition, match=REFUSED):
+        await client.dies(x, how="sigkill")
+    before = restarts(faulty)
+    async with Client(faulty.gateway) as other:
+        for _ in range(5):
+            with pytest.raises(FailedPrecondition, match=r"it is refused for another \d+ s"):
+                await other.dies(x.copy(), how="sigkill")
+    assert restarts(faulty) == before
+    # Another call of that kernel, of that size, is another call.
+    await kills(client, dice(SIZES[size]))
+
+
+async def test_many_calls_alike_kill_few_workers(faulty: Mesh, client: Client) -> None:
+    """What waits when a call turns out to be poison is held against it: the queue is no way around."""
+    x, before = dice(3), restarts(faulty)
+    outcomes = await asyncio.gather(*(client.dies(x, how="sigkill") for _ in range(60)), return_exceptions=True)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, FailedPrecondition)]
+    assert all(isinstance(outcome, FailedPrecondition | Unavailable) for outcome in outcomes), outcomes
+    # Two that are counted; of the two workers each may have had another staged meanwhile.
+    assert restarts(faulty) - before <= 6
+    assert len(refused) >= 54
+
+
+async def test_call_that_did_no_harm_is_cleared(client: Client, tmp_path: Path) -> None:
+    """A worker that was lost for another reason is no lasting strike: one run to its end, and it is forgotten."""
+    record, x = tmp_path / "deadly", dice(3)
+    for _ in range(3):
+        record.touch()
+        with pytest.raises(Unavailable, match="SIGKILL ended it"):
+            await client.dies_while(x, record=str(record))
+        record.unlink()
+        np.testing.assert_array_equal(await client.dies_while(x, record=str(record)), x)
+
+
+async def test_worker_that_we_end_is_no_strike(client: Client) -> None:
+    """Calls that run for too long lose their workers again and again, and are never held to be poison."""
+    for _ in range(3):
+        with pytest.raises(DeadlineExceeded, match="kernel timed ran for longer"):
+            await client.timed(seconds=60.0)
+
+
+async def test_poison_is_forgotten_in_time(forgetful: Mesh) -> None:
+    """When its time is over the call is tried again."""
+    async with Client(forgetful.gateway) as client:
+        await answered(client)
+        x = dice(3)
+        await kills(client, x)
+        with pytest.raises(FailedPrecondition, match=rf"refused for another {POISON_SECONDS} s"):
+            await client.dies(x, how="sigkill")
+        outcome: BaseException = FailedPrecondition("")
+        while isinstance(outcome, FailedPrecondition):
+            with pytest.raises((FailedPrecondition, Unavailable)) as found:
+                await client.dies(x, how="sigkill")
+            outcome = found.value
+        assert "ended while it ran the call" in str(outcome)

@@ -1,0 +1,215 @@
+"""The real thing for tests: a gateway and a compute service as processes, on free ports and a Unix socket.
+
+Nothing here sleeps: a service's log lines say how far it is. What it logged is in the message of every failure.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tests.support.watching import children
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "tests" / "support" / "kernels.py"
+_WITHIN_SECONDS = 20.0
+_MOST_LINES_SHOWN = 40
+
+Entry = dict[str, Any]
+
+
+class Service:
+    """One process of ours, and what it has logged. It ends with this test run, come what may."""
+
+    def __init__(
+        self,
+        module: str,
+        *flags: str,
+        environment: Mapping[str, str] | None = None,
+        runner: Sequence[str] = (),
+    ) -> None:
+        self.name = module
+        self.lines: list[str] = []
+        self._logged = threading.Condition()
+        self._ended = False
+        self._reads = threading.Event()
+        self._reads.set()
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("UNLATCH_")}
+        # A service whose supervisor is gone ends itself.
+        supervised = {**inherited, "UNLATCH_SUPERVISOR": str(os.getpid()), **(environment or {})}
+        self._child = subprocess.Popen(
+            [*(runner or (sys.executable, "-m")), module if runner else f"unlatch.{module}", *flags],
+            cwd=ROOT,
+            env=supervised,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, name=f"log of {module}", daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def entries(self) -> list[Entry]:
+        """What it has logged; lines that are no JSON (a kernel's prints) left out."""
+        return [json.loads(line) for line in list(self.lines) if line.startswith("{")]
+
+    def __str__(self) -> str:
+        state = self._child.poll()
+        head = f"{self.name} (pid {self.pid}, {'running' if state is None else f'exit code {state}'}) logged:"
+        return "\n".join([head, *(line[:1000] for line in self.lines[-_MOST_LINES_SHOWN:])])
+
+    def wait_for(self, event: str, *, after: int = 0, within: float = _WITHIN_SECONDS, **fields: object) -> Entry:
+        """The first entry of that event with those fields, from line `after` on. Fails when none comes in time."""
+        found: Entry | None = None
+
+        def there() -> bool:
+            nonlocal found, after
+            while found is None and after < len(self.lines):
+                line = self.lines[after]
+                after += 1
+                entry = json.loads(line) if line.startswith("{") else {}
+                if entry.get("event") == event and fields.items() <= entry.items():
+                    found = entry
+            return found is not None or self._ended
+
+        with self._logged:
+            self._logged.wait_for(there, within)
+        assert found is not None, f"no {event!r} with {fields} came within {within} s; {self}"
+        return found
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """Within, nobody reads what it logs."""
+        self._reads.clear()
+        try:
+            yield
+        finally:
+            self._reads.set()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._child.send_signal(number)
+
+    def wait(self, within: float = _WITHIN_SECONDS) -> int:
+        """Its exit code, once it has ended and its log is here to the last line."""
+        try:
+            code = self._child.wait(within)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it did not end within {within} s; {self}") from None
+        self._reader.join(within)
+        return code
+
+    def stop(self) -> None:
+        """SIGTERM, and its drain; fails where that is not how it ends."""
+        self._child.terminate()
+        code = self.wait()
+        assert code == 0, f"it ended with {code}; {self}"
+
+    def kill(self) -> None:
+        """End it, if it has not ended."""
+        if self._child.poll() is None:
+            self._child.kill()
+        self.wait()
+
+    def _read(self) -> None:
+        assert self._child.stderr is not None
+        with self._child.stderr as stderr:
+            for line in stderr:
+                self._reads.wait()
+                with self._logged:
+                    self.lines.append(line.rstrip("\n"))
+                    self._logged.notify_all()
+        with self._logged:
+            self._ended = True
+            self._logged.notify_all()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """A gateway and one replica that serves it. `gateway` and `front` are their addresses for gRPC."""
+
+    gateway: str
+    gateway_metrics: str
+    gateway_health: str
+    gateway_service: Service
+    front: str
+    front_metrics: str
+    front_health: str
+    front_service: Service
+
+    def __str__(self) -> str:
+        return f"{self.gateway_service}\n{self.front_service}"
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Each process by name: gateway, front, forkserver, and worker-<pid>, in the order of their birth."""
+        found = {"gateway": self.gateway_service.pid, "front": self.front_service.pid}
+        for child in children(self.front_service.pid):
+            if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found["forkserver"] = child
+                found |= {f"worker-{worker}": worker for worker in children(child)}
+        return found
+
+    @property
+    def workers(self) -> list[int]:
+        """The workers' pids."""
+        return [pid for name, pid in self.pids.items() if name.startswith("worker-")]
+
+
+@contextmanager
+def running_front(socket: Path, *flags: str) -> Iterator[Service]:
+    """A replica alone, serving the tests' kernels with two workers unless flags say otherwise; stopped at the end."""
+    defaults = {"--workers": "2", "--kernels": str(KERNELS), "--drain-seconds": "5"}
+    chosen = [part for flag, value in defaults.items() if flag not in flags for part in (flag, value)]
+    with Service("compute", "--listen", f"unix:{socket}", *_ANY_PORTS, *chosen, *flags) as front:
+        front.wait_for("serving")
+        yield front
+        front.stop()
+
+
+@contextmanager
+def running_mesh(directory: Path, *, front: Sequence[str] = (), gateway: Sequence[str] = ()) -> Iterator[Mesh]:
+    """Both services, with flags on top of what they need to find each other; stopped, cleanly, at the end."""
+    socket = directory / "front.sock"
+    drain = ("--drain-seconds", "5")
+    with (
+        running_front(socket, *front) as compute,
+        Service(
+            "gateway", "--listen", "127.0.0.1:0", "--replicas", f"unix:{socket}", *_ANY_PORTS, *drain, *gateway
+        ) as door,
+    ):
+        serving, replica = door.wait_for("serving"), compute.wait_for("serving")
+        door.wait_for("replica is ready")
+        yield Mesh(
+            gateway=serving["listen"],
+            gateway_metrics=serving["metrics_listen"],
+            gateway_health=serving["health_listen"],
+            gateway_service=door,
+            front=replica["listen"],
+            front_metrics=replica["metrics_listen"],
+            front_health=replica["health_listen"],
+            front_service=compute,
+        )
+        door.stop()
+
+
+_ANY_PORTS = ("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")

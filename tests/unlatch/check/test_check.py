@@ -1,0 +1,242 @@
+"""`unlatch check` as its user runs it: each kind of fault is found, and nothing is found where there is nothing."""
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import unlatch.compute.kernels
+from tests.support.mesh import ROOT
+from tests.support.watching import wait_until
+from unlatch.compute.worker.catalogue import kernels_in
+
+HERE = ROOT / "tests" / "unlatch" / "check"
+CLEAN, FAULTY = HERE / "clean_kernels.py", HERE / "faulty_kernels.py"
+NOTES = {"refuses", "refuses-everything", "prints", "raises-unless-finite", "leaves-threads", "many-threads"}
+HEAD = """import numpy as np
+from jaxtyping import Float64
+from unlatch import kernel
+"""
+FINE = """
+@kernel
+def fine(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
+    return x
+"""
+
+
+def check(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command; it must end by itself, and without a traceback of ours."""
+    command = [sys.executable, "-m", "unlatch", "check", *map(str, arguments)]
+    ran = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return ran
+
+
+def found(*arguments: object) -> tuple[int, dict[str, Any]]:
+    """Its exit code and what it found."""
+    ran = check(*arguments, "--json")
+    assert ran.stdout, ran.stderr
+    return ran.returncode, json.loads(ran.stdout)
+
+
+def kinds(report: dict[str, Any]) -> dict[str, set[str]]:
+    """What was found of each kernel."""
+    every: dict[str, set[str]] = {kernel: set() for kernel in report["kernels"]}
+    for finding in report["findings"]:
+        every.setdefault(finding["kernel"], set()).add(finding["kind"])
+    return every
+
+
+@pytest.fixture(scope="module")
+def faulty() -> dict[str, Any]:
+    """What is found in the module of faults."""
+    code, report = found(FAULTY, "--seconds", 2, "--most-mib", 0)
+    assert code == 1
+    return report
+
+
+def test_finds_a_seeded_fault_of_each_kind_and_no_other(faulty: dict[str, Any]) -> None:
+    """Each kernel of the module has the one fault that it is named after."""
+    wanted = {kernel: {kernel.partition("__")[0].replace("_", "-")} for kernel in faulty["kernels"]}
+    wanted["refuses_everything"].add("refuses")
+    wanted["ends_its_worker__and_keeps_state"].add("keeps-state")
+    assert kinds(faulty) == wanted
+    assert all(finding["is_fault"] == (finding["kind"] not in NOTES) for finding in faulty["findings"])
+
+
+def test_faults_name_file_and_line(faulty: dict[str, Any]) -> None:
+    """Where the kernel's own code did it, and else where the kernel is defined."""
+    lines = FAULTY.read_text().splitlines()
+    for finding in faulty["findings"]:
+        file, _, line = finding["place"].rpartition(":")
+        assert file == str(FAULTY)
+        text = lines[int(line) - 1]
+        assert text.startswith("@kernel") or re.search("here it|svd", text), finding
+    places = {finding["kernel"]: lines[int(finding["place"].rpartition(":")[2]) - 1] for finding in faulty["findings"]}
+    assert "here it writes" in places["writes_to_input"]
+    assert "here it raises" in places["raises__zero_length"]
+
+
+def test_a_line_says_what_why_and_what_to_do_and_no_process_is_left() -> None:
+    """One line a finding, a traceback's end beneath it, a count at the end; and what hung has been ended."""
+    mark = f"{os.getpid()}-checks"
+    ran = check(FAULTY, "--seconds", 2, "--most-mib", 0, UNLATCH_CHECK_TEST=mark)
+    assert ran.returncode == 1
+    line = rf"^fault {re.escape(str(FAULTY))}:\d+: keeps_input: keeps an input .*the next call.*: keep a copy"
+    assert re.search(line, ran.stdout, re.MULTILINE)
+    assert re.search(r"^ +ValueError: zero-size array", ran.stdout, re.MULTILINE)
+    assert re.search(r"^\d+ kernels, \d+ faults, \d+ notes$", ran.stdout, re.MULTILINE)
+    wait_until(lambda: not who_has(mark), "nothing of it runs")
+
+
+def who_has(mark: str) -> list[str]:
+    """Processes with something in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdecimal() and mark.encode() in (entry / "environ").read_bytes():
+                found.append(entry.name)
+    return found
+
+
+def test_finds_nothing_in_clean_kernels() -> None:
+    """Neither fault nor note, and a row for each size of each kernel that has sizes."""
+    code, report = found(CLEAN, "--set", "scalars_alone.count=3")
+    assert report["findings"] == []
+    assert code == 0
+    growth = report["growth"]
+    assert growth["scalars_alone"]["rows"] == []
+    for kernel in ("normalise", "ranges", "several_dtypes", "anything", "brightest", "apart", "cubic"):
+        sizes = [row["input_bytes"] for row in growth[kernel]["rows"]]
+        assert sizes == sorted(set(sizes)), kernel
+        assert len(sizes) == 6 or growth[kernel]["ended_by"], kernel
+        assert sizes[-1] <= 8 * 2**20
+
+
+def test_measures_the_memory_of_temporaries() -> None:
+    """NumPy's allocations are seen, at their peak: a temporary that is gone by the end counts, the input does not."""
+    _, report = found(HERE / "memory_kernels.py")
+    for name, multiple in (("no_temporary", 0.0), ("one_temporary", 1.0), ("three_at_once", 3.0)):
+        last = report["growth"][name]["rows"][-1]
+        assert last["memory_bytes"] / last["input_bytes"] == pytest.approx(multiple, abs=0.15), name
+
+
+OWN = [f"unlatch.compute.kernels.{module.name}" for module in pkgutil.iter_modules(unlatch.compute.kernels.__path__)]
+# Some hold what others share, and no kernel.
+BUILT_IN = [name for name in OWN if any(kernels_in(importlib.import_module(name)))]
+
+
+@pytest.mark.parametrize("module", [*BUILT_IN, "examples/own_kernels.py"])
+@pytest.mark.timeout(120)
+def test_own_kernels_pass(module: str) -> None:
+    """Unlatch's own kernels, and the examples', are held to the same rules."""
+    _, report = found(module, "--most-mib", 0.25)
+    assert [finding for finding in report["findings"] if finding["is_fault"]] == []
+
+
+def test_same_seed_same_findings(faulty: dict[str, Any]) -> None:
+    """Inputs come from the seed alone: two checks say the same, to the word."""
+    _, again = found(FAULTY, "--seconds", 2, "--most-mib", 0)
+    assert again["findings"] == faulty["findings"]
+
+
+def test_survives_whatever_a_kernel_does_to_its_worker() -> None:
+    """Death at any moment, a closed channel, children left behind: all is told, and what can be measured is."""
+    mark = f"{os.getpid()}-rough"
+    ran = check(HERE / "rough_kernels.py", "--seconds", 5, "--most-mib", 0.1, "--json", UNLATCH_CHECK_TEST=mark)
+    report = json.loads(ran.stdout)
+    found_kinds = kinds(report)
+    assert found_kinds["dies_soon_after"] & {"ends-its-worker", "leaves-threads"}
+    assert found_kinds["closes_every_file"] == {"ends-its-worker"}
+    assert len(report["growth"]["leaves_children"]["rows"]) == 6
+    wait_until(lambda: not who_has(mark), "nothing of it runs")
+
+
+# A module's text, and the line and what is said of it.
+MODULES = {
+    "syntax": ("def f(:\n", "does-not-load", 1, "SyntaxError"),
+    "import": ("\nimport no_such_module\n", "does-not-load", 2, "no_such_module"),
+    "duplicate": (HEAD + FINE + FINE, "does-not-load", 9, "kernel 'fine' is already defined at .*:5"),
+    "built-in name": (HEAD + FINE.replace("fine", "fft"), "does-not-load", 5, "already defined at .*signals.py"),
+    "signature": (
+        HEAD + "\n@kernel\ndef f(x):\n    return x\n",
+        "does-not-load",
+        5,
+        "'x' needs a jaxtyping annotation",
+    ),
+    "exits": ("import os\nos._exit(0)\n", "does-not-load", None, "importing ended the process"),
+    "empty": ("x = 1\n", "no-kernel", None, "declares no kernel"),
+    "threads": (
+        HEAD
+        + "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True, name='mine').start()\n"
+        + FINE,
+        "threads-at-import",
+        None,
+        "mine",
+    ),
+    "slow": (HEAD + "import time\ntime.sleep(1.1)\n" + FINE, "imports-slowly", None, r"takes [1-9]\.\d s"),
+}
+
+
+@pytest.mark.parametrize(("text", "kind", "line", "says"), MODULES.values(), ids=MODULES)
+def test_finds_what_is_wrong_with_a_module(text: str, kind: str, line: int | None, says: str, tmp_path: Path) -> None:
+    """What importing it shows, at file and line where there is one; a second module is checked all the same."""
+    path, beside = tmp_path / "wrong.py", tmp_path / "beside.py"
+    path.write_text(text)
+    beside.write_text(HEAD + FINE.replace("fine", "beside"))
+    code, report = found(path, beside, "--most-mib", 0)
+    (finding,) = (finding for finding in report["findings"] if finding["kernel"] == "(module)")
+    assert finding["kind"] == kind
+    assert re.search(says, finding["what"]), finding
+    assert finding["place"].startswith(str(path))
+    assert line is None or finding["place"] == f"{path}:{line}"
+    assert code == (1 if finding["is_fault"] else 0)
+    assert (kind == "does-not-load" and line is None) or "beside" in report["kernels"]
+
+
+def test_scalars_are_given_by_name(tmp_path: Path) -> None:
+    """A kernel that refuses what was guessed is checked with what its user gives."""
+    kernel = FINE.replace('"n"])', '"n"], *, order: int)').replace("return x", "return [x][10 - order]")
+    (tmp_path / "mine.py").write_text(HEAD + kernel)
+    _, guessed = found(tmp_path / "mine.py", "--most-mib", 0)
+    assert kinds(guessed)["fine"] == {"raises"}
+    _, given = found(tmp_path / "mine.py", "--most-mib", 0, "--set", "fine.order=10")
+    assert kinds(given)["fine"] == set()
+
+
+def test_positive_numbers_are_tried_where_negative_ones_are_refused() -> None:
+    """A price is never negative; its kernel is checked all the same, and what it refuses is a note."""
+    code, report = found("unlatch.compute.kernels.finance", "--most-mib", 0.01)
+    assert code == 0
+    assert {finding["kind"] for finding in report["findings"]} == {"refuses"}
+    assert report["growth"]["monte_carlo_option"]["rows"]
+
+
+WRONG_USAGE: dict[str, Sequence[object]] = {
+    "nothing to check": (),
+    "no such file": (HERE / "no_such_kernels.py",),
+    "no such option": (CLEAN, "--no-such-option"),
+    "no value": (CLEAN, "--set", "normalise.eps"),
+    "no such kernel": (CLEAN, "--set", "normalize.eps=1"),
+    "no such scalar": (CLEAN, "--set", "normalise.epsilon=1"),
+    "no such number": (CLEAN, "--set", "normalise.eps=small"),
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG_USAGE.values(), ids=WRONG_USAGE)
+def test_wrong_usage_ends_with_2(arguments: Sequence[object]) -> None:
+    """And with a line that says what was wanted."""
+    ran = check(*arguments)
+    assert ran.returncode == 2
+    assert "unlatch check: " in ran.stderr

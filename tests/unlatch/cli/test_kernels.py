@@ -1,0 +1,133 @@
+"""`unlatch kernels`, `unlatch completion`, and what loads what."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.mesh import ROOT, Mesh
+from tests.unlatch.cli.conftest import Unlatch
+from unlatch.cli import COMMANDS, EXIT_CODES
+
+# Any numbers of the right shape will do for these.
+SIMPLE = (
+    *("batches", "conjugate", "default_scalars", "fft", "fixed_axes", "gaussian_blur", "halve", "histogram"),
+    *("identity", "matmul", "monte_carlo_option", "process_id", "required_scalars", "shared_axes", "sobel", "svd"),
+)
+
+
+def test_table_and_names(unlatch: Unlatch) -> None:
+    """A line or more for each kernel: its name, signature and first sentence; --names has the names alone."""
+    names = unlatch("kernels", "--names").out.split()
+    assert names == sorted(names)
+    table = unlatch("kernels").out
+    assert all(name in table for name in names)
+    assert "The matrix product" in table
+
+
+def test_one_kernel_in_full(unlatch: Unlatch, mesh: Mesh) -> None:
+    """Every argument with its dtypes and axes, the whole docstring, the options, and a command."""
+    out = unlatch("kernels", "fixed_axes").out
+    assert "pixels: uint8[height width 3]" in out
+    assert "The largest channel." in out
+    assert "version 1\nnot pure: it is run once" in out
+    values = "[[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]"
+    assert out.endswith(f"\nunlatch call fixed_axes 'pixels={values}' --server {mesh.gateway}\n")
+    assert "sigma: float = 1.0" in unlatch("kernels", "gaussian_blur").out
+    assert "did you mean gaussian_blur?" in unlatch("kernels", "gausian_blur").err
+
+
+def test_json(unlatch: Unlatch) -> None:
+    """All kernels are a list, one is an object; what JSON has no number for is a string."""
+    listed = unlatch("kernels", "--json").json
+    one = unlatch("kernels", "histogram", "--json").json
+    assert one in listed
+    assert one["inputs"][0]["dims"] == ["..."]
+    low = {scalar["name"]: scalar for scalar in one["scalars"]}["low"]
+    assert low == {"name": "low", "type": "float", "required": False, "default": "NaN"}
+    assert math.isnan(float(low["default"]))
+
+
+def test_examples_work_as_printed(unlatch: Unlatch) -> None:
+    """A shell runs the examples of many kernels: any axes, fixed ones, several arrays, scalars of all types."""
+    examples = [unlatch("kernels", name).out.splitlines()[-1] for name in SIMPLE]
+    script = "\n".join(["unlatch() { " + sys.executable + ' -m unlatch "$@"; }', "set -e", *examples])
+    ran = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_help_lists_commands_and_exit_codes(unlatch: Unlatch) -> None:
+    """`unlatch`, `--help`, and the help of each command end with 0."""
+    out = unlatch("--help").out
+    assert out == unlatch("-h").out
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+    assert EXIT_CODES in out
+    for name in COMMANDS:
+        helped = unlatch(name, "--help")
+        assert helped.code == 0
+        assert helped.out.startswith(f"usage: unlatch {name}")
+
+
+def test_docs_say_the_same() -> None:
+    """docs/cli.md lists every command and the exit codes as `--help` has them."""
+    page = (ROOT / "docs" / "cli.md").read_text()
+    table = page[page.index("| command | does |") : page.index("`kernels`, `call` and `map` take")]
+    assert all(f"`{name}" in table for name in COMMANDS)
+    told = dict(line.split(maxsplit=1) for line in EXIT_CODES.splitlines()[1:])
+    assert dict(re.findall(r"^\| (\d+) \| (.*) \|$", page, re.MULTILINE)) == told
+
+
+def test_a_command_loads_only_itself() -> None:
+    """Neither a server's children nor `unlatch --help` import what a client, a table or an image needs."""
+    for code in ("import unlatch.__main__", "import unlatch.cli; unlatch.cli.run(['--help'])"):
+        program = f"import sys; {code}; print(*sys.modules)"
+        ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        loaded = set(ran.stdout.split())
+        assert not loaded & {"numpy", "grpc", "rich", "PIL", "shtab", "prometheus_client", "unlatch.client"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh", "fish"])
+def test_completion_script_is_valid(unlatch: Unlatch, tmp_path: Path, shell: str) -> None:
+    """It names every command; a shell that is here reads it without complaint."""
+    script = tmp_path / "completion"
+    script.write_text(unlatch("completion", shell).out)
+    assert all(name in script.read_text() for name in COMMANDS)
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    subprocess.run([shell, "-n", str(script)], check=True)
+
+
+def test_bash_completes(unlatch: Unlatch, tmp_path: Path) -> None:
+    """Commands, flags and the names of kernels, as a real bash asks for them."""
+    if shutil.which("bash") is None:
+        pytest.skip("no bash here")
+    (tmp_path / "completion").write_text(unlatch("completion", "bash").out)
+    # The names come from the gateway at the default address, which is not this test's.
+    (tmp_path / "unlatch").write_text("#!/bin/sh\nprintf 'gaussian_blur\\nhistogram\\n'\n")
+    (tmp_path / "unlatch").chmod(0o755)
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(words)
+        asked = f"""
+            source {tmp_path}/completion
+            COMP_WORDS=({" ".join(map(json.dumps, words))}) COMP_CWORD={len(words) - 1}
+            COMP_LINE={json.dumps(line)} COMP_POINT={len(line)}
+            _shtab_unlatch unlatch {json.dumps(words[-1])} {json.dumps(words[-2])}
+            printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        ran = subprocess.run(["bash", "-c", asked], env=environment, capture_output=True, text=True, check=True)
+        return set(ran.stdout.split())
+
+    assert completed("unlatch", "") >= set(COMMANDS)
+    assert completed("unlatch", "ca") == {"call"}
+    assert completed("unlatch", "call", "") >= {"gaussian_blur", "histogram"}
+    assert completed("unlatch", "kernels", "gau") == {"gaussian_blur"}
+    assert completed("unlatch", "serve", "--wor") == {"--workers"}
+    assert completed("unlatch", "top", "--on") == {"--once"}
