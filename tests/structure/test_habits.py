@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.mesh import ROOT
+from tests.support.mesh import ROOT
 
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
 LOCK = (ROOT / "requirements-dev.lock").read_text()
