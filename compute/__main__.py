@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> int:
     from unlatch.compute.server import serve
     from unlatch.compute.settings import ComputeSettings
 
-    return run("unlatch compute", "front", ComputeSettings, serve, arguments, os.environ, (StartError,))
+    return run("unlatch compute", "dispatcher", ComputeSettings, serve, arguments, os.environ, (StartError,))
 
 
 if __name__ == "__main__":

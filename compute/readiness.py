@@ -54,7 +54,7 @@ class Readiness:
         """A worker could not be started in place of one that ended; `lasting` when the next try will fare no better."""
         if why != self._said:
             self._said = why
-            log.error("worker did not start", worker=worker, reason=why)
+            log.error("worker did not start", worker=worker, message=why)
         if lasting:
             self._obstacle = why
             self._reconsider()
@@ -62,7 +62,7 @@ class Readiness:
     def _reconsider(self) -> None:
         if self._obstacle and not self._up and not self._refuses:
             self._refuses = True
-            log.error("replica takes no calls", reason=self._obstacle)
+            log.error("replica takes no calls", message=self._obstacle)
             self._on_change(self._obstacle)
 
 

@@ -125,13 +125,13 @@ async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
         settings.kernels, settings.worker_blas_threads, settings.max_reply_bytes, limits.memory_bytes
     )
     with ProcessWatch(reaper=FORKSERVER) as processes:
-        processes.watch("front", os.getpid())
+        processes.watch("dispatcher", os.getpid())
         replica = Replica(settings, forkserver, shares.arena_bytes, limits, processes)
         report(replica.recorder, certificates)
         try:
             await replica.start()
             await serve_until_stopped(
-                "front",
+                "dispatcher",
                 settings,
                 certificates=certificates,
                 lanes=replica.lanes,

@@ -45,7 +45,7 @@ def served(server: str, *flags: str) -> Iterator[Served]:
         try:
             log = _log_until_ready(process)
             with BlockingClient(log["gateway", "serving"]["listen"]) as mesh:
-                yield Served(mesh=mesh, metrics=log["front", "serving"]["metrics_listen"])
+                yield Served(mesh=mesh, metrics=log["dispatcher", "serving"]["metrics_listen"])
         finally:
             process.terminate()
             process.communicate()

@@ -22,8 +22,8 @@ Method = Callable[[Any, Any], Awaitable[Answer]]
 # Prometheus' rate() does not see what a series is born with. So where it matters series are there before they count:
 # of a kernel's calls those whose end is not its caller's doing, from its first call on.
 _FAULTS = ("DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
-_RETRIED = ("not begun", "lost", "failed")
-_NOT_RETRIED = ("not pure", "attempts", "budget")
+_RETRIED = ("not_begun", "lost", "failed")
+_NOT_RETRIED = ("not_pure", "attempts", "budget")
 
 _OF_REPLICAS: tuple[tuple[str, str, Callable[[Standing], float]], ...] = (
     ("unlatch_replica_up", "Whether a replica takes calls.", lambda one: one.up),
@@ -151,9 +151,9 @@ class GatewayMetrics:
         """A run for a tenant has taken so long."""
         self._tenants_runs.add(seconds, tenant)
 
-    def unauthenticated(self, why: str) -> None:
+    def unauthenticated(self, reason: str) -> None:
         """Somebody was not let in."""
-        self._unauthenticated.add(1, why)
+        self._unauthenticated.add(1, reason)
 
     def stage(self, kernel: str, stage: str) -> tuple[int, float]:
         """How many of a kernel's calls have been through a stage, and the seconds that they spent in it."""

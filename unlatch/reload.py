@@ -50,7 +50,7 @@ class Reload:
             try:
                 await self._watch()
             except (OSError, RuntimeError) as error:
-                log.warning("cannot watch kernels", reason=str(error), again_after_seconds=_AGAIN_SECONDS)
+                log.warning("cannot watch kernels", message=str(error), again_after_seconds=_AGAIN_SECONDS)
                 await asyncio.sleep(_AGAIN_SECONDS)
                 await self._changed(set())
 
@@ -77,7 +77,7 @@ class Reload:
         trial = await self._tried()
         self._learn(trial)
         if trial.failure:
-            log.error("kernels do not load, the last ones stay", reason=trial.failure)
+            log.error("kernels do not load, the last ones stay", message=trial.failure)
             return
         log.info("kernels changed", files=sorted({path for _, path in changes}))
         await self._replace()

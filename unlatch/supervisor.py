@@ -118,7 +118,7 @@ class Child:
                 try:
                     await self.start()
                 except OSError as error:
-                    log.error("did not start", service=self._name, reason=str(error))
+                    log.error("did not start", service=self._name, message=str(error))
 
     async def replace(self) -> None:
         """Stop it, as `stop` would, and start another."""

@@ -140,7 +140,7 @@ async def _run(fleet: Fleet, seconds: float, dice: random.Random, console: Conso
     retries = {
         dict(labels)["reason"]: value for (name, labels), value in told.items() if name.endswith("retries_total")
     }
-    spent = sum(value for reason, value in retries.items() if reason != "not begun")
+    spent = sum(value for reason, value in retries.items() if reason != "not_begun")
     if spent > _SHARE * calls + len(callers):
         ended.wrong.append(f"{spent:.0f} retries are more than a tenth of {calls} calls, and a replica's worth")
     _show(ended, kills, retries, seconds, console)

@@ -75,7 +75,7 @@ class Lanes:
             why = lane.refusal or Unavailable("this lane was opened with certificates that have been replaced since")
             await abort(context, why)
         except ProtocolViolation as violation:
-            log.warning("lane closed", peer=context.peer(), reason=str(violation))
+            log.warning("lane closed", peer=context.peer(), message=str(violation))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
 
     def greet_again(self) -> None:
@@ -109,7 +109,7 @@ class Lanes:
         """Take no more calls of callers whom `refusal` has something against; let what they sent be answered."""
         for lane, opened in self._open.items():
             if lane.refusal is None and (why := refusal(opened.context)):
-                log.warning("lane is closed", peer=opened.context.peer(), reason=why)
+                log.warning("lane is closed", peer=opened.context.peer(), message=why)
                 lane.reopen()
                 self.close(lane, Unauthenticated(why), within_seconds)
 

@@ -50,7 +50,7 @@ class WatchedFile:
         try:
             self._take(content(self._path, _MOST_BYTES))
         except (OSError, ValueError) as error:
-            log.error("file is not taken; what it said before holds", path=self._path, reason=_reason(error))
+            log.error("file is not taken; what it said before holds", path=self._path, message=_reason(error))
         else:
             log.info("file taken", path=self._path)
 

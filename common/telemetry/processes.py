@@ -1,7 +1,7 @@
 """What each process costs, as the system accounts it: processor time, waits for a core, utilisation, memory, faults.
 
-A process is known by a name that outlives it ("front", "worker-0"), so that counters go on where a replacement takes
-over. Each has a *life* here from the moment it is watched until its counters are closed:
+A process is known by a name that outlives it ("dispatcher", "worker-0"), so that counters go on where a replacement
+takes over. Each has a *life* here from the moment it is watched until its counters are closed:
 
     watch(name, pid) -> read every half second and at each scrape -> gone -> settled: added to its name's past
 

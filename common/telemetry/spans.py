@@ -37,7 +37,7 @@ def _asked(environment: Mapping[str, str]) -> bool:
     if environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or exporter == "none":
         return False
     if exporter not in ("", "otlp"):
-        log.warning("spans are not exported", reason=f"{_EXPORTER}={exporter[:64]}: only otlp is supported")
+        log.warning("spans are not exported", message=f"{_EXPORTER}={exporter[:64]}: only otlp is supported")
         return False
     return exporter == "otlp" or any(environment.get(name) for name in _ENDPOINTS)
 
@@ -50,7 +50,7 @@ def _start(process: str, environment: Mapping[str, str]) -> Callable[[], None] |
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        log.warning("spans are not exported", reason=f"{error}; pip install unlatch[otel]")
+        log.warning("spans are not exported", message=f"{error}; pip install unlatch[otel]")
         return None
     named = environment.get("OTEL_SERVICE_NAME") or "service.name=" in environment.get("OTEL_RESOURCE_ATTRIBUTES", "")
     resource = Resource.create({} if named else {"service.name": f"unlatch-{process}"})

@@ -202,6 +202,6 @@ def _digest(call: Call) -> bytes:
 
 def _refusal(deaths: int, why: str, seconds: float) -> FailedPrecondition:
     return FailedPrecondition(
-        f"{deaths} workers ended while they ran this call, the last one because {why}"
+        f"{deaths} workers ended while they ran this call, the last time because {why}"
         + (f"; it is refused for another {max(1, round(seconds))} s" if seconds else "")
     )

@@ -116,7 +116,7 @@ class WorkerProcess:
             message = wire.decode_for_front(frame)
         except msgspec.DecodeError as error:
             # The worker chooses what the error says: callers are not told, and the log has it no longer than this.
-            log.warning("worker sent a frame that is none", pid=self.pid, error=str(error)[:200])
+            log.warning("worker sent an undecodable frame", pid=self.pid, error=str(error)[:200])
             self.kill(ends.NO_FRAME)
             return False
         self._on_frame(message)

@@ -221,7 +221,7 @@ class Slot:
                 ready.set_exception(StartError(why, lasting=lasting))
         elif not self._stopping:
             tell = log.info if end in ends.PLANNED else log.warning
-            tell("worker ended", worker=self.number, reason=str(end), calls_lost=lost)
+            tell("worker ended", worker=self.number, reason=end.reason, message=str(end), calls_lost=lost)
             self._restarting = asyncio.create_task(self._restart(end))
         self._queue.pump()
 

@@ -8,7 +8,7 @@ _MANY = "shades of "
 
 ROLES: Colours = {
     "gateway": "blue",
-    "front": "purple",
+    "dispatcher": "purple",
     "forkserver": "#808080",
     "worker-": f"{_MANY}orange",
 }

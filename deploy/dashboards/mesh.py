@@ -102,7 +102,7 @@ _CALLS = (
     lines(
         12,
         "Failed calls by kernel and status",
-        "All that did not end OK. INTERNAL of one kernel: the front's log has its traceback, by the id that the "
+        "All that did not end OK. INTERNAL of one kernel: the dispatcher's log has its traceback, by the id that the "
         "caller was told. UNAVAILABLE of all: replicas are lost.",
         "reqps",
         Query(rate(CALLS, f'{KERNEL}, code!="OK"', "kernel, code"), "{{kernel}} {{code}}"),
@@ -247,7 +247,7 @@ _FLEET = (
         45,
         "Silence of replicas",
         "How long nothing has been heard of a replica; its lane is broken off after five reports that have not come, "
-        "1.25 s by default. A front that is held up is silent too: see its loop.",
+        "1.25 s by default. A dispatcher that is held up is silent too: see its loop.",
         "s",
         Query(f"max by (replica) (unlatch_replica_heartbeat_age_seconds{{{GATEWAY}}})", "{{replica}}"),
         limits=((1.25, "red"),),

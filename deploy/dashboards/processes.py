@@ -7,7 +7,7 @@ from deploy.dashboards.queries import ANY_POD, born_or_grown, quantile, rate
 
 NAME = "{{pod}} {{process}}"
 WORKER = "{{pod}} worker-{{worker}}"
-LOOPS = f'{ANY_POD}, process=~"gateway|front"'
+LOOPS = f'{ANY_POD}, process=~"gateway|dispatcher"'
 OF_WORKERS = f'{ANY_POD}, process=~"worker-.*"'
 ONE = "namespace, pod, process"
 ONE_WORKER = "namespace, pod, worker"
@@ -39,7 +39,7 @@ _TOP = (
         1,
         "Workers out of place",
         "Slots that no process fills which takes calls. A worker is replaced in milliseconds: if this stays above 0 "
-        "its kernels kill it at once, or do not load. See restarts by reason, and the front's log.",
+        "its kernels kill it at once, or do not load. See restarts by reason, and the dispatcher's log.",
         "short",
         f"sum(1 - unlatch_worker_up{{{ANY_POD}}})",
         limits=((1, "red"),),
@@ -66,7 +66,7 @@ _TOP = (
     figure(
         4,
         "Busiest loop",
-        "Processor time of the busiest gateway or front: 1 is one core, and a loop has no more. Near 1 it is what "
+        "Processor time of the busiest gateway or dispatcher: 1 is one core, and a loop has no more. Near 1 it is what "
         "limits calls: more gateways, or replicas with fewer workers each.",
         "percentunit",
         f"max(unlatch_process_utilization_ratio{{{LOOPS}}})",
@@ -93,8 +93,8 @@ _TOP = (
     figure(
         7,
         "Worst GIL contention",
-        "Share of time that a thread of a gateway or front waits for its interpreter's lock. Above 0.5 something in "
-        "that process computes: nothing there should.",
+        "Share of time that a thread of a gateway or dispatcher waits for its interpreter's lock. Above 0.5 something "
+        "in that process computes: nothing there should.",
         "percentunit",
         f"max(unlatch_gil_contention_ratio{{{LOOPS}}})",
         limits=((0.3, "orange"), (0.5, "red")),
@@ -113,8 +113,8 @@ _TOP = (
         11,
         "Utilisation of every process",
         "A row for each process: dark is a whole core, pale is idle. All workers dark: full, add replicas. One dark "
-        "for long: see what it runs. A gateway or front dark: it limits all others. Pale workers while calls wait: "
-        "the loops cannot feed them.",
+        "for long: see what it runs. A gateway or dispatcher dark: it limits all others. Pale workers while calls "
+        "wait: the loops cannot feed them.",
         "percentunit",
         Query(ON_A_CORE, NAME),
         most=1,
@@ -124,8 +124,8 @@ _TOP = (
     lines(
         12,
         "Utilisation",
-        "The same as lines, killed processes' time included: 1 is one core. Blue gateways and purple fronts are to "
-        "stay below 0.7; orange workers are there to be used.",
+        "The same as lines, killed processes' time included: 1 is one core. Blue gateways and purple dispatchers are "
+        "to stay below 0.7; orange workers are there to be used.",
         "percentunit",
         Query(ON_A_CORE, NAME),
         width=WHOLE,
@@ -242,9 +242,9 @@ _RESTARTS = (
     lines(
         41,
         "Restarts by reason",
-        "Workers that ended and were replaced. SIGKILL with no limit of ours: the machine ran out of memory. SIGSEGV: "
-        "a kernel's native code. `nobody waited for`: callers cancel. `its memory has grown`: recycling, as its "
-        "settings plan it.",
+        "Workers that ended and were replaced. `killed`, with no limit of ours: the machine ran out of memory. "
+        "`segmentation_fault`: a kernel's native code. `abandoned`: callers cancel. `recycled_after_growth`, "
+        "`recycled_after_calls`: recycling, as its settings plan it.",
         "short",
         Query(f"sum by (reason) {RESTARTS}", "{{reason}}"),
         stacked=True,
@@ -276,7 +276,8 @@ _RESTARTS = (
     states(
         44,
         "Workers",
-        "Whether a process that takes calls fills each slot. What is red for long has its reason in the front's log.",
+        "Whether a process that takes calls fills each slot. What is red for long has its reason in the "
+        "dispatcher's log.",
         Query(f"unlatch_worker_up{{{ANY_POD}}}", WORKER),
         {0: ("none takes calls", "red"), 1: ("takes calls", "green")},
         width=HALF,
@@ -287,8 +288,8 @@ _MEMORY = (
     lines(
         51,
         "Memory in RAM",
-        "Of every process, shared arenas included. All of a pod's together must stay below its limit; a front's grows "
-        "with what calls bring, bounded by `--input-arena-bytes`.",
+        "Of every process, shared arenas included. All of a pod's together must stay below its limit; a dispatcher's "
+        "grows with what calls bring, bounded by `--input-arena-bytes`.",
         "bytes",
         Query(f"unlatch_process_resident_memory_bytes{{{ANY_POD}}}", NAME),
         coloured=colours.ROLES,

@@ -44,7 +44,7 @@ COLOURS = {
     "waits for something else": "#ff9830",
     "idle": "#d5d9dd",
     "gateway": "#3274d9",
-    "front": "#8f3bb8",
+    "dispatcher": "#8f3bb8",
     "forkserver": "#808080",
     **dict(zip((f"worker-{slot}" for slot in range(4)), ("#7f2704", "#d94801", "#fd8d3c", "#fdbe85"), strict=True)),
 }

@@ -85,10 +85,10 @@ class Retries:
         `why` is a label: how it was lost.
         """
         if begun is False and times_sent < _MOST_SENT:
-            self._metrics.retried("not begun")
+            self._metrics.retried("not_begun")
             return ""
         if not pure and begun is not False:
-            refused, told = "not pure", "it was begun, or may have been, and may have had effect"
+            refused, told = "not_pure", "it was begun, or may have been, and may have had effect"
         elif times_begun >= _MOST_BEGUN or times_sent >= _MOST_SENT:
             refused, told = "attempts", f"it was sent {times_sent} times"
         elif self._budget.take():

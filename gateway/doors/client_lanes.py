@@ -183,7 +183,7 @@ class _ClientLane:
         """Ask for another token in time, and close the lane when none has come."""
         await self._until_its_end()
         self._over = True
-        log.info("lane is closed", peer=peer, tenant=self._identity.name, reason=self._why)
+        log.info("lane is closed", peer=peer, tenant=self._identity.name, message=self._why)
         self._door.close(self.server, self._why)
 
     async def _until_its_end(self) -> None:

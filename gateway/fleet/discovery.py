@@ -104,7 +104,7 @@ class Name:
         # Once, and not every few seconds.
         if not self._fails:
             self._fails = True
-            log.warning("name is not found", name=self._target, reason=reason, known_addresses=len(self.addresses))
+            log.warning("name is not found", name=self._target, message=reason, known_addresses=len(self.addresses))
 
 
 def is_name(target: str) -> bool:

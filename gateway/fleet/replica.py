@@ -276,13 +276,13 @@ class Replica:
         if not lane.welcomed and reason != self._no_lane_because:
             # Once, and not with every attempt: a replica may be away for long.
             self._no_lane_because = reason
-            log.warning("no lane to replica", replica=self.target, reason=reason)
+            log.warning("no lane to replica", replica=self.target, message=reason)
         if self._lane not in (lane, None):
             return
         self._lane = None
         self.window.hear(None)
         worked, self.takes_calls, self.kernels = self.takes_calls, False, {}
         if worked:
-            log.warning("lane to replica broke", replica=self.target, reason=reason)
+            log.warning("lane to replica broke", replica=self.target, message=reason)
             self._keeper.failed(self, LANE)
         self._keeper.changed()

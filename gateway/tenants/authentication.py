@@ -7,8 +7,7 @@ certificate. Where a gateway has neither keys for tokens nor a CA for certificat
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from unlatch.common.errors import Unauthenticated
-from unlatch.gateway.tenants.tokens import Identity, Tokens
+from unlatch.gateway.tenants.tokens import CredentialError, Identity, Tokens
 
 AUTHORIZATION = "authorization"
 _SCHEME = "bearer "
@@ -26,7 +25,7 @@ class Context(Protocol):
 
 
 class Authentication:
-    """`tokens` is None where none are looked at. `refused` is told why, each time that somebody is."""
+    """`tokens` is None where none are looked at. `refused` is told the reason of each refusal, a code."""
 
     def __init__(self, tokens: Tokens | None, refused: Callable[[str], None]) -> None:
         self._tokens = tokens
@@ -36,14 +35,14 @@ class Authentication:
         """Who makes an RPC, and its token if that is how it is known. Raises Unauthenticated."""
         try:
             return self._identify(context)
-        except Unauthenticated as error:
-            self._refused(error.message)
+        except CredentialError as error:
+            self._refused(error.reason)
             raise
 
     def renew(self, token: str) -> Identity:
         """Whose token it is, on a lane that was opened with another. Raises Unauthenticated."""
         if self._tokens is None:
-            raise Unauthenticated("this gateway looks at no tokens")
+            raise CredentialError("tokens_not_accepted", "this gateway looks at no tokens")
         return self._tokens.identify(token)
 
     def _identify(self, context: Context) -> tuple[Identity, str]:
@@ -54,7 +53,7 @@ class Authentication:
         if of_certificate is not None:
             return of_certificate, ""
         if self._tokens is not None:
-            raise Unauthenticated("no token came: send it in the metadata, authorization: Bearer …")
+            raise CredentialError("missing_token", "no token came: send it in the metadata, authorization: Bearer …")
         return ANYBODY, ""
 
 
@@ -64,10 +63,12 @@ def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
     if not said:
         return None
     if len(said) > 1:
-        raise Unauthenticated("more than one authorization came")
+        raise CredentialError("repeated_authorization", "more than one authorization came")
     text = said[0] if isinstance(said[0], str) else said[0].decode(errors="replace")
     if text[: len(_SCHEME)].lower() != _SCHEME:
-        raise Unauthenticated("the authorization that came is none of a bearer: send authorization: Bearer …")
+        raise CredentialError(
+            "not_a_bearer_token", "the authorization that came is none of a bearer: send authorization: Bearer …"
+        )
     return text[len(_SCHEME) :].strip()
 
 
@@ -78,4 +79,7 @@ def _certified(peer: Mapping[str, Iterable[bytes]]) -> Identity | None:
     for kind in _NAMES:
         for name in peer.get(kind, ()):
             return Identity(name=name.decode(errors="replace"))
-    raise Unauthenticated("the certificate names neither a URI nor a DNS name as its subject's alternative name")
+    raise CredentialError(
+        "unnamed_certificate",
+        "the certificate names neither a URI nor a DNS name as its subject's alternative name",
+    )

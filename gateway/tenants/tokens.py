@@ -23,15 +23,26 @@ _MOST_KEYS = 64
 _MOST_TOKEN_BYTES = 8192
 _MOST_NAME_CHARACTERS = 256
 
-_WHY: Mapping[type[Exception], str] = {
-    jwt.ExpiredSignatureError: "the token has expired",
-    jwt.ImmatureSignatureError: "the token is not valid yet",
-    jwt.InvalidIssuedAtError: "the token is not valid yet",
-    jwt.InvalidAudienceError: "the token is for another audience",
-    jwt.InvalidIssuerError: "the token is of another issuer",
-    jwt.InvalidSignatureError: "the token's signature is not its key's",
-    jwt.InvalidAlgorithmError: "the token's algorithm is not its key's",
+# A reason and a message.
+_Why = tuple[str, str]
+_WHY: Mapping[type[Exception], _Why] = {
+    jwt.ExpiredSignatureError: ("token_expired", "the token has expired"),
+    jwt.ImmatureSignatureError: ("token_not_yet_valid", "the token is not valid yet"),
+    jwt.InvalidIssuedAtError: ("token_not_yet_valid", "the token is not valid yet"),
+    jwt.InvalidAudienceError: ("wrong_audience", "the token is for another audience"),
+    jwt.InvalidIssuerError: ("wrong_issuer", "the token is of another issuer"),
+    jwt.InvalidSignatureError: ("wrong_signature", "the token's signature is not its key's"),
+    jwt.InvalidAlgorithmError: ("wrong_algorithm", "the token's algorithm is not its key's"),
 }
+_UNREADABLE: _Why = ("unreadable_token", "this is no token that can be read")
+
+
+class CredentialError(Unauthenticated):
+    """A caller's token or certificate is missing or does not hold. `reason` is a snake_case code, for metrics."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +77,7 @@ class Tokens:
         # By the key's name, then by algorithm.
         self._keys: dict[str, dict[str, jwt.PyJWK]] = {}
         self._good: dict[bytes, Identity] = {}
-        self._bad: dict[bytes, str] = {}
+        self._bad: dict[bytes, _Why] = {}
 
     def identify(self, token: str) -> Identity:
         """Whose token it is. Raises Unauthenticated."""
@@ -74,23 +85,23 @@ class Tokens:
         known = self._good.get(digest)
         if known is not None:
             if known.until <= time():
-                raise Unauthenticated(_WHY[jwt.ExpiredSignatureError])
+                raise CredentialError(*_WHY[jwt.ExpiredSignatureError])
             return known
         if why := self._bad.get(digest):
-            raise Unauthenticated(why)
+            raise CredentialError(*why)
         try:
             identity = self._verified(token)
-        except Unauthenticated as error:
+        except CredentialError as error:
             # One that is not valid yet may be so later.
-            if error.message != _WHY[jwt.ImmatureSignatureError]:
-                _remember(self._bad, digest, error.message)
+            if (error.reason, error.message) != _WHY[jwt.ImmatureSignatureError]:
+                _remember(self._bad, digest, (error.reason, error.message))
             raise
         _remember(self._good, digest, identity)
         return identity
 
     def _verified(self, token: str) -> Identity:
         if len(token) > _MOST_TOKEN_BYTES:
-            raise Unauthenticated(f"the token is longer than {_MOST_TOKEN_BYTES} bytes")
+            raise CredentialError("token_too_long", f"the token is longer than {_MOST_TOKEN_BYTES} bytes")
         try:
             claims: dict[str, Any] = jwt.decode(
                 token,
@@ -103,31 +114,32 @@ class Tokens:
             )
             until = float(claims["exp"]) + self._leeway_seconds
         except jwt.MissingRequiredClaimError as error:
-            raise Unauthenticated(f"the token has no claim {error.claim!r}") from None
-        except Unauthenticated:
+            raise CredentialError("missing_claim", f"the token has no claim {error.claim!r}") from None
+        except CredentialError:
             raise
         except Exception as error:  # noqa: BLE001 (whatever it is about it: it is not let in)
-            raise Unauthenticated(_WHY.get(type(error), "this is no token that can be read")) from None
+            raise CredentialError(*_WHY.get(type(error), _UNREADABLE)) from None
         name = claims[self._claim]
         if not isinstance(name, str) or not 0 < len(name) <= _MOST_NAME_CHARACTERS or not name.isprintable():
-            raise Unauthenticated(f"the token's claim {self._claim!r} is no caller's name")
+            raise CredentialError("invalid_caller_name", f"the token's claim {self._claim!r} is no caller's name")
         return Identity(name=name, until=until)
 
     def _key(self, header: Mapping[str, Any]) -> jwt.PyJWK:
         """The key that a token says it is signed with. Raises Unauthenticated."""
         algorithm, name = header.get("alg"), header.get("kid")
         if algorithm not in self._algorithms:
-            raise Unauthenticated(f"the token's algorithm is none of {', '.join(self._algorithms)}")
+            allowed = ", ".join(self._algorithms)
+            raise CredentialError("algorithm_not_allowed", f"the token's algorithm is none of {allowed}")
         if name is None and len(self._keys) == 1:
             (keys,) = self._keys.values()
         elif name is None:
-            raise Unauthenticated("the token names no key (kid), and there are several")
+            raise CredentialError("missing_key_id", "the token names no key (kid), and there are several")
         elif name in self._keys:
             keys = self._keys[name]
         else:
-            raise Unauthenticated("the token's key (kid) is not among ours")
+            raise CredentialError("unknown_key_id", "the token's key (kid) is not among ours")
         if algorithm not in keys:
-            raise Unauthenticated(_WHY[jwt.InvalidAlgorithmError])
+            raise CredentialError(*_WHY[jwt.InvalidAlgorithmError])
         return keys[algorithm]
 
     def _take(self, content: bytes) -> None:
@@ -181,7 +193,7 @@ def _by_algorithm(key: dict[str, Any], algorithms: tuple[str, ...]) -> dict[str,
     return fits
 
 
-def _remember(known: dict[bytes, Any], digest: bytes, what: Identity | str) -> None:
+def _remember(known: dict[bytes, Any], digest: bytes, what: Identity | _Why) -> None:
     if len(known) >= _MOST_REMEMBERED:
         # The oldest: who still comes with it is looked at again.
         del known[next(iter(known))]

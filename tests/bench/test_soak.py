@@ -10,8 +10,8 @@ from unlatch.protos.unlatch_pb2 import Frames, LaneMessage
 
 X = np.arange(1.0, 17.0)
 BY_NAME = {kind.name: kind for kind in KINDS}
-DIED = "worker 1 ended while it ran the call: SIGKILL ended it"
-POISON = "2 workers ended while they ran this call, the last one because SIGKILL ended it"
+DIED = "worker 1 ended while it ran the call: the worker was killed by SIGKILL"
+POISON = "2 workers ended while they ran this call, the last time because the worker was killed by SIGKILL"
 
 SMALL, PURE, HURRIED = BY_NAME["small"], BY_NAME["small, pure"], BY_NAME["short deadline"]
 LEAVER, OBJECTED = BY_NAME["caller leaves"], BY_NAME["refused by its kernel"]

@@ -15,9 +15,9 @@ EJECTED = f'unlatch_replica_ejected{{{GATEWAY},replica="10.0.0.1:8011"}}'
 UP = f'unlatch_replica_up{{{GATEWAY},replica="10.0.0.1:8011"}}'
 UP_ELSEWHERE = UP.replace("gateway-0", "gateway-1")
 WORKER_UP = f'unlatch_worker_up{{{FRONT},worker="0"}}'
-LOST = f'unlatch_worker_restarts_total{{{FRONT},worker="0",reason="SIGKILL ended it"}}'
-PLANNED = LOST.replace("SIGKILL ended it", "its memory has grown")
-CANCELLED = LOST.replace("SIGKILL ended it", "it ran a call that nobody waited for")
+LOST = f'unlatch_worker_restarts_total{{{FRONT},worker="0",reason="killed"}}'
+PLANNED = LOST.replace("killed", "recycled_after_growth")
+CANCELLED = LOST.replace("killed", "abandoned")
 MEMORY = f'unlatch_worker_memory_bytes{{{FRONT},worker="0"}}'
 MEMORY_LIMIT = f"unlatch_worker_memory_limit_bytes{{{FRONT}}}"
 GATEWAY_TARGET = f'up{{{GATEWAY},instance="10.0.0.1:8002"}}'
@@ -187,13 +187,13 @@ CASES = (
     Case(
         alert="UnlatchUnauthenticatedFlood",
         what="twenty a second",
-        series={f'unlatch_unauthenticated_total{{{GATEWAY},reason="no token came"}}': "0+300x130"},
+        series={f'unlatch_unauthenticated_total{{{GATEWAY},reason="missing_token"}}': "0+300x130"},
         fires=OF_MESH,
     ),
     Case(
         alert="UnlatchUnauthenticatedFlood",
         what="one a second",
-        series={f'unlatch_unauthenticated_total{{{GATEWAY},reason="no token came"}}': "0+15x130"},
+        series={f'unlatch_unauthenticated_total{{{GATEWAY},reason="missing_token"}}': "0+15x130"},
     ),
     Case(
         alert="UnlatchPoolSaturated",
@@ -294,7 +294,7 @@ CASES = (
         what="runs are lost since they are not pure",
         series={
             f'unlatch_retries_refused_total{{{GATEWAY},reason="budget"}}': "4x130",
-            f'unlatch_retries_refused_total{{{GATEWAY},reason="not pure"}}': "0+1x130",
+            f'unlatch_retries_refused_total{{{GATEWAY},reason="not_pure"}}': "0+1x130",
         },
     ),
     Case(
@@ -376,13 +376,13 @@ CASES = (
     Case(
         alert="UnlatchServiceRestarting",
         what="three times",
-        series={cpu("front", FRONT): "9x30 2x30 1x30 0.5x40"},
+        series={cpu("dispatcher", FRONT): "9x30 2x30 1x30 0.5x40"},
         fires={"namespace": "mesh", "job": "unlatch-compute", "pod": "compute-0"},
     ),
     Case(
         alert="UnlatchServiceRestarting",
         what="once, while its workers were replaced often",
-        series={cpu("front", FRONT): "9x60 2x70", cpu("worker-0", FRONT): "0+1x130"},
+        series={cpu("dispatcher", FRONT): "9x60 2x70", cpu("worker-0", FRONT): "0+1x130"},
     ),
     Case(
         alert="UnlatchCertificateExpiresSoon",

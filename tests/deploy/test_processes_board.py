@@ -125,7 +125,7 @@ def compared(watched: Watched) -> Compared:
     for number, front in enumerate(watched.fronts):
         pod = f"unlatch-compute-{number}"
         (forkserver,) = [child for child in children(front.pid) if children(child)]
-        pids |= {(pod, "front"): front.pid, (pod, "forkserver"): forkserver}
+        pids |= {(pod, "dispatcher"): front.pid, (pod, "forkserver"): forkserver}
         pids |= {(pod, f"worker-{slot}"): worker for slot, worker in enumerate(children(forkserver))}
     rows = np.random.default_rng(1).random(8)
     with ExitStack() as stack:

@@ -29,5 +29,5 @@ def test_series_that_rates_are_taken_of_are_there_before_they_count(watched: Wat
     (faults,) = watched.ask('unlatch_calls_total{job="unlatch-gateway",kernel="identity",code="INTERNAL"}')
     assert faults.value == 0
     reasons = {one.labels["reason"] for one in watched.ask("unlatch_retries_refused_total")}
-    assert reasons == {"not pure", "attempts", "budget"}
-    assert {one.labels["reason"] for one in watched.ask("unlatch_retries_total")} == {"not begun", "lost", "failed"}
+    assert reasons == {"not_pure", "attempts", "budget"}
+    assert {one.labels["reason"] for one in watched.ask("unlatch_retries_total")} == {"not_begun", "lost", "failed"}

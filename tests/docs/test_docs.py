@@ -17,6 +17,7 @@ OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 KERNELS = (ROOT / "docs" / "kernels.md").read_text()
 MiB = 1024 * 1024
+ONE = "(?:gateway|dispatcher)"  # process that exports a metric
 
 
 def settings_table(kind: type[Settings]) -> str:
@@ -39,15 +40,17 @@ def test_every_setting_is_listed_with_its_default(kind: type[Settings]) -> None:
 
 
 def test_every_metric_is_listed(mesh: Mesh) -> None:
-    """What gateway and front export is in the table, with its labels, and nothing else is."""
+    """What gateway and dispatcher export is in the table, with its labels, and nothing else is."""
     exported: dict[str, set[str]] = {}
     for address in (mesh.gateway_metrics, mesh.front_metrics):
         with urlopen(f"http://{address}/metrics") as scraped:
             for name in re.findall(r"^# TYPE (\S+) ", scraped.read().decode(), re.MULTILINE):
-                exported.setdefault(name, set()).add("gateway" if address == mesh.gateway_metrics else "front")
+                exported.setdefault(name, set()).add("gateway" if address == mesh.gateway_metrics else "dispatcher")
     listed = {
         name: set(where.split(", "))
-        for name, where in re.findall(r"^\| `(\w+)(?:\{[\w,]*\})?` \| ([a-z, ]+?) \|", OPERATIONS, re.MULTILINE)
+        for name, where in re.findall(
+            rf"^\| `(\w+)(?:{{[\w,]*}})?` \| ({ONE}(?:, {ONE})?) \|", OPERATIONS, re.MULTILINE
+        )
     }
     assert listed == exported
 

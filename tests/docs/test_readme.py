@@ -136,7 +136,9 @@ class Server:
         while True:
             lines = self._log.read_text().split("\n")[:-1]
             entries = [json.loads(line) for line in lines[self._seen :] if line.startswith("{")]
-            if {*events, "replica is ready"} <= {entry["event"] for entry in entries if entry["process"] != "front"}:
+            if {*events, "replica is ready"} <= {
+                entry["event"] for entry in entries if entry["process"] != "dispatcher"
+            }:
                 self._seen = len(lines)
                 return
             assert self._process.poll() is None, f"the server ended: {self._log.read_text()}"

@@ -75,7 +75,7 @@ def look_at(collector: Collector, trace: str, parent: str) -> None:
     """A call's three spans hang together, across both processes, and lie within one another."""
     spans = collector.wait_for(trace, 3)
     call, queue, run = spans["call"], spans["queue"], spans["run"]
-    assert (call.service, queue.service, run.service) == ("unlatch-gateway", "unlatch-front", "unlatch-front")
+    assert (call.service, queue.service, run.service) == ("unlatch-gateway", "unlatch-dispatcher", "unlatch-dispatcher")
     assert call.parent == parent
     assert queue.parent == run.parent == call.span
     assert call.attributes["unlatch.kernel"] == run.attributes["unlatch.kernel"] == "identity"
@@ -211,7 +211,7 @@ def test_no_exporter_but_otlp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Who asks for another is told that there is none, and is served."""
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
     with running_mesh(tmp_path) as mesh:
-        assert mesh.gateway_service.wait_for("spans are not exported")["reason"].endswith("only otlp is supported")
+        assert mesh.gateway_service.wait_for("spans are not exported")["message"].endswith("only otlp is supported")
         assert infer(mesh, vector("identity", 1.0))[0] == "OK"
 
 

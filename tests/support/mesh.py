@@ -161,8 +161,8 @@ class Mesh:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Each process by name: gateway, front, forkserver, and worker-<pid>, in the order of their birth."""
-        found = {"gateway": self.gateway_service.pid, "front": self.front_service.pid}
+        """Each process by name: gateway, dispatcher, forkserver, and worker-<pid>, in the order of their birth."""
+        found = {"gateway": self.gateway_service.pid, "dispatcher": self.front_service.pid}
         for child in children(self.front_service.pid):
             if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found["forkserver"] = child

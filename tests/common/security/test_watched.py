@@ -23,7 +23,7 @@ def test_file_is_taken_whenever_it_has_changed(tmp_path: Path) -> None:
         file.look()
         file.look()
     assert taken == [b"first", b"second"]
-    assert [(entry["log_level"], entry.get("reason")) for entry in log] == [
+    assert [(entry["log_level"], entry.get("message")) for entry in log] == [
         ("error", "No such file or directory"),
         ("info", None),
     ]

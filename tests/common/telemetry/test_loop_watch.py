@@ -27,7 +27,7 @@ def fetched(address: str) -> dict[str, float]:
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
         text = answer.read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    assert all(sample.labels["process"] == "front" for sample in samples)
+    assert all(sample.labels["process"] == "dispatcher" for sample in samples)
     return {sample.name + sample.labels.get("le", ""): sample.value for sample in samples}
 
 
@@ -53,7 +53,7 @@ def test_lag_and_stall_are_seen(run: Run) -> None:
                 during.append(stalled)
 
     async def main() -> None:
-        with LoopWatch(recorder, "front"):
+        with LoopWatch(recorder, "dispatcher"):
             await until(lambda: fetched(address)[LAG + "_count"] >= 3)
             begun = time.monotonic()
             before = fetched(address)
@@ -88,7 +88,7 @@ def test_idle_loop_is_on_time() -> None:
             overshoots.append(time.monotonic() - begun - 0.05)
 
     async def main() -> None:
-        with LoopWatch(recorder, "front"):
+        with LoopWatch(recorder, "dispatcher"):
             await asyncio.to_thread(sleep_beside)
 
     uvloop.run(main())
@@ -104,7 +104,7 @@ def test_lock_contention_is_seen() -> None:
     recorder = Recorder()
 
     async def main() -> None:
-        with LoopWatch(recorder, "front") as watch:
+        with LoopWatch(recorder, "dispatcher") as watch:
             await until(lambda: watch.gil_contention() > 0)
             alone = watch.gil_contention()
             stop = threading.Event()
@@ -132,7 +132,7 @@ from unlatch.common.telemetry.loop_watch import LoopWatch
 from unlatch.common.telemetry.recorder import Recorder
 
 async def main():
-    LoopWatch(Recorder(), "front").start()
+    LoopWatch(Recorder(), "dispatcher").start()
     await asyncio.sleep(float(sys.argv[1]))
     raise SystemExit(7)
 

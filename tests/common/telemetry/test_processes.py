@@ -170,20 +170,20 @@ def test_replacement_goes_on_counting(children: Children) -> None:
         last = last_wait = 0.0
         for _ in range(4):
             child = children.start(SPINS)
-            watch.watch("front", child.pid)
+            watch.watch("dispatcher", child.pid)
             until(lambda pid=child.pid: system_seconds(pid) > 0.15)  # type: ignore[misc]  # mypy cannot infer it
             for looked in range(40):
                 if looked == 20:
                     child.kill()
                     child.wait()
-                now, wait = cpu(watch, "front"), values(watch, CORE_WAIT, "front").get("", 0.0)
+                now, wait = cpu(watch, "dispatcher"), values(watch, CORE_WAIT, "dispatcher").get("", 0.0)
                 assert now >= last
                 assert wait >= last_wait
                 last, last_wait = now, wait
-                assert 0 <= ratio(watch, "front") <= 1.05
+                assert 0 <= ratio(watch, "dispatcher") <= 1.05
         assert last >= 4 * 0.15
-        assert ratio(watch, "front") == 0
-        assert values(watch, RESIDENT, "front")[""] == 0
+        assert ratio(watch, "dispatcher") == 0
+        assert values(watch, RESIDENT, "dispatcher")[""] == 0
 
 
 def test_metrics_are_scraped_over_http() -> None:

@@ -123,7 +123,9 @@ async def test_calls_are_told_apart(what: str) -> None:
     await until(lambda: len(ward.queue), "it waits for a worker")
     poison = await ward.struck(ward.taken())
     assert poison is not None
-    assert poison.message.startswith("2 workers ended while they ran this call, the last one because SIGKILL ended it")
+    assert poison.message.startswith(
+        "2 workers ended while they ran this call, the last time because the worker was killed by SIGKILL"
+    )
     refused = ward.sent(**deadly, identity="three")
     waiting = ward.sent(**harmless)
     await until(lambda: len(ward.queue) and refused.ended, "one is let through and one is not")

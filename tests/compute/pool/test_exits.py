@@ -1,33 +1,51 @@
-"""How workers end: a label is one of few, whatever a worker does, and the rest is told beside it."""
+"""How workers end: a reason is one of few codes, whatever a worker does, and a message says the rest."""
 
+import re
+from itertools import chain
+
+from tests.support.mesh import ROOT
 from unlatch.compute.pool import exits as ends
 from unlatch.compute.pool.exits import End
+
+NAMED = {name: value for name, value in vars(ends).items() if isinstance(value, End)}
+CODES = [*range(-64, 256), None]
+
+
+def test_reasons_are_distinct_codes() -> None:
+    """Each way to end that is declared has a snake_case code of its own, a message, and a place in the docs."""
+    declared = [*NAMED.values(), *{end.reason: end for end in map(ends.by_itself, CODES)}.values()]
+    reasons = [end.reason for end in declared]
+    assert len(set(reasons)) == len(reasons)
+    assert [reason for reason in reasons if not re.fullmatch(r"[a-z]+(_[a-z]+)*", reason)] == []
+    assert [end for end in declared if " " not in end.message] == []
+    _, _, chapter = (ROOT / "docs" / "operations.md").read_text().partition("\n### Reasons\n")
+    documented = set(re.findall(r"`([a-z_]+)`", chapter.partition("\nOf `unlatch_unauthenticated_total`")[0]))
+    # A pool that stops replaces nothing, so that metrics never have this one.
+    assert documented - {"reason", "message", "unlatch_worker_restarts_total"} == set(reasons) - {"pool_stopped"}
 
 
 def test_worker_chooses_no_label() -> None:
     """Every exit code and every signal that there is comes under a dozen reasons, none of which has a number."""
-    codes = [*range(-64, 256), None]
-    found = {ends.by_itself(code) for code in codes}
+    found = {ends.by_itself(code) for code in CODES}
     reasons = {end.reason for end in found}
     assert len(reasons) == 13
-    assert not any(character.isdigit() for reason in reasons for character in reason)
+    assert not any(map(str.isdigit, chain.from_iterable(reasons)))
     # What is told of them tells them apart all the same, but for two that nobody saw.
-    assert len({str(ends.by_itself(code)) for code in codes}) == len(codes) - 1
+    assert len({str(ends.by_itself(code)) for code in CODES}) == len(CODES) - 1
 
 
 def test_detail_is_no_label() -> None:
     """What a system call says is told, and counted under what it was about."""
     detailed = ends.DEAF.with_detail("No buffer space available")
-    assert str(detailed) == "its socket refuses frames: No buffer space available"
+    assert str(detailed) == "the worker's socket refused a frame: No buffer space available"
     assert detailed.reason == ends.DEAF.reason
 
 
 def test_what_follows_from_each_end() -> None:
     """Whom nobody waits for is replaced at once and blamed for nothing; what a kernel did is its call's strike."""
-    named = {name: value for name, value in vars(ends).items() if isinstance(value, End)}
     of_limits = {"OVER_LIMIT", "GROWN", "HAS_RUN"}
     at_once = {"ABANDONED", "TIMED_OUT", "STOPPED", "HALF_GONE"} | of_limits
-    assert {name for name, end in named.items() if end.at_once} == at_once
+    assert {name for name, end in NAMED.items() if end.at_once} == at_once
     blameless = {"POOL_STOPS", "ABANDONED", "TIMED_OUT", "MISFIT", "UNREADY"} | of_limits
-    assert {name for name, end in named.items() if not end.is_strike} == blameless
+    assert {name for name, end in NAMED.items() if not end.is_strike} == blameless
     assert all(ends.by_itself(code).is_strike and not ends.by_itself(code).at_once for code in (-9, -11, 0, 3, None))

@@ -21,8 +21,8 @@ from unlatch.common.errors import DeadlineExceeded, FailedPrecondition, Unavaila
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 X = np.arange(3.0)
-ABANDONED = "it ran a call that nobody waited for"
-TIMED_OUT = "its kernel ran for longer than its timeout"
+ABANDONED = "abandoned"
+TIMED_OUT = "timed_out"
 # Far longer than any test: what ends it is what is tested.
 EVER = 600.0
 

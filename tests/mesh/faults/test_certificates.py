@@ -227,7 +227,7 @@ def test_a_replica_that_cannot_be_verified_gets_nothing(
     replica = mesh_of_tls.front.wait_for("serving")["listen"]
     arguments = ("--listen", f"{HERE}:0", *ANY_PORTS, "--replicas", replica, *calling(own), *flags)
     with Service("gateway", *arguments) as gateway:
-        reason = gateway.wait_for("no lane to replica")["reason"]
+        reason = gateway.wait_for("no lane to replica")["message"]
         assert ("CERTIFICATE_VERIFY_FAILED" if wrong == "authority" else "Hostname Verification") in reason, reason
         assert not any(entry["event"] == "replica is ready" for entry in gateway.entries)
         gateway.stop()

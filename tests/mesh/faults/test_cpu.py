@@ -58,17 +58,17 @@ async def test_burnt_seconds_are_counted(three: Mesh, caller: Client, tmp_path: 
     assert -0.02 <= of_workers(after) - of_workers(before) - burnt <= 0.03 + 4 * 0.03
     modes = {labels["mode"] for labels in after.labels(CPU)}
     assert modes == {"user", "system"}
-    others = ("front", "forkserver")
+    others = ("dispatcher", "forkserver")
     assert sum(after.sum(CPU, process=name) - before.sum(CPU, process=name) for name in others) < 0.7
 
 
 async def test_every_process_is_counted(three: Mesh) -> None:
     """Gateway, front, forkserver and each worker have their time, utilisation and memory, as /proc has them."""
     seen = {Scrape(address) for address in (three.gateway_metrics, three.front_metrics)}
-    names = {"gateway", "front", "forkserver", "worker-0", "worker-1", "worker-2"}
+    names = {"gateway", "dispatcher", "forkserver", "worker-0", "worker-1", "worker-2"}
     for series in (CPU, RATIO, "unlatch_process_resident_memory_bytes"):
         assert {dict(has)["process"] for scrape in seen for name, has in scrape.samples if name == series} == names
-    for name, pid in (("gateway", three.gateway_service.pid), ("front", three.front_service.pid)):
+    for name, pid in (("gateway", three.gateway_service.pid), ("dispatcher", three.front_service.pid)):
         counted = max(scrape.sum(CPU, process=name) for scrape in seen)
         assert counted == pytest.approx(processor_seconds(pid), abs=0.1)
 

@@ -82,10 +82,10 @@ async def test_replicas_are_killed_and_then_restarted_under_load(start_fleet: St
     assert ran.keys() >= set(once.answered)
     now = Scrape(fleet.metrics)
     assert now.sum("unlatch_calls_total", kernel="doubles_once", code="UNAVAILABLE") == len(once.failed)
-    assert now.sum("unlatch_retries_refused_total", reason="not pure") == len(once.failed)
+    assert now.sum("unlatch_retries_refused_total", reason="not_pure") == len(once.failed)
     again = now.sum(RETRIES, reason="lost") + now.sum(RETRIES, reason="failed")
     assert again <= 0.1 * (len(pure.answered) + len(once.answered) + len(once.failed)) + 2 * BUSY
-    assert sum(left_in(tmp_path / "pure").values()) - len(pure.answered) <= again + now.sum(RETRIES, reason="not begun")
+    assert sum(left_in(tmp_path / "pure").values()) - len(pure.answered) <= again + now.sum(RETRIES, reason="not_begun")
 
 
 async def test_call_that_was_begun_is_sent_again_where_it_is_pure(start_fleet: StartFleet, tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ MiB = 1024 * 1024
 LIMIT_BYTES = 256 * MiB
 OF_WORKER = f"worker_memory_bytes={LIMIT_BYTES}"
 OF_KERNEL = f"memory={DECLARED_BYTES}"
-OVER_LIMIT = "its memory is over the limit"
-GROWN = "its memory has grown"
-HAS_RUN = "it has run its number of calls"
+OVER_LIMIT = "memory_limit_exceeded"
+GROWN = "recycled_after_growth"
+HAS_RUN = "recycled_after_calls"
 EVER = 600.0
 
 

@@ -132,7 +132,7 @@ async def worker_of(client: Client, gate: Gate) -> int:
     ("text", "flags", "says"),
     [
         (BROKEN, (), f"mine.py:{BROKEN_LINE}: ModuleNotFoundError"),
-        (DYING, (), "it exited with code 7"),
+        (DYING, (), "the worker exited with code 7"),
         (HANGING, SOON, "were not loaded within worker_start_seconds=10"),
     ],
     ids=["does not import", "dies in each worker", "hangs"],
@@ -164,12 +164,12 @@ async def test_kernels_that_stop_loading_end_readiness(
                     await late.echo(X)
             if text is BROKEN:
                 metrics = mine.front.wait_for("serving")["metrics_listen"]
-                misfit = "its kernels are not what the pool can serve"
+                misfit = "unservable_kernels"
                 await until(
                     lambda: Scrape(metrics).sum("unlatch_worker_restarts_total", reason=misfit) >= 3, "it tries again"
                 )
             mine.front.wait_for("replica takes no calls")
-            said = [entry for entry in mine.front.entries if says in entry.get("reason", "")]
+            said = [entry for entry in mine.front.entries if says in entry.get("message", "")]
             assert [entry["event"] for entry in said] == ["worker did not start", "replica takes no calls"]
             # A forkserver that has failed to load is not asked again; any other has to go.
             (mine.module.write_text if text is BROKEN else mine.change)(GOOD + MORE)
@@ -189,7 +189,7 @@ async def test_worker_that_is_left_serves_on(tmp_path: Path, gate: GateMaker, te
             mine.change(text)
             os.kill(await worker_of(client, gate("one")), signal.SIGKILL)
             entry = await asyncio.to_thread(mine.front.wait_for, "worker did not start")
-            assert "mine.py" in entry["reason"] or "their files have changed" in entry["reason"]
+            assert "mine.py" in entry["message"] or "their files have changed" in entry["message"]
             for factor in range(20):
                 np.testing.assert_array_equal(await client.echo(X * factor), X * factor)
             assert await mine.is_serving()
@@ -206,7 +206,7 @@ async def test_worker_that_never_becomes_ready_is_ended(tmp_path: Path, gate: Ga
             mine.module.with_name("mine.py.stick").touch()
             os.kill(await worker_of(client, gate("one")), signal.SIGKILL)
             entry = await asyncio.to_thread(mine.front.wait_for, "worker did not start")
-            assert "it was not ready in time" in entry["reason"]
+            assert "the worker was not ready in time" in entry["message"]
             np.testing.assert_array_equal(await client.echo(X), X)
             assert await mine.is_serving()
             metrics = mine.front.wait_for("serving")["metrics_listen"]

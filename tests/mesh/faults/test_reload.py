@@ -65,9 +65,9 @@ def client_of(serve: Service) -> Client:
 
 
 async def heard(serve: Service, event: str, after: int) -> str:
-    """Wait for a line after so many; its reason, if it has one."""
+    """Wait for a line after so many; its message, if it has one."""
     entry = await asyncio.to_thread(serve.wait_for, event, after=after)
-    return str(entry.get("reason", ""))
+    return str(entry.get("message", ""))
 
 
 async def gives(client: Client, kernel: str, factor: float) -> None:
@@ -104,8 +104,8 @@ async def test_what_is_edited_is_served_and_what_is_broken_is_not(tmp_path: Path
 
             seen = len(serve.lines)
             path.write_text(TIMES_2 + "\nimport no_such_module\n")
-            reason = await heard(serve, "kernels do not load, the last ones stay", seen)
-            assert f"{path}:12: ModuleNotFoundError" in reason
+            message = await heard(serve, "kernels do not load, the last ones stay", seen)
+            assert f"{path}:12: ModuleNotFoundError" in message
             np.testing.assert_array_equal(await client.times(X), X * 3)
 
             seen = len(serve.lines)

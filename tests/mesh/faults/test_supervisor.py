@@ -343,7 +343,7 @@ async def complains(serve: Serve, says: str) -> None:
 async def test_health_and_metrics_ports_are_each_their_own() -> None:
     """Under `serve` both services answer for themselves on the ports that flags gave them."""
     with serving() as serve:
-        for process in ("gateway", "front"):
+        for process in ("gateway", "dispatcher"):
             entry = serve.service.wait_for("serving", process=process)
             async with grpc.aio.insecure_channel(entry["health_listen"]) as channel:
                 check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 # Read on the event loop, and by a thread.
 SIZES = {"small": 3, "large": 1 << 20}
-REFUSED = "2 workers ended while they ran this call, the last one because SIGKILL ended it"
+REFUSED = "2 workers ended while they ran this call, the last time because the worker was killed by SIGKILL"
 POISON_SECONDS = 2
 
 
@@ -73,7 +73,7 @@ async def test_call_that_did_no_harm_is_cleared(client: Client, tmp_path: Path) 
     record, x = tmp_path / "deadly", dice(3)
     for _ in range(3):
         record.touch()
-        with pytest.raises(Unavailable, match="SIGKILL ended it"):
+        with pytest.raises(Unavailable, match="the worker was killed by SIGKILL"):
             await client.dies_while(x, record=str(record))
         record.unlink()
         np.testing.assert_array_equal(await client.dies_while(x, record=str(record)), x)

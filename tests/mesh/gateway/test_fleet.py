@@ -115,7 +115,7 @@ async def test_frozen_replica_is_noticed_and_others_serve_on(tmp_path: Path) -> 
                 await until(lambda: all(gate.reached for gate in gates), "both replicas run a call")
                 fronts[0].signal(signal.SIGSTOP)
                 broke = await asyncio.to_thread(door.wait_for, "lane to replica broke", replica=targets[0], within=6.0)
-                assert "nothing was heard of it" in broke["reason"]
+                assert "nothing was heard of it" in broke["message"]
                 for gate in gates:
                     gate.open()
                 outcomes = await asyncio.gather(*held, return_exceptions=True)

@@ -187,7 +187,7 @@ def test_flood_of_bad_tokens(guarded: Guarded) -> None:
             bad = f"{head}.{claims}.{signature[:20]}{number:08d}{signature[28:]}"
             assert Oip(channel, bearer(bad)).refusal(vector("identity", 1.0)).code == "UNAUTHENTICATED"
     seen = Scrape(guarded.mesh.gateway_metrics)
-    assert seen.sum("unlatch_unauthenticated_total", reason="the token's signature is not its key's") >= 500
+    assert seen.sum("unlatch_unauthenticated_total", reason="wrong_signature") >= 500
 
 
 def _connected(address: str) -> socket.socket:

@@ -133,7 +133,7 @@ def test_tenants_file_is_read_again(guarded: Guarded) -> None:
         beside = guarded.tenants.with_suffix(".new")
         beside.write_text(text)
         os.replace(beside, guarded.tenants)
-        return str(gateway.wait_for(event, after=seen).get("reason", ""))
+        return str(gateway.wait_for(event, after=seen).get("message", ""))
 
     replace(f"{whole}[tenants.late]", "file taken")
     with guarded.lane(guarded.issuer.token("late")) as lane:

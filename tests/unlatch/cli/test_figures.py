@@ -23,7 +23,7 @@ def labels(**values: str) -> Labels:
 
 
 def front(address: str, at: float, *, calls: float, workers: int = 2, kernel: str = "burns") -> Reading:
-    names = ["front", "forkserver", *(f"worker-{slot}" for slot in range(workers))]
+    names = ["dispatcher", "forkserver", *(f"worker-{slot}" for slot in range(workers))]
     return Reading(
         at,
         {
@@ -76,7 +76,13 @@ def test_rates_are_of_the_last_interval() -> None:
     assert shown.calls.errors_per_second == {"INTERNAL": 2.0}
     assert shown.kernels["burns"].calls_per_second == 12.0
     assert (shown.queue_depth, shown.gateway_queue_depth, shown.in_flight) == (3.0, 0.0, 7.0)
-    assert [process.name for process in shown.processes] == ["gateway", "front", "forkserver", "worker-0", "worker-1"]
+    assert [process.name for process in shown.processes] == [
+        "gateway",
+        "dispatcher",
+        "forkserver",
+        "worker-0",
+        "worker-1",
+    ]
     first, second = (process.worker for process in shown.processes[-2:])
     assert first is not None
     assert second is not None
@@ -148,7 +154,9 @@ def test_every_size_holds_the_picture(width: int, height: int | None) -> None:
     assert max(map(cell_len, lines)) <= width
     if height is None and width >= 40:
         text = "\n".join(lines)
-        assert all(name in text for name in ("gateway", "front", "worker-0", "worker-1", "50%", "burns 1.5 s", "idle"))
+        assert all(
+            name in text for name in ("gateway", "dispatcher", "worker-0", "worker-1", "50%", "burns 1.5 s", "idle")
+        )
     if height is not None and height >= 12 and width >= 40:
         assert len(lines) <= height
 

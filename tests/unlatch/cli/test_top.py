@@ -23,7 +23,7 @@ from unlatch import BlockingClient
 from unlatch.common.errors import UnlatchError
 
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="no tmux here: top is not seen on a terminal")
-NAMES = ("gateway", "front", "forkserver", "worker-0", "worker-1")
+NAMES = ("gateway", "dispatcher", "forkserver", "worker-0", "worker-1")
 
 
 class Pane:
@@ -134,8 +134,8 @@ def test_what_is_shown_is_what_is(own: Mesh, pane: Callable[..., Pane]) -> None:
             assert abs(row.count("█") - percent(row) * 20 / 100) <= 1.0, row
             assert row.count("█") + row.count("░") >= 20, row
         wait_until(lambda: "burns " in top.row("worker-0"), "it says what the worker runs")
-        resident = Scrape(own.front_metrics).sum("unlatch_process_resident_memory_bytes", process="front") / 2**20
-        shown = re.search(r"(\d+) MiB", top.row("front"))
+        resident = Scrape(own.front_metrics).sum("unlatch_process_resident_memory_bytes", process="dispatcher") / 2**20
+        shown = re.search(r"(\d+) MiB", top.row("dispatcher"))
         assert shown is not None
         assert float(shown[1]) == pytest.approx(resident, rel=0.2)
 

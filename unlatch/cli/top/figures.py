@@ -138,7 +138,7 @@ def _by_name(item: tuple[Labels, float]) -> tuple[bool, int, str]:
     """The services' own processes first, then what they started, workers by number."""
     name = dict(item[0])["process"]
     number = name.removeprefix(_WORKER)
-    return name not in ("gateway", "front"), int(number) if number.isdecimal() else -1, name
+    return name not in ("gateway", "dispatcher"), int(number) if number.isdecimal() else -1, name
 
 
 def _worker(seen: Seen, slot: str) -> Worker:

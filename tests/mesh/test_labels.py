@@ -1,0 +1,90 @@
+"""Labels of metrics: every value is a code, or a name from a short list of labels whose values are names."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.mesh.faults.conftest import FAULT_KERNELS, restarts
+from tests.mesh.faults.test_deaths import DEATHS
+from tests.mesh.security.test_tokens import BAD
+from tests.support.doors import Oip, vector
+from tests.support.issuer import Issuer, bearer
+from tests.support.mesh import ROOT, Mesh, running_mesh
+from tests.support.watching import Scrape, wait_until
+from unlatch.common.errors import NAMES
+
+CODE = r"[a-z][a-z0-9]*(_[a-z0-9]+)*"
+# What the values of each label are. A label that is not here is one that nobody has thought about.
+GRAMMAR = {
+    **dict.fromkeys(("grpc_type", "kind", "mode", "outcome", "reason", "stage"), CODE),
+    "process": r"gateway|dispatcher|forkserver|worker-\d+",
+    "role": r"[a-z]+(-[a-z]+)*",  # a flag's name
+    **dict.fromkeys(("code", "grpc_code"), "|".join(NAMES.values())),
+    "worker": r"\d+",
+    "le": r"\d+\.\d+|\+Inf",
+    # Names that users choose, or that the platform gives.
+    **dict.fromkeys(("file", "grpc_method", "grpc_service", "kernel", "replica", "tenant"), ".+"),
+}
+WAYS = ("sigkill", "sigsegv", "exit", "real-time signal", "garbage", "other call")
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """A mesh that has answered calls, refused some, and lost workers."""
+    directory: Path = tmp_path_factory.mktemp("labels")
+    issuer = Issuer(directory)
+    front = ["--kernels", str(FAULT_KERNELS)]
+    with running_mesh(directory, front=front, gateway=issuer.flags) as mesh:
+        with grpc.insecure_channel(mesh.gateway) as channel:
+            known = Oip(channel, bearer(issuer.token()))
+            assert known.serves()
+            assert known.refusal(vector("nowhere", 1.0)).code == "NOT_FOUND"
+            for number, how in enumerate(WAYS):
+                assert known.refusal(vector("dies", float(number), how=how)).code == "UNAVAILABLE"
+                wait_until(lambda: restarts(mesh) == number + 1, "the worker is replaced")  # noqa: B023 (called here)
+            for make, _ in BAD.values():
+                said = make(issuer)
+                metadata = (("authorization", said),) if said is not None else ()
+                assert Oip(channel, metadata).refusal(vector("identity", 1.0)).code == "UNAUTHENTICATED"
+        yield mesh
+
+
+def documented(metric: str) -> set[str]:
+    """The reasons of a metric, as the chapter of docs/operations.md lists them."""
+    _, _, chapter = (ROOT / "docs" / "operations.md").read_text().partition("\n### Reasons\n")
+    _, _, listed = chapter.partition(f"Of `{metric}`")
+    first_column = re.findall(r"^\| (`[^|]+) \|", listed.partition("\nOf `")[0].partition("\n#")[0], re.MULTILINE)
+    return {code.group(1) for cell in first_column for code in re.finditer(rf"`({CODE})`", cell)}
+
+
+def test_label_values_are_codes_or_names(used: Mesh) -> None:
+    """No service exports a label value that is a sentence, or a label that is not listed above."""
+    wrong = {
+        (name, label, value)
+        for address in (used.gateway_metrics, used.front_metrics)
+        for name, labels in Scrape(address).samples
+        for label, value in labels
+        if re.fullmatch(GRAMMAR.get(label, "(?!)"), value) is None
+    }
+    assert wrong == set()
+
+
+def test_reasons_are_counted_and_listed(used: Mesh) -> None:
+    """What has happened is counted by its reason, and docs/operations.md says what each reason means."""
+    lost = {labels["reason"] for labels in Scrape(used.front_metrics).labels("unlatch_worker_restarts_total")}
+    assert lost == {DEATHS[how] for how in WAYS}
+    refused = {labels["reason"] for labels in Scrape(used.gateway_metrics).labels("unlatch_unauthenticated_total")}
+    assert documented("unlatch_worker_restarts_total") >= lost
+    not_tried = {"repeated_authorization", "missing_key_id", "unnamed_certificate"}
+    assert documented("unlatch_unauthenticated_total") == refused | not_tried
+
+
+def test_log_has_reason_and_message(used: Mesh) -> None:
+    """A worker's end is logged with its reason, a code, and with a message that says the same as a sentence."""
+    ended = [entry for entry in used.front_service.entries if entry["event"] == "worker ended"]
+    assert [entry["reason"] for entry in ended] == [DEATHS[how] for how in WAYS]
+    assert all(re.fullmatch(CODE, entry["reason"]) and " " in entry["message"] for entry in ended)
+    assert {entry["process"] for entry in used.front_service.entries} == {"dispatcher"}
