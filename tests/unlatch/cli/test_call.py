@@ -247,7 +247,7 @@ def test_nobody_serves() -> None:
 
 USAGE = [
     (["call"], "the following arguments are required: kernel"),
-    (["call", "halve", "x=1", "--outptu", "a.npy"], "there is no option --outptu; did you mean --output"),
+    (["call", "halve", "x=1", "--outptu", "a.npy"], "unknown option --outptu; did you mean --output"),
     (["call", "halve", "x=1", "--timeout", "0"], "wanted a number of seconds from 0.001"),
     (["call", "halve", "x=1", "--timeout", "soon", "--json"], "wanted a number of seconds from 0.001"),
     (["call", "halve", "x=1", "--json", "-o", "-"], "both want stdout"),
@@ -257,8 +257,8 @@ USAGE = [
     (["top", "--interval", "0"], "from 0.1 to 3600"),
     (["top", "--metrics", "8002"], "wanted host:port"),
     (["top"], "--once"),
-    (["serve", "--worker-count", "2"], "there is no option --worker-count; did you mean --workers"),
-    (["gateway", "--lisen=127.0.0.1:0"], "there is no option --lisen; did you mean --listen"),
+    (["serve", "--worker-count", "2"], "unknown option --worker-count; did you mean --workers"),
+    (["gateway", "--lisen=127.0.0.1:0"], "unknown option --lisen; did you mean --listen"),
     (["completion", "ksh"], "invalid choice: 'ksh'"),
     (["cal"], "there is no command 'cal'; did you mean call?"),
 ]
