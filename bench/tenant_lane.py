@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc.aio
 
-from unlatch.arrays import Caller, arrays
+from unlatch.arrays import RequestBuilder, arrays
 from unlatch.common.errors import UnlatchError
 from unlatch.common.kernel.messages import understood
 from unlatch.common.kernel.spec import KernelSpec
@@ -27,7 +27,7 @@ class TenantLane:
 
     async def call(self, kernel: str, tenant: str) -> Any:
         """What the kernel gives. Raises UnlatchError."""
-        descriptor, body = Caller(self._kernels[kernel], {}).request(())
+        descriptor, body = RequestBuilder(self._kernels[kernel], {}).request(())
         descriptor.tenant = tenant
         waiter = _Waiter()
         self.caller.call(descriptor, body, waiter)

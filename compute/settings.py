@@ -9,83 +9,81 @@ from pydantic_settings import NoDecode
 from unlatch.common.machine.cores import granted_cores
 from unlatch.common.net.settings import MiB, ServiceSettings, TenantWeights, separated
 
-# With fewer workers one that is kept free is too much of the whole.
+# With fewer workers, keeping one of them free costs too large a part of the whole.
 _FEWEST_TO_RESERVE = 4
 
 
 class ComputeSettings(ServiceSettings):
     """`unlatch compute`: one replica."""
 
-    listen: str = Field("127.0.0.1:8011", description="Where lanes are opened: host:port or unix:/path")
-    metrics_listen: str = Field("127.0.0.1:8012", description="Where Prometheus scrapes /metrics")
-    health_listen: str = Field("127.0.0.1:8013", description="Where grpc.health.v1 answers, in plaintext")
+    listen: str = Field("127.0.0.1:8011", description="Address for lanes: host:port or unix:/path")
+    metrics_listen: str = Field("127.0.0.1:8012", description="Address of /metrics, for Prometheus")
+    health_listen: str = Field("127.0.0.1:8013", description="Address of grpc.health.v1, in plaintext")
     kernels: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Kernel modules besides the built-in ones: pkg.module,path/to/file.py"
     )
-    workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 means one for each core granted")
-    blas_threads: int = Field(0, ge=0, description="Threads of a worker's BLAS; 0 shares the cores out")
-    name: str = Field(default_factory=socket.gethostname, description="What logs and replies call this replica")
+    workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 is one for each granted core")
+    blas_threads: int = Field(0, ge=0, description="BLAS threads of each worker; 0 divides the granted cores")
+    name: str = Field(default_factory=socket.gethostname, description="Name of this replica in logs and replies")
 
-    # A kernel that asks unlatch.cancelled() stops by itself within this time; any other loses its worker after it.
+    # A kernel that asks unlatch.cancelled() can stop by itself within this time. Any other loses its worker after it.
     kill_grace_seconds: float = Field(
-        0.25, ge=0, description="How long a run that nobody waits for may go on before its worker is replaced"
+        0.25, ge=0, description="Seconds that a cancelled run may continue before its worker is replaced"
     )
-    # A stopped worker (SIGSTOP) can neither answer nor end. Whoever stops one to look at it wants this off.
+    # A stopped worker (SIGSTOP) can neither answer nor end. Set 0 to stop workers on purpose, as a debugger does.
     stopped_worker_seconds: float = Field(
-        2.0, ge=0, description="How long a worker may stand stopped before it is replaced; 0 waits for it"
+        2.0, ge=0, description="Seconds that a worker may be stopped before it is replaced; 0 never replaces it"
     )
-    # A kernel module's import is part of a start where the forkserver is new.
+    # A start includes the import of the kernel modules if the forkserver is new.
     worker_start_seconds: float = Field(
-        60.0, gt=0, description="How long a worker may take until it is ready before its start has failed"
+        60.0, gt=0, description="Maximum seconds from the start of a worker until it is ready"
     )
-    # Long enough that a caller who retries gives up; an end, since a kernel's state may have been at fault.
+    # Long enough for a caller that retries to give up. Not for ever, since a kernel's state may have been at fault.
     poison_seconds: float = Field(
-        600.0, ge=0, description="How long a call that two workers have died of is refused; 0 remembers none"
+        600.0, ge=0, description="Seconds for which a call that killed two workers is refused; 0 refuses none"
     )
-    # One call's tensors. It must fit the arena, and it bounds what a reply may hold too.
-    max_call_bytes: int = Field(512 * MiB, gt=0, description="Most bytes of one call's tensors together")
-    max_reply_bytes: int = Field(512 * MiB, gt=0, description="Most bytes of one reply's tensors together")
-    # All live calls' tensors: what waits, what lands and what runs.
+    # One call's tensors must fit in the input arena.
+    max_call_bytes: int = Field(512 * MiB, gt=0, description="Maximum bytes of one call's tensors together")
+    max_reply_bytes: int = Field(512 * MiB, gt=0, description="Maximum bytes of one reply's tensors together")
+    # The tensors of all live calls: those that arrive, wait and run.
     input_arena_bytes: int = Field(
         0,
         ge=0,
-        description="Most bytes of all calls' tensors; 0 means 2 GiB, or a quarter of what the container grants",
+        description="Maximum bytes of all calls' tensors; 0 is 2 GiB, at most a quarter of the container's limit",
     )
-    # What a worker takes beyond what it starts with. By default the workers share what the container grants, less the
-    # input arena, room for the replies of one moment (max_reply_bytes) and 256 MiB for front, forkserver and gateway.
+    # Memory that a worker allocates beyond what it starts with. By default the workers share the container's limit,
+    # less the input arena, max_reply_bytes for replies, and 256 MiB for dispatcher, forkserver and gateway.
     worker_memory_bytes: int = Field(
-        0, ge=0, description="Most memory of a worker's own; 0 shares out what the container grants, if it has a limit"
+        0, ge=0, description="Maximum bytes of a worker's own memory; 0 divides the container's limit, if it has one"
     )
-    # Both are for kernels that leak, or that leave the heap in pieces. One worker at a time is replaced, between calls.
-    recycle_calls: int = Field(0, ge=0, description="After about so many calls a worker is replaced; 0 means never")
+    # For kernels that leak memory or fragment the heap. Workers are replaced one at a time, between calls.
+    recycle_calls: int = Field(0, ge=0, description="Calls, about, after which a worker is replaced; 0 is never")
     recycle_growth_bytes: int = Field(
-        0, ge=0, description="A worker that keeps so much more than it started with is replaced; 0 means never"
+        0, ge=0, description="Bytes of growth in memory after which a worker is replaced; 0 is never"
     )
-    # Waiting is bounded by count, so that a full queue is noticed by a refusal and not by everyone's deadlines.
-    max_queued_calls: int = Field(10_000, gt=0, description="Most calls that may wait for a worker")
-    # A call is long by what its kernel has taken so far for inputs of that size. No call is staged behind a long one.
-    long_call_seconds: float = Field(0.1, gt=0, description="From how long a run on a call counts as long")
-    # They cost long calls their throughput, and only while others come: 10 s after the last one they are free to all.
+    # With this bound a full queue shows as refusals at once, and not later as deadlines that all callers miss.
+    max_queued_calls: int = Field(10_000, gt=0, description="Maximum calls waiting for a worker")
+    # Predicted from earlier runs of the kernel on inputs of that size. No call is staged behind a long one.
+    long_call_seconds: float = Field(0.1, gt=0, description="Predicted run seconds from which a call counts as long")
+    # Reserved workers reduce the throughput of long calls, but only until 10 s after the last short call.
     reserved_workers: int | None = Field(
         None,
         ge=0,
-        description="Workers that long calls leave to others; 1 unless given, 0 with fewer than four workers",
+        description="Workers that long calls leave free; 1 unless given, 0 with fewer than four workers",
     )
     tenant_weights: TenantWeights = Field(
-        {}, description="Shares of the processor between tenants who wait: name=2,other=0.5; 1 for who is not named"
+        {}, description="Weights of tenants whose calls wait: name=2,other=0.5; 1 for tenants not named"
     )
-    # Several reports' silence is what a gateway takes for a frozen replica: 1.5 s at most.
-    report_seconds: float = Field(
-        0.25, ge=0.01, le=60, description="How often, at least, gateways are told how much there is to do"
-    )
-    # What waits here waits for these workers alone. The time is what passes between a reply and the next call's
-    # arrival, on a busy machine; what runs for longer is bounded by what workers have in hand.
+    # A gateway takes a replica for frozen after several missing reports, and after 1.5 s at most.
+    report_seconds: float = Field(0.25, ge=0.01, le=60, description="Maximum seconds between load reports to gateways")
+    # Calls that wait here can run on this replica's workers only. The default is the time between a reply and the next
+    # call's arrival on a busy machine. For longer calls, the calls in flight on the workers are the bound.
     ahead_seconds: float = Field(
-        0.02, gt=0, description="Work that gateways may send ahead, in seconds for each worker, all lanes together"
+        0.02, gt=0, description="Seconds of work for each worker that gateways may send ahead, all lanes together"
     )
-    # What one lane may have unanswered; what exceeds it waits at the gateway, which can still send it elsewhere.
-    window_calls: int = Field(1024, gt=0, description="Most unanswered calls of one lane")
-    window_bytes: int = Field(1024 * MiB, gt=0, description="Most bytes of one lane's unanswered calls")
+    # The window of one lane. Calls that exceed it wait in the gateway, which can still send them to another replica.
+    window_calls: int = Field(1024, gt=0, description="Maximum unanswered calls of one lane")
+    window_bytes: int = Field(1024 * MiB, gt=0, description="Maximum bytes of one lane's unanswered calls")
 
     @field_validator("kernels", mode="before")
     @classmethod
@@ -94,17 +92,17 @@ class ComputeSettings(ServiceSettings):
 
     @property
     def workers_reserved(self) -> int:
-        """Workers that long calls leave to others: never all of them."""
+        """The number of workers that long calls leave free: never all of them."""
         if self.reserved_workers is not None:
             return min(self.reserved_workers, self.worker_count - 1)
         return 1 if self.worker_count >= _FEWEST_TO_RESERVE else 0
 
     @property
     def worker_count(self) -> int:
-        """Workers, at least one."""
+        """The number of workers, at least one."""
         return self.workers or granted_cores()
 
     @property
     def worker_blas_threads(self) -> int:
-        """BLAS threads a worker: threads x workers never exceed the cores granted."""
+        """BLAS threads of each worker: threads x workers never exceed the granted cores."""
         return self.blas_threads or max(1, granted_cores() // self.worker_count)

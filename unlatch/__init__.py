@@ -2,7 +2,7 @@
 
     from unlatch import Client, kernel
 
-Names load when first used (PEP 562): a worker that declares kernels never meets gRPC.
+Names are loaded on first use (PEP 562), so a worker that only declares kernels never imports gRPC.
 """
 
 from importlib import import_module

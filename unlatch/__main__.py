@@ -1,10 +1,10 @@
-"""The command `unlatch`. Imports are the commands' own: multiprocessing's children import this module again."""
+"""The command `unlatch`. Each command imports what it needs: multiprocessing's children import this module too."""
 
 import sys
 
 
 def main() -> int:
-    """Run a command; its exit code."""
+    """Run the command that the arguments name; returns its exit code."""
     from unlatch.cli import run
 
     return run(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The caller's side of arrays: arguments become a descriptor and a body, replies become arrays."""
+"""Arrays on the caller's side: arguments become a descriptor and a body, replies become arrays."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Tensor
 _DTYPES = {datatype: np.dtype(dtype) for datatype, (dtype, _) in DATATYPES.items()}
 
 
-class Caller:
-    """Makes descriptors for one kernel. One that has the last one's dtypes and shapes is the last one."""
+class RequestBuilder:
+    """Builds descriptors of one kernel's calls, and uses the last one again while dtypes and shapes are the same."""
 
     def __init__(self, spec: KernelSpec, named: Mapping[str, Any]) -> None:
         self.spec = spec
@@ -25,7 +25,7 @@ class Caller:
         self._named = {name: value for name, value in named.items() if name in arrays}
         self._descriptor = Descriptor()
         request = self._descriptor.request
-        # No version: while a new one is rolled out, any that takes these arguments may answer.
+        # No version is set, so that during a rollout any version that takes these arguments may answer.
         request.kernel = spec.name
         for name, value in named.items():
             if name not in arrays:
@@ -33,7 +33,7 @@ class Caller:
         self._kind: list[tuple[np.dtype[Any], tuple[int, ...]]] = []
 
     def request(self, arrays: Sequence[Any]) -> tuple[Descriptor, Body]:
-        """A call's descriptor, good until the next one is made, and its body. Raises InvalidArgument."""
+        """Build a call's descriptor, valid until the next one is built, and its body. Raises InvalidArgument."""
         given = [_array(spec, value) for spec, value in self._given(arrays)]
         kind = [(array.dtype, array.shape) for array in given]
         if kind != self._kind:
@@ -47,7 +47,7 @@ class Caller:
         if not self._named and len(arrays) == len(inputs):
             return list(zip(inputs, arrays, strict=True))
         if len(arrays) > len(inputs):
-            raise InvalidArgument(f"kernel {self.spec.name} takes {len(inputs)} arrays, but {len(arrays)} were given")
+            raise InvalidArgument(f"kernel {self.spec.name} takes {len(inputs)} arrays, but got {len(arrays)}")
         by_position = dict(zip((array.name for array in inputs), arrays, strict=False))
         twice = by_position.keys() & self._named.keys()
         if twice:
@@ -56,7 +56,7 @@ class Caller:
         every = by_position | self._named
         for array in inputs:
             if array.name not in every:
-                raise InvalidArgument(f"{array.name}: kernel {self.spec.name} needs this array", field=array.name)
+                raise InvalidArgument(f"{array.name}: kernel {self.spec.name} requires this array", field=array.name)
         return [(array, every[array.name]) for array in inputs]
 
     def _describe(self, arrays: list[Array]) -> None:
@@ -65,7 +65,7 @@ class Caller:
         for spec, array in zip(self.spec.inputs, arrays, strict=True):
             dtype = dtype_name(array)
             if not is_served(dtype):
-                raise InvalidArgument(f"{spec.name}: dtype {array.dtype} cannot travel", field=spec.name)
+                raise InvalidArgument(f"{spec.name}: dtype {array.dtype} cannot be sent", field=spec.name)
             tensor = tensors.add(name=spec.name, datatype=carrier(dtype), shape=array.shape)
             if is_carried(dtype):
                 tensor.parameters[NP_DTYPE].string_param = dtype
@@ -74,36 +74,36 @@ class Caller:
 
 
 class Arriving:
-    """A reply whose tensors come in pieces: each goes straight to its place."""
+    """A reply whose tensors arrive in pieces: each piece is copied straight to its place."""
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
         self._arrival = Arrival(reply.lengths)
-        # Not zeroed, as a bytearray would be: that alone stalls a loop for tens of milliseconds at 64 MiB.
+        # Not zeroed, as a bytearray would be: zeroing 64 MiB alone stalls a loop for tens of milliseconds.
         self._memory = [np.empty(length, np.uint8).data for length in reply.lengths]
 
     @property
     def complete(self) -> bool:
-        """Whether every byte is here."""
+        """Whether every byte has arrived."""
         return not self._arrival.missing
 
     def feed(self, piece: memoryview) -> None:
-        """Take the next piece. Raises ProtocolViolation where it does not fit."""
+        """Copy the next piece into place. Raises ProtocolViolation if it does not fit."""
         tensor, at = self._arrival.place(len(piece))
         self._memory[tensor][at : at + len(piece)] = piece
 
     def arrays(self) -> list[Array]:
-        """The arrays, once it is complete."""
+        """Return the arrays of a complete reply."""
         return arrays(self._reply.response.tensors, self._memory)
 
 
 def arrays(tensors: Sequence[Tensor], memory: Sequence[bytearray | memoryview]) -> list[Array]:
-    """Writable arrays over a reply's bytes."""
+    """Make writable arrays over a reply's bytes."""
     return [_result(tensor, bytes_) for tensor, bytes_ in zip(tensors, memory, strict=True)]
 
 
 def _array(spec: ArraySpec, value: Any) -> Array:
-    """What was given, as an array in C order and native byte order; a list or number takes the kernel's dtype."""
+    """Convert an argument to an array in C order and native byte order; lists and numbers take the kernel's dtype."""
     try:
         if isinstance(value, np.ndarray | np.generic):
             array = np.asarray(value, order="C")

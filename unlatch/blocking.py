@@ -1,4 +1,4 @@
-"""The blocking client: the async one on a thread of its own, for scripts, notebooks and threads."""
+"""The blocking client: an async client on a thread of its own, for scripts, notebooks and threads."""
 
 import asyncio
 import threading
@@ -15,13 +15,13 @@ from unlatch.security import TLS
 
 T = TypeVar("T")
 
-# A blocking map hands results over in bunches: crossing threads costs more than a call does.
+# A blocking map passes results between threads in bunches, since crossing threads costs more than a call does.
 _BUNCH = 64
 _END_SECONDS = 1.0
 
 
 class BlockingClient:
-    """What Client is, without `await`. Any thread may call it. It calls a `token` that is a function on its own."""
+    """A Client without `await`, for use from any thread. If `token` is a function, the client's own thread calls it."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class BlockingClient:
         return partial(self.call, name)
 
     def close(self) -> None:
-        """Close the lane and end the thread; calls in flight fail."""
+        """Close the lane and end the thread. Calls in flight fail."""
         if not self._loop.is_closed():
             self._wait(self._client.close())
             self._wait(_ended())
@@ -59,7 +59,7 @@ class BlockingClient:
             self._loop.close()
 
     def kernels(self) -> list[KernelSpec]:
-        """What the gateway serves."""
+        """List the kernels that the gateway serves."""
         return self._wait(self._client.kernels())
 
     def call(self, name: str, *arrays: Any, timeout: float | None = None, **named: Any) -> Result:
@@ -94,27 +94,27 @@ class BlockingClient:
         try:
             return future.result()
         except BaseException:
-            # Ctrl-C, most likely: what was asked for is not wanted any more.
+            # Most likely Ctrl-C: cancel the work, since its result is no longer wanted.
             future.cancel()
             raise
 
 
 async def _ended() -> None:
-    """Let what still ends come to its end: gRPC hears of a call's end on a task of its own."""
+    """Wait for tasks that are ending: gRPC reports a call's end on a task of its own."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     if others:
         await asyncio.wait(others, timeout=_END_SECONDS)
 
 
 async def _bunch(results: AsyncIterator[Result]) -> tuple[list[Result], Exception | None]:
-    """Some of the next results, and what ended the map after them, if that is so. None at all at the end."""
+    """Collect some of the next results, and the error that ended the map after them. An empty list is the end."""
     bunch: list[Result] = []
     try:
         async for given in results:
             bunch.append(given)
             if len(bunch) == _BUNCH:
                 break
-    except Exception as error:  # noqa: BLE001 (handed to the caller's thread, after the results before it)
+    except Exception as error:  # noqa: BLE001 (raised in the caller's thread, after the results before it)
         return bunch, error
     return bunch, None
 

@@ -1,16 +1,16 @@
-"""How a kernel learns that nobody waits for its result any more."""
+"""Cancellation, as a kernel sees it: whether a result is still wanted."""
 
 from collections.abc import Callable
 
-# A worker puts in whom to ask.
+# A worker sets this to its own function.
 asked_of: Callable[[], bool] = bool
 
 
 def cancelled() -> bool:
-    """Whether nobody waits for the call that runs now: its caller has left, or its time is over.
+    """Whether the current call has been cancelled: its caller has left, or its deadline has passed.
 
-    A kernel that works for long asks now and then (it costs a microsecond or two) and returns or raises early, which
-    spares its worker: one that goes on is killed when `kill_grace_seconds` are over, and replaced. Outside of a worker
-    it is always False.
+    A long-running kernel should ask now and then (each time costs a microsecond or two) and return or raise early. That
+    saves its worker: if the kernel goes on, the worker is killed after `kill_grace_seconds` and replaced. Outside of a
+    worker the answer is always False.
     """
     return asked_of()

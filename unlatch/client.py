@@ -23,21 +23,23 @@ from unlatch.results import Result
 from unlatch.security import TLS
 
 _CONNECT_SECONDS = 10.0
-# How long a lane goes on while no other opens by the certificates that hold now, and how often one is tried.
+# Seconds for which a lane goes on while no new one opens with the current certificates, and the pause between tries.
 _RENEW_SECONDS, _RENEW_PAUSE_SECONDS = 10.0, 0.25
 _RENEW_SPREAD_SECONDS = 0.25
 
 
 class Client:
-    """A caller of one gateway. Its kernels are its methods: arrays by position or name, scalars by name.
+    """An async caller of one gateway. Kernels are its methods: arrays by position or name, scalars by name.
 
-    A call gives one array, or a named tuple of arrays where the kernel has several outputs, or raises an UnlatchError:
-    InvalidArgument, NotFound, DeadlineExceeded, ResourceExhausted, Unavailable, Internal; from a gateway that asks who
-    calls, Unauthenticated and PermissionDenied. `timeout` is in seconds and holds for each call that sets none itself.
-    Cancelling a call frees what it holds at the other end. `priority` says who goes first where calls wait:
-    "interactive", "normal" (unless given) or "background". `token` says who calls, to a gateway that asks: a token, or
-    a function (it may be async) that gives one and is asked again before that ends. `tls` names the files of TLS; True
-    is TLS with the public authorities. A file that is none raises CertificateError from the first call.
+    A call returns one array, or a named tuple of arrays if the kernel has several outputs, or raises an UnlatchError:
+    InvalidArgument, NotFound, DeadlineExceeded, ResourceExhausted, Unavailable or Internal; also Unauthenticated and
+    PermissionDenied, if the gateway authenticates callers. Cancelling a call frees what it holds in the mesh.
+
+    - `timeout`: seconds for each call that sets none itself.
+    - `priority` (of a call): "interactive", "normal" (the default) or "background"; the order in which calls wait.
+    - `token`: the caller's token, or a function (sync or async) that returns one and is called again before it expires.
+    - `tls`: the TLS files; True is TLS with the public authorities. With an invalid file the first call raises
+      CertificateError.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Client:
         self._tls = TLS() if tls is True else tls or None
         self._security: ChannelSecurity | None = None
         self._link: Link | None = None
-        # Those of which the last calls are still to be answered too.
+        # All open lanes, including replaced ones whose last calls are not answered yet.
         self._links: set[Link] = set()
         self._tending: set[asyncio.Task[None]] = set()
 
@@ -72,7 +74,7 @@ class Client:
         return partial(self.call, name)
 
     async def close(self) -> None:
-        """Close the lane; calls in flight fail."""
+        """Close all lanes. Calls in flight fail."""
         for task in self._tending:
             task.cancel()
         await asyncio.gather(*self._tending, *(link.close() for link in self._links), return_exceptions=True)
@@ -80,12 +82,12 @@ class Client:
         self._links.clear()
 
     async def kernels(self) -> list[KernelSpec]:
-        """What the gateway serves."""
+        """List the kernels that the gateway serves."""
         link = await self._linked(self._timeout)
         return list(link.kernels.values())
 
     async def call(self, name: str, *arrays: Any, timeout: float | None = None, **named: Any) -> Result:
-        """Call a kernel by name."""
+        """Call a kernel by name, and return its result."""
         seconds = self._timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(seconds):
@@ -98,7 +100,7 @@ class Client:
                 finally:
                     call.abandon()
         except Unavailable:
-            # Who tries again at once, and for ever, must let the lane's reader say that there is a replica again.
+            # A caller that retries at once, in a loop, must let the lane's reader run to learn of new replicas.
             await asyncio.sleep(0)
             raise
         except TimeoutError:
@@ -116,8 +118,8 @@ class Client:
     ) -> AsyncIterator[Result]:
         """Call a kernel for each item, an array or a tuple of arrays, with at most `in_flight` calls at a time.
 
-        Results come in the items' order, or as they are ready where `ordered` is false. `timeout` is each call's. The
-        first call that fails ends the map, and with it what is in flight; so does leaving the loop over it.
+        Results come in the order of the items, or in the order of completion if `ordered` is false. `timeout` is each
+        call's. The first failed call ends the map and cancels the calls in flight; so does leaving the loop over it.
         """
         if in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, not {in_flight}")
@@ -137,7 +139,7 @@ class Client:
             calls.abandon()
 
     async def _roomy(self, link: Link, timeout: float | None) -> Link:
-        """A lane or the one in its place, once its window lets one more call out, which is to be sent at once."""
+        """Wait until the window lets one more call out, to be sent at once. Returns this lane, or its replacement."""
         await link.room()
         while link.finishing:
             link = await self._linked(timeout)
@@ -145,7 +147,7 @@ class Client:
         return link
 
     async def _linked(self, timeout: float | None) -> Link:
-        """The lane, opened anew if the last one broke."""
+        """The current lane, opened anew if the last one broke."""
         security = self._security or await self._secured()
         if self._link is None or self._link.broken:
             self._link = self._opened(security)
@@ -162,7 +164,7 @@ class Client:
         return link
 
     async def _secured(self) -> ChannelSecurity:
-        """How lanes are opened; with TLS by what the files hold, now and whenever they change."""
+        """Read the certificates, watch them for changes, and return how channels are opened."""
         certificates = None if self._tls is None else await asyncio.to_thread(self._tls.certificates)
         if self._security is None:
             self._security = ChannelSecurity(certificates, "" if self._tls is None else self._tls.name)
@@ -171,9 +173,9 @@ class Client:
         return self._security
 
     async def _renew(self, link: Link, security: ChannelSecurity) -> None:
-        """Once either end's certificates have changed, put another lane in a lane's place, or end it if none opens."""
+        """Replace a lane when either end's certificates have changed; close it if no other can be opened."""
         await link.until_another_is_wanted(security)
-        # A gateway that asks asks all its clients, and a handshake costs it a millisecond.
+        # The gateway asks all its clients at the same time, and each handshake costs it a millisecond.
         await asyncio.sleep(random.uniform(0.0, _RENEW_SPREAD_SECONDS))  # noqa: S311 (jitter)
         last = monotonic() + _RENEW_SECONDS
         while not link.broken:
@@ -200,7 +202,7 @@ class Client:
 
 
 class _InOrder:
-    """Calls of a map whose results come in the order of the items."""
+    """Calls of a map whose results are returned in the order of the items."""
 
     def __init__(self) -> None:
         self._calls: deque[PendingCall] = deque()
@@ -212,7 +214,7 @@ class _InOrder:
         self._calls.append(call)
 
     async def next(self) -> Result:
-        # Left in place until it is done: a map that is cancelled while it waits here abandons this call too.
+        # Removed only when it is done, so that a map cancelled during this wait abandons this call too.
         given = await self._calls[0].result
         self._calls.popleft()
         return given
@@ -223,7 +225,7 @@ class _InOrder:
 
 
 class _AsReady:
-    """Calls of a map whose results come as they are ready."""
+    """Calls of a map whose results are returned in the order of completion."""
 
     def __init__(self) -> None:
         self._calls: dict[asyncio.Future[Result], PendingCall] = {}

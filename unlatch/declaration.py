@@ -1,11 +1,11 @@
-"""`@kernel`: a NumPy function becomes a kernel, and its signature the contract.
+"""`@kernel`: the decorator that declares a NumPy function to be a kernel, with its signature as the contract.
 
     @kernel(pure=True)
     def normalise(x: Float64[np.ndarray, "rows cols"], *, eps: float = 1e-9) -> Float64[np.ndarray, "rows cols"]:
         ...
 
-Array arguments come first and carry jaxtyping annotations; keyword-only arguments are scalars. The function itself
-stays what it was: it is called, tested and imported without Unlatch running.
+Array arguments come first and have jaxtyping annotations; keyword-only arguments are scalars. The function itself is
+not changed: it can be called, tested and imported without a running Unlatch.
 """
 
 import inspect
@@ -23,20 +23,20 @@ __all__ = ["DeclarationError", "KernelError", "kernel", "spec_of"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SPEC = "__unlatch_kernel__"
-# Where a module keeps what it has declared, in order.
+# The attribute of a module that lists its declared kernels, in order.
 DECLARED = "__unlatch_declared__"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _INPUT_DIM = re.compile(r"(\d+|\*?[A-Za-z_][A-Za-z0-9_]*|\.\.\.)\Z")
 _SCALARS = {bool: "bool", int: "int", float: "float", str: "str"}
-# What a client's call and the protocol take for themselves.
+# Names that a client's call and the protocol use themselves.
 _RESERVED = frozenset({"priority", "timeout"})
-# What a metadata reader is told first of a kernel that takes several dtypes.
+# The order in which dtypes are reported for a kernel that takes several: readers of metadata use the first.
 _PREFERENCE = ("float64", "float32", "complex128", "complex64", "int64", "uint8", "bool")
 _SERVED = [*_PREFERENCE, *(name for name, _ in DATATYPES.values() if name not in _PREFERENCE)]
 
 
 class DeclarationError(TypeError):
-    """A function that cannot be a kernel. The message names its file and line, and what was wanted."""
+    """A function that cannot be a kernel. The message names its file and line, and what was expected."""
 
 
 @overload
@@ -66,15 +66,15 @@ def kernel(
 ) -> F | Callable[[F], F]:
     """Declare a NumPy function to be a kernel.
 
-    - `name`: what callers say; the function's own name unless given.
+    - `name`: the name that callers use; by default the function's name.
     - `version`: an opaque string that callers may ask for.
-    - `pure`: the result depends on the arguments alone, so a call whose worker died may be run again.
+    - `pure`: the result depends on the arguments only, so a call may be run again if its worker dies.
     - `batch`, `max_batch_size`: the first axis of every array and result is a batch, and each row's result depends on
-      that row alone; calls that wait are run as one, up to so many rows.
-    - `timeout`: seconds that one run may take.
-    - `memory`: bytes that one run may need.
+      that row only; waiting calls are run as one, with up to `max_batch_size` rows.
+    - `timeout`: maximum seconds of one run.
+    - `memory`: maximum bytes that one run needs.
 
-    Raises DeclarationError where the signature cannot be a kernel's.
+    Raises DeclarationError if the signature cannot be a kernel's.
     """
 
     def declare(function: F) -> F:
@@ -90,17 +90,17 @@ def kernel(
             memory_bytes=memory,
         )
         if not _NAME.match(spec.name):
-            raise _refusal(function, f"the name {spec.name!r} is no identifier")
+            raise _refusal(function, f"name={spec.name!r} is not an identifier")
         if timeout is not None and not 0 < timeout < math.inf:
-            raise _refusal(function, f"timeout={timeout!r} is no number of seconds above 0")
+            raise _refusal(function, f"timeout={timeout!r} is not a number of seconds above 0")
         if memory is not None and not (isinstance(memory, int) and memory > 0):
-            raise _refusal(function, f"memory={memory!r} is no whole number of bytes above 0")
+            raise _refusal(function, f"memory={memory!r} is not a whole number of bytes above 0")
         if not (isinstance(max_batch_size, int) and max_batch_size >= 1):
-            raise _refusal(function, f"max_batch_size={max_batch_size!r} is no whole number above 0")
+            raise _refusal(function, f"max_batch_size={max_batch_size!r} is not a whole number above 0")
         if batch:
             _check_batch(function, spec)
         setattr(function, _SPEC, spec)
-        # A second function of one name hides the first from its module, but not from here.
+        # A second function with the same name replaces the first in its module, but not in this list.
         function.__globals__.setdefault(DECLARED, []).append(function)
         return function
 
@@ -108,7 +108,7 @@ def kernel(
 
 
 def spec_of(candidate: object) -> KernelSpec | None:
-    """A kernel's spec; None for anything that is no kernel."""
+    """The spec of a kernel; None for any other object."""
     spec = getattr(candidate, _SPEC, None)
     return spec if isinstance(spec, KernelSpec) else None
 
@@ -122,11 +122,11 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             inputs.append(_array(function, parameter.name, hint))
             if parameter.default is not parameter.empty:
-                raise _refusal(function, f"array {parameter.name!r} has a default; every array must be given")
+                raise _refusal(function, f"array {parameter.name!r} has a default; arrays are always required")
         elif parameter.kind is parameter.KEYWORD_ONLY:
             scalars.append(_scalar(function, parameter, hint))
         else:
-            raise _refusal(function, f"{parameter} is neither an array by name nor a keyword-only scalar")
+            raise _refusal(function, f"{parameter} is neither a named array nor a keyword-only scalar")
     for array in inputs:
         for dim in array.dims:
             if not _INPUT_DIM.match(dim):
@@ -137,19 +137,19 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _check_batch(function: Callable[..., Any], spec: KernelSpec) -> None:
-    """Calls can run as one where every array has their number of rows first, under one name."""
+    """Check that every array's first axis is the batch, under one name, so that calls can run as one."""
     if spec.max_batch_size < 1:
-        raise _refusal(function, f"max_batch_size is a number of rows, at least 1, not {spec.max_batch_size}")
+        raise _refusal(function, f"max_batch_size={spec.max_batch_size} is not a number of rows, at least 1")
     arrays = (*spec.inputs, *spec.outputs)
     first = arrays[0].dims[0] if arrays[0].dims else ""
     if not spec.inputs or first == ANY_LENGTH or not _NAME.match(first):
-        raise _refusal(function, "with batch=True it takes arrays whose first axis has a name: 'rows' or 'rows n'")
+        raise _refusal(function, "batch=True needs arrays whose first axis has a name: 'rows' or 'rows n'")
     for array in arrays:
         if array.dims[:1] != (first,) or first in array.dims[1:]:
             raise _refusal(
                 function,
-                f"with batch=True the first axis of every array and result, and no other, is {first!r}; "
-                f"{array.name!r} has {' '.join(array.dims) or 'none'!r}",
+                f"with batch=True the first axis of every array and result, and no other, must be {first!r}; "
+                f"{array.name!r} has {' '.join(array.dims) or 'no axis'!r}",
             )
 
 
@@ -164,12 +164,12 @@ def _array(function: Callable[..., Any], name: str, hint: Any) -> ArraySpec:
 
 
 def _dtypes(function: Callable[..., Any], name: str, wanted: Any) -> tuple[str, ...]:
-    # jaxtyping's Shaped has a sentinel here that stands for any dtype; its other types list NumPy's names.
+    # For jaxtyping's Shaped this is a sentinel that stands for any dtype; for its other types, a list of NumPy's names.
     if not isinstance(wanted, tuple | list):
         return ()
     served = tuple(dtype for dtype in _SERVED if dtype in wanted or (dtype == "bool" and "bool_" in wanted))
     if not served:
-        raise _refusal(function, f"{name!r} takes none of the dtypes that are served: {', '.join(_SERVED)}")
+        raise _refusal(function, f"{name!r} takes none of the served dtypes: {', '.join(_SERVED)}")
     return served
 
 
@@ -177,12 +177,12 @@ def _scalar(function: Callable[..., Any], parameter: inspect.Parameter, hint: An
     if hint not in _SCALARS:
         raise _refusal(function, f"{parameter.name!r} must be a bool, int, float or str")
     if parameter.name in _RESERVED:
-        raise _refusal(function, f"a parameter {parameter.name!r} is the call's own; give it another name")
+        raise _refusal(function, f"the parameter name {parameter.name!r} is reserved for calls; choose another name")
     required = parameter.default is parameter.empty
     default = None if required else parameter.default
     fitting = (int, float) if hint is float else hint
     if not required and not isinstance(default, fitting):
-        raise _refusal(function, f"the default of {parameter.name!r} is no {_SCALARS[hint]}")
+        raise _refusal(function, f"the default of {parameter.name!r} is not of type {_SCALARS[hint]}")
     return ScalarSpec(name=parameter.name, type=_SCALARS[hint], required=required, default=default)
 
 

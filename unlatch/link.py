@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from unlatch.arrays import Arriving, Caller, arrays
+from unlatch.arrays import Arriving, RequestBuilder, arrays
 from unlatch.common.errors import (
     DeadlineExceeded,
     Internal,
@@ -33,13 +33,13 @@ from unlatch.protos.unlatch_pb2 import Reply, Welcome
 from unlatch.results import Result, result
 from unlatch.trace_context import current
 
-# What says who calls: a token, or what gives one each time that it is asked for one.
+# A token, or a function that returns one each time it is called.
 Token = str | Callable[[], str | Awaitable[str]]
 _REFUSALS = (Unauthenticated.code, PermissionDenied.code)
 
 
 class Link:
-    """A lane to a gateway, on a channel of its own. Once `broken` or `finishing` it stays so."""
+    """A lane to a gateway, on a channel of its own. A lane that is `broken` or `finishing` stays so."""
 
     def __init__(self, channel: grpc.aio.Channel, target: str, token: Token | None = None) -> None:
         self.kernels: dict[str, KernelSpec] = {}
@@ -48,21 +48,21 @@ class Link:
         self._welcome: Welcome | None = None
         self._token = token
         self._why = "the gateway did not answer"
-        # What it closed the lane with, where that is no fault of the lane's.
+        # The error with which the gateway refused the caller, if that is why the lane ended.
         self._refusal: UnlatchError | None = None
         self._calls = 0
         self._bytes = 0
-        # What calls are known by in the gateway's log, and in the errors of those that fail.
+        # Begins the ids of calls, which appear in the gateway's log and in the errors of failed calls.
         self._identity = secrets.token_hex(4)
         self._identities = count(1)
-        # Set whenever something changes that somebody may wait for.
+        # Set whenever something changes that a task may wait for.
         self._changed = asyncio.Event()
         self._lane = LaneCaller(self._welcomed, lambda: None, self._token_ends)
         self._renewing: asyncio.Task[None] | None = None
         self._running = asyncio.create_task(self._run(channel))
 
     async def ready(self, seconds: float) -> None:
-        """Wait until the gateway has said what it serves. Raises Unavailable, or what it refuses the caller with."""
+        """Wait until the gateway has sent its kernels. Raises Unavailable, or the error of a refused caller."""
         try:
             async with asyncio.timeout(seconds):
                 while self._welcome is None and not self.broken:
@@ -81,30 +81,30 @@ class Link:
         return window is not None and self._calls < window.window_calls and self._bytes < window.window_bytes
 
     async def room(self) -> None:
-        """Wait until the window lets one more call out, or none will go out here any more."""
+        """Wait until the window lets one more call out, or until this lane takes no more calls."""
         while not self.has_room and not self.broken and not self.finishing:
             await self._change()
 
     async def until_another_is_wanted(self, security: ChannelSecurity) -> None:
-        """Wait until it has ended, or another is to take its place."""
+        """Wait until the lane has ended, or should be replaced."""
         await security.until_another_is_wanted(self._lane, self._running)
 
     def finish(self) -> None:
-        """Another lane has taken its place: close it as soon as its calls are answered."""
+        """Close the lane as soon as its calls are answered, since another lane has replaced it."""
         self.finishing = True
         self._lane.finish()
         self._tell()
 
-    def caller(self, name: str, named: Mapping[str, Any]) -> Caller:
-        """What makes calls of one kernel. Raises NotFound with near names."""
+    def caller(self, name: str, named: Mapping[str, Any]) -> RequestBuilder:
+        """A builder of calls of one kernel. Raises NotFound with similar names, Unavailable without a replica."""
         spec = self.kernels.get(name)
         if not self.kernels:
-            raise Unavailable(f"the gateway at {self._target} has no replica that takes calls now")
+            raise Unavailable(f"the gateway at {self._target} has no ready replica")
         if spec is None:
             raise NotFound(f"there is no kernel {name[:64]!r}{near(name, self.kernels)}", field="model_name")
-        return Caller(spec, named)
+        return RequestBuilder(spec, named)
 
-    def begin(self, caller: Caller, given: Sequence[Any], seconds: float | None) -> "PendingCall":
+    def begin(self, caller: RequestBuilder, given: Sequence[Any], seconds: float | None) -> "PendingCall":
         """Send a call. Raises InvalidArgument for arrays that cannot travel, Unavailable when the lane has broken."""
         if self.broken:
             raise Unavailable(f"the lane to {self._target} broke: {self._why}")
@@ -119,13 +119,13 @@ class Link:
         return call
 
     def ended(self, size: int) -> None:
-        """A call is over: its part of the window is free."""
+        """Return a finished call's part of the window."""
         self._calls -= 1
         self._bytes -= size
         self._tell()
 
     def cancel(self, number: int) -> None:
-        """Nobody waits for this call any more."""
+        """Cancel a call."""
         self._lane.cancel(number)
 
     async def close(self) -> None:
@@ -159,7 +159,7 @@ class Link:
             await channel.close()
 
     async def _authorization(self) -> tuple[tuple[str, str], ...]:
-        """The metadata to open the lane with. Raises Unauthenticated."""
+        """The metadata that the lane is opened with. Raises Unauthenticated."""
         return () if self._token is None else (("authorization", f"Bearer {await _given(self._token)}"),)
 
     def _token_ends(self) -> None:
@@ -167,7 +167,7 @@ class Link:
             self._renewing = asyncio.create_task(self._renew(self._token))
 
     async def _renew(self, token: Token) -> None:
-        # Without another the gateway says, when the time has come, what the matter is.
+        # Without a new token the gateway closes the lane when the old one expires, and gives the reason.
         with suppress(Unauthenticated):
             self._lane.renew(await _given(token))
 
@@ -185,7 +185,7 @@ class Link:
 
 
 async def _given(token: Token) -> str:
-    """The token itself. Raises Unauthenticated."""
+    """The token itself. Raises Unauthenticated if the function that returns it fails."""
     if isinstance(token, str):
         return token
     try:
@@ -194,12 +194,12 @@ async def _given(token: Token) -> str:
     except Unauthenticated:
         raise
     except Exception as error:
-        # Its own text may have in it what is secret.
-        raise Unauthenticated(f"there is no token: what was to give one raised {type(error).__name__}") from error
+        # The error's own text may contain secrets.
+        raise Unauthenticated(f"no token: the function that returns it raised {type(error).__name__}") from error
 
 
 class PendingCall:
-    """A call in flight. `result` is a future of what the kernel gives."""
+    """A call in flight. `result` is a future of the kernel's result."""
 
     def __init__(self, link: Link, spec: KernelSpec, identity: str, size: int, seconds: float | None) -> None:
         self.number = 0
@@ -207,7 +207,7 @@ class PendingCall:
         loop = asyncio.get_running_loop()
         self.result: asyncio.Future[Result] = loop.create_future()
         self._seconds = seconds
-        # The gateway keeps the time too, but it may be the gateway that has stopped.
+        # The gateway enforces the deadline too, but it may have stopped.
         self._timer = None if seconds is None else loop.call_later(seconds, self._expired)
         self._link = link
         self._spec = spec
@@ -215,11 +215,11 @@ class PendingCall:
         self._over = False
 
     def started(self) -> bool:
-        """Nothing depends on it here."""
+        """Ignored: nothing here depends on the start of the run."""
         return False
 
     def replied(self, reply: Reply, whole: list[memoryview] | None) -> Sink | None:
-        """The reply, or the failure that follows a reply which broke off."""
+        """Take the reply, or the failure that follows a reply which broke off."""
         if reply.HasField("failure"):
             self.lost(raised(reply.failure))
             return None
@@ -229,28 +229,28 @@ class PendingCall:
         return None
 
     def give(self, outputs: Callable[[], list[Any]]) -> None:
-        """The kernel's outputs are here, to be read."""
+        """Read the kernel's outputs and end the call with them."""
         try:
             given = result(self._spec.name, [output.name for output in self._spec.outputs], outputs())
         except (UnlatchError, LookupError, TypeError, ValueError) as error:
-            # Nobody before this could see that the reply is not what it says. It fails its call, and not the lane.
-            self.lost(Internal(f"kernel {self._spec.name} answered what cannot be read: {error}"))
+            # This is the first place where a malformed reply can be noticed. It fails its call, but not the lane.
+            self.lost(Internal(f"kernel {self._spec.name} sent a reply that cannot be read: {error}"))
             return
         self._end()
         if not self.result.done():
             self.result.set_result(given)
 
     def lost(self, error: UnlatchError) -> None:
-        """There is no result."""
+        """End the call with an error."""
         self._end()
         if not self.result.done():
             error.add_note(f"request {self.identity}")
             self.result.set_exception(error)
-            # A map that ends with an earlier failure never looks at this one.
+            # Mark the error as retrieved: a map that ended with an earlier failure never looks at this one.
             self.result.exception()
 
     def abandon(self) -> None:
-        """Nobody waits any more. After the end it means nothing."""
+        """Cancel the call, unless it has ended."""
         if not self._over:
             self._end()
             self._link.cancel(self.number)
@@ -268,7 +268,7 @@ class PendingCall:
 
 
 class _Arriving(Arriving):
-    """A reply in pieces, which ends its call when it is complete."""
+    """A reply that arrives in pieces, and ends its call when it is complete."""
 
     def __init__(self, call: PendingCall, reply: Reply) -> None:
         super().__init__(reply)

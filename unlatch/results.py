@@ -1,4 +1,4 @@
-"""What a call gives: one array, or a named tuple of them."""
+"""The result of a call: one array, or a named tuple of arrays."""
 
 from collections import namedtuple
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ Result = Any
 
 
 def result(kernel: str, names: Sequence[str], outputs: list[Array]) -> Result:
-    """A kernel's outputs as its caller gets them."""
+    """A kernel's outputs in the form in which its caller gets them."""
     return outputs[0] if len(outputs) == 1 else _tuple(kernel, tuple(names))(*outputs)
 
 

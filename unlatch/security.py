@@ -1,4 +1,4 @@
-"""TLS as a client asks for it."""
+"""The TLS settings of a client."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TLS:
-    """The files (PEM) of a client's TLS: looked at every second, and taken anew when they change.
+    """The PEM files of a client's TLS. They are checked every second, and read again when they change.
 
-    `ca` is who issues the gateway's certificate, the public authorities unless given; `cert` and `key` are the client's
-    own, for gateways that ask for them; `name` is what the gateway's certificate says where its address is not in it.
+    `ca` holds the authorities of the gateway's certificate, by default the public ones. `cert` and `key` are the
+    client's own, for gateways that require them. `name` is the name in the gateway's certificate, if that does not
+    contain the gateway's address.
     """
 
     ca: str | Path = ""
@@ -24,5 +25,5 @@ class TLS:
     name: str = ""
 
     def certificates(self) -> "Certificates":
-        """What the files hold. Raises CertificateError."""
+        """Read the files. Raises CertificateError."""
         return load(str(self.cert), str(self.key), str(self.ca), names=("tls.cert", "tls.key", "tls.ca"))

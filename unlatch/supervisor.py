@@ -1,10 +1,10 @@
-"""`unlatch serve`: a gateway and a compute replica on this machine, started, watched, started again, and ended.
+"""`unlatch serve`: start a gateway and a compute replica on this machine, restart them if they end, and stop them.
 
     supervisor ──> compute   on a Unix socket that only this user can reach
                ──> gateway   on the address that callers use
 
-Each child is told to die with the supervisor (PDEATHSIG); the front's workers die with the front. So whoever is killed,
-nothing is left.
+The system kills each child when the supervisor ends (PDEATHSIG), and the dispatcher's workers when the dispatcher ends.
+So no process is left behind, whichever of them is killed.
 """
 
 import asyncio
@@ -29,28 +29,28 @@ from unlatch.common.telemetry.log import configure
 
 log = structlog.get_logger()
 
-# A child that served this long is taken to be well: its next end is the first in a row again.
+# A child that has served this long counts as healthy: the backoff between its restarts begins again.
 _WELL_SECONDS = 10.0
-# What a child may take beyond its drain before it is killed.
+# Time that a child gets beyond its drain before it is killed.
 _STOP_MARGIN_SECONDS = 2.0
 
 
 class ServeSettings(Settings):
-    """`unlatch serve`: gateway and compute on this machine. Their other settings are taken from the environment."""
+    """`unlatch serve`: gateway and compute on this machine. The environment gives their other settings."""
 
-    listen: str = Field("127.0.0.1:8001", description="Where callers reach the gateway")
-    metrics_listen: str = Field("127.0.0.1:8002", description="The gateway's /metrics")
-    health_listen: str = Field("127.0.0.1:8003", description="The gateway's grpc.health.v1")
-    compute_metrics_listen: str = Field("127.0.0.1:8012", description="The replica's /metrics")
-    compute_health_listen: str = Field("127.0.0.1:8013", description="The replica's grpc.health.v1")
+    listen: str = Field("127.0.0.1:8001", description="Address for callers: host:port or unix:/path")
+    metrics_listen: str = Field("127.0.0.1:8002", description="Address of the gateway's /metrics")
+    health_listen: str = Field("127.0.0.1:8003", description="Address of the gateway's grpc.health.v1")
+    compute_metrics_listen: str = Field("127.0.0.1:8012", description="Address of the replica's /metrics")
+    compute_health_listen: str = Field("127.0.0.1:8013", description="Address of the replica's grpc.health.v1")
     kernels: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Kernel modules besides the built-in ones: pkg.module,path/to/file.py"
     )
-    workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 means one for each core granted")
-    reload: bool = Field(default=False, description="Serve kernels anew when their files change; for development")
-    # Somebody waits for the prompt to come back, two seconds at most, of which closing both services takes 0.7; a
-    # replica in a cluster has twenty.
-    drain_seconds: float = Field(0.5, ge=0, description="How long calls in flight may take to end after SIGTERM")
+    workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 is one for each granted core")
+    reload: bool = Field(default=False, description="Reload kernels when their files change; for development")
+    # A user waits for the prompt to return, two seconds at most, of which closing both services takes 0.7. A replica in
+    # a cluster has twenty.
+    drain_seconds: float = Field(0.5, ge=0, description="Maximum seconds for calls in flight to end after SIGTERM")
 
     @field_validator("kernels", mode="before")
     @classmethod
@@ -59,7 +59,7 @@ class ServeSettings(Settings):
 
 
 class Child:
-    """One of the two processes: its life again and again until the supervisor stops."""
+    """One of the two services: a process that is started again whenever it ends, until the supervisor stops."""
 
     def __init__(self, name: str, arguments: Sequence[str], directory: Path, drain_seconds: float) -> None:
         self._name = name
@@ -68,13 +68,13 @@ class Child:
         self._drain_seconds = drain_seconds
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
-        # Held from the end of one process to the start of the next, by whoever sees to it.
+        # Held from the end of one process to the start of the next, so that only one task replaces it.
         self._replacing = asyncio.Lock()
 
     async def start(self) -> int | None:
-        """Start it and wait until it serves: None, or its exit code when it ended instead."""
+        """Start the process and wait until it serves. Returns None, or its exit code if it ended instead."""
         loop = asyncio.get_running_loop()
-        # Whoever tidies up temporary files may have taken it.
+        # A cleaner of temporary files may have removed the directory.
         self._directory.mkdir(mode=0o700, exist_ok=True)
         address = self._directory / f"{self._name}.notify"
         address.unlink(missing_ok=True)
@@ -84,9 +84,9 @@ class Child:
                 *(sys.executable, "-m", f"unlatch.{self._name}", *self._arguments),
                 env={**os.environ, "NOTIFY_SOCKET": str(address), "UNLATCH_SUPERVISOR": str(os.getpid())},
                 stdin=asyncio.subprocess.DEVNULL,
-                # A terminal's Ctrl-C reaches the supervisor alone, which then stops its children in order. No session
-                # of its own: the system shares cores out between sessions first, and a front's workers would give way
-                # to that front, but not to the gateway (docs/decisions/0007).
+                # A terminal's Ctrl-C must reach the supervisor alone, which stops its children in order. No new
+                # session, since the system divides cores between sessions first: workers would yield to their
+                # dispatcher, but not to the gateway (docs/decisions/0007).
                 process_group=0,
             )
             ready = asyncio.ensure_future(loop.sock_recv(notices, 64))
@@ -98,7 +98,7 @@ class Child:
         return self._process.returncode
 
     async def keep(self) -> None:
-        """Start it again whenever it ends, ever more slowly if it does not stay well."""
+        """Start the process again whenever it ends, with backoff if it ends soon after its start."""
         loop = asyncio.get_running_loop()
         ends = Backoff(first_seconds=0.1, longest_seconds=5.0)
         while self._process is not None:
@@ -113,22 +113,22 @@ class Child:
                 if loop.time() - since > _WELL_SECONDS:
                     ends.succeeded()
                 delay = ends.failed()
-                log.warning("started again", service=self._name, ended_with=code, after_seconds=delay)
+                log.warning("restarting service", service=self._name, ended_with=code, after_seconds=delay)
                 await asyncio.sleep(delay)
                 try:
                     await self.start()
                 except OSError as error:
-                    log.error("did not start", service=self._name, message=str(error))
+                    log.error("service did not start", service=self._name, message=str(error))
 
     async def replace(self) -> None:
-        """Stop it, as `stop` would, and start another."""
+        """Stop the process, as `stop` would, and start another."""
         async with self._replacing:
             await self._end()
             if not self._stopping:
                 await self.start()
 
     async def stop(self) -> None:
-        """Let it drain; end it if it does not."""
+        """Let the process drain its calls and end; kill it if it takes too long."""
         self._stopping = True
         await self._end()
 
@@ -144,13 +144,13 @@ class Child:
             await self._process.wait()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process at once."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
 
 class Stop:
-    """The first SIGTERM or SIGINT asks for an orderly end, a second for one at once."""
+    """Signal handling: the first SIGTERM or SIGINT asks for an orderly stop, the second ends all processes at once."""
 
     def __init__(self, children: Sequence[Child]) -> None:
         self._children = children
@@ -168,7 +168,7 @@ class Stop:
 
 
 async def supervise(settings: ServeSettings, notify_socket: str) -> int:
-    """Run both services until told to stop; the exit code of one that could not start."""
+    """Run both services until a signal. Returns 0, or the exit code of a service that could not start."""
     with tempfile.TemporaryDirectory(prefix="unlatch-") as name:
         directory = Path(name)
         lane = f"unix:{directory}/front.sock"
@@ -179,7 +179,7 @@ async def supervise(settings: ServeSettings, notify_socket: str) -> int:
         serving = asyncio.ensure_future(_serve(settings, compute, gateway, notify_socket))
         asked = asyncio.ensure_future(stop.asked.wait())
         await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
-        # The gateway first: it answers what is in flight, for which it needs the replica.
+        # The gateway first: to answer the calls in flight it needs the replica.
         await gateway.stop()
         await compute.stop()
         asked.cancel()
@@ -197,7 +197,7 @@ async def _serve(settings: ServeSettings, compute: Child, gateway: Child, notify
     notify_ready(notify_socket)
     keeping = [compute.keep(), gateway.keep()]
     if settings.reload and settings.kernels:
-        # Imported here: it watches files, which nobody else needs.
+        # Imported here, since only --reload needs a watcher of files.
         from unlatch.reload import Reload
 
         keeping.append(Reload(settings.kernels, compute.replace).run())
@@ -224,7 +224,7 @@ def _gateway_flags(settings: ServeSettings, lane: str) -> Sequence[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `unlatch serve` with settings from flags and the environment; its exit code."""
+    """Run `unlatch serve` with settings from flags and the environment; returns its exit code."""
     settings = parse(ServeSettings, "unlatch serve", arguments)
     configure("supervisor", settings.log_level)
     return asyncio.run(supervise(settings, os.environ.pop("NOTIFY_SOCKET", "")))

@@ -1,14 +1,14 @@
-"""The trace that whoever calls is in, for the call to say: W3C Trace Context, by OpenTelemetry's API.
+"""The caller's trace context (W3C Trace Context, by OpenTelemetry's API), to be sent with a call.
 
-Whoever has a span has loaded that API. Who has not is not made to: it would double the time that a command takes to
-start.
+A program that has a span has imported that API already. For any other program this module does not import it, since
+that would double the start-up time of a command.
 """
 
 import sys
 
 
 def current() -> tuple[str, str]:
-    """`traceparent` and `tracestate`; empty outside of any span."""
+    """The current span's `traceparent` and `tracestate`; empty outside of any span."""
     api = sys.modules.get("opentelemetry.trace")
     if api is None or not api.get_current_span().get_span_context().is_valid:
         return "", ""

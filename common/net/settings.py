@@ -1,4 +1,4 @@
-"""What both services' settings have in common: a flag --a-name or a variable UNLATCH_A_NAME each, checked at birth."""
+"""Settings that both services share. Each is a flag --a-name or a variable UNLATCH_A_NAME, validated at start."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ MiB = 1024 * 1024
 
 
 class Settings(BaseSettings):
-    """Frozen; does nothing."""
+    """Settings of every command that starts a service: frozen, validated, without behaviour."""
 
     model_config = SettingsConfigDict(
         env_prefix="UNLATCH_",
@@ -30,80 +30,78 @@ class Settings(BaseSettings):
     listen: str
     metrics_listen: str
     health_listen: str
-    drain_seconds: float = Field(20.0, ge=0, description="How long calls in flight may take to end after SIGTERM")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged")
+    drain_seconds: float = Field(20.0, ge=0, description="Maximum seconds for calls in flight to end after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged")
 
-    # Looked at every second, and taken anew when they change. A Unix socket speaks no TLS.
-    tls_cert: str = Field("", description="A file (PEM): the certificate shown to callers, and those that issued it")
-    tls_key: str = Field("", description="A file (PEM): its private key")
-    tls_client_ca: str = Field("", description="A file (PEM): whose certificates callers must show; none are asked for")
-    # Those who follow at once need a moment. It is also how long a caller may go on whom nothing vouches for any more.
+    # Checked every second, and read again when they change. A Unix socket never speaks TLS.
+    tls_cert: str = Field("", description="PEM file: certificate shown to callers, with its issuers")
+    tls_key: str = Field("", description="PEM file: private key of --tls-cert")
+    tls_client_ca: str = Field("", description="PEM file: authorities of callers' certificates; else none is required")
+    # Callers need a moment to reconnect. A caller whose certificate or token is no longer valid gets as long.
     tls_grace_seconds: float = Field(
         10.0,
         gt=0,
-        description="How long lanes whose certificates were replaced, or whose token has ended, may answer their calls",
+        description="Seconds for a lane to answer its calls after its certificate was replaced or its token ended",
     )
-    # Lanes are asked to open anew; other callers are known by their connections alone, which they keep for days.
+    # Lanes are asked to reconnect. Other callers are authenticated by their connection, which they may keep for days.
     tls_connection_seconds: float = Field(
-        300.0, gt=0, description="How long a connection is used before callers must come by another"
+        300.0, gt=0, description="Maximum seconds that a connection is used before callers must open another"
     )
     insecure: bool = Field(
-        default=False, description="Listen where other machines reach it without TLS, or without knowing who calls"
+        default=False, description="Listen on addresses that other machines reach without TLS or authentication"
     )
 
-    # Settings of which any one, where it is given, has callers say who they are.
+    # Each of these settings, where it is given, makes callers authenticate.
     identified_by: ClassVar[tuple[str, ...]] = ("tls_client_ca",)
 
     @model_validator(mode="after")
     def _secured(self) -> Self:
-        """What listens where other machines reach it speaks TLS, and knows who calls."""
+        """Require TLS and authentication for a --listen address that other machines can reach."""
         if bool(self.tls_cert) != bool(self.tls_key):
-            raise ValueError("--tls-cert and --tls-key belong together: one was given alone")
+            raise ValueError("--tls-cert and --tls-key must be given together: one is missing")
         if self.tls_client_ca and not self.tls_cert:
-            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key: callers show certificates over TLS alone")
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key: callers show certificates over TLS only")
         if self.insecure or not is_exposed(self.listen):
             return self
         if not self.tls_cert:
-            raise ValueError(self._exposed("it needs --tls-cert and --tls-key"))
+            raise ValueError(self._exposed("give --tls-cert and --tls-key"))
         if not any(getattr(self, name) for name in self.identified_by):
             wanted = " or ".join(flag(name) for name in self.identified_by)
-            raise ValueError(self._exposed(f"callers must be known, by {wanted}"))
+            raise ValueError(self._exposed(f"callers must authenticate, by {wanted}"))
         return self
 
     def _exposed(self, wanted: str) -> str:
-        return f"--listen {self.listen} is where other machines reach it: {wanted}; or say --insecure"
+        return f"--listen {self.listen} can be reached by other machines: {wanted}; or give --insecure"
 
 
 def flag(name: str) -> str:
-    """A setting's name on the command line."""
+    """A setting's name on the command line: `drain_seconds` is `--drain-seconds`."""
     return f"--{name.replace('_', '-')}"
 
 
 class ServiceSettings(Settings):
-    """What the port of a service lets through, whoever comes. A lane is one stream of one connection."""
+    """Limits of a service's port, for all callers. A lane is one stream of one connection."""
 
-    # A connection costs some 60 KiB; one that is one too many is closed.
-    max_connections: int = Field(1024, gt=0, description="Most connections to --listen at a time")
-    # What is beyond it waits with the caller.
-    max_streams: int = Field(1024, gt=0, description="Most RPCs of one connection at a time")
-    # A token is the largest thing in them. What is larger is refused before it is looked at.
-    max_metadata_bytes: int = Field(16 * 1024, ge=1024, description="Most bytes of an RPC's metadata")
-    # TLS and HTTP/2 together. It ends who connects and then says nothing, or lets it drip.
-    handshake_seconds: float = Field(10.0, gt=0, description="Most time that a connection may take to be made")
-    # It finds connections whose other end is gone without a word.
-    keepalive_seconds: float = Field(60.0, gt=0, description="After what silence a connection is asked for a sign")
-    reflection: bool | None = Field(
-        None, description="Whether gRPC tells anybody what is served; on loopback alone unless given"
-    )
+    # A connection costs some 60 KiB. Connections over the limit are closed.
+    max_connections: int = Field(1024, gt=0, description="Maximum connections to --listen at a time")
+    # RPCs over the limit wait in the caller.
+    max_streams: int = Field(1024, gt=0, description="Maximum RPCs of one connection at a time")
+    # A token is the largest part of it. Larger metadata is refused before it is parsed.
+    max_metadata_bytes: int = Field(16 * 1024, ge=1024, description="Maximum bytes of an RPC's metadata")
+    # TLS and HTTP/2 together. This closes connections that send nothing, or send it too slowly.
+    handshake_seconds: float = Field(10.0, gt=0, description="Maximum seconds for a connection's handshakes")
+    # Pings find connections whose other end has vanished without closing them.
+    keepalive_seconds: float = Field(60.0, gt=0, description="Idle seconds before a keepalive ping")
+    reflection: bool | None = Field(None, description="Serve gRPC reflection; only on loopback addresses unless given")
 
     @property
     def reflects(self) -> bool:
-        """Whether it does."""
+        """Whether reflection is served."""
         return not is_exposed(self.listen) if self.reflection is None else self.reflection
 
 
 def separated(value: object) -> object:
-    """A list as flags and variables give it: a,b,c. (--replicas a --replicas b works too.)"""
+    """Split a list that a flag or variable gives as a,b,c. (--replicas a --replicas b works too.)"""
     if isinstance(value, str):
         return tuple(filter(None, value.split(",")))
     if isinstance(value, list | tuple):
@@ -121,35 +119,35 @@ def _weights(value: object) -> object:
 def _positive(weights: dict[str, float]) -> dict[str, float]:
     for name, weight in weights.items():
         if not name or not 0 < weight < math.inf:
-            raise ValueError(f"a weight is name=number, above 0, not {name}={weight:g}")
+            raise ValueError(f"{name}={weight:g}: wanted name=number, with a number above 0")
     return weights
 
 
-# Both ends of a lane order calls by them.
+# Both the gateway and the replicas order waiting calls by these.
 TenantWeights = Annotated[dict[str, float], NoDecode, BeforeValidator(_weights), AfterValidator(_positive)]
 
 S = TypeVar("S", bound=Settings)
 
 
 def parse(kind: type[S], program: str, arguments: Sequence[str]) -> S:
-    """Settings from flags, then the environment, then defaults. Exits with code 2 and a message for wrong ones."""
+    """Read settings from flags, then the environment, then defaults. Invalid ones exit with code 2 and a message."""
     _refuse_unknown(kind, program, arguments)
     try:
         return CliApp.run(kind, cli_args=list(arguments), cli_settings_source=_source(kind, program))
     except ValidationError as error:
         for problem in error.errors():
-            # What several settings say together is at no place of its own, and names them itself.
+            # An error about several settings together has no location; its text names them.
             place = [flag("-".join(map(str, problem["loc"])))] if problem["loc"] else []
             print(": ".join([program, *place, problem["msg"].removeprefix("Value error, ")]), file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def _refuse_unknown(kind: type[S], program: str, arguments: Sequence[str]) -> None:
-    """Argparse would refuse it too, but knows no near ones. It lets a flag be shortened: that is left to it."""
+    """Refuse unknown flags and suggest a similar one, which argparse cannot. Abbreviations are left to argparse."""
     known = ["--help", *map(flag, kind.model_fields)]
     for given in (word.partition("=")[0] for word in arguments if word.startswith("--")):
         if not any(name.startswith(given.replace("--no-", "--")) for name in known):
-            print(f"{program}: there is no option {given}{near(given, known)}", file=sys.stderr)
+            print(f"{program}: unknown option {given}{near(given, known)}", file=sys.stderr)
             raise SystemExit(2)
 
 

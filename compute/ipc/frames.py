@@ -140,11 +140,11 @@ class Shrunk(msgspec.Struct, array_like=True, tag="shrunk"):
 
 
 ToWorker = Learn | Run | Cancel | Forget | Shrink
-ToFront = Loaded | Ready | Misfit | Done | Failed | Shrunk
+ToDispatcher = Loaded | Ready | Misfit | Done | Failed | Shrunk
 
 encode = msgspec.msgpack.Encoder().encode
 decode_for_worker = msgspec.msgpack.Decoder(ToWorker).decode
-decode_for_front = msgspec.msgpack.Decoder(ToFront).decode
+decode_for_dispatcher = msgspec.msgpack.Decoder(ToDispatcher).decode
 
 
 def described_bytes(axes: Iterable[int]) -> int:

@@ -42,7 +42,7 @@ class WorkerProcess:
         self,
         process: ForkServerProcess,
         channel: socket.socket,
-        on_frame: Callable[[wire.ToFront], None],
+        on_frame: Callable[[wire.ToDispatcher], None],
         on_end: Callable[[End], None],
         *,
         stopped_seconds: float = 0.0,
@@ -113,7 +113,7 @@ class WorkerProcess:
             self._hung_up()
             return False
         try:
-            message = wire.decode_for_front(frame)
+            message = wire.decode_for_dispatcher(frame)
         except msgspec.DecodeError as error:
             # The worker chooses what the error says: callers are not told, and the log has it no longer than this.
             log.warning("worker sent an undecodable frame", pid=self.pid, error=str(error)[:200])
@@ -145,7 +145,7 @@ class WorkerProcess:
                 if self._verdict:
                     self._verdict = replace(self._verdict, went_on=True)
                     break
-                self._on_frame(wire.decode_for_front(frame))
+                self._on_frame(wire.decode_for_dispatcher(frame))
         self._channel.close()
         self._timeout = self._loop.call_later(_REAPED_WITHIN_SECONDS, self._reaped)
         self._loop.add_reader(self._process.sentinel, self._reaped)

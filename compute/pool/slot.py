@@ -11,7 +11,7 @@ from unlatch.common.kernel.spec import KernelSpec
 from unlatch.compute.call import Call
 from unlatch.compute.dispatch.queue import Queue
 from unlatch.compute.intake.poison import Suspects
-from unlatch.compute.ipc.frames import Done, Failed, Loaded, Misfit, Ready, Shrunk, ToFront
+from unlatch.compute.ipc.frames import Done, Failed, Loaded, Misfit, Ready, Shrunk, ToDispatcher
 from unlatch.compute.ipc.memory_limits import Limits
 from unlatch.compute.metrics import WorkerMetrics
 from unlatch.compute.pool import exits as ends
@@ -155,7 +155,7 @@ class Slot:
             self._process.kill(ends.POOL_STOPS)
         await self._gone.wait()
 
-    def _on_frame(self, frame: ToFront) -> None:
+    def _on_frame(self, frame: ToDispatcher) -> None:
         if isinstance(frame, Done | Failed):
             assert self._hand is not None
             if self._hand.heard(frame):

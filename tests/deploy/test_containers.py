@@ -72,7 +72,7 @@ def test_nobody_is_let_in_unasked(service: str, capsys: pytest.CaptureFixture[st
     assert problems(look) == {}
     with pytest.raises(SystemExit):
         composed("base").settings(service, kind)
-    assert "it needs --tls-cert" in capsys.readouterr().err
+    assert "give --tls-cert" in capsys.readouterr().err
 
 
 def test_ports_are_those_of_the_settings() -> None:

@@ -1,4 +1,4 @@
-"""Inputs as a kernel's signature allows them: every declared dtype, axes of several lengths, values from a seed."""
+"""Inputs that a kernel's signature allows: every declared dtype, axes of several lengths, values from a seed."""
 
 import zlib
 from collections.abc import Iterator, Mapping
@@ -12,20 +12,20 @@ from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSp
 from unlatch.common.kernel.tensors import Array
 from unlatch.compute.ipc.frames import Parameters
 
-# Where every dtype is allowed, these are tried: one for each way in which elements are laid out.
+# Tried for arrays that allow any dtype: one for each layout of elements.
 _ANY_DTYPE = ("float64", "float32", "float16", "complex128", "int64", "uint8", "bool", "datetime64[s]", OBJECT)
 _SMALL = 3
-# The longest of these whose arrays stay within so many bytes: an array may have many axes.
+# The longest length whose arrays stay within this many bytes is used, since an array may have many axes.
 _TYPICAL, _TYPICAL_BYTES = (24, 12, 6, 4), 1024 * 1024
-# A `...` or `*name` stands for none to so many axes.
-_MOST_MANY = 3
-# What a required scalar is unless the user says.
+# A `...` or `*name` stands for zero to this many axes.
+_MAX_MANY = 3
+# Values of required scalars, unless the user sets them.
 _SCALARS: Mapping[str, bool | int | float | str] = {"bool": True, "int": 2, "float": 0.5, "str": "a"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One call's arguments. `says` describes them; `finite` is false where NaN and infinities are among them."""
+    """One call's arguments. `says` describes them; `finite` is false if NaN and infinities are among them."""
 
     says: str
     arrays: tuple[Array, ...]
@@ -34,7 +34,7 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        """Of all arrays together."""
+        """Bytes of all arrays together."""
         return sum(array.nbytes for array in self.arrays)
 
     def row(self, number: int) -> "Case":
@@ -44,7 +44,7 @@ class Case:
 
 
 class Cases:
-    """Makes a kernel's cases; the same seed gives the same ones. Where `positive` is set, no number is negative."""
+    """A source of a kernel's cases; the same seed gives the same ones. With `positive` no number is negative."""
 
     def __init__(self, spec: KernelSpec, seed: int, given: Mapping[str, bool | int | float | str]) -> None:
         self.positive = False
@@ -57,9 +57,9 @@ class Cases:
         }
 
     def dry(self) -> Iterator[Case]:
-        """Each once: every dtype, then lengths at the edge of what is declared, then values at the edge of floats."""
+        """Yield each edge case once: every dtype, then lengths 0 and 1, then NaN and infinity."""
         families = [_dtypes(array) for array in self._spec.inputs]
-        # All arrays of one dtype, and then each of another.
+        # First all arrays with the same dtype, then each with another.
         for apart in (0, 1) if sum(len(family) > 1 for family in families) > 1 else (0,):
             for turn in range(max(map(len, families), default=1)):
                 dtypes = [family[(turn + apart * place) % len(family)] for place, family in enumerate(families)]
@@ -69,26 +69,26 @@ class Cases:
         for length in (0, 1):
             yield self._case(length)
         if any(_is_many(dim) for array in self._spec.inputs for dim in array.dims):
-            for many in range(_MOST_MANY + 1):
+            for many in range(_MAX_MANY + 1):
                 yield self._case(_SMALL, many=many)
         if any(family[0].startswith(("float", "complex")) for family in families):
             yield self._case(_SMALL, finite=False)
 
     def typical(self, draw: int) -> Case:
-        """A middling one. Each draw has other values in the same shapes."""
+        """A case of medium size. Each draw has other values in the same shapes."""
         fitting = (length for length in _TYPICAL if self.nbytes(length) <= _TYPICAL_BYTES)
         return self._case(next(fitting, _SMALL), draw=draw)
 
     def batch(self, rows: int) -> Case:
-        """One whose first axes are all `rows` long."""
+        """A case whose first axes are all `rows` long."""
         return self._case(_SMALL, rows=rows, many=1)
 
     def of_length(self, length: int) -> Case:
-        """One whose named axes are about that long."""
+        """A case whose named axes are about this long."""
         return self._case(length)
 
     def nbytes(self, length: int) -> int:
-        """What the arrays of `of_length` take together, without making them."""
+        """Bytes of all arrays of `of_length`, computed without making them."""
         lengths = self._lengths(length)
         return sum(
             prod(_shape(array, lengths, self._many())) * np.dtype(_dtypes(array)[0]).itemsize
@@ -97,16 +97,16 @@ class Cases:
 
     @property
     def grows(self) -> bool:
-        """Whether any input may be larger or smaller."""
+        """Whether the size of any input can vary."""
         return self.nbytes(8) > self.nbytes(4)
 
     def _many(self) -> int:
-        """How many axes a `...` stands for unless a case says: one, where it is all there is."""
+        """The number of axes that `...` stands for by default: one if the arrays have no named axis, else none."""
         named = any(not _is_many(dim) and not dim.isdecimal() for array in self._spec.inputs for dim in array.dims)
         return 0 if named else 1
 
     def _lengths(self, length: int) -> dict[str, int]:
-        """A length for each name, no two alike: what is mixed up should show."""
+        """A length for each axis name, all different, so that mixed-up axes are noticed."""
         names = dict.fromkeys(dim for array in self._spec.inputs for dim in array.dims if not dim.isdecimal())
         return {name: length + place if length > 1 else length for place, name in enumerate(names)}
 
@@ -159,7 +159,7 @@ def _shape(array: ArraySpec, lengths: Mapping[str, int], many: int) -> tuple[int
         if _is_many(dim):
             shape += [lengths[dim]] * many
         else:
-            # Axes of any length have nothing to do with one another.
+            # Anonymous axes are independent of one another, so their lengths differ.
             apart = len(shape) if dim == ANY_LENGTH and lengths[dim] > 1 else 0
             shape.append(int(dim) if dim.isdecimal() else lengths[dim] + apart)
     return tuple(shape)

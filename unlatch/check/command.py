@@ -1,4 +1,4 @@
-"""`unlatch check`: options, the order of things, the exit code."""
+"""`unlatch check`: options, the order of steps, the exit code."""
 
 import argparse
 import asyncio
@@ -11,7 +11,7 @@ from unlatch.check.findings import Finding
 from unlatch.check.growth import Growth, measure
 from unlatch.check.report import for_people, for_programs
 from unlatch.check.rules import Examination
-from unlatch.check.worker import Workers
+from unlatch.check.worker import CheckWorkers
 from unlatch.common.errors import InvalidArgument, near
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.net.settings import MiB
@@ -25,7 +25,7 @@ Scalars = dict[str, dict[str, bool | int | float | str]]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check kernel modules: 0 when they are fine, 1 when a fault is found, 2 for wrong usage."""
+    """Check kernel modules. Returns 0 without faults, 1 with a fault, 2 for wrong usage."""
     options = parser().parse_args(arguments)
     try:
         _check_files(options.modules)
@@ -36,30 +36,30 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Its flags."""
+    """The parser of the command's flags."""
     made = argparse.ArgumentParser(
         prog="unlatch check",
-        description="Find what kernels do that they should not: each is run in real workers, with random inputs of "
-        "the shapes and dtypes that it declares. Exit codes: 0 fine, 1 a fault was found, 2 wrong usage.",
+        description="Run kernels in real workers, with random inputs of the declared shapes and dtypes, and report "
+        "faults. Exit codes: 0 no fault, 1 a fault was found, 2 wrong usage.",
     )
     made.add_argument("modules", nargs="+", metavar="module", help="path/to/file.py or pkg.module")
     made.add_argument(
-        "--set", action="append", default=[], metavar="kernel.scalar=value", help="what a scalar is, in every run"
+        "--set", action="append", default=[], metavar="kernel.scalar=value", help="value of a scalar in every run"
     )
-    made.add_argument("--seed", type=int, default=0, help="what random inputs begin with (default: 0)")
-    made.add_argument("--seconds", type=float, default=10.0, help="most time of a run (default: 10)")
-    made.add_argument("--memory-mib", type=int, default=2048, help="most memory of a worker (default: 2048)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
+    made.add_argument("--seconds", type=float, default=10.0, help="maximum seconds of a run (default: 10)")
+    made.add_argument("--memory-mib", type=int, default=2048, help="maximum MiB of a worker's memory (default: 2048)")
     made.add_argument(
-        "--most-mib", type=float, default=8.0, help="largest inputs that are timed; 0 times nothing (default: 8)"
+        "--most-mib", type=float, default=8.0, help="maximum MiB of the inputs that are timed; 0 is none (default: 8)"
     )
-    made.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return made
 
 
 def _check_files(modules: Sequence[str]) -> None:
     for name in modules:
         if name.endswith(".py") and not Path(name).is_file():
-            raise InvalidArgument(f"{name}: there is no such file")
+            raise InvalidArgument(f"{name}: no such file")
 
 
 async def _check(options: argparse.Namespace) -> int:
@@ -69,11 +69,11 @@ async def _check(options: argparse.Namespace) -> int:
     findings = [finding for module in trial.modules for finding in _of_module(module)]
     growths: dict[str, Growth] = {}
     if kernels:
-        workers = Workers(
+        workers = CheckWorkers(
             [module.name for module in trial.modules if not module.failure],
             seconds=options.seconds,
             memory_bytes=options.memory_mib * MiB,
-            # As a service has them unless told otherwise: a worker a core, a thread a worker.
+            # The default of a service: one worker for each core, one thread for each worker.
             blas_threads=1,
         )
         for name, kernel in kernels.items():
@@ -88,7 +88,7 @@ async def _check(options: argparse.Namespace) -> int:
 
 
 async def _of_kernel(
-    kernel: TriedKernel, cases: Cases, workers: Workers, most_mib: float
+    kernel: TriedKernel, cases: Cases, workers: CheckWorkers, most_mib: float
 ) -> tuple[list[Finding], Growth]:
     examination = Examination(kernel, cases, workers)
     runs = await examination.run()
@@ -99,24 +99,24 @@ async def _of_kernel(
 
 
 def _of_module(module: TriedModule) -> list[Finding]:
-    """What importing it shows."""
+    """Findings from importing a module."""
     if module.failure:
         place, _, why = module.failure.partition(": ")
         return [Finding(place=place, kernel="(module)", kind="does-not-load", what=why)]
     found = []
     if not module.kernels:
-        found.append(Finding(place=module.name, kernel="(module)", kind="no-kernel", what="it declares no kernel"))
+        found.append(Finding(place=module.name, kernel="(module)", kind="no-kernel", what="declares no kernel"))
     if module.threads:
-        what = f"starts threads when it is imported: {', '.join(module.threads)}"
+        what = f"starts threads on import: {', '.join(module.threads)}"
         found.append(Finding(place=module.name, kernel="(module)", kind="threads-at-import", what=what))
     if module.import_seconds > _SLOW_IMPORT_SECONDS:
-        what = f"importing it takes {module.import_seconds:.1f} s"
+        what = f"takes {module.import_seconds:.1f} s to import"
         found.append(Finding(place=module.name, kernel="(module)", kind="imports-slowly", what=what))
     return found
 
 
 def _given(settings: Sequence[str], specs: dict[str, KernelSpec]) -> Scalars:
-    """Scalars by kernel, as --set gives them. Raises InvalidArgument."""
+    """Parse --set options into scalars by kernel. Raises InvalidArgument."""
     scalars: Scalars = {}
     for setting in settings:
         target, equals, text = setting.partition("=")
@@ -124,7 +124,7 @@ def _given(settings: Sequence[str], specs: dict[str, KernelSpec]) -> Scalars:
         if not equals or not dot:
             raise InvalidArgument(f"--set {setting}: wanted kernel.scalar=value")
         if kernel not in specs:
-            raise InvalidArgument(f"--set {setting}: there is no kernel {kernel!r}{near(kernel, specs)}")
+            raise InvalidArgument(f"--set {setting}: no kernel {kernel!r}{near(kernel, specs)}")
         known = {scalar.name: scalar for scalar in specs[kernel].scalars}
         if name not in known:
             raise InvalidArgument(f"--set {setting}: kernel {kernel} has no scalar {name!r}{near(name, known)}")

@@ -1,4 +1,4 @@
-"""What there is to find: each kind with why it matters and what to do about it."""
+"""The kinds of findings: why each matters, and what to do about it."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,54 +10,62 @@ class _Kind(NamedTuple):
     what_to_do: str
 
 
-_ENDS_INTERNAL = "such a call ends INTERNAL, and its caller gets an id and nothing else"
+_ENDS_INTERNAL = "such a call ends INTERNAL, and its caller gets only an id"
 _KINDS = {
-    "does-not-load": _Kind(True, "a service does not start with it", "mend that line"),
-    "no-kernel": _Kind(True, "there is nothing to serve", "decorate a function with @kernel"),
+    "does-not-load": _Kind(True, "a service with this module does not start", "fix that line"),
+    "no-kernel": _Kind(True, "the module has nothing to serve", "decorate a function with @kernel"),
     "threads-at-import": _Kind(
-        True, "workers are forked and do not have these threads", "start them when the kernel is called first"
+        True, "workers are forked, so they do not have these threads", "start threads in the kernel's first call"
     ),
-    "writes-to-input": _Kind(True, "inputs are read-only memory, and such a call ends INTERNAL", "copy first"),
-    "wrong-result": _Kind(True, "such a call ends INTERNAL", "return what is declared, or declare what is returned"),
-    "raises": _Kind(True, _ENDS_INTERNAL, "raise KernelError, which speaks to the caller, or declare what it takes"),
-    "raises-unless-finite": _Kind(False, _ENDS_INTERNAL, "raise KernelError where values are not finite"),
-    "does-not-end": _Kind(True, "it holds its worker meanwhile", "bound the work, or allow it more with --seconds"),
+    "writes-to-input": _Kind(True, "inputs are read-only memory, so such a call ends INTERNAL", "copy the input first"),
+    "wrong-result": _Kind(True, "such a call ends INTERNAL", "return the declared result, or declare the returned one"),
+    "raises": _Kind(
+        True, _ENDS_INTERNAL, "raise KernelError, whose text the caller gets, or declare only what the kernel takes"
+    ),
+    "raises-unless-finite": _Kind(False, _ENDS_INTERNAL, "raise KernelError if values are not finite"),
+    "does-not-end": _Kind(
+        True, "its worker can run nothing else meanwhile", "bound the work, or allow more time with --seconds"
+    ),
     "needs-memory": _Kind(
         True, "such a call ends RESOURCE_EXHAUSTED", "work in blocks, or allow more with --memory-mib"
     ),
-    "ends-its-worker": _Kind(True, "the call, and the one behind it, end UNAVAILABLE", "find out which library it is"),
+    "ends-its-worker": _Kind(
+        True, "this call and the one behind it end UNAVAILABLE", "find the library that ends the process"
+    ),
     "not-deterministic": _Kind(
-        True, "pure says that a call may be run again for the same result", "seed what is random, or do not say pure"
+        True, "a pure kernel may be run again and must give the same result", "seed random numbers, or remove pure"
     ),
     "keeps-state": _Kind(
         True,
-        "pure says that only arguments matter, and each worker has a state of its own",
+        "a pure kernel's result depends on its arguments only, and each worker has its own state",
         "keep nothing between calls",
     ),
     "keeps-input": _Kind(
-        True, "the block is given to the next call, whose bytes it would see", "keep a copy: x.copy()"
+        True, "the next call uses the same memory, so the kernel would see its bytes", "keep a copy: x.copy()"
     ),
-    "batch-differs": _Kind(True, "batch says that calls may be run together", "treat each row by itself"),
-    "refuses": _Kind(False, "its caller gets INVALID_ARGUMENT and this text", "nothing, if that is what you mean"),
+    "batch-differs": _Kind(True, "calls of a batch kernel may run together", "compute each row by itself"),
+    "refuses": _Kind(False, "the caller gets INVALID_ARGUMENT with this text", "nothing, if this is intended"),
     "refuses-everything": _Kind(
-        False, "nothing else could be tried", "give scalars that it takes: --set kernel.name=value"
+        False, "the other rules could not be checked", "set accepted scalars: --set kernel.name=value"
     ),
-    "prints": _Kind(False, "it goes to the service's stderr, at every call", "use it for debugging only"),
+    "prints": _Kind(False, "each call writes to the service's stderr", "print for debugging only"),
     "imports-slowly": _Kind(
-        False, "a service starts that much later", "import what is rarely needed inside the kernel"
+        False, "a service starts later by this time", "import rarely used modules inside the kernel"
     ),
     "leaves-threads": _Kind(
-        False, "they compete with the next call for the worker's core", "end them before it returns"
+        False, "these threads compete with the next call for the worker's core", "end them before the kernel returns"
     ),
     "many-threads": _Kind(
-        False, "workers times threads are more than the cores", "set no number of threads: each worker has its share"
+        False,
+        "all workers' threads together are more than the cores",
+        "do not set a number of threads: each worker has its share",
     ),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One fault, or one note. `place` is file:line; `detail` may have more lines: the end of a traceback."""
+    """One fault or note. `place` is file:line; `detail` may have several lines: the end of a traceback."""
 
     place: str
     kernel: str
@@ -67,17 +75,17 @@ class Finding:
 
     @property
     def is_fault(self) -> bool:
-        """Whether it must be mended; the others are for you to know."""
+        """Whether this must be fixed; other findings are information."""
         return _KINDS[self.kind].is_fault
 
     @property
     def why(self) -> str:
-        """Why it matters."""
+        """Why the finding matters."""
         return _KINDS[self.kind].why
 
     @property
     def what_to_do(self) -> str:
-        """What to do."""
+        """How to fix the finding."""
         return _KINDS[self.kind].what_to_do
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""How a kernel's time and memory grow with its inputs."""
+"""The growth of a kernel's time and memory with the size of its inputs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from unlatch.check.cases import Case, Cases
-from unlatch.check.worker import Ended, Lost, Outcome, Workers
+from unlatch.check.worker import CheckWorkers, Ended, Lost, Outcome
 
-# The first length, or the first of these that fits: an array may have many axes.
+# The first of these lengths that fits is the shortest: an array may have many axes.
 _SHORTEST, _STEPS = (16, 8, 4, 2), 6
-# Whoever waits for the table has waited long enough by then: the next size would take a multiple of it.
+# A size that takes longer than this is the last one: the next would take a multiple of it, and the user waits.
 _SLOW_SECONDS = 0.4
 _REPEATED_FOR_SECONDS, _REPEATS = 0.1, 20
-# What a call costs whatever its size hides how the rest grows: only rows well above the least count.
+# The fixed cost of a call hides how the rest grows, so only rows well above the minimum count.
 _ABOVE_LEAST = 2.0
 _LEAST_BYTES = 128 * 1024
 _FITTED_ROWS = 3
@@ -22,7 +22,7 @@ _FITTED_ROWS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One size. Memory is the worker's peak beyond what it had before, without the call's own tensors."""
+    """Figures of one size. Memory is the worker's peak beyond what it had before, without the call's own tensors."""
 
     length: int
     input_bytes: int
@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(slots=True)
 class Growth:
-    """The sizes measured; what ended the table before its last one, and the run that did not end well, if there was."""
+    """The measured sizes; the reason why larger ones are missing; and the run that failed, if one did."""
 
     rows: list[Row] = field(default_factory=list)
     ended_by: str = ""
@@ -40,24 +40,24 @@ class Growth:
 
     @property
     def time_exponent(self) -> float | None:
-        """How time grows: as length to this power. None where too little was measured."""
+        """The power of the length with which time grows. None if too little was measured."""
         floor = _ABOVE_LEAST * min((row.seconds for row in self.rows), default=0.0)
         return _exponent([(row.length, row.seconds) for row in self.rows if row.seconds >= floor])
 
     @property
     def memory_exponent(self) -> float | None:
-        """The same of memory."""
+        """The power of the length with which memory grows. None if too little was measured."""
         return _exponent([(row.length, row.memory_bytes) for row in self.rows if row.memory_bytes >= _LEAST_BYTES])
 
 
-async def measure(name: str, cases: Cases, workers: Workers, most_bytes: int) -> Growth:
+async def measure(name: str, cases: Cases, workers: CheckWorkers, most_bytes: int) -> Growth:
     """Run a kernel at sizes up to inputs of `most_bytes`, each in a fresh worker, shortest first."""
     growth = Growth()
     ladder = lengths(cases.nbytes, most_bytes) if cases.grows else []
     for length in ladder:
         case = cases.of_length(length)
         async with workers.worker() as worker:
-            # What is imported or allocated once is not this size's.
+            # A first run, so that one-time imports and allocations do not count.
             await worker.run(name, cases.of_length(ladder[0]))
             outcome: Outcome = await worker.run(name, case)
             if not isinstance(outcome, Ended):
@@ -74,17 +74,17 @@ async def measure(name: str, cases: Cases, workers: Workers, most_bytes: int) ->
             Row(length=length, input_bytes=case.nbytes, seconds=min(seconds), memory_bytes=outcome.memory_bytes)
         )
         if outcome.seconds > _SLOW_SECONDS:
-            growth.ended_by = "larger ones take longer than you want to wait"
+            growth.ended_by = "larger ones would take too long"
             break
     return growth
 
 
 def lengths(nbytes: Callable[[int], int], most_bytes: int) -> list[int]:
-    """Lengths in equal ratios, the last one's inputs of about `most_bytes`."""
+    """Lengths in equal ratios; the inputs of the last one have about `most_bytes`."""
     shortest = longest = next((length for length in _SHORTEST if nbytes(length) <= most_bytes), _SHORTEST[-1])
     while nbytes(longest * 2) <= most_bytes:
         longest *= 2
-    # The power of two below may be half of what there is room for.
+    # The power of two below may be only half of what fits.
     longest = max(
         length
         for length in (longest, longest * 5 // 4, longest * 3 // 2)
@@ -94,7 +94,7 @@ def lengths(nbytes: Callable[[int], int], most_bytes: int) -> list[int]:
 
 
 def _exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """The slope of the last points on a logarithmic grid."""
+    """The slope of the last points on logarithmic axes."""
     points = points[-_FITTED_ROWS:]
     if len(points) < 2:
         return None

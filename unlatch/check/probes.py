@@ -1,4 +1,4 @@
-"""Kernels that a worker under check has besides the user's, to look at it from inside."""
+"""Kernels that are added to a worker under check, to inspect it from inside."""
 
 import ctypes
 import gc
@@ -16,7 +16,7 @@ SETTLE = "unlatch_check_settle"
 
 @kernel(name=SETTLE)
 def settle() -> Int64[np.ndarray, "2"]:
-    """Let go of what nobody holds and write out what is printed; Python's threads, and the most that a BLAS may use."""
+    """Collect garbage and flush output; return the number of Python threads, and the largest BLAS thread pool."""
     gc.collect()
     sys.stdout.flush()
     sys.stderr.flush()

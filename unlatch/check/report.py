@@ -1,4 +1,4 @@
-"""What a check found, for people and for programs."""
+"""The report of a check, for people and for programs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from unlatch.check.growth import Growth, Row
 
 
 def for_people(findings: Sequence[Finding], growths: Mapping[str, Growth], checked: int) -> None:
-    """A table of times and memory, then a line for each finding, faults last: they stay on the screen."""
-    # Text is text: `:100:` is a line number, and `[3, 4]` a shape.
+    """Print a table of times and memory, then a line for each finding. Faults come last, to stay on the screen."""
+    # Without markup: `:100:` is a line number and not an emoji, and `[3, 4]` is a shape and not a style.
     console = Console(highlight=False, emoji=False, markup=False)
     if any(growth.rows for growth in growths.values()):
         console.print(_table(growths))
@@ -34,7 +34,7 @@ def for_people(findings: Sequence[Finding], growths: Mapping[str, Growth], check
 
 
 def for_programs(findings: Sequence[Finding], growths: Mapping[str, Growth], kernels: Sequence[str], seed: int) -> None:
-    """One JSON object."""
+    """Print one JSON object."""
     print(
         json.dumps(
             {

@@ -1,4 +1,4 @@
-"""What is asked of a kernel: it is run in real workers, and what it does is held against what it declares."""
+"""The rules for kernels: each is run in real workers, and its behaviour is compared with its declaration."""
 
 import re
 from collections import deque
@@ -8,26 +8,26 @@ import numpy as np
 
 from unlatch.check.cases import Case, Cases
 from unlatch.check.findings import Finding
-from unlatch.check.worker import Ended, Lost, Outcome, Refused, Workers
+from unlatch.check.worker import CheckWorkers, Ended, Lost, Outcome, Refused
 from unlatch.common.errors import InvalidArgument, ResourceExhausted
 from unlatch.common.kernel.tensors import Array
 from unlatch.compute.worker.trial import TriedKernel
 
 _BATCH_ROWS = 4
-# A batch may be summed in another order than a row; these are a thousand times what rounding alone does.
+# A batch may be summed in another order than a row; these are a thousand times the rounding error.
 _TOLERANCE = {"float16": 1e-2, "float32": 1e-4, "complex64": 1e-4}
 _FINE_TOLERANCE = 1e-9
 _STORY_LINES = 3
-# What the worker says of an error that is not ours, and of a result whose elements are neither bytes nor str.
+# Parts of the worker's texts for an unexpected error, and for a result whose elements are neither bytes nor str.
 _UNEXPECTED = "the server's log has it"
 _NOT_BYTES = "cannot travel as BYTES"
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
 
 
 class Examination:
-    """One kernel's. `findings` has each kind once a place, in the order found, with the first case that shows it."""
+    """The examination of one kernel. `findings` has each kind once a place, with the first case that shows it."""
 
-    def __init__(self, kernel: TriedKernel, cases: Cases, workers: Workers) -> None:
+    def __init__(self, kernel: TriedKernel, cases: Cases, workers: CheckWorkers) -> None:
         self._kernel = kernel
         self._spec = kernel.spec
         self._cases = cases
@@ -37,15 +37,15 @@ class Examination:
 
     @property
     def findings(self) -> list[Finding]:
-        """All of them."""
+        """All findings, in the order in which they were found."""
         return list(self._found.values())
 
     async def run(self) -> bool:
-        """Everything but its growth; whether that can be measured."""
+        """Check every rule but growth. Returns whether growth can be measured."""
         await self._dry()
         if not self._good:
             if any(kind == "refuses" for kind, _ in self._found):
-                self._add("refuses-everything", "it was never run to its end: it refuses every case")
+                self._add("refuses-everything", "refuses every case, so no run completed")
             return False
         if self._spec.pure:
             await self._pure()
@@ -54,7 +54,7 @@ class Examination:
         return not any(kind == "does-not-end" for kind, _ in self._found)
 
     async def _dry(self) -> None:
-        """Every case once. Where negative numbers are refused, positive ones are tried too, and kept to if they do."""
+        """Run every case once. If negative numbers are refused, try positive ones, and keep to them if they work."""
         for positive in (False, True):
             self._cases.positive = positive
             typical = self._cases.typical(0)
@@ -64,7 +64,7 @@ class Examination:
         self._cases.positive = False
 
     async def _each(self, cases: Sequence[Case]) -> Outcome:
-        """Run cases; the last outcome. One that takes its worker along is that worker's last, one that hangs of all."""
+        """Run cases and return the last outcome. A fatal case ends its worker only; one that hangs ends them all."""
         left = deque(cases)
         while True:
             async with self._workers.worker() as worker:
@@ -79,18 +79,18 @@ class Examination:
                 return outcome
 
     def judge_large(self, case: Case, outcome: Outcome) -> None:
-        """What a run shows whose inputs were chosen large: that it takes too much of something is no fault."""
+        """Judge a run with large inputs. That it takes too much time or memory is no fault."""
         limited = isinstance(outcome, Refused) and outcome.code in (InvalidArgument.code, ResourceExhausted.code)
         if not (limited or (isinstance(outcome, Lost) and outcome.seconds)):
             self.judge(case, outcome)
 
     def judge(self, case: Case, outcome: Outcome) -> None:
-        """What one run shows."""
+        """Add the findings of one run."""
         if isinstance(outcome, Ended):
             self._good.append(case)
             if outcome.keeps_input:
                 self._add("keeps-input", f"keeps an input after it has returned ({case.says})")
-            # NumPy warns of what NaN and infinities do, and whoever sends them knows.
+            # NumPy warns about NaN and infinity, which the caller has sent on purpose.
             if outcome.printed.strip() and case.finite:
                 first = outcome.printed.strip().splitlines()[0]
                 self._add("prints", f"writes to stdout or stderr: {first[:100]!r}")
@@ -102,7 +102,7 @@ class Examination:
 
     def _refused(self, case: Case, outcome: Refused) -> None:
         said = outcome.message.removeprefix(f"kernel {self._spec.name} ")
-        # What the kernel raised, without what the worker made of it.
+        # The kernel's own exception, without the worker's error that it caused.
         story = outcome.story.partition("\n\nThe above exception was the direct cause")[0]
         last = story.strip().splitlines()[-_STORY_LINES:]
         if outcome.code == InvalidArgument.code:
@@ -110,7 +110,7 @@ class Examination:
         elif outcome.code == ResourceExhausted.code:
             self._add("needs-memory", f"{said} ({case.says})")
         elif _NOT_BYTES in outcome.story:
-            self._add("wrong-result", f"returns what cannot be sent: {last[-1]} ({case.says})")
+            self._add("wrong-result", f"returns a result that cannot be sent: {last[-1]} ({case.says})")
         elif _UNEXPECTED in outcome.message:
             raises_anyway = ("raises", self._place(outcome.story)) in self._found
             kind = "raises" if case.finite or raises_anyway else "raises-unless-finite"
@@ -122,12 +122,12 @@ class Examination:
 
     def _threads(self, before: int, active: int, pool: int) -> None:
         if active > before:
-            self._add("leaves-threads", f"leaves threads running, {active - before} after its calls here")
+            self._add("leaves-threads", f"leaves {active - before} threads running after its calls")
         if pool > self._workers.blas_threads:
-            self._add("many-threads", f"a library in its worker uses {pool} threads, not {self._workers.blas_threads}")
+            self._add("many-threads", f"a library in the worker uses {pool} threads, not {self._workers.blas_threads}")
 
     async def _pure(self) -> None:
-        """The same arguments give the same bytes: in another worker, again, and whatever was called before."""
+        """Check that the same arguments give the same bytes: in another worker, again, and after other calls."""
         one, other = self._cases.typical(0), self._cases.typical(1)
         if not any(case.says == one.says for case in self._good):
             one = other = self._good[0]
@@ -135,12 +135,12 @@ class Examination:
         (elsewhere,) = await self._in_a_row(one)
         alone, last = await self._in_a_row(other, one)
         if not _same(first, elsewhere):
-            self._add("not-deterministic", f"gives other bytes in another worker for the same arguments ({one.says})")
+            self._add("not-deterministic", f"returns other bytes in another worker for the same arguments ({one.says})")
         elif not (_same(first, again) and _same(first, last) and _same(alone, before)):
-            self._add("keeps-state", f"gives other bytes for the same arguments after another call ({one.says})")
+            self._add("keeps-state", f"returns other bytes for the same arguments after another call ({one.says})")
 
     async def _in_a_row(self, *cases: Case) -> list[Outcome]:
-        """What a fresh worker makes of these calls."""
+        """Outcomes of these calls, one after another in a fresh worker."""
         async with self._workers.worker() as worker:
             outcomes = [await worker.run(self._spec.name, case) for case in cases]
         for case, outcome in zip(cases, outcomes, strict=True):
@@ -149,7 +149,7 @@ class Examination:
         return outcomes
 
     async def _batch(self) -> None:
-        """Rows of a batch give what they give alone."""
+        """Check that each row of a batch gives the same result as the row alone."""
         batch = self._cases.batch(_BATCH_ROWS)
         together, *alone = await self._in_a_row(batch, *(batch.row(number) for number in range(_BATCH_ROWS)))
         if not isinstance(together, Ended):
@@ -157,21 +157,21 @@ class Examination:
             return
         rows = [row.outputs for row in alone if isinstance(row, Ended)]
         if len(rows) < _BATCH_ROWS:
-            self._add("batch-differs", f"takes {batch.says} but not each of its rows")
+            self._add("batch-differs", f"accepts {batch.says} but not each of its rows")
             return
         for declared, whole, *parts in zip(self._spec.outputs, together.outputs, *rows, strict=True):
             if fault := _differs(whole, parts):
                 self._add(
-                    "batch-differs", f"{declared.name} of a batch is not what its rows give: {fault} ({batch.says})"
+                    "batch-differs", f"{declared.name} of a batch differs from that of its rows: {fault} ({batch.says})"
                 )
 
     def _add(self, kind: str, what: str, story: str = "", detail: str = "") -> None:
         finding = Finding(place=self._place(story), kernel=self._spec.name, kind=kind, what=what, detail=detail)
-        # Two lines that raise are two faults; two arrays of which each is refused are one note.
+        # Two lines that raise are two faults; two refused arrays are one note.
         self._found.setdefault((kind, finding.place), finding)
 
     def _place(self, story: str) -> str:
-        """The last line of the kernel's own file in a traceback, or else where the kernel is defined."""
+        """The last line of the kernel's own file in a traceback, or else the kernel's definition."""
         file = self._kernel.place.rpartition(":")[0]
         lines = [line for name, line in _FRAME.findall(story) if name == file]
         return f"{file}:{lines[-1]}" if lines else self._kernel.place
@@ -192,7 +192,7 @@ def _bytes(array: Array) -> object:
 
 
 def _differs(whole: Array, parts: Sequence[Array]) -> str:
-    """How a batch's result differs from its rows'; empty when it does not."""
+    """Describe how a batch's result differs from its rows' results; empty if it does not."""
     if len({part.shape[1:] for part in parts}) > 1:
         return f"rows have shapes {' and '.join(map(str, sorted({part.shape for part in parts})))}"
     rows = np.concatenate(parts)

@@ -1,7 +1,7 @@
-"""One real worker process, and what came of a run in it.
+"""One real worker process, and the outcomes of runs in it.
 
-Nothing is imitated: the worker is forked by the service's own forkserver and gets its inputs in sealed shared memory.
-What is added are limits, so that a kernel that misbehaves hurts nobody: the time of a run, and the worker's memory.
+The worker is a service's: the same forkserver forks it, and its inputs lie in sealed shared memory. A check only adds
+limits to the time of a run and to the worker's memory, so that a misbehaving kernel does no harm.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from unlatch.compute.ipc.frames import (
     Run,
     Shrunk,
     Tensor,
-    ToFront,
+    ToDispatcher,
 )
 from unlatch.compute.pool.exits import POOL_STOPS, End
 from unlatch.compute.pool.forkserver import ForkServer, StartError
@@ -39,7 +39,7 @@ from unlatch.compute.pool.process import WorkerProcess
 
 _FIRST_REPLY_BYTES = 1024 * 1024
 _STARTS_WITHIN_SECONDS = 60.0
-# Lines of /proc/<pid>/status. What is shared is the call's own tensors and libraries' code.
+# Lines of /proc/<pid>/status. Shared memory is the call's own tensors and the code of libraries.
 _PEAK_OF_RESIDENT = "VmHWM"
 _RESIDENT = "VmRSS"
 _SHARED = ("RssShmem", "RssFile")
@@ -47,7 +47,7 @@ _SHARED = ("RssShmem", "RssFile")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A run that gave a result. `memory_bytes` is what it took at its peak beyond what the worker had before."""
+    """A run that returned a result. `memory_bytes` is its peak memory beyond what the worker had before."""
 
     outputs: tuple[Array, ...]
     seconds: float
@@ -58,7 +58,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """A run that ended with an error: its google.rpc.Code, and the traceback where the error was unexpected."""
+    """A run that failed with an error: its google.rpc.Code, and the traceback if the error was unexpected."""
 
     code: int
     message: str
@@ -67,7 +67,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lost:
-    """A run whose worker is gone: it did not end in time (`seconds` is set), or it took the worker with it."""
+    """A run that lost its worker: it did not end in time (`seconds` is set), or the worker died."""
 
     reason: str
     seconds: float = 0.0
@@ -76,8 +76,8 @@ class Lost:
 Outcome = Ended | Refused | Lost
 
 
-class Workers:
-    """Where workers come from. One a process: it owns the process's forkserver."""
+class CheckWorkers:
+    """Starts workers under check. A process has one of these, which owns the process's forkserver."""
 
     def __init__(self, modules: Sequence[str], *, seconds: float, memory_bytes: int, blas_threads: int) -> None:
         self.blas_threads = blas_threads
@@ -92,24 +92,24 @@ class Workers:
             )
 
     @asynccontextmanager
-    async def worker(self) -> AsyncIterator["Worker"]:
-        """A fresh one, ended afterwards whatever it does."""
-        worker = await Worker.start(self._forkserver, self._printed, self._seconds)
+    async def worker(self) -> AsyncIterator["CheckWorker"]:
+        """Start a fresh worker, and end it afterwards."""
+        worker = await CheckWorker.start(self._forkserver, self._printed, self._seconds)
         try:
             yield worker
         finally:
             await worker.end()
 
 
-class Worker:
-    """A worker process that runs one call at a time."""
+class CheckWorker:
+    """A worker process under check, which runs one call at a time."""
 
     def __init__(self, seconds: float, printed: "_Printed") -> None:
         self._lost: Lost | None = None
         self._seconds = seconds
         self._printed = printed
         self._numbers = count()
-        # Where SETTLE answers.
+        # The reply segment of SETTLE.
         self._aside = Segment(next(self._numbers), 4096, name="unlatch-reply", sealed=False)
         self._aside_is_new = True
         self._process: WorkerProcess | None = None
@@ -118,7 +118,7 @@ class Worker:
 
     @classmethod
     async def start(cls, forkserver: ForkServer, printed: "_Printed", seconds: float) -> Self:
-        """Start one and wait until it takes Runs. Raises StartError where it does not."""
+        """Start a worker and wait until it is ready. Raises StartError if it does not become so."""
         worker = cls(seconds, printed)
         process, channel, _ = forkserver.spawn()
         worker._process = WorkerProcess(process, channel, worker._heard, worker._ended)
@@ -127,22 +127,22 @@ class Worker:
         if not isinstance(answer, Ready):
             await worker.end()
             why = answer.message if isinstance(answer, Misfit) else answer
-            raise StartError(f"a worker does not start: {why}")
+            raise StartError(f"a worker did not start: {why}")
         return worker
 
     @property
     def lost(self) -> bool:
-        """Whether it runs nothing more."""
+        """Whether the worker is lost and runs nothing more."""
         return self._lost is not None
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """The worker's process id."""
         assert self._process is not None
         return self._process.pid
 
     async def run(self, kernel: str, case: Case) -> Outcome:
-        """Run a kernel. A worker that is lost by it runs nothing more, and says again how it was lost."""
+        """Run a kernel. After a run that loses the worker, every further run returns that same loss."""
         if self._lost is not None:
             return self._lost
         inputs, tensors = _laid_out(next(self._numbers), case.arrays)
@@ -165,15 +165,15 @@ class Worker:
                 printed=self._printed.read(),
             )
         except (FileNotFoundError, ProcessLookupError):
-            # Its /proc is gone: something that the kernel has left behind has ended it.
-            self._lost = Lost(reason="it ended after it had answered")
+            # /proc/<pid> is gone: something that the kernel left behind has ended the process.
+            self._lost = Lost(reason="the worker ended after it had answered")
             return self._lost
         finally:
             inputs.close()
             reply.close()
 
     async def threads(self) -> tuple[int, int]:
-        """How many threads Python knows of, and the most that a BLAS may use; zeros of a worker that cannot tell."""
+        """The number of Python threads and of the largest BLAS pool; zeros from a worker that cannot tell."""
         answer = await self._run(SETTLE, (), {}, None, self._aside)
         if not isinstance(answer, Done):
             return 0, 0
@@ -181,7 +181,7 @@ class Worker:
         return active, pool
 
     async def end(self) -> None:
-        """Kill it and wait until it is gone."""
+        """Kill the worker and wait until it has ended."""
         assert self._process is not None
         if not self._gone.is_set():
             self._process.kill(POOL_STOPS)
@@ -204,27 +204,27 @@ class Worker:
             async with asyncio.timeout(self._seconds):
                 answer = await self._answer
         except TimeoutError:
-            answer = Lost(reason=f"it did not end within {self._seconds:g} s", seconds=self._seconds)
+            answer = Lost(reason=f"the run did not end within {self._seconds:g} s", seconds=self._seconds)
         assert isinstance(answer, Done | Failed | Lost)
         self._lost = answer if isinstance(answer, Lost) else None
         return answer
 
     async def _forgets(self, inputs: Segment, reply: Segment) -> bool:
-        """Have it let go of the segments; whether something there still holds the inputs."""
+        """Make the worker forget the segments. Returns whether it still maps the inputs."""
         assert self._process is not None
         self._process.send(Forget([inputs.number], [reply.number]))
-        # Frames are taken in order: when this is answered, that has been seen to.
+        # Frames are handled in order: when this is answered, the segments have been forgotten.
         await self.threads()
         return not self.lost and os.fstat(inputs.fd).st_ino in _mapped_inputs(self.pid)
 
     def _resident_anew(self) -> int:
-        """What is in RAM and its own alone, in bytes; the peak is reckoned from here on."""
-        # Where the system does not grant it (gVisor has none) the peak is the worker's of all its life.
+        """The worker's own bytes in RAM, without shared memory. Its peak is counted from now on."""
+        # Where the system has no such file (gVisor), the peak is that of the worker's whole life.
         with suppress(OSError):
             Path(f"/proc/{self.pid}/clear_refs").write_text("5")
         return _status(self.pid, _RESIDENT) - _status(self.pid, *_SHARED)
 
-    def _heard(self, frame: ToFront) -> None:
+    def _heard(self, frame: ToDispatcher) -> None:
         if not isinstance(frame, Loaded | Shrunk) and not self._answer.done():
             self._answer.set_result(frame)
 
@@ -235,14 +235,14 @@ class Worker:
 
 
 class _Printed:
-    """What workers write to stdout and stderr: the forkserver that they come from has this file as both."""
+    """The output of workers: their forkserver has this file as stdout and stderr."""
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("unlatch-check", os.MFD_CLOEXEC)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, os.O_APPEND)
 
     def captured(self) -> "_Captured":
-        """While this is entered, processes that are started write here."""
+        """Redirect the output of processes that are started within this context to the file."""
         return _Captured(self._fd)
 
     def forget(self) -> None:
@@ -273,7 +273,7 @@ def _future() -> "asyncio.Future[Done | Failed | Ready | Misfit | Lost]":
 
 
 def _laid_out(number: int, arrays: Sequence[Array]) -> tuple[Segment, tuple[Tensor, ...]]:
-    """Arrays in a segment as the front would have put them there, each on its boundary."""
+    """Put arrays in a segment as the dispatcher would, each on an aligned boundary."""
     buffers = [pack_bytes(array) if array.dtype.kind == "O" else array.tobytes() for array in arrays]
     starts, size = offsets([len(buffer) for buffer in buffers])
     segment = Segment(number, max(size, 4096), name="unlatch-input", sealed=True)
@@ -298,7 +298,7 @@ def _status(pid: int, *names: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     found = dict(line.split(":", 1) for line in lines if ":" in line)
     if not found.keys() >= set(names):
-        raise ProcessLookupError(f"process {pid} has ended, and nobody has waited for it yet")
+        raise ProcessLookupError(f"process {pid} has ended, and its parent has not waited for it yet")
     return sum(int(found[name].split()[0]) * 1024 for name in names)
 
 

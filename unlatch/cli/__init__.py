@@ -1,6 +1,6 @@
-"""The command line: a table of commands, each a module that is loaded when it is asked for.
+"""The command line: a table of commands. Each is a module that is imported when its command is used.
 
-multiprocessing's children import the entry point again, and a server needs none of what `top` draws with.
+A server needs nothing that `top` draws with, and multiprocessing's children import the entry point again.
 """
 
 import io
@@ -12,31 +12,31 @@ from importlib import import_module
 
 from unlatch.common.errors import CertificateError, UnlatchError, near
 
-# name -> the module whose main(arguments) is the command, and what it does
+# name -> the module whose main(arguments) runs the command, and the command's description
 COMMANDS = {
-    "serve": ("unlatch.supervisor", "gateway and compute on this machine, all cores"),
-    "gateway": ("unlatch.gateway.__main__", "the door to a fleet of replicas"),
-    "compute": ("unlatch.compute.__main__", "one replica: a pool of workers"),
-    "check": ("unlatch.check.command", "find what your kernels do that they should not: unlatch check my_kernels.py"),
-    "kernels": ("unlatch.cli.kernels", "what a gateway serves; of one kernel all that callers need"),
+    "serve": ("unlatch.supervisor", "serve kernels on all cores of this machine: gateway and compute"),
+    "gateway": ("unlatch.gateway.__main__", "run a gateway: the entry to a fleet of replicas"),
+    "compute": ("unlatch.compute.__main__", "run one replica: a pool of worker processes"),
+    "check": ("unlatch.check.command", "find faults in kernels before you serve them: unlatch check my_kernels.py"),
+    "kernels": ("unlatch.cli.kernels", "list the kernels of a gateway, or describe one of them"),
     "call": ("unlatch.cli.call", "call a kernel: unlatch call gaussian_blur image=@photo.png sigma=2 -o out.png"),
-    "map": ("unlatch.cli.map", "call a kernel for many files, or for every row of one"),
-    "top": ("unlatch.cli.top", "what every process does now, live"),
-    "completion": ("unlatch.cli.completion", "a script that completes these for a shell"),
+    "map": ("unlatch.cli.map", "call a kernel for many files, or for each row of an array"),
+    "top": ("unlatch.cli.top", "show the load of every process, live"),
+    "completion": ("unlatch.cli.completion", "print a completion script for your shell"),
 }
 EXIT_CODES = """\
 exit codes:
-  0    done
-  1    the call failed, or some of a map's; or `check` found a fault
+  0    success
+  1    the call failed, or some calls of a map; or `check` found a fault
   2    wrong usage, or a service that cannot start
   130  interrupted
 """
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command; its exit code."""
+    """Run the command that the arguments name; returns its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # A docstring or a name in letters that this terminal lacks is no reason to fail.
+        # A docstring or a name with letters that this terminal cannot show must not fail the command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", ())
@@ -44,23 +44,23 @@ def run(arguments: Sequence[str]) -> int:
         print(_help(), end="")
         return 0
     if name not in COMMANDS:
-        print(f"unlatch: there is no command {name!r}{near(name, COMMANDS)}", file=sys.stderr)
+        print(f"unlatch: unknown command {name!r}{near(name, COMMANDS)}", file=sys.stderr)
         return 2
     try:
         return _ran(name, rest)
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        # Whoever read our output has seen enough, or nothing can be written where it goes.
+        # A broken pipe: the reader of our output wanted no more of it. Otherwise the output cannot be written.
         if not isinstance(error, BrokenPipeError):
             print(f"unlatch {name}: {error.strerror or error}", file=sys.stderr)
-        # Python would complain once more when it flushes at exit.
+        # Otherwise Python would report the error again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def _ran(name: str, rest: Sequence[str]) -> int:
-    """A command's exit code; what it failed of is told on stderr."""
+    """Run a command, report its error on stderr, and return its exit code."""
     try:
         code: int = import_module(COMMANDS[name][0]).main(rest)
         if sys.stdout is not None:
@@ -75,12 +75,12 @@ def _ran(name: str, rest: Sequence[str]) -> int:
 
 
 def plain(text: str) -> str:
-    """A text that a server or a user chose, without what a terminal would obey."""
+    """Text from a server or a user, without control characters that a terminal would obey."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def error_object(error: UnlatchError) -> dict[str, str]:
-    """An error as --json tells it."""
+    """An error in the form of --json."""
     return {"code": error.status, "message": error.message, "field": error.field}
 
 
@@ -93,4 +93,4 @@ def _report(command: str, error: UnlatchError, *, as_json: bool) -> None:
 
 def _help() -> str:
     commands = "".join(f"  {name:<12}{what}\n" for name, (_, what) in COMMANDS.items())
-    return f"usage: unlatch COMMAND [options]      (unlatch COMMAND --help tells more)\n\n{commands}\n{EXIT_CODES}"
+    return f"usage: unlatch COMMAND [options]      (unlatch COMMAND --help for more)\n\n{commands}\n{EXIT_CODES}"

@@ -1,4 +1,4 @@
-"""`unlatch call`: one call, its arrays from files or the line, its results to a file or the screen."""
+"""`unlatch call`: one call, with arrays from files or the command line, and results to a file or the screen."""
 
 import json
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from unlatch.results import Result
 
 
 def parser() -> Parser:
-    """Its flags."""
+    """The parser of the command's flags."""
     made = client_parser("call", "Call a kernel.")
-    made.add_argument("kernel", help="its name")
+    made.add_argument("kernel", help="name of the kernel")
     made.add_argument(
         "arguments",
         nargs="*",
@@ -24,16 +24,16 @@ def parser() -> Parser:
         help="an array as @file (.npy, .npz, .npz:member, .csv, an image), @- (.npy on stdin) or JSON; or a scalar",
     )
     add_priority(made)
-    made.add_argument("-o", "--output", help="where the result goes, by suffix; - for .npy on stdout; else it is shown")
+    made.add_argument("-o", "--output", help="file for the result, format by suffix; - is .npy on stdout; else printed")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run it; the exit code."""
+    """Run `unlatch call`; returns the exit code."""
     flags = parser()
     options = flags.parse(arguments)
     if options.json and options.output == "-":
-        flags.error("--json and -o - both want stdout")
+        flags.error("--json and -o - cannot be combined: both write to stdout")
     with BlockingClient(options.server, tls=secured(options), timeout=options.timeout, token=token(options)) as mesh:
         spec = find(mesh.kernels(), options.kernel)
         texts = named(spec, options.arguments)
@@ -49,12 +49,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def outputs(spec: KernelSpec) -> list[str]:
-    """The names of what a kernel gives."""
+    """The names of a kernel's outputs."""
     return [output.name for output in spec.outputs]
 
 
 def by_name(spec: KernelSpec, result: Result) -> dict[str, Array]:
-    """What a call gave."""
+    """A call's result as arrays by output name."""
     names = outputs(spec)
     return {names[0]: result} if len(names) == 1 else dict(zip(names, result, strict=True))
 
@@ -64,6 +64,6 @@ def _told(spec: KernelSpec, result: dict[str, Array], destination: Destination |
         return {"kernel": spec.name, "outputs": [showing.as_json(name, array) for name, array in result.items()]}
     return {
         "kernel": spec.name,
-        "outputs": [showing.described(name, array) for name, array in result.items()],
+        "outputs": [showing.description(name, array) for name, array in result.items()],
         "files": [str(path) for path in destination.paths],
     }

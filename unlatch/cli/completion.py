@@ -1,4 +1,4 @@
-"""`unlatch completion bash`: a script that completes commands, flags and the names of kernels that are served."""
+"""`unlatch completion bash`: a script that completes commands, flags and the names of served kernels."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -15,35 +15,35 @@ _SETTINGS = {
     "gateway": ("unlatch.gateway.settings", "GatewaySettings"),
     "compute": ("unlatch.compute.settings", "ComputeSettings"),
 }
-# Whoever presses Tab does not wait for a gateway that is not there.
+# With a short timeout, so that Tab does not hang if there is no gateway.
 _NAMES = shtab.cmd("unlatch kernels --names --timeout 1 2>/dev/null")
 
 
 def parser() -> Parser:
-    """Its flags."""
-    made = Parser("completion", 'A completion script. For bash: eval "$(unlatch completion bash)"')
-    made.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="which shell")
+    """The parser of the command's flags."""
+    made = Parser("completion", 'Print a completion script. For bash: eval "$(unlatch completion bash)"')
+    made.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="name of the shell")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run it; the exit code."""
+    """Run `unlatch completion`; returns the exit code."""
     print(shtab.complete(_every_command(), parser().parse(arguments).shell))
     return 0
 
 
 def _every_command() -> argparse.ArgumentParser:
-    """All commands as one parser, which is only looked at."""
+    """All commands as one parser, which is read but never used to parse."""
     root = argparse.ArgumentParser("unlatch")
     commands = root.add_subparsers()
     for name, (module, what) in COMMANDS.items():
         command = commands.add_parser(name, help=what, add_help=False)
         for action in _flags(name, module):
             if action.dest == "kernel":
-                action.complete = _NAMES  # type: ignore[attr-defined]  # where shtab looks for it
+                action.complete = _NAMES  # type: ignore[attr-defined]  # the attribute that shtab reads
             elif action.dest in ("output", "arguments"):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-            command._add_action(action)  # noqa: SLF001 (argparse's `parents` would take help, and groups, along)
+            command._add_action(action)  # noqa: SLF001 (argparse's `parents` would copy help and groups too)
     return root
 
 
@@ -56,4 +56,4 @@ def _flags(name: str, module: str) -> Iterator[argparse.Action]:
             made.add_argument(f"--{field.replace('_', '-')}", help=(about.description or "").replace("%", "%%"))
     else:
         made = getattr(import_module(module), "parser", argparse.ArgumentParser)()
-    yield from made._actions  # noqa: SLF001 (argparse has no other way to look at a parser)
+    yield from made._actions  # noqa: SLF001 (argparse has no other way to list a parser's flags)

@@ -1,6 +1,6 @@
-"""Which of a kernel's dtypes an array takes: only one that holds every value as it was plainly meant.
+"""The choice among a kernel's dtypes for a given array: only a dtype that holds every value exactly as it was meant.
 
-What fits none is left to the server, whose refusal names the dtype and shape that it wanted.
+An array that fits none is sent as it is. The server's error names the dtype and shape that it wanted.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ from unlatch.common.kernel.datatypes import OBJECT
 from unlatch.common.kernel.spec import ArraySpec
 from unlatch.common.kernel.tensors import Array, dtype_name
 
-# Beyond this not every whole number is a float64.
-_MOST_EXACT = 2**53
+# Whole numbers beyond this may not be exact as float64.
+_MAX_EXACT = 2**53
 
 
 def typed(array: Array, wanted: ArraySpec) -> Array:
-    """An array whose file says its dtype: kept, or made one that holds all values of that dtype."""
+    """An array from a file with a dtype: kept as it is, or converted to a dtype that holds all values of its own."""
     if not wanted.dtypes or dtype_name(array) in wanted.dtypes:
         return array
     for dtype in wanted.dtypes:
@@ -27,16 +27,16 @@ def typed(array: Array, wanted: ArraySpec) -> Array:
 
 
 def untyped(values: Any, wanted: ArraySpec) -> Array:
-    """Numbers or strings from a text, as the first of the kernel's dtypes that holds them.
+    """Numbers or strings from a text, in the first of the kernel's dtypes that holds them.
 
-    A number may lose digits as a float32; a whole number stays one, and none overflows. Raises InvalidArgument.
+    A number may lose digits as a float32; a whole number stays whole, and no value overflows. Raises InvalidArgument.
     """
     try:
         array = np.asarray(values)
     except (ValueError, OverflowError) as error:
         raise InvalidArgument(f"{wanted.name}: {error}", field=wanted.name) from None
     if array.dtype.kind == "O":
-        raise InvalidArgument(f"{wanted.name}: wanted numbers or strings in an array", field=wanted.name)
+        raise InvalidArgument(f"{wanted.name}: wanted an array of numbers or strings", field=wanted.name)
     if not wanted.dtypes or array.dtype.name in wanted.dtypes[:1]:
         return array
     for dtype in wanted.dtypes:
@@ -73,4 +73,4 @@ def _holds(cast: Array, array: Array) -> bool:
 def _is_exact(array: Array) -> bool:
     if array.dtype.kind not in "iu" or array.dtype.itemsize < 8 or not array.size:
         return True
-    return bool(array.max() <= _MOST_EXACT and array.min() >= -_MOST_EXACT)
+    return bool(array.max() <= _MAX_EXACT and array.min() >= -_MAX_EXACT)

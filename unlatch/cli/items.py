@@ -1,4 +1,4 @@
-"""What `map` works through: files of a pattern, or rows of an array. An item is read when its turn comes."""
+"""The items of a `map`: files that match a pattern, or rows of an array. Each is read when its turn comes."""
 
 import glob
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from unlatch.common.kernel.tensors import Array
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """`name` is its results' path below the output directory, without a suffix; `read` raises InvalidArgument."""
+    """One item. `name` is the path of its results in the output directory, without suffix. `read` may raise."""
 
     name: str
     source: str
@@ -28,29 +28,29 @@ Items = Sequence[Item]
 
 
 def files(text: str, wanted: ArraySpec, results: Path) -> Items:
-    """@'photos/*.png': every file, named by its path from where the pattern begins. ** is any number of directories.
+    """Find the files of @'photos/*.png', each named by its path after the pattern's fixed part. ** is any directories.
 
-    What lies in `results` is none: a pattern may reach into the directory that the last map wrote to.
+    Files in `results` are left out, since the pattern may match files that an earlier map wrote.
     """
     pattern = text.removeprefix("@")
     root = Path(*_before(Path(pattern).parts, "*?["))
-    # Path.glob takes no pattern that begins at the root, or with "..".
+    # glob, since Path.glob accepts no pattern that begins at the root or with "..".
     like = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
     found = [name for name in like if Path(name).is_file() and not _lies_in(results, name)]
     if not found:
-        raise InvalidArgument(f"{wanted.name}: no file is like {pattern}", field=wanted.name)
+        raise InvalidArgument(f"{wanted.name}: no file matches {pattern}", field=wanted.name)
     return [Item(str(Path(name).relative_to(root).with_suffix("")), name, _reader(name, wanted)) for name in found]
 
 
 def rows(text: str, wanted: ArraySpec) -> Items:
-    """@points.npy: every entry along the first axis, named by its number. An .npy is mapped, not loaded."""
+    """Entries of @points.npy along the first axis, each named by its number. An .npy is mapped, not loaded."""
     if not text.startswith("@"):
         raise InvalidArgument(f"{wanted.name}: wanted {wanted.name}=@file for --rows", field=wanted.name)
-    # The file's own shape and dtype: a row is what the kernel's are for.
+    # Read with the file's own shape and dtype, since the kernel's are those of a row.
     whole = ArraySpec(name=wanted.name, dtypes=(), dims=("...",))
     array = _mapped(text[1:], wanted) if text.endswith(".npy") else reading.file(text[1:], whole)
     if array.ndim == 0:
-        raise InvalidArgument(f"{wanted.name}: {text[1:]} has no rows, it is one number", field=wanted.name)
+        raise InvalidArgument(f"{wanted.name}: {text[1:]} is one number and has no rows", field=wanted.name)
     digits = len(str(max(len(array) - 1, 0)))
     read = partial(_row, array, wanted=wanted, is_table=text.lower().endswith(".csv"))
     return [Item(f"{row:0{digits}}", f"row {row}", partial(read, row)) for row in range(len(array))]
@@ -70,7 +70,7 @@ def _mapped(path: str, wanted: ArraySpec) -> Array:
 
 def _row(array: Array, row: int, wanted: ArraySpec, *, is_table: bool) -> Array:
     values = np.array(array[row])
-    # A table's numbers have no dtype of their own.
+    # The numbers of a CSV file have no dtype of their own.
     return untyped(values, wanted) if is_table else typed(values, wanted)
 
 
@@ -79,7 +79,7 @@ def _reader(name: str, wanted: ArraySpec) -> Callable[[], Array]:
 
 
 def _before(parts: Sequence[str], signs: str) -> Sequence[str]:
-    """The parts of a pattern's path before the first that is no plain name; the last is a file's, never a root."""
+    """The parts of a pattern's path before the first wildcard, without the last part, which is a file's name."""
     for at, part in enumerate(parts[:-1]):
         if any(sign in part for sign in signs):
             return parts[:at]

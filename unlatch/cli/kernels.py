@@ -1,4 +1,4 @@
-"""`unlatch kernels`: what a gateway serves, and how one of it is called."""
+"""`unlatch kernels`: the kernels that a gateway serves, and how to call one of them."""
 
 import json
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ _SERVER = "127.0.0.1:8001"
 
 
 def parser() -> Parser:
-    """Its flags."""
-    made = client_parser("kernels", "What a gateway serves; with a name, all that callers of that kernel need.")
-    made.add_argument("kernel", nargs="?", help="show this one's signature, text, options and an example")
-    made.add_argument("--names", action="store_true", help="names alone, one a line")
+    """The parser of the command's flags."""
+    made = client_parser("kernels", "List the kernels of a gateway, or describe one with all that its callers need.")
+    made.add_argument("kernel", nargs="?", help="show this kernel's signature, text, options and an example")
+    made.add_argument("--names", action="store_true", help="print only names, one a line")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run it; the exit code."""
+    """Run `unlatch kernels`; returns the exit code."""
     options = parser().parse(arguments)
     with BlockingClient(options.server, tls=secured(options), timeout=options.timeout, token=token(options)) as mesh:
         chosen = [find(mesh.kernels(), options.kernel)] if options.kernel else mesh.kernels()
@@ -53,13 +53,13 @@ def _list(kernels: Sequence[KernelSpec]) -> None:
 
 
 def _show(spec: KernelSpec, server: str) -> None:
-    # Through no table and no wrapping: what is shown last is there to be copied.
+    # Printed without a table and without wrapping, so that the example at the end can be copied.
     parts = [lines(spec), spec.doc, "\n".join(_options(spec)), example(spec, "" if server == _SERVER else server)]
     print(plain("\n\n".join(part for part in parts if part)))
 
 
 def _options(spec: KernelSpec) -> list[str]:
-    told = [f"version {spec.version}", "pure: it may be run again" if spec.pure else "not pure: it is run once"]
+    told = [f"version {spec.version}", "pure: may be run again" if spec.pure else "not pure: is run at most once"]
     if spec.batch:
         told.append(f"batches of up to {spec.max_batch_size}")
     if spec.timeout_seconds is not None:

@@ -1,7 +1,7 @@
-"""`unlatch map`: a kernel for every file of a pattern, or every row of an array, into a directory.
+"""`unlatch map`: call a kernel for every file of a pattern, or every row of an array, and write results to a directory.
 
-An item is done when its files are there under their own names, so the same command, given again after Ctrl-C or a
-failure, goes on where it ended. At most --in-flight items are in memory at a time.
+An item is done when its files exist under their own names. So the same command, given again after Ctrl-C or a failure,
+goes on where it ended. At most --in-flight items are in memory at a time.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from unlatch.cli.arguments import named, values
 from unlatch.cli.call import by_name, outputs
 from unlatch.cli.items import Item, Items, files, rows
 from unlatch.cli.options import Parser, add_priority, client_parser, find, number, secured, token
-from unlatch.cli.progress import Outcome, Progress, progress
+from unlatch.cli.progress import ItemOutcome, Progress, progress
 from unlatch.cli.writing import SUFFIXES, Destination
 from unlatch.client import Client
 from unlatch.common.errors import InvalidArgument, Unavailable, UnlatchError
@@ -23,14 +23,14 @@ from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.waiting.priority import PARAMETER
 from unlatch.results import Result
 
-# A worker's death, or a gateway that is started again, need not cost an item of a pure kernel: it is tried again.
+# Pauses between tries, so that a worker's death or a gateway's restart need not cost an item of a pure kernel.
 _PAUSES_SECONDS = (0.25, 1.0, 2.0)
 
 
 def parser() -> Parser:
-    """Its flags."""
-    made = client_parser("map", "Call a kernel for many files, or for every row of an array.")
-    made.add_argument("kernel", help="its name")
+    """The parser of the command's flags."""
+    made = client_parser("map", "Call a kernel for many files, or for each row of an array.")
+    made.add_argument("kernel", help="name of the kernel")
     made.add_argument(
         "arguments",
         nargs="+",
@@ -38,23 +38,23 @@ def parser() -> Parser:
         help="as for call; one array is a pattern of files, such as image=@'photos/*.png'",
     )
     add_priority(made)
-    made.add_argument("-o", "--output", required=True, help="a directory; results are named after their inputs")
-    made.add_argument("--rows", action="store_true", help="the first array is one file; each of its rows is an item")
+    made.add_argument("-o", "--output", required=True, help="directory for results, which get their inputs' names")
+    made.add_argument("--rows", action="store_true", help="the first array is one file, and each of its rows an item")
     kinds = ", ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
-    made.add_argument("--to", help=f"what results are written as: {kinds} (default: npy, of several outputs npz)")
-    made.add_argument("--in-flight", type=_count, default=16, help="most items at a time (default: 16)")
+    made.add_argument("--to", help=f"format of results: {kinds} (default: npy; npz for several outputs)")
+    made.add_argument("--in-flight", type=_count, default=16, help="maximum items at a time (default: 16)")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run it; the exit code."""
+    """Run `unlatch map`; returns the exit code."""
     options = parser().parse(arguments)
     return asyncio.run(_run(options))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """What is the same for all items."""
+    """The values that are the same for all items."""
 
     mesh: Client
     spec: KernelSpec
@@ -67,7 +67,7 @@ class _Work:
         return Destination(str(self.directory / f"{item.name}{self.suffix}"), outputs(self.spec))
 
     async def do(self, item: Item) -> list[Path]:
-        """Read an item, call, write. Raises UnlatchError."""
+        """Read an item, call the kernel, write the results. Raises UnlatchError."""
         destination = self.destination(item)
         given: dict[str, Any] = {self.name: await asyncio.to_thread(item.read), **self.constants}
         result = await self._called(given)
@@ -98,20 +98,20 @@ async def _run(options: Any) -> int:
         todo, done = _split(work, items)
         with progress(len(items), as_json=options.json) as shown:
             for item in done:
-                shown.told(Outcome(item.name, "skipped"))
+                shown.told(ItemOutcome(item.name, "skipped"))
             await _work(work, iter(todo), shown, options.in_flight)
     return 0 if shown.complete else 1
 
 
 def _prepared(spec: KernelSpec, options: Any) -> tuple[str, Items, dict[str, Any]]:
-    """Which argument varies, its values, and all others. Raises InvalidArgument."""
+    """The name of the varying argument, its items, and all other arguments. Raises InvalidArgument."""
     texts = named(spec, options.arguments)
     arrays = {array.name: array for array in spec.inputs}
     given = [name for name in texts if name in arrays]
     varying = given[:1] if options.rows else [name for name in given if _is_pattern(texts[name])]
     if len(varying) != 1:
-        wanted = "one array is given as a pattern of files, name=@'directory/*.npy', or as a file with --rows"
-        raise InvalidArgument(f"{wanted}; here are {len(varying)}")
+        wanted = "wanted one array as a pattern of files, name=@'directory/*.npy', or as a file with --rows"
+        raise InvalidArgument(f"{wanted}; got {len(varying)}")
     (name,) = varying
     constants = values(spec, {other: text for other, text in texts.items() if other != name})
     text, array = texts[name], arrays[name]
@@ -128,12 +128,12 @@ def _is_pattern(text: str) -> bool:
 
 
 def _split(work: _Work, items: Items) -> tuple[list[Item], list[Item]]:
-    """What is to do, and what is done. Raises InvalidArgument where two items would be the same file."""
+    """Items to do, and items already done. Raises InvalidArgument if two items would write the same file."""
     names: dict[str, Item] = {}
     for item in items:
         other = names.setdefault(item.name, item)
         if other is not item:
-            raise InvalidArgument(f"{work.name}: {other.source} and {item.source} would both become {item.name}")
+            raise InvalidArgument(f"{work.name}: {other.source} and {item.source} would both write {item.name}")
     todo: list[Item] = []
     done: list[Item] = []
     for item in items:
@@ -148,7 +148,7 @@ def _split(work: _Work, items: Items) -> tuple[list[Item], list[Item]]:
 
 
 async def _work(work: _Work, todo: Iterator[Item], shown: Progress, in_flight: int) -> None:
-    """Each of `in_flight` tasks takes the next item when its last is over. They end early if nobody can be called."""
+    """Work on items in `in_flight` tasks. All tasks end early if the gateway stays unavailable."""
     unavailable = 0
 
     async def take() -> None:
@@ -159,12 +159,12 @@ async def _work(work: _Work, todo: Iterator[Item], shown: Progress, in_flight: i
                 paths = await work.do(item)
             except UnlatchError as error:
                 unavailable = unavailable + 1 if isinstance(error, Unavailable) else 0
-                shown.told(Outcome(item.name, "failed", error=error))
+                shown.told(ItemOutcome(item.name, "failed", error=error))
                 if unavailable >= 2 * in_flight:
                     return
             else:
                 unavailable = 0
-                shown.told(Outcome(item.name, "done", paths, monotonic() - began))
+                shown.told(ItemOutcome(item.name, "done", paths, monotonic() - began))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(in_flight):

@@ -1,4 +1,4 @@
-"""How far a map is: a bar on a terminal, a line now and then elsewhere, or a JSON line for every item."""
+"""Progress of a map: a bar on a terminal, a line every 2 s elsewhere, or a JSON line for each item."""
 
 import json
 import sys
@@ -22,8 +22,8 @@ _LINE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of one item."""
+class ItemOutcome:
+    """The outcome of one item."""
 
     item: str
     status: Literal["done", "skipped", "failed"]
@@ -33,15 +33,15 @@ class Outcome:
 
 
 class _Face(Protocol):
-    """What a map's user sees."""
+    """A way to show a map's progress."""
 
-    def show(self, outcome: Outcome) -> None: ...
+    def show(self, outcome: ItemOutcome) -> None: ...
 
     def end(self, summary: str) -> None: ...
 
 
 class Progress:
-    """Counts items, and shows each."""
+    """Counts items and shows each."""
 
     def __init__(self, total: int, face: _Face) -> None:
         self._total = total
@@ -50,26 +50,26 @@ class Progress:
 
     @property
     def complete(self) -> bool:
-        """Whether every item's files are there."""
+        """Whether every item's files exist."""
         return self._counts["done"] + self._counts["skipped"] == self._total
 
     @property
     def summary(self) -> str:
-        """What came of all."""
+        """Counts of all outcomes, as one line."""
         counts = self._counts
         left = self._total - counts.total()
-        parts = [f"{counts['done']} done", f"{counts['skipped']} were there", f"{counts['failed']} failed"]
-        return ", ".join([*parts, *([f"{left} left: the same command goes on with them"] if left else [])])
+        parts = [f"{counts['done']} done", f"{counts['skipped']} already there", f"{counts['failed']} failed"]
+        return ", ".join([*parts, *([f"{left} left: run the same command again to continue"] if left else [])])
 
-    def told(self, outcome: Outcome) -> None:
-        """An item is over."""
+    def told(self, outcome: ItemOutcome) -> None:
+        """Count and show an item that is over."""
         self._counts[outcome.status] += 1
         self._face.show(outcome)
 
 
 @contextmanager
 def progress(total: int, *, as_json: bool) -> Iterator[Progress]:
-    """For so many items; the summary is told at the end, whatever the end is."""
+    """Show the progress of `total` items, and a summary at the end, even after an error."""
     face: _Face = _Json() if as_json else _Bar(total) if sys.stderr.isatty() else _Lines(total)
     counted = Progress(total, face)
     try:
@@ -79,7 +79,7 @@ def progress(total: int, *, as_json: bool) -> Iterator[Progress]:
 
 
 class _Json:
-    def show(self, outcome: Outcome) -> None:
+    def show(self, outcome: ItemOutcome) -> None:
         told: dict[str, object] = {"item": outcome.item, "status": outcome.status}
         if outcome.status == "done":
             told |= {"files": [str(path) for path in outcome.files], "seconds": round(outcome.seconds, 6)}
@@ -88,7 +88,7 @@ class _Json:
         print(json.dumps(told), flush=True)
 
     def end(self, summary: str) -> None:
-        """The lines have said it."""
+        """Print nothing: the lines of items are complete."""
 
 
 class _Lines:
@@ -97,7 +97,7 @@ class _Lines:
         self._over = self._worked = 0
         self._began = self._last = monotonic()
 
-    def show(self, outcome: Outcome) -> None:
+    def show(self, outcome: ItemOutcome) -> None:
         self._over += 1
         self._worked += outcome.status != "skipped"
         if outcome.error is not None:
@@ -122,9 +122,9 @@ class _Bar:
         self._task = self._progress.add_task("", total=total)
         self._progress.start()
 
-    def show(self, outcome: Outcome) -> None:
+    def show(self, outcome: ItemOutcome) -> None:
         if outcome.status == "skipped":
-            # A new beginning, so that the rate is that of work.
+            # The bar begins anew, so that its rate counts only items that were worked on.
             self._skipped += 1
             self._progress.reset(self._task, completed=self._skipped)
         else:

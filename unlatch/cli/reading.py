@@ -1,4 +1,4 @@
-"""Arrays from the command line: a file by its suffix, stdin, or JSON."""
+"""Arrays on the command line: from a file by its suffix, from stdin, or from JSON."""
 
 import json
 import sys
@@ -17,24 +17,24 @@ from unlatch.common.errors import InvalidArgument, near
 from unlatch.common.kernel.spec import ELLIPSIS, ArraySpec
 from unlatch.common.kernel.tensors import Array
 
-# What NumPy, zipfile and zlib raise for files that are damaged, or that say they are larger than memory.
+# Errors of NumPy, zipfile and zlib for files that are damaged, or that claim to be larger than memory.
 _UNREADABLE = (OSError, ValueError, EOFError, MemoryError, NotImplementedError, BadZipFile, zlib.error)
 _FORMATS = ".npy, .npz, .csv, an image such as .png, or @- for .npy on stdin"
 
 
 def array(text: str, wanted: ArraySpec) -> Array:
-    """An array argument's value: @file, @file.npz:member, @- or JSON. Raises InvalidArgument naming the argument."""
+    """Read an array argument: @file, @file.npz:member, @- or JSON. Raises InvalidArgument naming the argument."""
     if text.startswith("@"):
         return file(text[1:], wanted)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _refusal(wanted, f"wanted @file or an array in JSON: {error}") from None
+        raise _refusal(wanted, f"wanted @file or a JSON array: {error}") from None
     return untyped(values, wanted)
 
 
 def file(name: str, wanted: ArraySpec) -> Array:
-    """An array from a file. Raises InvalidArgument naming the argument."""
+    """Read an array from a file. Raises InvalidArgument naming the argument."""
     try:
         return _read(name, wanted)
     except _UNREADABLE as error:
@@ -43,7 +43,7 @@ def file(name: str, wanted: ArraySpec) -> Array:
 
 def _read(name: str, wanted: ArraySpec) -> Array:
     if name == "-":
-        # Whole, since NumPy asks a file where it is, and a pipe cannot tell.
+        # Read whole, since NumPy asks for the file's position, which a pipe does not have.
         return typed(np.lib.format.read_array(BytesIO(sys.stdin.buffer.read()), allow_pickle=False), wanted)
     path, archive, member = name.rpartition(".npz:")
     if archive:
@@ -57,7 +57,7 @@ def _read(name: str, wanted: ArraySpec) -> Array:
         return _table(name, wanted)
     if suffix in images.SUFFIXES:
         return typed(images.read(name, wanted.name), wanted)
-    raise _refusal(wanted, f"{name}: its suffix is none that is read: {_FORMATS}")
+    raise _refusal(wanted, f"{name}: unknown suffix; wanted {_FORMATS}")
 
 
 def _member(path: str, member: str, wanted: ArraySpec) -> Array:
@@ -70,12 +70,12 @@ def _member(path: str, member: str, wanted: ArraySpec) -> Array:
 
 
 def _table(path: str, wanted: ArraySpec) -> Array:
-    """A CSV's numbers, whole ones exactly where the kernel wants no others; one column is one axis."""
+    """Read the numbers of a CSV file, exactly if the kernel takes only whole numbers. One column gives one axis."""
     skipped = 0 if _is_numbers(path) else 1
     exact = wanted.dtypes and not any(np.dtype(dtype).kind in "fc" for dtype in wanted.dtypes)
     load: dict[str, Any] = {"delimiter": ",", "skiprows": skipped, "ndmin": 2, "encoding": "utf-8-sig"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of no data, which is said below
+        warnings.simplefilter("ignore")  # about empty files, which get an error below
         try:
             table = np.loadtxt(path, np.int64 if exact else np.float64, **load)
         except ValueError:

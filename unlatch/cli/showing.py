@@ -1,4 +1,4 @@
-"""Arrays for people, and as JSON."""
+"""Arrays as text for people, and as JSON."""
 
 from typing import Any
 
@@ -7,32 +7,32 @@ import numpy as np
 from unlatch.cli import plain
 from unlatch.common.kernel.tensors import Array
 
-_MOST_SHOWN = 200
+_MAX_SHOWN = 200
 
 
 def text(name: str, array: Array) -> str:
-    """Name, dtype, shape and values; of a large array its range and its corners."""
+    """Name, dtype, shape and values; for a large array its range and its corners."""
     lines = [f"{name}: {array.dtype} {array.shape}"]
-    if array.size > _MOST_SHOWN and array.dtype.kind in "iuf":
+    if array.size > _MAX_SHOWN and array.dtype.kind in "iuf":
         lines.append(_range(array))
     shown = np.array(_each(array, _readable), dtype=object) if array.dtype.kind == "O" else array
-    lines.append(np.array2string(shown, precision=6, threshold=_MOST_SHOWN, max_line_width=100))
+    lines.append(np.array2string(shown, precision=6, threshold=_MAX_SHOWN, max_line_width=100))
     return plain("\n".join(lines))
 
 
 def as_json(name: str, array: Array) -> dict[str, Any]:
-    """{"name", "dtype", "shape", "data"}: docs/cli.md says how data is written."""
-    return {**described(name, array), "data": _data(array)}
+    """{"name", "dtype", "shape", "data"}: docs/cli.md describes the form of data."""
+    return {**description(name, array), "data": _data(array)}
 
 
-def described(name: str, array: Array) -> dict[str, Any]:
-    """The same without the data."""
+def description(name: str, array: Array) -> dict[str, Any]:
+    """{"name", "dtype", "shape"} of an array."""
     dtype = "bytes" if array.dtype.kind == "O" else array.dtype.name
     return {"name": name, "dtype": dtype, "shape": list(array.shape)}
 
 
 def number(value: float) -> float | str:
-    """A float for JSON, which has no NaN and no infinity: then as protobuf's JSON writes it."""
+    """A float for JSON. JSON has no NaN and no infinity, so these become strings as in protobuf's JSON."""
     if np.isfinite(value):
         return value
     return "NaN" if np.isnan(value) else "Infinity" if value > 0 else "-Infinity"

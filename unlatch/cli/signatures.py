@@ -1,4 +1,4 @@
-"""A kernel's signature for people, and a command that calls it."""
+"""A kernel's signature for people, and an example command that calls it."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ _SCALARS = {"bool": "true", "int": "1", "float": "1.0", "str": "text"}
 
 
 def signature(spec: KernelSpec) -> str:
-    """On one line: (image: float64|float32[h w], *, sigma: float = 1.0) -> output0: …"""
+    """A signature on one line: (image: float64|float32[h w], *, sigma: float = 1.0) -> output0: …"""
     arguments = [_array(array) for array in spec.inputs]
     if spec.scalars:
         arguments += ["*", *map(_scalar, spec.scalars)]
@@ -20,7 +20,7 @@ def signature(spec: KernelSpec) -> str:
 
 
 def lines(spec: KernelSpec) -> str:
-    """An argument a line, with every dtype that it takes."""
+    """A signature with one argument a line and all dtypes."""
     told = [f"{spec.name}("]
     told += [f"    {_array(array, in_full=True)}," for array in spec.inputs]
     told += [f"    {_scalar(scalar)}," for scalar in spec.scalars]
@@ -30,9 +30,9 @@ def lines(spec: KernelSpec) -> str:
 
 
 def example(spec: KernelSpec, server: str = "") -> str:
-    """A command to copy, with arrays that have the right dtype and shape; what they should hold is the kernel's."""
+    """A command to copy. Its arrays have a valid dtype and shape; valid values are up to the kernel."""
     longest = max((len(array.dims) for array in spec.inputs), default=0)
-    # Of a square matrix counted from 1, that of two rows can be inverted.
+    # A square matrix that counts from 1 can be inverted if it has two rows.
     length = 2 if longest > 1 else 3
     words = ["unlatch", "call", spec.name]
     words += [f"{array.name}={json.dumps(_values(array, length))}" for array in spec.inputs]
@@ -68,5 +68,5 @@ def _length(dim: str, length: int) -> int:
 def _value(dtype: str, number: int) -> bool | int | str:
     if dtype == "bool":
         return number % 2 == 1
-    # A large fixed shape would leave a small integer type.
+    # Modulo, since counting through a large fixed shape would overflow a small integer type.
     return str(number) if dtype == OBJECT else (number - 1) % 100 + 1

@@ -1,4 +1,4 @@
-"""Results into files: by suffix, and whole or not at all."""
+"""Results written to files: format by suffix, and whole or not at all."""
 
 import os
 import sys
@@ -20,10 +20,10 @@ _FIELD = "output"
 
 
 class Destination:
-    """Where a kernel's outputs go. Made, and so refused, before the call is.
+    """The files for a kernel's outputs. A path that cannot be used is refused before the call is made.
 
-    An .npz holds all outputs by name. Of any other kind each output gets its own file: OUT.npy where there is one,
-    OUT-name.npy where there are several. "-" is .npy on stdout, for one output.
+    An .npz holds all outputs by name. With any other suffix each output gets its own file: OUT.npy if there is one,
+    OUT-name.npy if there are several. "-" is .npy on stdout, for one output.
     """
 
     def __init__(self, path: str, outputs: Sequence[str]) -> None:
@@ -33,9 +33,9 @@ class Destination:
         self._suffix = self._path.suffix.lower()
         if self._stdout:
             if len(outputs) != 1:
-                raise _refusal(f"stdout takes one array, and there are {', '.join(outputs)}: write an .npz file")
+                raise _refusal(f"stdout takes one array, but there are {', '.join(outputs)}: write an .npz file")
         elif self._suffix not in SUFFIXES:
-            raise _refusal(f"{path}: wanted a file that ends in one of {', '.join(SUFFIXES)}")
+            raise _refusal(f"{path}: unknown suffix; wanted one of {', '.join(SUFFIXES)}")
         elif self._suffix in images.SUFFIXES:
             images.pillow(_FIELD)
 
@@ -51,7 +51,7 @@ class Destination:
     def write(self, arrays: Mapping[str, Array]) -> None:
         """Write every output. Raises InvalidArgument for an array that the format cannot hold, or for a full disk."""
         if self._stdout:
-            # Whole, since NumPy asks a file where it is, and a pipe cannot tell.
+            # Written whole, since NumPy asks for the file's position, which a pipe does not have.
             whole = BytesIO()
             np.lib.format.write_array(whole, _storable(*arrays.values()), allow_pickle=False)
             sys.stdout.buffer.write(whole.getbuffer())
@@ -62,7 +62,7 @@ class Destination:
                 self._write(path, {name: array})
 
     def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
-        # Under its own name a file is complete, whoever interrupts this: `map` goes by that when it goes on.
+        # A file under its own name is always complete, even after an interruption: `map` relies on that to continue.
         partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with partial.open("wb") as file:
@@ -76,7 +76,7 @@ class Destination:
 
     def _fill(self, file: IO[bytes], arrays: Mapping[str, Array]) -> None:
         if self._suffix == ".npz":
-            # Not numpy.savez, to which an output called "file" would be its file.
+            # Not numpy.savez, which would take an output named "file" for its own argument.
             with zipfile.ZipFile(file, "w") as archive:
                 for name, array in arrays.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -93,21 +93,21 @@ class Destination:
 
 def _write_table(file: IO[bytes], array: Array) -> None:
     if array.ndim > 2 or array.dtype.kind not in "biuf":
-        raise _refusal(f"a .csv holds real numbers along one or two axes, not {array.dtype} of shape {array.shape}")
+        raise _refusal(f"a .csv holds real numbers on one or two axes, not {array.dtype} of shape {array.shape}")
     numbers = array.astype(np.uint8) if array.dtype.kind == "b" else array
-    # One axis is a column, as it is read.
+    # An array with one axis is written as a column, as it is read.
     for row in numbers.reshape(-1, 1) if array.ndim < 2 else numbers:
         file.write((",".join(map(str, row)) + "\n").encode())
 
 
 def _storable(array: Array) -> Array:
-    """BYTES come as objects, which no .npy holds without pickling; those that are text are written as such."""
+    """Convert BYTES, which are objects that no .npy holds without pickling, to strings. Raises if they are not text."""
     if array.dtype.kind != "O":
         return array
     try:
         texts = [element.decode() for element in array.reshape(-1)]
     except UnicodeDecodeError:
-        raise _refusal("bytes that are no text can be written to none of these files") from None
+        raise _refusal("bytes that are not text cannot be written to any of these formats") from None
     return np.array(texts, dtype=np.str_).reshape(array.shape)
 
 

@@ -55,9 +55,9 @@ def test_what_may_be_reached_from_elsewhere_is_exposed(address: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        ((), "it needs --tls-cert and --tls-key; or say --insecure"),
-        (TLS, "callers must be known, by --tls-client-ca"),
-        (TLS[:2], "--tls-cert and --tls-key belong together"),
+        ((), "give --tls-cert and --tls-key; or give --insecure"),
+        (TLS, "callers must authenticate, by --tls-client-ca"),
+        (TLS[:2], "--tls-cert and --tls-key must be given together"),
         (("--tls-client-ca", "ca.pem"), "--tls-client-ca needs --tls-cert and --tls-key"),
     ],
 )

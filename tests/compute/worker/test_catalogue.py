@@ -54,11 +54,11 @@ WRONG = {
         5,
         "'x' must be a bool",
     ),
-    "no time": (HEAD + FINE.replace("@kernel", "@kernel(timeout=0)"), 5, "timeout=0 is no number of seconds above 0"),
-    "endless time": (HEAD + FINE.replace("@kernel", "@kernel(timeout=1e999)"), 5, "timeout=inf is no number"),
-    "no memory": (HEAD + FINE.replace("@kernel", "@kernel(memory=0)"), 5, "memory=0 is no whole number of bytes"),
-    "part of a byte": (HEAD + FINE.replace("@kernel", "@kernel(memory=1e9)"), 5, "memory=1000000000.0 is no whole"),
-    "no batch": (HEAD + FINE.replace("@kernel", "@kernel(max_batch_size=0)"), 5, "max_batch_size=0 is no whole"),
+    "no time": (HEAD + FINE.replace("@kernel", "@kernel(timeout=0)"), 5, "timeout=0 is not a number of seconds above 0"),
+    "endless time": (HEAD + FINE.replace("@kernel", "@kernel(timeout=1e999)"), 5, "timeout=inf is not a number"),
+    "no memory": (HEAD + FINE.replace("@kernel", "@kernel(memory=0)"), 5, "memory=0 is not a whole number of bytes"),
+    "part of a byte": (HEAD + FINE.replace("@kernel", "@kernel(memory=1e9)"), 5, "memory=1000000000.0 is not a whole"),
+    "no batch": (HEAD + FINE.replace("@kernel", "@kernel(max_batch_size=0)"), 5, "max_batch_size=0 is not a whole"),
 }
 
 BATCH = """
@@ -74,11 +74,11 @@ NO_BATCH = {
     "several": (("...", "rows", "rows"), "first axis has a name"),
     "no axes": (("", "rows", "rows"), "first axis has a name"),
     "another": (("rows", "cols", "rows"), "'y' has 'cols'"),
-    "none": (("rows", "", "rows"), "'y' has 'none'"),
+    "none": (("rows", "", "rows"), "'y' has 'no axis'"),
     "not first": (("rows", "n rows", "rows"), "'y' has 'n rows'"),
     "twice": (("rows", "rows rows", "rows"), "'y' has 'rows rows'"),
     "no rows out": (("rows n", "rows", "n"), "'output0' has 'n'"),
-    "a scalar out": (("rows n", "rows", ""), "'output0' has 'none'"),
+    "a scalar out": (("rows n", "rows", ""), "'output0' has 'no axis'"),
     "more rows out": (("rows", "rows", "rows+1"), "'output0' has 'rows\\+1'"),
 }
 
@@ -96,7 +96,7 @@ def test_kernel_of_no_arrays_is_no_batch(tmp_path: Path) -> None:
     """There is nothing to put side by side."""
     path = tmp_path / "wrong_kernels.py"
     path.write_text(HEAD + "\n@kernel(batch=True)\ndef f(*, n: int) -> Float64[np.ndarray, 'rows']:\n    return n\n")
-    with pytest.raises(LoadError, match=r":5: .*takes arrays"):
+    with pytest.raises(LoadError, match=r":5: .*needs arrays"):
         load([str(path)])
 
 
@@ -105,7 +105,7 @@ def test_parameter_that_is_the_calls_own_is_refused(name: str, tmp_path: Path) -
     """No kernel would ever be given it."""
     path = tmp_path / "wrong_kernels.py"
     path.write_text(HEAD + FINE.replace('"n"])', f'"n"], *, {name}: str = "")'))
-    with pytest.raises(LoadError, match=rf":5: .*'{name}' is the call's own"):
+    with pytest.raises(LoadError, match=rf":5: .*the parameter name '{name}' is reserved"):
         load([str(path)])
 
 

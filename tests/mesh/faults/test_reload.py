@@ -222,7 +222,7 @@ async def test_a_replica_that_is_killed_is_started_again_beside_reloads(tmp_path
             await gives(client, "times", 2)
             front = next(pid for pid in children(serve.pid) if "-m compute " in Process.of(pid).command)
             os.kill(front, signal.SIGKILL)
-            await heard(serve, "started again", 0)
+            await heard(serve, "restarting service", 0)
             await gives(client, "times", 2)
             seen = len(serve.lines)
             path.write_text(TIMES_3)

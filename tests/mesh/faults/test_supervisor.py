@@ -176,7 +176,7 @@ async def test_interrupt_of_the_supervisors_group_reaches_it_alone() -> None:
         assert len({os.getpgid(pid) for pid in pids}) == 3
         os.killpg(os.getpgid(serve.service.pid), signal.SIGINT)
         assert serve.service.wait() == 0
-        assert not [line for line in serve.service.lines if "started again" in line]
+        assert not [line for line in serve.service.lines if "restarting service" in line]
 
 
 @pytest.mark.parametrize("doing", ["running", "replying"])
@@ -233,7 +233,7 @@ async def test_gateway_killed_is_started_again() -> None:
                 os.kill(killed.pid, signal.SIGKILL)
                 with pytest.raises(Unavailable):
                     await in_flight
-                again = await asyncio.to_thread(serve.service.wait_for, "started again", after=seen)
+                again = await asyncio.to_thread(serve.service.wait_for, "restarting service", after=seen)
                 pauses.append(again["after_seconds"])
                 await answered(client)
                 assert not killed.alive

@@ -36,7 +36,7 @@ def test_one_kernel_in_full(unlatch: Unlatch, mesh: Mesh) -> None:
     out = unlatch("kernels", "fixed_axes").out
     assert "pixels: uint8[height width 3]" in out
     assert "The largest channel." in out
-    assert "version 1\nnot pure: it is run once" in out
+    assert "version 1\nnot pure: is run at most once" in out
     values = "[[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]"
     assert out.endswith(f"\nunlatch call fixed_axes 'pixels={values}' --server {mesh.gateway}\n")
     assert "sigma: float = 1.0" in unlatch("kernels", "gaussian_blur").out

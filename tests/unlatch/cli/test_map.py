@@ -30,7 +30,7 @@ def test_every_file_of_a_pattern(unlatch: Unlatch, inputs: Path, tmp_path: Path)
     """Results are named after their inputs, directories below the pattern's root included, and hold what call gives."""
     ran = unlatch("map", "halve", f"x=@{inputs}/**/*.npy", "-o", str(tmp_path / "out"))
     assert (ran.code, ran.out) == (0, "")
-    assert "12 done, 0 were there, 0 failed" in ran.err
+    assert "12 done, 0 already there, 0 failed" in ran.err
     for number in range(12):
         result = tmp_path / "out" / ("more" if number >= 10 else "") / f"{number:02}.npy"
         np.testing.assert_array_equal(np.load(result), np.full(3, number / 2))
@@ -55,8 +55,8 @@ def test_what_is_there_is_skipped(unlatch: Unlatch, inputs: Path, tmp_path: Path
 def test_results_are_no_inputs(unlatch: Unlatch, inputs: Path) -> None:
     """A pattern that reaches into the output directory gives the same items the second time."""
     command = ("map", "halve", f"x=@{inputs}/**/*.npy", "-o", str(inputs / "out"))
-    assert "12 done, 0 were there" in unlatch(*command).err
-    assert "0 done, 12 were there" in unlatch(*command).err
+    assert "12 done, 0 already there" in unlatch(*command).err
+    assert "0 done, 12 already there" in unlatch(*command).err
 
 
 def test_pictures_with_a_constant_beside(unlatch: Unlatch, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_one_failure_is_reported_and_the_rest_goes_on(unlatch: Unlatch, inputs: 
     assert (ran.code, ran.out) == (1, "")
     assert "05: INVALID_ARGUMENT: x: " in ran.err
     assert "06: INVALID_ARGUMENT: x: wanted float64 of shape (n), got float64 of shape (2, 2)" in ran.err
-    assert "8 done, 0 were there, 2 failed" in ran.err
+    assert "8 done, 0 already there, 2 failed" in ran.err
     assert len(list(out.iterdir())) == 8
     again = unlatch("map", "summarise", f"x=@{inputs}/*.npy", "-o", str(out), "--json")
     failed = [line for line in map(json.loads, again.out.splitlines()) if line["status"] == "failed"]
@@ -114,12 +114,12 @@ def test_one_failure_is_reported_and_the_rest_goes_on(unlatch: Unlatch, inputs: 
 
 
 WRONG = [
-    (["x=@{}/none*.npy"], "no file is like"),
-    (["x=@{}/00.npy"], "one array is given as a pattern"),
+    (["x=@{}/none*.npy"], "no file matches"),
+    (["x=@{}/00.npy"], "wanted one array as a pattern"),
     (["x=[1]", "--rows"], "wanted x=@file"),
-    (["x=@{}/00.npy", "--rows", "--to", "txt"], "ends in one of"),
+    (["x=@{}/00.npy", "--rows", "--to", "txt"], "unknown suffix; wanted one of"),
     (["x=@{}/zero.npy", "--rows"], "has no rows"),
-    (["x=@{}/0[0-9].*"], "would both become 00"),
+    (["x=@{}/0[0-9].*"], "would both write 00"),
 ]
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_leaves_what_is_finished(mesh: Mesh, tmp_path: Path) -> None:
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=10)
     assert first.returncode == 130, said
-    assert b"the same command goes on" in said
+    assert b"run the same command again" in said
     assert b"Traceback" not in said
     done = finished(out)
     assert 3 <= len(done) < 40
@@ -158,7 +158,7 @@ def test_ctrl_c_leaves_what_is_finished(mesh: Mesh, tmp_path: Path) -> None:
     second = process(*command, stderr=subprocess.PIPE)
     _, said = second.communicate(timeout=50)
     assert second.returncode == 0, said
-    assert f"{40 - len(done)} done, {len(done)} were there, 0 failed" in said.decode()
+    assert f"{40 - len(done)} done, {len(done)} already there, 0 failed" in said.decode()
     assert {path: path.stat().st_mtime_ns for path in done} == times
     assert len(finished(out)) == 40
 
@@ -201,4 +201,4 @@ def test_a_gateway_that_stays_away_ends_the_map(tmp_path: Path) -> None:
         _, said = mapping.communicate(timeout=40)
     assert mapping.returncode == 1
     assert said.count(b"UNAVAILABLE") < 10, said
-    assert b"left: the same command goes on" in said
+    assert b"left: run the same command again" in said

@@ -1,4 +1,4 @@
-"""`unlatch top`: what every process of a mesh does now, from the /metrics of gateway and replicas alone."""
+"""`unlatch top`: the load of every process of a mesh, read from the /metrics of gateway and replicas."""
 
 import argparse
 import json
@@ -23,22 +23,22 @@ _SHORTEST_INTERVAL_SECONDS = 0.1
 
 
 def parser() -> Parser:
-    """Its flags."""
-    made = Parser("top", "What every process does now, live. q or Ctrl-C ends it.")
+    """The parser of the command's flags."""
+    made = Parser("top", "Show the load of every process, live. q or Ctrl-C ends it.")
     made.add_argument(
         "--metrics",
         type=_addresses,
         default="127.0.0.1:8002,127.0.0.1:8012",
-        help="the /metrics of the gateway and of each replica, host:port,… (default: %(default)s)",
+        help="addresses of /metrics of the gateway and of each replica, host:port,… (default: %(default)s)",
     )
-    made.add_argument("--interval", type=_interval, default=1.0, help="seconds between two looks (default: 1)")
-    made.add_argument("--once", action="store_true", help="look twice, show what was seen, and end")
-    made.add_argument("--json", action="store_true", help="an object a look, on a line; with --once one alone")
+    made.add_argument("--interval", type=_interval, default=1.0, help="seconds between two readings (default: 1)")
+    made.add_argument("--once", action="store_true", help="read twice, print the figures, and exit")
+    made.add_argument("--json", action="store_true", help="print a JSON object for each reading, or one with --once")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run it; the exit code."""
+    """Run `unlatch top`; returns the exit code."""
     flags = parser()
     options = flags.parse(arguments)
     if options.once:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         return _lines(options)
     if not sys.stdout.isatty():
-        flags.error("this is no terminal: --once shows one look, --json a line for each")
+        flags.error("stdout is not a terminal: use --once for one reading, or --json for a line each")
     return _live(options)
 
 
@@ -102,7 +102,7 @@ def _figures(sources: Sequence[Source]) -> Figures:
 
 
 def _told(shown: Figures) -> dict[str, Any]:
-    """The figures as --json tells them: docs/cli.md has the shape."""
+    """The figures in the form of --json, which docs/cli.md describes."""
     told = asdict(shown)
     del told["at"]
     for process in told["processes"]:
@@ -119,7 +119,7 @@ def _addresses(text: str) -> list[str]:
     for address in addresses:
         _, colon, port = address.rpartition(":")
         if not colon or not port.isdecimal():
-            raise argparse.ArgumentTypeError(f"wanted host:port,…, not {address!r}")
+            raise argparse.ArgumentTypeError(f"wanted host:port,…, got {address!r}")
     if not addresses:
         raise argparse.ArgumentTypeError("wanted host:port,…")
     return addresses

@@ -1,4 +1,4 @@
-"""From readings to figures: rates over the last interval, quantiles, who runs what."""
+"""From readings to figures: rates over the last interval, quantiles, and the kernels that workers run."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ _WORKER = "worker-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
-    """What a slot of a pool does. `kernel` is empty while it runs none."""
+class SlotFigures:
+    """Figures of one slot of a pool. `kernel` is empty while the slot runs none."""
 
     up: bool
     kernel: str
@@ -24,19 +24,19 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """One process; `history` is its utilisation over the last minute."""
+    """Figures of one process. `history` is its utilisation over the last minute."""
 
     name: str
     replica: str
     utilization_ratio: float
     resident_bytes: float
-    worker: Worker | None
+    worker: SlotFigures | None
     history: tuple[Point, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Calls of one kernel, or of all. Nothing is known of what was read only once, or of latency without calls."""
+    """Rates and latency of one kernel's calls, or of all. None after a single reading, or for latency without calls."""
 
     calls_per_second: float | None
     errors_per_second: Mapping[str, float]
@@ -46,52 +46,52 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """All that is shown."""
+    """All figures of one screen."""
 
     at: float
     sources: Sequence[Seen]
     processes: Sequence[Process]
     calls: Traffic
     kernels: Mapping[str, Traffic]
-    # Calls that wait for a worker; for a replica's window; that have not ended.
+    # Calls that wait for a worker, that wait for a replica's window, and that have not ended.
     queue_depth: float | None
     gateway_queue_depth: float | None
     in_flight: float | None
 
 
 def figures(sources: Sequence[Seen], at: float) -> Figures:
-    """What these sources say together. Callers' figures are the gateways', or else what the replicas know of them."""
+    """Combine sources. Figures of callers come from gateways, or from the replicas if no gateway is read."""
     read = [seen for seen in sources if seen.now is not None]
-    fronts = [seen for seen in read if _is_front(seen)]
-    gateways = [seen for seen in read if not _is_front(seen)]
-    telling = gateways or fronts
+    dispatchers = [seen for seen in read if _is_dispatcher(seen)]
+    gateways = [seen for seen in read if not _is_dispatcher(seen)]
+    telling = gateways or dispatchers
     kernels = sorted({dict(labels)["kernel"] for seen in telling for labels in _now(seen, _CALLS)})
     return Figures(
         at=at,
         sources=sources,
         processes=[
             process
-            for seen in (*gateways, *fronts)
+            for seen in (*gateways, *dispatchers)
             for process in _processes(seen, replica=seen.address if len(sources) > 2 else "")
         ],
         calls=_traffic(telling, lambda _: True),
         kernels={name: _traffic(telling, _is(name)) for name in kernels},
-        queue_depth=_total(fronts, "unlatch_queue_depth"),
+        queue_depth=_total(dispatchers, "unlatch_queue_depth"),
         gateway_queue_depth=_total(gateways, "unlatch_queue_depth"),
         in_flight=_total(gateways, "unlatch_calls_in_flight"),
     )
 
 
 def increase(before: float | None, now: float) -> float:
-    """How much a counter has grown. One that fell was begun anew, and a series that is new began at 0."""
+    """The growth of a counter. A counter that fell was restarted, and a new series began at 0."""
     return now if before is None or now < before else now - before
 
 
 def quantile(share: float, buckets: Mapping[float, float]) -> float | None:
-    """The value below which that share of observations lies, as Prometheus's histogram_quantile estimates it.
+    """Estimate the value below which that share of observations lies, as Prometheus's histogram_quantile does.
 
-    `buckets` are cumulative counts by upper bound, that of infinity included. Beyond the last finite bound nothing is
-    known, and it is the answer. None where nothing was observed.
+    `buckets` are cumulative counts by upper bound, infinity included. A quantile beyond the last finite bound is that
+    bound. None without observations.
     """
     bounds = sorted(buckets)
     total = buckets[bounds[-1]] if bounds else 0.0
@@ -107,7 +107,7 @@ def quantile(share: float, buckets: Mapping[float, float]) -> float | None:
     return lower
 
 
-def _is_front(seen: Seen) -> bool:
+def _is_dispatcher(seen: Seen) -> bool:
     return seen.now is not None and "unlatch_worker_up" in seen.now.series
 
 
@@ -135,19 +135,19 @@ def _processes(seen: Seen, replica: str) -> list[Process]:
 
 
 def _by_name(item: tuple[Labels, float]) -> tuple[bool, int, str]:
-    """The services' own processes first, then what they started, workers by number."""
+    """A sort key: the services' own processes first, then the processes that they started, workers by number."""
     name = dict(item[0])["process"]
     number = name.removeprefix(_WORKER)
     return name not in ("gateway", "dispatcher"), int(number) if number.isdecimal() else -1, name
 
 
-def _worker(seen: Seen, slot: str) -> Worker:
+def _worker(seen: Seen, slot: str) -> SlotFigures:
     def mine(name: str) -> dict[Labels, float]:
         return {labels: value for labels, value in _now(seen, name).items() if ("worker", slot) in labels}
 
     running = mine("unlatch_worker_running_seconds")
     kernel, seconds = next(((dict(labels)["kernel"], value) for labels, value in running.items()), ("", 0.0))
-    return Worker(
+    return SlotFigures(
         up=any(mine("unlatch_worker_up").values()),
         kernel=kernel,
         running_seconds=seconds,
@@ -189,7 +189,7 @@ def _grown(before: Reading, now: Reading, name: str, wanted: Callable[[Labels], 
 
 
 def _spread(sources: Sequence[Seen], wanted: Callable[[Labels], bool]) -> dict[float, float]:
-    """Buckets of what was observed between the last two readings of each source, added up."""
+    """Sum the buckets of observations between the last two readings of each source."""
     counts: dict[float, float] = defaultdict(float)
     for seen in sources:
         if seen.before is None or seen.now is None:

@@ -1,6 +1,6 @@
-"""What `top` draws: one screen of the present figures, as wide and as high as there is room.
+"""The screen of `top`: the present figures, as wide and high as the terminal.
 
-Colour only repeats what characters say. Names come from users: all are `Text`, never markup.
+Colour only repeats what characters show. Names come from users, so all are `Text`, never markup.
 """
 
 import time
@@ -12,18 +12,18 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from unlatch.cli import plain
-from unlatch.cli.top.figures import Figures, Process, Traffic, Worker
+from unlatch.cli.top.figures import Figures, Process, SlotFigures, Traffic
 from unlatch.cli.top.sources import HISTORY_SECONDS, Point, Seen
 
-_MOST_KERNELS = 10
-_MOST_LABEL_CELLS = 24
-# From so many columns on: a bar's cells and a sparkline's.
+_MAX_KERNELS = 10
+_MAX_LABEL_CELLS = 24
+# For terminals of at least so many columns: the cells of a bar and of a sparkline.
 _CELLS = ((120, 20, 30), (100, 12, 20), (70, 10, 12), (0, 6, 0))
 
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """What bars and sparklines are drawn with."""
+    """Characters of bars and sparklines."""
 
     full: str
     empty: str
@@ -36,31 +36,31 @@ ASCII = Signs("#", ".", "_.-=+*%#", "us")
 
 
 def screen(figures: Figures, width: int, height: int | None, signs: Signs = UNICODE) -> RenderableType:
-    """The picture. `height` bounds its lines; None is as many as it takes."""
+    """Draw the figures. `height` bounds the lines; None is as many as needed."""
     head = [_headline(figures, signs), *map(_outage, _missing(figures))]
     room = None if height is None else max(2, height - len(head) * (2 if width < 80 else 1) - 2)
     shown, hidden = _fitting(figures.processes, room)
     parts: list[RenderableType] = [*head, _processes(shown, figures.at, width, signs)]
     if hidden:
-        parts.append(Text(f"and {hidden} more processes: this terminal has no room for them", style="dim"))
-    left = _MOST_KERNELS if room is None else min(_MOST_KERNELS, room - len(shown) - 2)
+        parts.append(Text(f"and {hidden} more processes, for which this terminal is too small", style="dim"))
+    left = _MAX_KERNELS if room is None else min(_MAX_KERNELS, room - len(shown) - 2)
     if figures.kernels and left > 0:
         parts += [Text(), _kernels(figures, left, signs)]
     return Group(*parts)
 
 
 def bar(ratio: float, cells: int, signs: Signs = UNICODE) -> Text:
-    """A process's utilisation: full at one core."""
-    # A source may say anything, infinity and no number too.
+    """A bar of a process's utilisation, full at one core."""
+    # A source may report anything, even infinity or NaN.
     full = round(min(1.0, max(0.0, ratio)) * cells) if ratio == ratio else 0  # noqa: PLR0124
     style = "red" if ratio > 0.9 else "yellow" if ratio > 0.6 else "green"
     return Text.assemble((signs.full * full, style), (signs.empty * (cells - full), "dim"))
 
 
 def sparkline(points: Iterable[Point], now: float, cells: int, signs: Signs = UNICODE) -> Text:
-    """The last minute, the present at the right; where nothing was read there is a blank."""
+    """Utilisation of the last minute, with the present at the right and blanks for missing readings."""
     seconds = HISTORY_SECONDS / cells
-    # By fixed spans of the clock, so that a picture moves but never changes.
+    # Points are grouped by fixed spans of the clock, so that the line moves without changing its shape.
     last = int(now / seconds)
     spans: list[list[float]] = [[] for _ in range(cells)]
     for at, value in points:
@@ -73,7 +73,7 @@ def sparkline(points: Iterable[Point], now: float, cells: int, signs: Signs = UN
 
 
 def duration(seconds: float | None, signs: Signs = UNICODE) -> str:
-    """Seconds in the unit that suits them."""
+    """Seconds, written in a suitable unit."""
     if seconds is None:
         return "-"
     if seconds < 0.001:
@@ -111,8 +111,8 @@ def _fitting(processes: Sequence[Process], room: int | None) -> tuple[Sequence[P
 
 
 def _processes(processes: Sequence[Process], now: float, width: int, signs: Signs) -> Table:
-    """Ever fewer columns on a narrow terminal: the sparkline goes first, then memory and restarts."""
-    label_cells = max(10, min(_MOST_LABEL_CELLS, width // 3))
+    """A table with fewer columns on a narrow terminal: first the sparkline goes, then memory and restarts."""
+    label_cells = max(10, min(_MAX_LABEL_CELLS, width // 3))
     is_wide, is_narrow = width >= 100, width < 60
     bar_cells, spark_cells = next(cells for least, *cells in _CELLS if width >= least)
     columns = [
@@ -140,12 +140,12 @@ def _processes(processes: Sequence[Process], now: float, width: int, signs: Sign
 
 
 def _label(process: Process, cells: int) -> str:
-    # Of a long address the end tells replicas apart, and the process's own name is never cut.
+    # Replicas differ in the end of a long address, so that end is kept; the process's own name is never cut.
     room = cells - len(process.name) - 1
     return plain(f"{process.replica[-room:] if room > 0 else ''} {process.name}".strip())
 
 
-def _runs(worker: Worker | None, signs: Signs) -> Text:
+def _runs(worker: SlotFigures | None, signs: Signs) -> Text:
     if worker is None:
         return Text()
     if not worker.up:
@@ -156,7 +156,7 @@ def _runs(worker: Worker | None, signs: Signs) -> Text:
 
 
 def _kernels(figures: Figures, most: int, signs: Signs) -> Table:
-    """The busiest kernels."""
+    """A table of the busiest kernels."""
     columns = [Column("kernel", ratio=1, no_wrap=True)]
     columns += [Column(title, justify="right", no_wrap=True) for title in ("calls/s", "errors/s", "p50", "p99")]
     table = Table(*columns, box=None, pad_edge=False, expand=True, header_style="bold")

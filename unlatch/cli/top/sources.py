@@ -1,6 +1,6 @@
-"""Where `top` looks: each /metrics is read by a thread of its own, so that one that hangs stalls nobody.
+"""The sources of `top`. A thread of its own reads each /metrics, so that one that hangs does not stall the others.
 
-Source (thread)  fetch, parse ──> Seen, one reference replaced whole ──> whoever draws
+Source (thread)  fetch, parse ──> Seen, replaced whole by one assignment ──> the screen
 """
 
 import threading
@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 HISTORY_SECONDS = 60.0
 _FETCH_SECONDS = 3.0
-_MOST_BYTES = 64 * 1024 * 1024
+_MAX_BYTES = 64 * 1024 * 1024
 _UTILIZATION = "unlatch_process_utilization_ratio"
 
 Labels = tuple[tuple[str, str], ...]
@@ -24,31 +24,31 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One scrape. `at` is by the monotonic clock, in seconds; series are by name, then by their sorted labels."""
+    """One scrape. `at` is the monotonic clock in seconds. Series are keyed by name, then by their sorted labels."""
 
     at: float
     series: Mapping[str, Mapping[Labels, float]]
 
     def of(self, name: str) -> Mapping[Labels, float]:
-        """Every series of that name."""
+        """All series of this name."""
         return self.series.get(name, {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What is known of a source. While it cannot be read there is no `now`, and `since` (epoch seconds) is when."""
+    """State of a source. While it cannot be read, `now` is None and `since` (epoch seconds) is the outage's begin."""
 
     address: str
     now: Reading | None = None
     before: Reading | None = None
     since: float | None = None
     why: str = ""
-    # Utilisation over the last minute by process: it outlives an outage.
+    # Utilisation over the last minute by process, kept during an outage.
     history: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
 
 
 class Source:
-    """One /metrics at host:port. `told` is called from its thread after every attempt."""
+    """One /metrics at host:port. Its thread calls `told` after every attempt."""
 
     def __init__(self, address: str, interval_seconds: float, told: Callable[[], None]) -> None:
         self.seen = Seen(address=address)
@@ -59,7 +59,7 @@ class Source:
         self._thread = threading.Thread(target=self._run, name=f"top {address}", daemon=True)
 
     def start(self) -> None:
-        """Begin to read. It ends with the process."""
+        """Start the thread, which ends with the process."""
         self._thread.start()
 
     def _run(self) -> None:
@@ -74,7 +74,7 @@ class Source:
 
     def _fetch(self) -> Reading:
         with self._open(self._url, timeout=_FETCH_SECONDS) as answer:
-            text = answer.read(_MOST_BYTES).decode()
+            text = answer.read(_MAX_BYTES).decode()
         series: dict[str, dict[Labels, float]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
@@ -97,5 +97,5 @@ def _recent(seen: Seen, process: str, now: float) -> tuple[Point, ...]:
 def _missed(seen: Seen, error: Exception) -> Seen:
     reason = error.reason if isinstance(error, URLError) else error
     why = getattr(reason, "strerror", None) or str(reason) or type(error).__name__
-    # Who comes back may have begun anew: rates are made from readings without a gap between.
+    # A source that returns may have restarted, so rates are made only from readings without a gap between.
     return replace(seen, now=None, before=None, since=seen.since or time.time(), why=why)

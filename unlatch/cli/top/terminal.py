@@ -1,4 +1,4 @@
-"""A terminal that hears single keys, and is as it was afterwards."""
+"""A terminal in a mode that reads single keys, restored afterwards."""
 
 import os
 import select
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 
 class Terminal:
-    """Within it keys come one by one, and SIGTERM is an orderly end. `wait` returns on whatever asks for a redraw."""
+    """A context in which keys arrive one by one, and SIGTERM exits in order. `wait` returns for every redraw."""
 
     def __init__(self) -> None:
         self._waking, self._woken = socket.socketpair()
@@ -26,7 +26,7 @@ class Terminal:
         if self._stdin is not None:
             self._was = termios.tcgetattr(self._stdin)
             tty.setcbreak(self._stdin)
-        # A handler there must be: only then does the signal reach the descriptor that `wait` looks at.
+        # A handler must be set, or else the signal does not reach the descriptor that `wait` watches.
         signal.set_wakeup_fd(self._waking.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGWINCH, lambda *_: None)
         signal.signal(signal.SIGTERM, _end)
@@ -40,19 +40,19 @@ class Terminal:
             termios.tcsetattr(self._stdin, termios.TCSADRAIN, self._was)
 
     def wake(self) -> None:
-        """There is something to draw; from any thread."""
+        """Ask for a redraw. May be called from any thread."""
         with suppress(BlockingIOError):
             self._waking.send(b"\0")
 
     def wait(self) -> str:
-        """Until a key is pressed, or somebody wakes it, or the window has another size: the keys that were pressed."""
+        """Wait for a key, a call of `wake` or a new window size. Returns the keys that were pressed."""
         watched = [self._woken, *([] if self._stdin is None else [self._stdin])]
         ready, _, _ = select.select(watched, (), ())
         if self._woken in ready:
             self._woken.recv(4096)
         if self._stdin is None or self._stdin not in ready:
             return ""
-        # A terminal that is gone has nothing more to say, for ever.
+        # A terminal that is gone would be readable for ever, without a key: quit.
         return os.read(self._stdin, 64).decode(errors="replace") or "q"
 
 
