@@ -1,4 +1,4 @@
-"""Draws processes.png, what Grafana's board of processes shows of a mesh at work: `python docs/images/processes.py`.
+"""Draws processes.png, what Grafana's board of processes shows of a mesh at work: `python -m docs.images.processes`.
 
 The queries are the board's own, asked of a real Prometheus that watches a gateway and a replica of four workers: one
 busy, one half busy, two idle; then many small calls; then more work than cores; then a worker that is killed again and

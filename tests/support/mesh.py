@@ -34,6 +34,7 @@ class Service:
         *flags: str,
         environment: Mapping[str, str] | None = None,
         runner: Sequence[str] = (),
+        directory: Path = ROOT,
     ) -> None:
         self.name = module
         self.lines: list[str] = []
@@ -46,7 +47,7 @@ class Service:
         supervised = {**inherited, "UNLATCH_SUPERVISOR": str(os.getpid()), **(environment or {})}
         self._child = subprocess.Popen(
             [*(runner or (sys.executable, "-m")), module if runner else f"unlatch.{module}", *flags],
-            cwd=ROOT,
+            cwd=directory,
             env=supervised,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
