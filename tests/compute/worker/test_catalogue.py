@@ -54,7 +54,11 @@ WRONG = {
         5,
         "'x' must be a bool",
     ),
-    "no time": (HEAD + FINE.replace("@kernel", "@kernel(timeout=0)"), 5, "timeout=0 is not a number of seconds above 0"),
+    "no time": (
+        HEAD + FINE.replace("@kernel", "@kernel(timeout=0)"),
+        5,
+        "timeout=0 is not a number of seconds above 0",
+    ),
     "endless time": (HEAD + FINE.replace("@kernel", "@kernel(timeout=1e999)"), 5, "timeout=inf is not a number"),
     "no memory": (HEAD + FINE.replace("@kernel", "@kernel(memory=0)"), 5, "memory=0 is not a whole number of bytes"),
     "part of a byte": (HEAD + FINE.replace("@kernel", "@kernel(memory=1e9)"), 5, "memory=1000000000.0 is not a whole"),

@@ -7,7 +7,7 @@ import encoding from "k6/encoding";
 import grpc from "k6/net/grpc";
 
 const client = new grpc.Client();
-client.load(["../.."], "protos/inference.proto");
+client.load(["../../.."], "protos/inference.proto");
 
 export const options = {
   scenarios: {
