@@ -19,7 +19,7 @@ from unlatch.common.errors import NAMES
 CODE = r"[a-z][a-z0-9]*(_[a-z0-9]+)*"
 # What the values of each label are. A label that is not here is one that nobody has thought about.
 GRAMMAR = {
-    **dict.fromkeys(("grpc_type", "kind", "mode", "outcome", "reason", "stage"), CODE),
+    **dict.fromkeys(("grpc_type", "kind", "mode", "outcome", "place", "reason", "stage"), CODE),
     "process": r"gateway|dispatcher|forkserver|worker-\d+",
     "role": r"[a-z]+(-[a-z]+)*",  # a flag's name
     **dict.fromkeys(("code", "grpc_code"), "|".join(NAMES.values())),
