@@ -1,12 +1,12 @@
 """Frames between dispatcher and worker: one msgpack frame a datagram, on a SOCK_SEQPACKET socketpair.
 
-    dispatcher ── Learn (with the fd of a segment), Run, Cancel, Forget, Shrink ──> worker
+    dispatcher ── Learn (with the fd of a segment), RunFrame, Cancel, Forget, Shrink ──> worker
                <─────────────────────── a Loaded for each kernel and Ready, or Misfit ──
                <─────────────────────────────────────────────────── Done, or Failed ──
                <───────────────────── Shrunk: when asked to, or after a MemoryError ──
 
-A Run is one call, or several that one run of the kernel answers. A worker answers Runs in order, each with one frame:
-a Done that names every call except those cancelled before the run began, or a Failed that holds for all of them.
+A RunFrame holds one call, or several that one run of the kernel answers. A worker answers RunFrames in order, each with
+one frame: a Done that names every call except those cancelled before the run began, or a Failed that holds for all.
 
 When either side closes the socket, the worker's life ends. Frames are decoded by type and range, and a worker that
 sends anything else is killed. A datagram bounds the size of a frame, so the sender refuses what would not fit
@@ -24,9 +24,9 @@ from unlatch.common.kernel.spec import KernelSpec
 PRELOAD_VARIABLE = "UNLATCH_PRELOAD"
 # Small enough for the kernel's default socket buffer to hold the two frames that may be on their way.
 FRAME_BYTES = 64 * 1024
-# The part of a frame that a Run's str parameters may take together; the rest is names, shapes and numbers.
+# The part of a RunFrame that its str parameters may take together; the rest is names, shapes and numbers.
 MAX_STRING_BYTES = FRAME_BYTES // 2
-# The part of a frame that the members of a Run may take, by `described_bytes`.
+# The part of a RunFrame that its members may take, by `described_bytes`.
 MAX_MEMBERS_BYTES = FRAME_BYTES // 4
 
 # A worker's frames are not trusted: numbers that the dispatcher computes or answers with have a checked range.
@@ -46,21 +46,21 @@ class Tensor(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Learn(msgspec.Struct, array_like=True, tag="learn"):
-    """A segment for later Runs, sent with its descriptor. It holds inputs, or is writable and for replies."""
+    """A segment for later RunFrames, sent with its descriptor. It holds inputs, or is writable and for replies."""
 
     segment: int
     writable: bool
 
 
 class Member(msgspec.Struct, array_like=True, frozen=True):
-    """One call of a Run. The segment is -1 for a call without bytes."""
+    """One call of a RunFrame. The segment is -1 for a call without bytes."""
 
     call: int
     segment: int
     tensors: tuple[Tensor, ...]
 
 
-class Run(msgspec.Struct, array_like=True, tag="run"):
+class RunFrame(msgspec.Struct, array_like=True, tag="run"):
     """Run a kernel over tensors in input segments, and write the results to a reply segment.
 
     Several members have the same dtypes and shapes except for their first axes, along which they are joined.
@@ -96,7 +96,7 @@ class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
 
 
 class Ready(msgspec.Struct, array_like=True, tag="ready"):
-    """The worker is ready for Runs."""
+    """The worker is ready for RunFrames."""
 
 
 class Misfit(msgspec.Struct, array_like=True, tag="misfit"):
@@ -106,21 +106,21 @@ class Misfit(msgspec.Struct, array_like=True, tag="misfit"):
 
 
 class Result(msgspec.Struct, array_like=True, frozen=True):
-    """One call's outputs, in the reply segment that its Run named."""
+    """One call's outputs, in the reply segment that its RunFrame named."""
 
     call: Number
     tensors: tuple[Tensor, ...]
 
 
 class Done(msgspec.Struct, array_like=True, tag="done"):
-    """The results of all calls of a Run."""
+    """The results of all calls of a RunFrame."""
 
     results: tuple[Result, ...]
     run_nanoseconds: Number
 
 
 class Failed(msgspec.Struct, array_like=True, tag="failed"):
-    """A Run that failed; `call` is one of its calls. `log` is the full traceback, only for the dispatcher's log."""
+    """A failed run; `call` is one of its calls. `log` is the full traceback, only for the dispatcher's log."""
 
     call: int
     code: Code
@@ -139,7 +139,7 @@ class Shrunk(msgspec.Struct, array_like=True, tag="shrunk"):
     ran_short: bool
 
 
-ToWorker = Learn | Run | Cancel | Forget | Shrink
+ToWorker = Learn | RunFrame | Cancel | Forget | Shrink
 ToDispatcher = Loaded | Ready | Misfit | Done | Failed | Shrunk
 
 encode = msgspec.msgpack.Encoder().encode

@@ -38,7 +38,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerLimits:
+class MemoryLimits:
     """The limits of each worker. For memory 0 is no limit; for recycling 0 is never."""
 
     memory_bytes: int

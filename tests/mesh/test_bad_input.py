@@ -188,15 +188,17 @@ def about_bytes() -> Iterator[Case]:
     yield Case("complex of no axis", no_axis, INVALID, "x: complex128 .* last axis of 2", "x")
 
     ab = prefixed(b"a", b"b")
-    yield Case("BYTES too few", one_input("BYTES", [3], ab), INVALID, r"x: 2 elements came for shape \[3\]", "x")
-    yield Case("BYTES too many", one_input("BYTES", [1], ab), INVALID, r"x: 2 elements came for shape \[1\]", "x")
-    yield Case("BYTES without any", one_input("BYTES", [2], b""), INVALID, r"x: 0 elements came for shape \[2\]", "x")
-    yield Case("BYTES by far too few", one_input("BYTES", [2**40], ab), INVALID, "x: 2 elements came for", "x")
-    yield Case("BYTES cut", one_input("BYTES", [2], ab[:-1]), INVALID, "x: element 1 says 1 bytes, but 0 are left", "x")
+    yield Case("BYTES too few", one_input("BYTES", [3], ab), INVALID, r"x: got 2 elements for shape \[3\]", "x")
+    yield Case("BYTES too many", one_input("BYTES", [1], ab), INVALID, r"x: got 2 elements for shape \[1\]", "x")
+    yield Case("BYTES without any", one_input("BYTES", [2], b""), INVALID, r"x: got 0 elements for shape \[2\]", "x")
+    yield Case("BYTES by far too few", one_input("BYTES", [2**40], ab), INVALID, "x: got 2 elements for", "x")
+    yield Case(
+        "BYTES cut", one_input("BYTES", [2], ab[:-1]), INVALID, "x: element 1 has length 1, but 0 bytes are left", "x"
+    )
     cut_prefix = one_input("BYTES", [2], ab + b"\1\0")
-    yield Case("BYTES prefix cut", cut_prefix, INVALID, "x: 2 bytes are left where element 2's length is due", "x")
+    yield Case("BYTES prefix cut", cut_prefix, INVALID, "x: 2 bytes are left, too few for the length of element 2", "x")
     huge = one_input("BYTES", [1], b"\xff\xff\xff\xffa")
-    yield Case("BYTES prefix huge", huge, INVALID, "x: element 0 says 4294967295 bytes, but 1 are left", "x")
+    yield Case("BYTES prefix huge", huge, INVALID, "x: element 0 has length 4294967295, but 1 bytes are left", "x")
 
 
 def about_scalars() -> Iterator[Case]:
