@@ -9,7 +9,7 @@ import grpc.aio
 
 from unlatch.arrays import RequestBuilder, arrays
 from unlatch.common.errors import UnlatchError
-from unlatch.common.kernel.messages import understood
+from unlatch.common.kernel.messages import from_message
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.lane.caller import LaneCaller
 from unlatch.common.lane.frames import METHOD
@@ -34,7 +34,7 @@ class TenantLane:
         return await waiter.result
 
     def _welcomed(self, welcome: Welcome) -> None:
-        self._kernels = {kernel.name: understood(kernel) for kernel in welcome.kernels}
+        self._kernels = {kernel.name: from_message(kernel) for kernel in welcome.kernels}
         self.welcomed.set()
 
 

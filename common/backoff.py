@@ -1,8 +1,8 @@
-"""How long to wait before the next try of something that may fail again."""
+"""Exponential backoff: the wait before the next try of something that may fail again."""
 
 
 class Backoff:
-    """Ever longer, from the first wait to the longest, until something has come of a try."""
+    """Doubles the wait with each failure, from the first to the longest, until a success."""
 
     def __init__(self, *, first_seconds: float, longest_seconds: float, free_tries: int = 0) -> None:
         self._first = first_seconds
@@ -11,12 +11,12 @@ class Backoff:
         self.failures = 0
 
     def failed(self) -> float:
-        """It failed: how many seconds to wait now."""
+        """Count a failure. Returns the seconds to wait before the next try."""
         doublings = self.failures - self._free
         self.failures += 1
-        # A power of two that no float holds is never reckoned.
+        # Bounded, since a float cannot hold every power of two.
         return min(self._longest, self._first * 2 ** min(doublings, 30)) if doublings >= 0 else 0.0
 
     def succeeded(self) -> None:
-        """Something came of it."""
+        """Count a success: the next failure is the first again."""
         self.failures = 0

@@ -1,8 +1,8 @@
-"""Work that comes to one event loop from many sides at once, done by turns.
+"""Fair turns for work that arrives at one event loop from many sides at once.
 
-A loop goes round: it runs what is ready, looks at the sockets, and runs what is ready again. Whoever needs several
-rounds, as each RPC does, waits in each of them for all that others have to do. So many lanes that each bring a message
-of calls in the same round are taken in for a while, and the rest of them in the rounds that follow.
+A loop runs in rounds: it runs what is ready, polls the sockets, and runs what is ready again. An RPC needs several
+rounds, and in each it waits for all other work. So when many lanes bring a message of calls in the same round, only
+some are handled in it, up to a time limit, and the others in the following rounds.
 """
 
 import asyncio
@@ -10,20 +10,20 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
-# In one round. A message of 64 calls takes as long; several that are small fit in it.
+# Time limit of one round. One message of 64 calls takes as long; several small ones fit in.
 _ROUND_SECONDS = 0.002
 
 
 class Turns:
-    """One for all that is to take turns. To be used on the event loop."""
+    """The turns of everything that shares one event loop. Use it on that loop only."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Callable[[], None], asyncio.Future[None]]] = deque()
-        # Until when work is begun in this round; None where none was yet.
+        # The time until which this round may begin work; None before its first work.
         self._until: float | None = None
 
     async def take(self, work: Callable[[], None]) -> None:
-        """Do it: at once where this round has time for it, else when it is its turn. Raises what it raises."""
+        """Do the work: at once if this round has time for it, else in a later round. Raises what the work raises."""
         if not self._waiting and self._has_time():
             work()
             return
@@ -43,11 +43,11 @@ class Turns:
         while self._waiting and self._has_time():
             work, done = self._waiting.popleft()
             if done.done():
-                # Whoever wanted it is gone.
+                # The task that wanted this work has been cancelled.
                 continue
             try:
                 work()
-            except Exception as error:  # noqa: BLE001 (whoever wanted it hears of it)
+            except Exception as error:  # noqa: BLE001 (raised in the task that wanted this work)
                 done.set_exception(error)
             else:
                 done.set_result(None)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import grpc.aio
 
 from unlatch.common.errors import Unavailable
-from unlatch.common.kernel.messages import described
+from unlatch.common.kernel.messages import to_message
 from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, SERVICE
 from unlatch.common.lane.lanes import Lanes
 from unlatch.common.lane.server import LaneServer
@@ -26,7 +26,7 @@ from unlatch.compute.intake.intake import Door
 from unlatch.compute.intake.poison import Suspects
 from unlatch.compute.ipc.arena import InputArena
 from unlatch.compute.ipc.memory_budget import share_out
-from unlatch.compute.ipc.memory_limits import Limits
+from unlatch.compute.ipc.memory_limits import MemoryLimits
 from unlatch.compute.metrics import FORKSERVER, ComputeMetrics
 from unlatch.compute.pool.forkserver import ForkServer
 from unlatch.compute.pool.pool import Pool
@@ -45,7 +45,7 @@ class Replica:
         settings: ComputeSettings,
         forkserver: ForkServer,
         arena_bytes: int,
-        limits: Limits,
+        limits: MemoryLimits,
         processes: ProcessWatch,
     ) -> None:
         self._settings = settings
@@ -106,7 +106,7 @@ class Replica:
         return Welcome(
             server=self._settings.name,
             version=version("unlatch"),
-            kernels=[described(spec) for spec in self.readiness.kernels.values()],
+            kernels=[to_message(spec) for spec in self.readiness.kernels.values()],
             window_calls=self._settings.window_calls,
             window_bytes=self._settings.window_bytes,
         )
@@ -116,7 +116,7 @@ async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
     """Run a replica until it is told to stop. Raises StartError, BindError, CertificateError when it cannot start."""
     certificates = server_certificates(settings)
     shares = share_out(settings, granted_memory())
-    limits = Limits(
+    limits = MemoryLimits(
         memory_bytes=shares.worker_bytes,
         recycle_calls=settings.recycle_calls,
         recycle_growth_bytes=settings.recycle_growth_bytes,

@@ -1,6 +1,6 @@
-"""k-means on the handwritten digits that scikit-learn ships: several starts at once, the best one drawn.
+"""k-means on the handwritten digits that scikit-learn ships: several starts at once, and a picture of the best.
 
-A start is its seed, a scalar; what differs in a scalar is no map but calls, from as many threads.
+Starts differ in their seed, a scalar. A map varies arrays only, so each start is a call from a thread of its own.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ CLUSTERS, STARTS = 10, 8
 
 
 def main(output: Path, server: str) -> None:
-    """Cluster the digits, save the clusters' centres as pictures, say how well they tell digits apart."""
+    """Cluster the digits, save pictures of the centers, and print how well the clusters separate digits."""
     digits = load_digits()
     with served(server) as at, ThreadPoolExecutor(STARTS) as threads:
         calls = [threads.submit(at.mesh.kmeans, digits.data, clusters=CLUSTERS, seed=seed) for seed in range(STARTS)]

@@ -1,7 +1,7 @@
-"""The Mandelbrot set by a kernel of one's own, `escape_times` in own_kernels.py: rows of it on all workers.
+"""The Mandelbrot set by a kernel of your own, `escape_times` in own_kernels.py, with its rows on all workers.
 
-Rows differ in their work many times over; workers take the next ones as they have room. A mesh that `--server` names
-must serve that module too.
+Rows differ many times over in their work, and workers take the next ones when they are free. A mesh given by `--server`
+must serve own_kernels.py too.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ WIDTH, HEIGHT, LIMIT, ROWS_A_CALL = 600, 400, 300, 8
 
 
 def main(output: Path, server: str) -> None:
-    """Count the steps of every point, save their picture, say how much is inside."""
+    """Count the steps of every point, save their picture, and print the area."""
     real, imaginary = np.meshgrid(np.linspace(-2.25, 0.75, WIDTH), np.linspace(-1, 1, HEIGHT))
     points = real + 1j * imaginary
     blocks = [points[first : first + ROWS_A_CALL] for first in range(0, HEIGHT, ROWS_A_CALL)]

@@ -1,7 +1,8 @@
 """A European call's price over strike and volatility, simulated on all workers and compared with Black and Scholes.
 
-A kernel's scalars are one map's, its arrays are a call's own. So each volatility is a map, and strikes become spots: a
-price grows with spot and strike alike, so that of strike k at spot s is k times that of strike 1 at spot s / k.
+A map has the same scalars for all its calls, and each call has its own arrays. So each volatility is a map, and strikes
+become spots: a price scales with spot and strike, so the price for strike k at spot s is k times that for strike 1 at
+spot s / k.
 """
 
 from pathlib import Path
@@ -35,7 +36,7 @@ def black_scholes(strike: np.ndarray, volatility: np.ndarray) -> np.ndarray:
 
 
 def main(output: Path, server: str) -> None:
-    """Price the surface, save its picture, say how good it is."""
+    """Compute the prices, save their picture, and print the largest error."""
     with served(server) as at:
         price, stderr = np.stack([simulated(at.mesh, float(volatility)) for volatility in VOLATILITIES], axis=1)
     strike, volatility = np.meshgrid(STRIKES, VOLATILITIES)

@@ -1,7 +1,7 @@
 """A photograph, blurred and searched for edges on all workers: `make demo`.
 
-The photograph is cut into strips, each with the rows beside it that the kernel looks at. Workers take strips as they
-have room, and the results, put together, are the whole picture's.
+The photograph is cut into strips, each with the neighbouring rows that the kernel needs. Workers take strips when they
+are free, and the joined results equal the result for the whole picture.
 """
 
 from pathlib import Path
@@ -17,18 +17,18 @@ ROWS, SIGMA, MARGIN = 8, 4.0, 16
 
 
 def strips(image: np.ndarray) -> list[np.ndarray]:
-    """The image in strips of ROWS rows and up to MARGIN more on each side."""
+    """Cut the image into strips of ROWS rows, with up to MARGIN more on each side."""
     return [image[max(0, start - MARGIN) : start + ROWS + MARGIN] for start in range(0, len(image), ROWS)]
 
 
 def together(results: list[np.ndarray]) -> np.ndarray:
-    """The strips' results without their margins, as one image."""
+    """Join the strips' results, without their margins."""
     above = [min(number * ROWS, MARGIN) for number in range(len(results))]
     return np.concatenate([strip[more : more + ROWS] for strip, more in zip(results, above, strict=True)])
 
 
 def main(directory: Path, server: str) -> None:
-    """Send a mesh the photograph, save what it makes of it, say which of its own workers took part."""
+    """Send the photograph to a mesh, save the results, and print which of its own workers took part."""
     photo = images.imread(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)))
     with served(server) as at:
         blurred = together(list(at.mesh.map("gaussian_blur", strips(photo), sigma=SIGMA)))

@@ -1,4 +1,4 @@
-"""What the examples share: their arguments, and a mesh to call."""
+"""Code that the examples share: their arguments, and a mesh to call."""
 
 import json
 import sys
@@ -19,23 +19,23 @@ _ANY_PORTS = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """A client of a mesh, and where that has its replica's /metrics, if this is known."""
+    """A client of a mesh, and the address of its replica's /metrics if that is known."""
 
     mesh: BlockingClient
     metrics: str
 
 
 def arguments(about: str | None, output: str) -> Namespace:
-    """An example's command line: `output`, a path, and `server`, an address or nothing."""
+    """Parse an example's command line: `output`, a path, and `server`, an address or nothing."""
     parser = ArgumentParser(description=about)
-    parser.add_argument("output", nargs="?", type=Path, default=Path(output), help=f"what to save; {output} by default")
-    parser.add_argument("--server", default="", help="a gateway's address; without it a mesh is started")
+    parser.add_argument("output", nargs="?", type=Path, default=Path(output), help=f"file to save; {output} by default")
+    parser.add_argument("--server", default="", help="address of a gateway; without it a mesh is started")
     return parser.parse_args()
 
 
 @contextmanager
 def served(server: str, *flags: str) -> Iterator[Served]:
-    """The mesh at an address, or else one of `unlatch serve` with these flags, on free ports, until the end."""
+    """Connect to the mesh at an address; without one, run `unlatch serve` with these flags on free ports."""
     if server:
         with BlockingClient(server) as mesh:
             yield Served(mesh=mesh, metrics="")
@@ -52,7 +52,7 @@ def served(server: str, *flags: str) -> Iterator[Served]:
 
 
 def _log_until_ready(process: "Popen[str]") -> dict[tuple[str, str], dict[str, Any]]:
-    """What it logs, by process and event. Raises SystemExit, with its last words, when it ends instead."""
+    """Read log entries by process and event. Raises SystemExit, with the last line, if the process ends."""
     log: dict[tuple[str, str], dict[str, Any]] = {}
     line = ""
     while ("gateway", "serving") not in log or ("gateway", "replica is ready") not in log:

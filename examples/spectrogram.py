@@ -1,6 +1,6 @@
-"""The spectrogram of a chirp: overlapping windows through `fft`, some windows a call.
+"""The spectrogram of a chirp: overlapping windows through `fft`, several windows in each call.
 
-The chirp's frequency grows evenly, in noise; the ridge of the spectrogram is compared with what it should be.
+The chirp's frequency grows evenly, with noise. The ridge of the spectrogram is compared with the true frequency.
 """
 
 from pathlib import Path
@@ -16,13 +16,13 @@ WINDOW, HOP, WINDOWS_A_CALL = 512, 64, 32
 
 
 def chirp(seconds: np.ndarray) -> np.ndarray:
-    """A sine whose frequency goes from the first to the last, in noise of a fifth of its size."""
+    """A sine whose frequency goes from the first to the last, with noise of a fifth of its amplitude."""
     phase = 2 * np.pi * (FIRST_HERTZ * seconds + (LAST_HERTZ - FIRST_HERTZ) / (2 * SECONDS) * seconds**2)
     return np.asarray(np.sin(phase) + np.random.default_rng(1).normal(0, 0.2, len(seconds)))
 
 
 def main(output: Path, server: str) -> None:
-    """Transform the windows, save the picture, say how near the ridge is."""
+    """Transform the windows, save the picture, and print how close the ridge is."""
     seconds = np.arange(0, SECONDS, 1 / RATE_HERTZ)
     windows = np.lib.stride_tricks.sliding_window_view(chirp(seconds), WINDOW)[::HOP] * np.hanning(WINDOW)
     blocks = [windows[first : first + WINDOWS_A_CALL] for first in range(0, len(windows), WINDOWS_A_CALL)]

@@ -22,7 +22,7 @@ from unlatch.common.errors import (
     from_code,
     near,
 )
-from unlatch.common.kernel.messages import understood
+from unlatch.common.kernel.messages import from_message
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.lane.body import Sink
 from unlatch.common.lane.caller import LaneCaller
@@ -173,7 +173,7 @@ class Link:
 
     def _welcomed(self, welcome: Welcome) -> None:
         self._welcome = welcome
-        self.kernels = {kernel.name: understood(kernel) for kernel in welcome.kernels}
+        self.kernels = {kernel.name: from_message(kernel) for kernel in welcome.kernels}
         self._tell()
 
     def _tell(self) -> None:

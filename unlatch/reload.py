@@ -1,8 +1,8 @@
-"""`unlatch serve --reload`: when a kernel's file changes, the replica is replaced by one that has the change.
+"""`unlatch serve --reload`: when a kernel's file changes, replace the replica by one that has the change.
 
-    a file changes ──> compute.trial, in a process of its own
-                         does not load ──> file and line in the log; what is served stays as it is
-                         loads         ──> the replica drains, ends, and is started anew; the gateway stays
+    a file changes ──> compute.worker.trial, in a process of its own
+                         does not load ──> file and line in the log; the running replica stays
+                         loads         ──> the replica drains, ends, and is started again; the gateway stays
 
 The gateway opens its lane again and tells its clients what is served now. Between the old replica and the new one, for
 a second or so, calls are answered UNAVAILABLE: this is for development.
@@ -24,9 +24,9 @@ log = structlog.get_logger()
 
 _IMPORT_SECONDS = 60.0
 _IMPORT_BYTES = 8192 * MiB
-# An editor writes a file in several steps: what comes so close together is one change.
+# An editor writes a file in several steps: changes within this time count as one.
 _STEP_MILLISECONDS, _AT_MOST_MILLISECONDS = 50, 500
-# How often it is seen to that the directories are still the ones that are watched.
+# Interval of checks that the directories are still the ones that are watched.
 _LOOK_MILLISECONDS = 1000
 _AGAIN_SECONDS = 1.0
 
@@ -34,17 +34,17 @@ Changes = set[tuple[Change, str]]
 
 
 class Reload:
-    """Keeps what is served up to date with modules' files. `replace` starts a new replica in the old one's place."""
+    """Replaces the replica when files of the modules change. `replace` starts a new replica in the old one's place."""
 
     def __init__(self, modules: Sequence[str], replace: Callable[[], Awaitable[object]]) -> None:
         self._modules = modules
         self._replace = replace
         self._files: set[str] = set()
-        # Until they have been tried, any file may concern them.
+        # Until a trial succeeds, any file may concern the modules.
         self._failed = True
 
     async def run(self) -> None:
-        """Watch for ever, whatever becomes of the files meanwhile."""
+        """Watch for ever, whatever happens to the files meanwhile."""
         self._learn(await self._tried())
         while True:
             try:
@@ -55,7 +55,7 @@ class Reload:
                 await self._changed(set())
 
     async def _watch(self) -> None:
-        """Watch until there are other directories to watch, or others in their places."""
+        """Watch until the directories to watch have changed."""
         directories = self._directories()
         changes = self._changes(directories)
         upcoming = await _begun(changes)
@@ -66,7 +66,7 @@ class Reload:
                 if seen := await upcoming:
                     await self._changed(seen)
                 elif _identities(directories) != found:
-                    # A branch was switched, or a directory made anew: what is watched is not what lies there.
+                    # A branch was switched, or a directory was replaced: the watched one is not at its path any more.
                     await self._changed(seen)
                     return
                 upcoming = await _begun(changes)
@@ -77,7 +77,7 @@ class Reload:
         trial = await self._tried()
         self._learn(trial)
         if trial.failure:
-            log.error("kernels do not load, the last ones stay", message=trial.failure)
+            log.error("kernels do not load, replica stays", message=trial.failure)
             return
         log.info("kernels changed", files=sorted({path for _, path in changes}))
         await self._replace()
@@ -106,24 +106,24 @@ class Reload:
         )
 
     def _concerns(self, _: Change, path: str) -> bool:
-        # While something does not load, what it lacks may be in a file that has never been loaded.
+        # While a module does not load, the missing part may be in a file that has never been loaded.
         return path.endswith(".py") and (self._failed or os.path.realpath(path) in self._files)
 
 
 async def _begun(changes: AsyncGenerator[Changes, None]) -> "asyncio.Future[Changes]":
-    """The next changes, of which none is missed from now on: the watch begins when it is first waited for."""
+    """Start waiting for the next changes. None is missed from now on, since a watch begins when it is waited for."""
     upcoming = asyncio.ensure_future(anext(changes))
     await asyncio.sleep(0)
     return upcoming
 
 
 def _identities(directories: Iterable[str]) -> list[tuple[int, int]]:
-    """Which directories these are now. Raises OSError for one that is not there."""
+    """Device and inode of each directory. Raises OSError for a missing one."""
     return [(found.st_dev, found.st_ino) for found in map(os.stat, sorted(directories))]
 
 
 def _not_installed(files: Iterable[str]) -> list[str]:
-    """Files that somebody works on: not Python's own, nor those that pip has put there."""
+    """Files that a developer works on: neither Python's own, nor those that pip has installed."""
     paths = sysconfig.get_paths()
     installed = tuple(os.path.realpath(paths[kind]) + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
     return [file for file in files if not file.startswith(installed)]

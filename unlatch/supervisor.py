@@ -171,7 +171,7 @@ async def supervise(settings: ServeSettings, notify_socket: str) -> int:
     """Run both services until a signal. Returns 0, or the exit code of a service that could not start."""
     with tempfile.TemporaryDirectory(prefix="unlatch-") as name:
         directory = Path(name)
-        lane = f"unix:{directory}/front.sock"
+        lane = f"unix:{directory}/dispatcher.sock"
         common = ("--drain-seconds", str(settings.drain_seconds), "--log-level", settings.log_level)
         compute = Child("compute", (*_compute_flags(settings, lane), *common), directory, settings.drain_seconds)
         gateway = Child("gateway", (*_gateway_flags(settings, lane), *common), directory, settings.drain_seconds)

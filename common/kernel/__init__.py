@@ -1,1 +1,1 @@
-"""A kernel as plain data, and the arrays that it takes and gives."""
+"""A kernel as plain data, and the arrays that it takes and returns."""

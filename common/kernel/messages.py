@@ -1,12 +1,12 @@
-"""A kernel's spec as lanes carry it, and back."""
+"""Conversion of a kernel's spec to the message that lanes carry, and back."""
 
 from unlatch.common.kernel.parameters import parameter, scalar
 from unlatch.common.kernel.spec import ArraySpec, KernelSpec, ScalarSpec
 from unlatch.protos.unlatch_pb2 import Array, Kernel, Scalar
 
 
-def described(spec: KernelSpec) -> Kernel:
-    """The spec as a message."""
+def to_message(spec: KernelSpec) -> Kernel:
+    """Convert a spec to a message."""
     return Kernel(
         name=spec.name,
         version=spec.version,
@@ -22,8 +22,8 @@ def described(spec: KernelSpec) -> Kernel:
     )
 
 
-def understood(kernel: Kernel) -> KernelSpec:
-    """The spec that a message describes."""
+def from_message(kernel: Kernel) -> KernelSpec:
+    """Convert a message to a spec."""
     return KernelSpec(
         name=kernel.name,
         version=kernel.version,

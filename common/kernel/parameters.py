@@ -1,4 +1,4 @@
-"""Scalars on their way: Python's bool, int, float and str, and the protocol's InferParameter."""
+"""Conversion of scalars: Python's bool, int, float and str to the protocol's InferParameter, and back."""
 
 from unlatch.protos.unlatch_pb2 import Parameter
 
@@ -8,7 +8,7 @@ _INT64 = range(-(2**63), 2**63)
 
 
 def parameter(value: Value) -> Parameter:
-    """A scalar as a message. Raises OverflowError for an int of more than 64 bits, TypeError for no scalar."""
+    """Convert a scalar to a message. Raises OverflowError for an int of over 64 bits, TypeError for other types."""
     if isinstance(value, bool):
         return Parameter(bool_param=value)
     if isinstance(value, int):
@@ -17,11 +17,11 @@ def parameter(value: Value) -> Parameter:
         return Parameter(double_param=value)
     if isinstance(value, str):
         return Parameter(string_param=value)
-    raise TypeError(f"a parameter is a bool, int, float or str, not a {type(value).__name__}")
+    raise TypeError(f"wanted a bool, int, float or str parameter, got a {type(value).__name__}")
 
 
 def scalar(message: Parameter) -> Value | None:
-    """The scalar in a message; None where it holds none."""
+    """The scalar in a message; None if it holds none."""
     choice = message.WhichOneof("value")
     value: Value | None = getattr(message, choice) if choice else None
     return value
@@ -29,5 +29,5 @@ def scalar(message: Parameter) -> Value | None:
 
 def _unsigned(value: int) -> int:
     if not 0 <= value < 2**64:
-        raise OverflowError(f"{value} does not fit 64 bits")
+        raise OverflowError(f"{value} does not fit in 64 bits")
     return value

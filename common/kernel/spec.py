@@ -1,6 +1,7 @@
-"""A kernel as plain data: what its decorator reads from the signature and everybody else goes by.
+"""A kernel as plain data: the decorator reads it from the signature, and all other code uses it.
 
-No NumPy and no protobuf here: the worker that imports the kernels sends these to the front as they are.
+No NumPy and no protobuf are imported here: the worker that imports the kernels sends these to the dispatcher as they
+are.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,19 +15,19 @@ ANY_LENGTH = "_"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArraySpec:
-    """One array argument or output."""
+    """The declaration of one array argument or output."""
 
     name: str
-    # NumPy's names, the preferred one first; empty for any.
+    # NumPy's names, the preferred one first; empty for any dtype.
     dtypes: tuple[str, ...]
-    # An entry an axis: "3", a name that means one length throughout a call, "_", or one "..." or "*name".
+    # One entry an axis: "3", a name that stands for one length throughout a call, "_", or one "..." or "*name".
     dims: tuple[str, ...]
 
 
 def one_by_one(dims: Sequence[str], shape: Sequence[int]) -> tuple[Sequence[str], Sequence[int], str, Sequence[int]]:
-    """Axes that stand for one each, and their lengths; then the entry that stands for many, if any, and theirs.
+    """Match declared axes with a shape: entries that stand for one axis each, with lengths; then the one for many.
 
-    The first two differ in number where the shape does not have the axes that are declared.
+    The first two differ in number if the shape does not have the declared axes.
     """
     for index, dim in enumerate(dims):
         if dim == ELLIPSIS or dim[0] == "*":
@@ -40,7 +41,7 @@ def one_by_one(dims: Sequence[str], shape: Sequence[int]) -> tuple[Sequence[str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalarSpec:
-    """One keyword argument of a scalar type."""
+    """The declaration of one keyword argument of a scalar type."""
 
     name: str
     type: str
@@ -48,7 +49,7 @@ class ScalarSpec:
     default: bool | int | float | str | None
 
     def read(self, text: str) -> bool | int | float | str:
-        """A value from the command line. Raises InvalidArgument."""
+        """Parse a value from the command line. Raises InvalidArgument."""
         try:
             if self.type == "bool":
                 return {"true": True, "false": False}[text.lower()]
@@ -60,7 +61,7 @@ class ScalarSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelSpec:
-    """One kernel."""
+    """The declaration of one kernel."""
 
     name: str
     version: str

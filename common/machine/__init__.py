@@ -1,1 +1,1 @@
-"""Cores and memory that the machine and its cgroups grant."""
+"""The cores and the memory that the machine and its cgroups grant."""

@@ -1,7 +1,7 @@
-"""What the cgroups of this process say, version 1 and 2: the one way in which limits of a container are read.
+"""Limits of this process's cgroups, version 1 and 2: the only code that reads a container's limits.
 
-Sources: Linux's cgroup-v2.rst, and cgroup-v1/ for what older systems have. A limit may be set at any level of the
-hierarchy, so every one up to the root is read.
+Sources: Linux's cgroup-v2.rst, and cgroup-v1/ for older systems. A limit may be set at any level of the hierarchy, so
+every level up to the root is read.
 """
 
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ OWN = Path("/proc/self/cgroup")
 
 
 def levels(root: Path, own: Path, controller: str, *mounts: str) -> Iterator[Path]:
-    """The directories of this process's cgroup under a controller and of all above it, the root first.
+    """Directories of this process's cgroup under a controller, and of all cgroups above it, the root first.
 
-    The empty controller is version 2's. Version 1 mounts each controller below the root, under one of these names.
+    The empty controller is version 2's. Version 1 mounts each controller below the root, under one of `mounts`.
     """
     parts = [part for part in _path_of(own, controller).split("/") if part not in ("", "..")]
     for mount in mounts or ("",):
-        # In a container the path may not exist; the root does.
+        # In a container the path may not exist, but the root does.
         yield from (root.joinpath(mount, *parts[:depth]) for depth in range(len(parts) + 1))
 
 
 def said(path: Path) -> str:
-    """What a file says; nothing where there is none."""
+    """The content of a file; "" if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

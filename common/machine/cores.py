@@ -1,4 +1,4 @@
-"""How many cores this process may use: what the cgroup grants (`cpu.max`, `cpu.cfs_quota_us`), not the machine's."""
+"""The number of cores that this process may use: what its cgroup grants (`cpu.max`, `cpu.cfs_quota_us`)."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from unlatch.common.machine import cgroups
 
 
 def granted_cores(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int:
-    """Whole cores, at least 1: the least of affinity and every quota. A part of a core counts as one."""
+    """Whole cores, at least 1: the minimum of affinity and all quotas. A fraction of a core counts as one."""
     quotas = [quota for quota in (*_quotas_v2(root, own), *_quotas_v1(root, own)) if quota > 0]
     return max(1, min(len(os.sched_getaffinity(0)), *(math.ceil(quota) for quota in quotas), 1 << 16))
 

@@ -1,11 +1,11 @@
-"""Memory: what the container grants, and what glibc's malloc keeps of it when it is freed."""
+"""Memory: the container's limit, and control over what glibc's malloc keeps of freed memory."""
 
 import ctypes
 from pathlib import Path
 
 from unlatch.common.machine import cgroups
 
-# Version 1 has no word for "no limit": it says the largest number of whole pages that fits 63 bits.
+# Version 1 cannot express "no limit": it reports the largest number of whole pages that fits in 63 bits.
 _NO_LIMIT_BYTES = 1 << 62
 
 # <malloc.h>
@@ -13,10 +13,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
 def granted_memory(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int:
-    """Bytes that this process's cgroup and all above it grant, the least of them; 0 where there is no limit.
+    """The lowest memory limit, in bytes, of this process's cgroup and all above it; 0 if there is none.
 
-    The machine's own memory is no grant: nobody promised it to this process, and running out of it is not a whole
-    container's end.
+    The machine's own memory does not count as a limit: it is not reserved for this process, and running out of it does
+    not end a whole container.
     """
     limits = [
         *(cgroups.said(level / "memory.max") for level in cgroups.levels(root, own, "")),
@@ -25,11 +25,11 @@ def granted_memory(root: Path = cgroups.ROOT, own: Path = cgroups.OWN) -> int:
     return min((int(limit) for limit in limits if limit.isdecimal() and int(limit) < _NO_LIMIT_BYTES), default=0)
 
 
-# What follows does nothing with a libc that has no such function (musl).
+# The functions below do nothing if libc lacks what they call (musl).
 
 
 def keep_freed(*, largest_bytes: int, most_bytes: int, step_bytes: int) -> None:
-    """Keep freed blocks of up to `largest_bytes` for the next ones, `most_bytes` together; grow by `step_bytes`."""
+    """Let malloc keep freed blocks up to `largest_bytes`, `most_bytes` in all, and grow by `step_bytes`."""
     if _MALLOPT is not None:
         _MALLOPT(_M_MMAP_THRESHOLD, largest_bytes)
         _MALLOPT(_M_TRIM_THRESHOLD, most_bytes)
@@ -37,36 +37,36 @@ def keep_freed(*, largest_bytes: int, most_bytes: int, step_bytes: int) -> None:
 
 
 def grow_by(step_bytes: int) -> None:
-    """Ask the system for so many bytes more than are needed. What is refused is needed and step together."""
+    """Let malloc ask the system for `step_bytes` more than it needs. The system refuses need and step together."""
     if _MALLOPT is not None:
         _MALLOPT(_M_TOP_PAD, step_bytes)
 
 
 def share_heaps(most: int) -> None:
-    """Have threads share `most` heaps, the first thread's among them; of itself each has one, up to eight a core."""
+    """Let threads share `most` heaps, the first thread's included. By default each has one, up to eight a core."""
     if _MALLOPT is not None:
         _MALLOPT(_M_ARENA_MAX, most)
 
 
 def give_freed_back() -> None:
-    """Give the system all pages back that hold nothing but freed blocks. The next use faults them in again."""
+    """Return all pages that hold only freed blocks to the system. The next use faults them in again."""
     if _MALLOC_TRIM is not None:
         _MALLOC_TRIM(ctypes.c_size_t(0))
 
 
 def freed_bytes() -> int:
-    """How much malloc keeps of what was freed, and hands out before it asks the system."""
+    """Freed bytes that malloc keeps, and hands out before it asks the system."""
     return int(_MALLINFO().fordblks) if _MALLINFO is not None else 0
 
 
 def take(size: int) -> int | None:
-    """A block that nobody touches, which costs no page; None where there is none."""
+    """Allocate a block without touching it, so that it costs no page. None if there is none."""
     block: int | None = _MALLOC(size)
     return block
 
 
 def put_back(block: int | None) -> None:
-    """Free a block that was taken."""
+    """Free a block from `take`."""
     _FREE(block)
 
 

@@ -1,18 +1,18 @@
-"""Which addresses other machines can reach: what listens there must speak TLS and know who calls."""
+"""Addresses that other machines can reach: a service that listens there must speak TLS and authenticate callers."""
 
 import ipaddress
 
-# Who may connect to a Unix socket the file system says.
+# The file system decides who may connect to a Unix socket.
 _THIS_MACHINE = ("unix:", "unix-abstract:")
 
 
 def is_unix(address: str) -> bool:
-    """Whether it is a socket in the file system, or in a namespace of this machine's own."""
+    """Whether an address is a Unix socket, in the file system or in a namespace of this machine."""
     return address.startswith(_THIS_MACHINE)
 
 
 def is_exposed(address: str) -> bool:
-    """Whether something that listens there may be reached from elsewhere. What cannot be told counts as exposed."""
+    """Whether other machines may reach this address. An address that cannot be parsed counts as exposed."""
     if is_unix(address):
         return False
     host = address.rpartition(":")[0].strip("[]")

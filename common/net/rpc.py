@@ -1,4 +1,4 @@
-"""gRPC servers as both services make them: their options, raw-bytes handlers, and errors as statuses."""
+"""gRPC servers of both services: their options, handlers of raw bytes, and errors as statuses."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
@@ -18,20 +18,20 @@ _WINDOW_BYTES = 256 * 1024
 
 
 class BindError(Exception):
-    """An address that cannot be listened on; the message names it."""
+    """An address that cannot be listened on. The message names it."""
 
 
 def options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """Channel arguments of every server and channel of ours."""
+    """Channel arguments of all our servers and channels."""
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
-        # On by default, and then a second server binds the same port without a word.
+        # On by default, and then a second server binds the same port without an error.
         ("grpc.so_reuseport", 0),
-        # A stalled loop must not make gRPC cancel what waits for it (the default is 1,000 of them).
+        # A stalled loop must not make gRPC cancel pending requests (the default limit is 1,000 of them).
         ("grpc.server.max_pending_requests", 100_000),
         ("grpc.server.max_pending_requests_hard_limit", 200_000),
-        # What a small call has to wait behind is what gRPC has taken of a large one: so a stream's window is small, and
+        # A small call waits behind the part of a large one that gRPC has accepted, so a stream's window is small and
         # stays so. On a lane within a datacentre that costs no throughput (docs/decisions/0006).
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
@@ -39,12 +39,12 @@ def options(max_message_bytes: int) -> list[tuple[str, int]]:
 
 
 def server_options(max_message_bytes: int, settings: ServiceSettings) -> list[tuple[str, int]]:
-    """Channel arguments of a server that others than ourselves may reach."""
+    """Channel arguments of a server that callers from outside may reach."""
     return [
         *options(max_message_bytes),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
         ("grpc.max_concurrent_streams", settings.max_streams),
-        # Between the two gRPC would refuse some and not others.
+        # Both the same, since gRPC would refuse only some requests between the two limits.
         ("grpc.max_metadata_size", settings.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
         ("grpc.server_handshake_timeout_ms", round(settings.handshake_seconds * 1e3)),
@@ -53,7 +53,7 @@ def server_options(max_message_bytes: int, settings: ServiceSettings) -> list[tu
 
 
 def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> str:
-    """Listen, in plaintext unless there are credentials, and say where: port 0 becomes the port that was free.
+    """Listen on an address, in plaintext unless there are credentials. Returns it, with port 0 replaced by a free port.
 
     Raises BindError.
     """
@@ -67,16 +67,16 @@ def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredenti
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: UnlatchError) -> NoReturn:
-    """End an RPC with an error, its details and its advice on retrying, beside the trailers that it has."""
+    """End an RPC with an error, its details and its retry advice, and keep the trailers that are already set."""
     code = _CODES.get(error.code, grpc.StatusCode.UNKNOWN)
     await context.abort(code, error.message, (*(context.trailing_metadata() or ()), *_trailers(error)))
     raise AssertionError("abort always raises")
 
 
 def _trailers(error: UnlatchError) -> tuple[tuple[str, str | bytes], ...]:
-    """The error as google/rpc/error_details.proto tells it, and gRPC's push-back.
+    """The error as details of google/rpc/error_details.proto, and gRPC's push-back.
 
-    BadRequest for a field at fault, QuotaFailure for a quota that is used up, RetryInfo for when to come back.
+    BadRequest for a field at fault, QuotaFailure for a used-up quota, RetryInfo for the time of a retry.
     """
     details: list[Message] = []
     trailers: list[tuple[str, str | bytes]] = []
@@ -108,7 +108,7 @@ Stream = Callable[[Any, Any], Awaitable[None]]
 def handlers(
     service: str, *, unary: dict[str, Unary] | None = None, streams: dict[str, Stream] | None = None
 ) -> grpc.GenericRpcHandler:
-    """A service's methods. Each reads what comes by its context, when it wants it: until then it waits with gRPC."""
+    """Make a service's handlers. Each reads messages from its context when it wants; until then they wait in gRPC."""
     methods: dict[str, Any] = {
         name: grpc.stream_unary_rpc_method_handler(method) for name, method in (unary or {}).items()
     }

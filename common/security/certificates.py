@@ -1,11 +1,11 @@
-"""Certificates as files hold them: read and checked at the start, and again whenever they change.
+"""Certificates in files, read and checked at the start, and again whenever the files change.
 
-    every second: did a file change? ──> read and checked, on a thread ──> taken
-                                                     ├── not valid yet: the same again when they are
-                                                     └── not fit for use: the old ones stay, the log says why
+    every second: did a file change? ──> read and checked, on a thread ──> used from now on
+                                                     ├── not valid yet: tried again when they are
+                                                     └── invalid: the old ones stay, the log has the reason
 
-Kubernetes swaps the directory that holds them in one step, others write one file after the other. So a certificate and
-a key that do not belong together are no error later than the start: one of them is still to come.
+Kubernetes replaces the directory that holds them in one step, but other tools write one file after the other. So after
+the start a certificate and a key that do not match are no error: the other file is still to come.
 """
 
 import asyncio
@@ -25,18 +25,18 @@ from cryptography.x509 import Certificate, load_pem_x509_certificate, load_pem_x
 from unlatch.common.errors import CertificateError
 from unlatch.common.security.files import LOOK_SECONDS, State, content, state
 
-# Not structlog: clients come here too, and what they log is for the program that they are part of to say.
+# Not structlog: clients use this module too, and their program configures logging.
 _log = logging.getLogger(__name__)
 
-# A file that is larger is no certificate; a bundle of every public authority takes a quarter of a mebibyte.
-_MOST_FILE_BYTES = 4 * 1024 * 1024
-# Of peers that were looked at, and of authorities that are trusted no more.
-_MOST_REMEMBERED = 1024
+# A larger file is no certificate; a bundle of all public authorities takes a quarter of a mebibyte.
+_MAX_FILE_BYTES = 4 * 1024 * 1024
+# Bound of remembered peers, and of remembered authorities that are no longer trusted.
+_MAX_REMEMBERED = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """What one end shows and whom it trusts, and what those who gave the paths call them. An empty path is none."""
+    """Paths of one end's certificate, key and trusted authorities, with their settings' names. "" is no file."""
 
     cert: str = ""
     key: str = ""
@@ -45,53 +45,53 @@ class Files:
 
     @property
     def paths(self) -> dict[str, str]:
-        """The files that there are, by name."""
+        """Paths of the given files, by setting name."""
         given = zip(self.names, (self.cert, self.key, self.ca), strict=True)
         return {name: path for name, path in given if path}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """What the files held when they were last fit for use. A key is shown nowhere."""
+    """Contents of the files when they were last valid. The key is left out of the repr."""
 
     cert: bytes
     key: bytes = field(repr=False)
     ca: bytes
     authorities: tuple[Certificate, ...]
-    # By name and path, in seconds since the epoch: the first of a file's certificates to expire.
+    # Keyed by setting name and path: when the first of the file's certificates expires, in seconds since the epoch.
     expiries: Mapping[tuple[str, str], float]
 
 
 class NotValidYet(CertificateError):
-    """A certificate that will be fit for use: when, in seconds since the epoch, `valid_from` says."""
+    """A certificate that is not valid yet. `valid_from` says from when it is, in seconds since the epoch."""
 
     valid_from = math.inf
 
 
-# Files as they were at one time.
+# States of the files at one time.
 _States = tuple[State | None, ...]
 
 
 class Certificates:
-    """One end's certificates, as they are now. `seen` is how the files were before they were read."""
+    """One end's present certificates. `seen` is the files' state before they were read."""
 
     def __init__(self, files: Files, contents: Contents, seen: _States) -> None:
         self.files = files
         self.now = contents
-        # Authorities that were trusted once and are not any more, by their subject and key.
+        # Authorities that were trusted once but no longer are, by subject and key.
         self._removed: OrderedDict[bytes, Certificate] = OrderedDict()
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
         self._seen = seen
-        # When what the files hold is fit for use, where it was too early for it.
+        # From when the files' contents are valid, if they were read too early.
         self._valid_from = math.inf
         self._changed = asyncio.Event()
 
     async def changed(self) -> None:
-        """Wait until others have been taken."""
+        """Wait until new certificates are in use."""
         await self._changed.wait()
 
     async def watch(self, looked: Callable[[], None] = lambda: None, taken: Callable[[], None] = lambda: None) -> Never:
-        """Keep them up to date, for ever. `looked` is called every second, `taken` when others have been taken."""
+        """Keep certificates up to date, for ever. Calls `looked` every second, and `taken` after each change."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             if await self._refresh():
@@ -99,25 +99,25 @@ class Certificates:
             looked()
 
     async def _refresh(self) -> bool:
-        """Take what the files hold if they have changed, or have become valid, and are fit for use."""
+        """Read the files again if they have changed or become valid. Returns whether new certificates are in use."""
         states = _states(self.files)
         if states == self._seen and time() < self._valid_from:
             return False
-        # Noted before they are read: what changes meanwhile is seen the next time.
+        # Stored before reading, so that a change during the read is seen the next time.
         self._seen, self._valid_from = states, math.inf
         try:
             contents = await asyncio.to_thread(_read, self.files)
         except CertificateError as error:
             if isinstance(error, NotValidYet):
                 self._valid_from = error.valid_from
-            _log.warning("certificates are not taken, the old ones stay: %s", error)
+            _log.warning("certificates not replaced, old ones stay in use: %s", error)
             return False
         self._take(contents)
-        _log.info("certificates taken: %s", ", ".join(f"{name} {path}" for name, path in self.files.paths.items()))
+        _log.info("certificates replaced: %s", ", ".join(f"{name} {path}" for name, path in self.files.paths.items()))
         return True
 
     def refusal(self, certificate: bytes) -> str:
-        """Why a peer whose certificate was right when it came is to be believed no more; empty while it is."""
+        """Why a peer whose certificate was once accepted is now refused; "" if it is not."""
         peer = self._peers.get(certificate)
         if peer is None:
             try:
@@ -125,10 +125,10 @@ class Certificates:
             except ValueError as error:
                 return f"your certificate cannot be read: {error}"
             self._peers[certificate] = peer
-            if len(self._peers) > _MOST_REMEMBERED:
+            if len(self._peers) > _MAX_REMEMBERED:
                 self._peers.popitem(last=False)
         if not peer.vouched_for:
-            return "who issued your certificate is trusted no more: open another connection with another certificate"
+            return "your certificate's issuer is no longer trusted: open a new connection with another certificate"
         return "your certificate has expired" if time() >= peer.expires else ""
 
     def _take(self, contents: Contents) -> None:
@@ -137,7 +137,7 @@ class Certificates:
             self._removed[_identity(authority)] = authority
         for identity in trusted & self._removed.keys():
             del self._removed[identity]
-        while len(self._removed) > _MOST_REMEMBERED:
+        while len(self._removed) > _MAX_REMEMBERED:
             self._removed.popitem(last=False)
         self._peers.clear()
         self.now = contents
@@ -146,7 +146,7 @@ class Certificates:
 
 
 class _Peer:
-    """What is remembered of a peer's certificate."""
+    """Facts about a peer's certificate."""
 
     __slots__ = ("expires", "vouched_for")
 
@@ -156,8 +156,8 @@ class _Peer:
 
 
 def load(files: Files) -> Certificates:
-    """The certificates of these files. Raises CertificateError."""
-    # What changes while they are read is seen at the first look.
+    """Read certificates from files. Raises CertificateError."""
+    # States come first, so that a change during the read is seen by the first look.
     seen = _states(files)
     return Certificates(files, _read(files), seen)
 
@@ -189,12 +189,12 @@ def _certificates(name: str, path: str) -> tuple[bytes, tuple[Certificate, ...]]
     pem = _pem(name, path)
     try:
         found = tuple(load_pem_x509_certificates(pem))
-        # Looked at here, where it can still be said which file is wrong.
+        # Parsed here, where the error can still name the file.
         for certificate in found:
             certificate.public_key()
         return pem, found
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise _wrong(name, path, f"it holds no certificates in PEM ({error})") from None
+        raise _wrong(name, path, f"wanted certificates in PEM ({error})") from None
 
 
 def _key(name: str, path: str, certificate: Certificate, certificate_named: str) -> bytes:
@@ -202,19 +202,19 @@ def _key(name: str, path: str, certificate: Certificate, certificate_named: str)
     try:
         public = load_pem_private_key(pem, None).public_key()
     except TypeError:
-        raise _wrong(name, path, "the key is encrypted, and nobody here knows its password") from None
+        raise _wrong(name, path, "the key is encrypted; wanted a key without a password") from None
     except (ValueError, UnsupportedAlgorithm):
-        # What was found in a file that may hold a key is told to nobody.
-        raise _wrong(name, path, "it holds no private key in PEM that can be read") from None
+        # The error must not quote the file, which may hold a key.
+        raise _wrong(name, path, "wanted a readable private key in PEM") from None
     form = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
     if public.public_bytes(*form) != certificate.public_key().public_bytes(*form):
-        raise _wrong(name, path, f"the key does not belong to {certificate_named}")
+        raise _wrong(name, path, f"the key does not match {certificate_named}")
     return pem
 
 
 def _pem(name: str, path: str) -> bytes:
     try:
-        return content(path, _MOST_FILE_BYTES)
+        return content(path, _MAX_FILE_BYTES)
     except (OSError, ValueError) as error:
         raise _wrong(name, path, getattr(error, "strerror", None) or str(error)) from None
 
@@ -224,7 +224,7 @@ def _check_dates(name: str, path: str, certificate: Certificate) -> None:
     if now >= ends:
         raise _wrong(name, path, f"the certificate expired at {ends:%Y-%m-%d %H:%M:%S} UTC")
     if now < begins:
-        early = NotValidYet(_told(name, path, f"the certificate does not hold before {begins:%Y-%m-%d %H:%M:%S} UTC"))
+        early = NotValidYet(_told(name, path, f"the certificate is not valid before {begins:%Y-%m-%d %H:%M:%S} UTC"))
         early.valid_from = begins.timestamp()
         raise early
 
@@ -242,7 +242,7 @@ def _expiry(certificate: Certificate) -> float:
 
 
 def _identity(authority: Certificate) -> bytes:
-    """Whom it stands for: one that is issued anew, for the same key, is the same authority."""
+    """The identity of an authority. A certificate reissued for the same key is the same authority."""
     key = authority.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return authority.subject.public_bytes() + key
 

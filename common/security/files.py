@@ -1,15 +1,15 @@
-"""Files that are looked at for changes, every second, and then read whole."""
+"""Files that are checked for changes every second, and read whole."""
 
 from pathlib import Path
 
 LOOK_SECONDS = 1.0
 
-# Device, inode, when it was changed and what it held, and its size.
+# Device, inode, times of the last change and of the last write, and size.
 State = tuple[int, int, int, int, int]
 
 
 def state(path: str) -> State | None:
-    """What changes when a file does, wherever links lead (Kubernetes swaps one); None where there is none."""
+    """A value that changes when the file does, or a link to it (Kubernetes swaps one); None for a missing file."""
     try:
         stat = Path(path).stat()
     except OSError:
@@ -18,9 +18,9 @@ def state(path: str) -> State | None:
 
 
 def content(path: str, most_bytes: int) -> bytes:
-    """What a file holds. Raises OSError, and ValueError when it holds more."""
+    """A file's content. Raises OSError, or ValueError for a file that is too large."""
     with Path(path).open("rb") as file:
         found = file.read(most_bytes + 1)
     if len(found) > most_bytes:
-        raise ValueError(f"it is larger than {most_bytes} bytes")
+        raise ValueError(f"larger than {most_bytes} bytes")
     return found

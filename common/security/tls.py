@@ -1,8 +1,8 @@
-"""TLS as gRPC speaks it, both ends: a server's credentials, a channel's, and peers of connections that outlive them.
+"""TLS through gRPC, at both ends: credentials of servers and channels, and peers whose certificate becomes invalid.
 
-A server asks for its certificates anew with each handshake. What was shaken hands on before keeps going: lanes are
-asked to open anew (common/lane/server.py), other connections end by their age, and a peer whose certificate is trusted
-no more is refused on each, whatever comes (docs/decisions/0015).
+A server uses its newest certificates for each handshake. Connections that exist go on: lanes are asked to reopen
+(common/lane/server.py), other connections end by their age, and a peer whose certificate is no longer valid is refused
+on each (docs/decisions/0015).
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from unlatch.common.net.settings import Settings
 from unlatch.common.telemetry.recorder import Recorder
 
 if TYPE_CHECKING:
-    # Who speaks no TLS does without it, which takes 50 ms to load.
+    # Only for types: without TLS the import, which takes 50 ms, is not needed.
     from unlatch.common.security.certificates import Certificates
 
 Answer = TypeVar("Answer")
@@ -27,14 +27,14 @@ Method = Callable[[Any, Any], Awaitable[Answer]]
 
 
 def load(cert: str, key: str, ca: str, *, names: tuple[str, str, str]) -> "Certificates":
-    """One end's certificates from files, and what those who gave the paths call them. Raises CertificateError."""
+    """Read one end's certificates. `names` are the settings of the three paths. Raises CertificateError."""
     from unlatch.common.security.certificates import Files, load
 
     return load(Files(cert=cert, key=key, ca=ca, names=names))
 
 
 def server_certificates(settings: Settings) -> "Certificates | None":
-    """What a service shows to its callers, if it speaks TLS. Raises CertificateError."""
+    """Read a service's own certificates, if it speaks TLS. Raises CertificateError."""
     if not settings.tls_cert or is_unix(settings.listen):
         return None
     names = ("--tls-cert", "--tls-key", "--tls-client-ca")
@@ -42,11 +42,11 @@ def server_certificates(settings: Settings) -> "Certificates | None":
 
 
 def server_credentials(certificates: "Certificates") -> grpc.ServerCredentials:
-    """A server's credentials, which are as the files are at each handshake."""
+    """A server's credentials, which follow the files at each handshake."""
     given = certificates.now
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
-        # Called on gRPC's threads; None means that nothing has changed.
+        # Called by gRPC's threads. None means that nothing has changed.
         nonlocal given
         if certificates.now is given:
             return None
@@ -55,7 +55,7 @@ def server_credentials(certificates: "Certificates") -> grpc.ServerCredentials:
 
     return grpc.dynamic_ssl_server_credentials(
         _configuration(certificates),
-        fetch,  # type: ignore[arg-type]  # its stub does not know that None is an answer
+        fetch,  # type: ignore[arg-type]  # the stub does not allow None
         require_client_authentication=bool(given.ca),
     )
 
@@ -66,9 +66,9 @@ def _configuration(certificates: "Certificates") -> grpc.ServerCertificateConfig
 
 
 class ChannelSecurity:
-    """How channels to servers are secured: by these certificates, or not at all.
+    """The security of channels to servers: these certificates, or none.
 
-    Where a server's address is no part of its certificate, `name` is what the certificate must say.
+    `name` is the name in the server's certificate, if that does not contain the server's address.
     """
 
     def __init__(self, certificates: "Certificates | None" = None, name: str = "") -> None:
@@ -76,7 +76,7 @@ class ChannelSecurity:
         self._name = name
 
     def open_channel(self, target: str, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
-        """A channel on connections of its own, which no other channel's handshake has opened."""
+        """Open a channel on connections of its own, made with the present certificates."""
         if self._certificates is None or is_unix(target):
             return grpc.aio.insecure_channel(target, options=options)
         now = self._certificates.now
@@ -87,7 +87,7 @@ class ChannelSecurity:
         return grpc.aio.secure_channel(target, credentials, options=[*options, *own])
 
     async def until_another_is_wanted(self, lane: LaneCaller, carrying: "asyncio.Task[None]") -> None:
-        """Wait until a lane has ended, or either end's certificates have changed, so that another takes its place."""
+        """Wait until a lane has ended, or should be replaced because either end's certificates have changed."""
         wishes: list[asyncio.Task[Any]] = [asyncio.create_task(lane.reopen_asked.wait())]
         if self._certificates is not None:
             wishes.append(asyncio.create_task(self._certificates.changed()))
@@ -99,10 +99,10 @@ class ChannelSecurity:
 
 
 def report(recorder: Recorder, *ends: "Certificates | None") -> None:
-    """Have a process's metrics tell when its certificates expire."""
+    """Export when a process's certificates expire."""
     recorder.gauge(
         "unlatch_certificate_expiry_timestamp_seconds",
-        "When the first of a file's certificates expires, since the epoch.",
+        "When the first of a file's certificates expires, in seconds since the epoch.",
         ("role", "file"),
         lambda: {
             (name.removeprefix("--"), path): expiry
@@ -114,7 +114,7 @@ def report(recorder: Recorder, *ends: "Certificates | None") -> None:
 
 
 def refusal(certificates: "Certificates | None", context: Any) -> str:
-    """Why a connection's peer is to be believed no more, though it was when it came; empty while it is."""
+    """Why a connection's peer, once accepted, is now refused; "" if it is not."""
     if certificates is None or not certificates.now.ca:
         return ""
     shown = context.auth_context().get("x509_pem_cert")
@@ -122,7 +122,7 @@ def refusal(certificates: "Certificates | None", context: Any) -> str:
 
 
 def guarded(certificates: "Certificates | None", method: Method[Answer]) -> Method[Answer]:
-    """A method that peers who are believed no more cannot call. Raises Unauthenticated."""
+    """A method that refuses peers whose certificate is no longer valid. Raises Unauthenticated."""
 
     async def handle(request: Any, context: Any) -> Answer:
         if why := refusal(certificates, context):
@@ -133,10 +133,10 @@ def guarded(certificates: "Certificates | None", method: Method[Answer]) -> Meth
 
 
 def guarded_stream(certificates: "Certificates | None", method: Method[None]) -> Method[None]:
-    """The same of a stream, at each message: what came before is answered first."""
+    """A stream's method with this check for each message. Earlier messages are answered first."""
 
     async def handle(request: Any, context: Any) -> None:
-        reading = _Reading(certificates, context)
+        reading = _CheckedStream(certificates, context)
         await method(request, reading)
         if reading.refused:
             raise Unauthenticated(reading.refused)
@@ -144,8 +144,8 @@ def guarded_stream(certificates: "Certificates | None", method: Method[None]) ->
     return method if certificates is None else handle
 
 
-class _Reading:
-    """An RPC's context, whose stream ends where its peer is believed no more."""
+class _CheckedStream:
+    """An RPC's context whose stream ends when its peer's certificate is no longer valid."""
 
     def __init__(self, certificates: "Certificates | None", context: Any) -> None:
         self.refused = ""

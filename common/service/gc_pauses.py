@@ -1,9 +1,9 @@
-"""When the garbage collector looks for cycles.
+"""Control over the times at which the garbage collector looks for cycles.
 
-Python's full collection walks every object that there is: 0.3 s of standing still with 10,000 calls waiting, and it
-comes again and again while they become more. What calls leave is freed as it is let go of, without the collector; the
-few cycles that there are, mostly of failures, can wait until there is little to walk. So young objects are collected as
-ever, and all of them when few calls are live, or after so much growth that waiting longer would be a leak.
+Python's full collection walks every object: with 10,000 calls waiting it stops the process for 0.3 s, again and again
+while their number grows. What calls leave is freed at once by reference counting, without the collector. The few
+cycles, mostly of failures, can wait until there is little to walk. So young objects are collected as usual, and all
+objects only while few calls are live, or after so much growth that waiting longer would be a leak.
 """
 
 import asyncio
@@ -13,14 +13,14 @@ from types import TracebackType
 from typing import Self
 
 _EVERY_SECONDS = 1.0
-# So many calls have some ten thousand objects, which take a few milliseconds.
+# The objects of this many calls, some ten thousand, take a few milliseconds.
 _FEW_CALLS = 200
-# A full collection when so many of the middle generation's have found the heap grown: several million objects.
+# A full collection comes after this many middle ones that found the heap grown: several million objects.
 _MIDDLE_COLLECTIONS = 1000
 
 
-class Collecting:
-    """The collector's times while a `with` block lasts. `live` says how many calls there are."""
+class GcPauses:
+    """Times full collections while a `with` block lasts. `live` returns the number of live calls."""
 
     def __init__(self, live: Callable[[], int]) -> None:
         self._live = live
@@ -28,7 +28,7 @@ class Collecting:
         self._thresholds = gc.get_threshold()
 
     def __enter__(self) -> Self:
-        # What a process has loaded stays: it is not looked at again.
+        # Objects that exist at the start stay for ever, so no collection looks at them again.
         gc.collect()
         gc.freeze()
         young, middle, _ = self._thresholds
@@ -48,7 +48,7 @@ class Collecting:
         self._timer = asyncio.get_running_loop().call_later(_EVERY_SECONDS, self._look)
 
     def _look(self) -> None:
-        # Nothing has outlived a middle collection: there is nothing new to find.
+        # Without objects that outlived a middle collection, a full one would find nothing.
         if gc.get_count()[2] and self._live() < _FEW_CALLS:
             gc.collect()
         self._schedule()

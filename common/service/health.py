@@ -1,7 +1,7 @@
 """grpc.health.v1 on a port of its own, in plaintext: kubelets speak no TLS, and admission must not reject a probe.
 
-Ours because grpcio-health-checking's aio servicer loses every other watcher of a service when one leaves, and begins
-as SERVING. Protocol: https://github.com/grpc/grpc/blob/master/doc/health-checking.md
+This is our own servicer, because the asynchronous one of grpcio-health-checking loses all other watchers of a service
+when one leaves, and starts as SERVING. Protocol: https://github.com/grpc/grpc/blob/master/doc/health-checking.md
 """
 
 import asyncio
@@ -13,13 +13,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _Status = health_pb2.HealthCheckResponse
 
-# A service of no methods: SERVING as long as somebody answers at all. What asks whether to start the process anew asks
-# for it, since a process that has no replica, is overloaded or drains would be no better for a new start.
+# A service without methods, SERVING as long as the process answers at all. Liveness probes ask for it: a restart would
+# not help a process that has no replica, is overloaded, or drains.
 LIVENESS = "liveness"
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """One answer for the server as a whole (service "") and each service named: NOT_SERVING until told otherwise."""
+    """One state for the server as a whole (service "") and for each named service, at first NOT_SERVING."""
 
     def __init__(self, *services: str) -> None:
         self._services = {"", LIVENESS, *services}
@@ -28,24 +28,24 @@ class Health(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
 
     def set(self, *, serving: bool) -> None:
-        """Say so from now on, to every watcher too."""
+        """Change the state, and tell every watcher."""
         if serving != self._serving and not self._ending:
             self._serving = serving
             self._changed.set()
             self._changed = asyncio.Event()
 
     def end(self) -> None:
-        """NOT_SERVING from now on, whatever `set` is told."""
+        """Stay NOT_SERVING from now on; later calls of `set` have no effect."""
         self.set(serving=False)
         self._ending = True
 
     async def until_serving(self) -> None:
-        """Wait for it."""
+        """Wait until the state is SERVING."""
         while not self._serving:
             await self._changed.wait()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
-        """How it stands."""
+        """Return the present state."""
         if request.service not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"service {request.service[:64]!r} is not served here")
         return _Status(status=self._status(request.service))
@@ -53,7 +53,7 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """How it stands, now and whenever it changes."""
+        """Return the present state, and each later change."""
         while True:
             changed = self._changed
             yield _Status(status=self._status(request.service))

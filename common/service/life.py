@@ -1,7 +1,7 @@
-"""A service's life: start, serve, drain, stop; and who is told of it.
+"""A service's life: start, serve, drain, stop; and notification of a supervisor.
 
-The first SIGTERM or SIGINT begins the drain: health says NOT_SERVING, calls in flight get `drain_seconds`, then the
-process ends. A second signal ends it at once. A supervisor that asks for it (systemd's NOTIFY_SOCKET, see sd_notify(3))
+The first SIGTERM or SIGINT begins the drain: health becomes NOT_SERVING, calls in flight get `drain_seconds`, and then
+the process ends. A second signal ends it at once. A supervisor that sets NOTIFY_SOCKET, as systemd does (sd_notify(3)),
 is told when the service is ready.
 """
 
@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Life:
-    """When this process is to stop. To be made on the event loop."""
+    """Signal handling of this process. Create it on the event loop."""
 
     def __init__(self) -> None:
         self._stop = asyncio.Event()
@@ -34,29 +34,29 @@ class Life:
 
     def _signalled(self, number: int) -> None:
         if self._stop.is_set():
-            # Everything that we started ends by our end: see die_with_parent and compute.worker.
+            # All processes that we started end with this one: see die_with_parent and compute.worker.
             os._exit(128 + number)
-        # First of all: a log that nobody reads any more must not stand between a signal and its effect.
+        # Before the log: a log that is not read must not delay the effect of a signal.
         self._stop.set()
         log.info("draining", signal=signal.Signals(number).name)
 
 
 def let_threads_give_way() -> None:
-    """Have threads started from now on not interrupt others when they wake (SCHED_BATCH; docs/decisions/0007).
+    """Let threads started from now on not preempt others when they wake (SCHED_BATCH; docs/decisions/0007).
 
-    gRPC's threads wake for every event, each time in the middle of what the event loop is doing. To be called before
-    there are any; the loop's own thread takes it back with `go_first` once they are there.
+    gRPC's threads wake for every event, each time in the middle of the event loop's work. Call this before any thread
+    starts; the loop's own thread reverts it with `go_first` once they have started.
     """
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def go_first() -> None:
-    """Have the calling thread interrupt those that give way."""
+    """Let the calling thread preempt threads that give way."""
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def notify_ready(notify_socket: str) -> None:
-    """Tell a supervisor that the service serves. Without one (an empty address) nobody is told."""
+    """Tell a supervisor that the service serves. An empty address means that there is no supervisor."""
     if notify_socket:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notice, contextlib.suppress(OSError):
             notice.connect(notify_socket)
@@ -64,7 +64,7 @@ def notify_ready(notify_socket: str) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when `parent` ends, however it does; end it now if that has happened."""
+    """Make the kernel kill this process when `parent` ends. If it has ended already, exit now."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

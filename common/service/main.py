@@ -1,4 +1,4 @@
-"""What both services' mains do: settings, logs, the loop, and an exit code."""
+"""The main function that both services share: settings, logs, the event loop, and an exit code."""
 
 import sys
 from collections.abc import Callable, Coroutine, MutableMapping, Sequence
@@ -27,15 +27,15 @@ def run(
     environment: MutableMapping[str, str],
     refusals: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Serve until told to stop: 0, or 2 with a line on stderr for an address or a refusal that prevents it."""
+    """Serve until a signal. Returns 0; or 2, after a line on stderr, for an address or refusal that prevents it."""
     if supervisor := environment.pop("UNLATCH_SUPERVISOR", ""):
         die_with_parent(int(supervisor))
     settings = parse(settings_kind, program, arguments)
     configure(process, settings.log_level)
     let_threads_give_way()
-    # Messages of a lane, a mebibyte and more each, come and go in what others left; larger ones are given back at once.
+    # A lane's messages, of a mebibyte or more, reuse each other's memory; larger blocks are returned at once.
     keep_freed(largest_bytes=8 * MiB, most_bytes=64 * MiB, step_bytes=4 * MiB)
-    # The loop's, and one for all of gRPC's threads: of one each, every one keeps as much as its largest moment took.
+    # One heap for the loop, one for all of gRPC's threads. With a heap each, every thread would keep its own peak.
     share_heaps(2)
     refusals = (BindError, CertificateError, FileError, *refusals)
     try:

@@ -1,4 +1,4 @@
-"""What a service does besides its own work, the same for gateway and front: ports, metrics, health, drain, end."""
+"""Parts of a service that gateway and dispatcher share: ports, metrics, health, drain, end."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from unlatch.common.lane.lanes import Lanes
 from unlatch.common.net.rpc import BindError, bind, options, server_options
 from unlatch.common.net.settings import ServiceSettings, Settings
 from unlatch.common.security.tls import refusal, server_credentials
-from unlatch.common.service.gc_pauses import Collecting
+from unlatch.common.service.gc_pauses import GcPauses
 from unlatch.common.service.health import Health
 from unlatch.common.service.life import Life, go_first, notify_ready
 from unlatch.common.telemetry.loop_watch import LoopWatch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-# What is left to do after the drain is closing connections.
+# After the drain only connections are left to close.
 _STOP_GRACE_SECONDS = 0.2
 
 
@@ -48,7 +48,7 @@ async def serve(
 ) -> None:
     """Serve until a signal, drain, and return with every port closed. Raises BindError for a port that is taken.
 
-    `live` says how many calls there are to walk for the garbage collector.
+    `live` returns the number of live calls, which the garbage collector would have to walk.
     """
     life = Life()
     server = grpc.aio.server(options=[*server_options(max_message_bytes, settings), *_aging(settings, certificates)])
@@ -65,7 +65,7 @@ async def serve(
         metrics_listen, close_metrics = serve_metrics(settings.metrics_listen, [recorder, *collectors])
     except (OSError, ValueError) as error:
         raise BindError(f"cannot serve metrics on {settings.metrics_listen}: {error}") from None
-    with LoopWatch(recorder, process), Collecting(live):
+    with LoopWatch(recorder, process), GcPauses(live):
         await server.start()
         await probes.start()
         go_first()
@@ -81,8 +81,8 @@ async def serve(
             async with asyncio.timeout(settings.drain_seconds):
                 await drain()
         except TimeoutError:
-            log.warning("calls are cut off", drain_seconds=settings.drain_seconds)
-        # Together: each takes its time, and whoever stops a service waits for all of it.
+            log.warning("drain timed out", drain_seconds=settings.drain_seconds)
+        # All at once, since each takes its time and stopping a service waits for them all.
         await asyncio.gather(
             server.stop(_STOP_GRACE_SECONDS), probes.stop(_STOP_GRACE_SECONDS), asyncio.to_thread(close_metrics)
         )
@@ -90,14 +90,14 @@ async def serve(
 
 
 def _aging(settings: Settings, certificates: "Certificates | None") -> list[tuple[str, int]]:
-    """How long a connection is used where it is secured. What is on its way when that is over is not touched."""
+    """The maximum age of secured connections. RPCs that are running at that age are not cut off."""
     if certificates is None:
         return []
     return [("grpc.max_connection_age_ms", round(settings.tls_connection_seconds * 1000))]
 
 
 async def _watch(certificates: "Certificates", lanes: Lanes, grace_seconds: float) -> None:
-    """Keep the certificates up to date, and with them the lanes that were opened with others."""
+    """Keep the certificates up to date, and reopen lanes that were opened with older ones."""
     await certificates.watch(
         looked=lambda: lanes.check(lambda context: refusal(certificates, context), grace_seconds),
         taken=lambda: lanes.reopen(grace_seconds),
@@ -105,6 +105,6 @@ async def _watch(certificates: "Certificates", lanes: Lanes, grace_seconds: floa
 
 
 async def _tell(health: Health, notify_socket: str) -> None:
-    """Tell a supervisor once calls are served: for a gateway that is when it has a replica."""
+    """Notify a supervisor once calls are served; for a gateway that is when it has a replica."""
     await health.until_serving()
     notify_ready(notify_socket)

@@ -1,1 +1,1 @@
-"""Metrics, logs and traces that every process writes."""
+"""Metrics, logs and traces of every process."""

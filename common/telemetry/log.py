@@ -1,7 +1,7 @@
 """Logs: one JSON object a line, on stderr.
 
-Whoever logs never waits for whoever reads: a thread writes. Kernels print to the same stderr, so one that prints
-faster than it is read would hold up the event loop at its next line.
+A thread writes the lines, so that logging never waits for the reader of stderr. Kernels print to the same stderr, and
+one that prints faster than it is read would otherwise block the event loop at its next log line.
 """
 
 import atexit
@@ -16,14 +16,14 @@ from typing import TextIO, cast
 import structlog
 
 _STDERR = 2
-# What waits to be written while nobody reads. What comes then is lost, and counted.
-_MOST_WAITING = 1000
-# How long the end of a process waits for its last lines to be read.
+# Maximum lines that wait to be written. Further lines are dropped and counted.
+_MAX_WAITING = 1000
+# Maximum time that the end of a process waits for its last lines to be written.
 _LAST_LINES_SECONDS = 0.5
 
 
 def configure(process: str, level: str) -> None:
-    """Have every logger of this process, structlog's and the standard library's, write so. Call it once."""
+    """Configure all loggers of this process, structlog's and the standard library's. Call this once."""
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -50,7 +50,7 @@ def configure(process: str, level: str) -> None:
 
 
 class _Stderr(io.TextIOBase):
-    """stderr, of which a reader that is slow or gone must not become a fault of whoever logs."""
+    """stderr with a writer thread, so that a slow or missing reader does not affect the code that logs."""
 
     def __init__(self, process: str) -> None:
         self._process = process
@@ -58,13 +58,13 @@ class _Stderr(io.TextIOBase):
         self._lost = 0
         self._there = threading.Event()
         self._ending = False
-        # Neither holds up the process's end: a daemon, which the end gives a moment.
+        # A daemon thread, which cannot block the end of the process; _end gives it a moment.
         self._writer = threading.Thread(target=self._write_all, name="log", daemon=True)
         self._writer.start()
         atexit.register(self._end)
 
     def write(self, text: str, /) -> int:
-        if len(self._waiting) < _MOST_WAITING:
+        if len(self._waiting) < _MAX_WAITING:
             self._waiting.append(text)
         else:
             self._lost += 1
@@ -83,7 +83,7 @@ class _Stderr(io.TextIOBase):
 
     @staticmethod
     def _say(text: str) -> None:
-        # Not by sys.stderr: the interpreter does not end while a thread is in the middle of that.
+        # Not through sys.stderr: the interpreter cannot end while a thread is inside it.
         line = text.encode(errors="replace")
         with suppress(OSError):
             while line:
@@ -96,7 +96,7 @@ class _Stderr(io.TextIOBase):
 
 
 def _named(process: str) -> structlog.types.Processor:
-    """A library may log from any thread, where the context is not ours."""
+    """A processor that adds the process's name. A library may log from a thread without our context variables."""
 
     def name(_: object, __: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
         return {"process": process, **event}

@@ -1,4 +1,4 @@
-"""`/metrics` on a port and threads of its own, so that a process whose event loop is stalled can still be looked at."""
+"""`/metrics` on a port and threads of its own, so that a process can be scraped while its event loop is stalled."""
 
 import socket
 import threading
@@ -10,14 +10,14 @@ from prometheus_client.registry import Collector
 
 
 def serve_metrics(address: str, collectors: Iterable[Collector]) -> tuple[str, Callable[[], None]]:
-    """Serve what the collectors yield over HTTP: the address that was bound, and a function that ends it.
+    """Serve the collectors' metrics over HTTP. Returns the bound address, and a function that ends the server.
 
-    `address` is `host:port`, an IPv6 host in brackets, port 0 for any that is free. Ending blocks for milliseconds,
-    so an event loop that has other work leaves it to a thread. Raises ValueError for an address that is none, OSError
-    for one that cannot be had.
+    `address` is `host:port`, with an IPv6 host in brackets and port 0 for any free port. Ending takes milliseconds, so
+    an event loop should run it in a thread. Raises ValueError for an invalid address, OSError for one that cannot be
+    bound.
     """
     host, port = _split(address)
-    # Ours alone: the default registry would add prometheus_client's figures of this process beside our own.
+    # A registry of our own: the default one would add prometheus_client's figures of this process.
     registry = CollectorRegistry(support_collectors_without_names=True)
     for collector in collectors:
         registry.register(collector)
@@ -25,7 +25,7 @@ def serve_metrics(address: str, collectors: Iterable[Collector]) -> tuple[str, C
     bound_host, bound_port = server.server_address[:2]
 
     def close() -> None:
-        # The server looks whether it is to end twice a second, and whenever somebody connects: so somebody does.
+        # The server checks for its end twice a second, and on every connection. So we connect.
         ending = threading.Thread(target=server.shutdown)
         ending.start()
         while ending.is_alive():
@@ -46,7 +46,7 @@ def _split(address: str) -> tuple[str, int]:
     else:
         is_host = bool(host) and not set(host) & set("[]:")
     if not is_host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"metrics are served at host:port or [IPv6]:port, not at {address!r}")
+        raise ValueError(f"wanted host:port or [IPv6]:port for metrics, got {address!r}")
     return host, int(port)
 
 

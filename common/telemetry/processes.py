@@ -1,28 +1,28 @@
-"""What each process costs, as the system accounts it: processor time, waits for a core, utilisation, memory, faults.
+"""Costs of each process, as the system accounts them: processor time, waits for a core, utilisation, memory, faults.
 
-A process is known by a name that outlives it ("dispatcher", "worker-0"), so that counters go on where a replacement
-takes over. Each has a *life* here from the moment it is watched until its counters are closed:
+A process is known by a name that outlives it ("dispatcher", "worker-0"), so that counters go on when a replacement
+takes over. Each process has a *life* here, from the moment when it is watched until its counters are closed:
 
     watch(name, pid) -> read every half second and at each scrape -> gone -> settled: added to its name's past
 
-Every reading goes through one file of `/proc/<pid>/stat` that stays open. It stands for that very process: once the
-process has been reaped a read fails, whoever has its number by then.
+Every reading uses one open file, `/proc/<pid>/stat`. The file belongs to that very process: once the process has been
+reaped, reading fails, even if another process has its number by then.
 
-**What a worker burned after its last reading.** A killed worker takes up to half a second of processor time with it
-that nobody read. Workers are children of the forkserver, the *reaper*, so no other process may wait for them and learn
-their usage. But the system adds a child's whole usage to the reaper's "waited for" counts just before the child's entry
-disappears. So when workers have gone, what the reaper's counts gained is theirs: all of it, if one has gone; if several
-went between two readings, each has what was last read of it, and what remains is divided by how busy each was. For that
-the gain must be known to belong to those workers and no others, which is why `_survey` reads the reaper between two
-looks at its children and leaves the accounts open when one is just on its way out. A process that is no child of the
-reaper, or whose reaper has itself gone, keeps its last reading.
+**Processor time of a worker after its last reading.** Up to half a second of a killed worker's processor time was not
+read before its death. Workers are children of the forkserver, the *reaper*, so no other process can wait for them and
+learn their usage. But the system adds a child's whole usage to the reaper's "waited for" counts just before the child's
+entry disappears. So when workers have gone, the gain of the reaper's counts is theirs. If one worker has gone, it gets
+all of the gain. If several went between two readings, each gets what was last read of it, and the rest is divided by
+how busy each was. For that the gain must be known to belong to those workers only. This is why `_survey` reads the
+reaper between two looks at its children, and leaves the accounts open while a child is just ending. A process that is
+no child of the reaper, or whose reaper has gone, keeps its last reading.
 
-Counters of a worker include the children that it waited for, since the reaper's do; others' counters do not, or the
-front's would hold its workers' a second time.
+Counters of a worker include the children that it waited for, since the reaper's counts do. Counters of other processes
+do not, because the dispatcher's would then count its workers twice.
 
-**How long it waited for a core** is told of each thread by itself (`schedstat`), and what is summed over threads goes
-down when one ends. So it is the first thread's: the one that runs the loop, or the kernels. What a killed process
-waited after its last reading, half a second at most, is lost.
+**Waits for a core** are reported for each thread (`schedstat`), and a sum over threads would fall when one ends. So
+only the first thread's waits count: the thread that runs the loop, or the kernels. Waits of a killed process after its
+last reading, half a second at most, are lost.
 """
 
 import os
@@ -38,29 +38,29 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 SAMPLE_SECONDS = 0.5
 WINDOW_SECONDS = 5.0
-# A utilisation over less time than this would be noise: a window that has just begun counts as one this long.
+# Over a shorter time utilisation would be noise, so a window that has just begun counts as this long.
 _SHORTEST_WINDOW_SECONDS = 0.25
-# A child that has ended is reaped within a millisecond; if not, its accounts are looked at again this soon.
+# A child that has ended is reaped within a millisecond; if it is not, its accounts are read again after this time.
 _UNSETTLED_SECONDS = 0.01
 _TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 _TICK_NANOSECONDS = int(_TICK_SECONDS * 1e9)
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
-# A system without scheduler statistics tells of no waits.
+# False on a system without scheduler statistics, which reports no waits.
 _TELLS_WAITS = Path("/proc/self/schedstat").exists()
 
-# User and system time in ticks, minor and major page faults. Whole numbers: sums of fractions depend on their order,
-# and a counter that goes down by the last bit has been reset, as Prometheus sees it.
+# User and system time in ticks, minor and major page faults. All are integers: sums of fractions depend on their order,
+# and Prometheus takes a counter that falls by the last bit for a reset.
 Usage = tuple[int, int, int, int]
 _NOTHING: Usage = (0, 0, 0, 0)
 
 
 class _Life:
-    """One process under a name. `gone` when it has been reaped, `leaving` between its end and that."""
+    """One process under a name. `gone` means reaped; `leaving` means ended but not yet reaped."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self.parent: int | None = None  # never known of one that had gone before it was watched
-        self.reaper: _Life | None = None  # who tells of its usage once it has gone, if anyone does
+        self.parent: int | None = None  # unknown for a process that was gone before it was watched
+        self.reaper: _Life | None = None  # the process whose counts get this one's usage, if there is one
         self.gone = self.leaving = False
         self.own = self.waited = _NOTHING
         self.core_wait_nanoseconds = 0
@@ -71,18 +71,18 @@ class _Life:
         self.read(0.0)
 
     def read(self, window_seconds: float) -> None:
-        """Read all that the system says now, and forget what it said before the window."""
+        """Read all present figures, and drop those from before the window."""
         try:
             clock = _processor_nanoseconds(self.pid)
             now = time.monotonic_ns()
-            # After the clock, which goes by the number: that this succeeds says that the clock was this process's.
+            # After the clock, which is read by pid: if this read succeeds, the clock was this process's.
             stat = os.pread(self._stat, 4096, 0)
             if _TELLS_WAITS:
                 self.core_wait_nanoseconds = int(os.pread(self._schedstat, 128, 0).split()[1])
         except OSError:
             self._end()
             return
-        # Fields as proc_pid_stat(5) numbers them, less 3: the second is a name that may hold anything, ")" included.
+        # Numbered as in proc_pid_stat(5), less 3: the second field is a name with any characters, even ")".
         fields = stat[stat.rindex(b")") + 2 :].split()
         self.leaving = fields[0] in b"ZX"
         self.parent = int(fields[1]) if self.parent is None else self.parent
@@ -95,15 +95,15 @@ class _Life:
 
     @property
     def usage(self) -> Usage:
-        """What it has used; with the children that it waited for, where its reaper's counts will have them too."""
+        """Usage of the process, plus that of children it waited for if its reaper's counts will include them."""
         return self.own if self.reaper is None else _sum(self.own, self.waited)
 
     def utilization(self) -> float:
-        """Processor time over wall time between the oldest and the newest reading of the window."""
+        """Processor time over wall time, between the oldest and newest reading of the window."""
         if not self._seen:
             return 0.0
         (wall, processor), (wall_now, processor_now) = self._seen[0], self._seen[-1]
-        # A process that has just ended has ticks only, which may lie a little behind its clock.
+        # A process that has just ended has only ticks, which may lie a little behind its clock.
         return max(0, processor_now - processor) / max(wall_now - wall, _SHORTEST_WINDOW_SECONDS * 1e9)
 
     def _end(self) -> None:
@@ -115,18 +115,18 @@ class _Life:
 
 
 class _Name:
-    """What is exported under a name: the past of its processes that have gone, and those that are not yet settled."""
+    """The accounts of one name: the past of settled processes, and the processes that are not settled yet."""
 
     def __init__(self) -> None:
         self.past = _NOTHING
         self.past_wait_nanoseconds = 0
-        self.lives: list[_Life] = []  # the last is the one that fills the name now
+        self.lives: list[_Life] = []  # the last one has the name now
 
 
 class ProcessWatch:
-    """Watches processes from a thread of its own between `start` and `close`; a prometheus_client collector of them.
+    """Watches processes in a thread of its own between `start` and `close`. It is a collector for prometheus_client.
 
-    `reaper` is the name under which the forkserver will be watched, if there is one: watch it before its children.
+    `reaper` is the name of the forkserver, if there is one; watch the forkserver before its children.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class ProcessWatch:
         self._window_seconds = window_seconds
         self._names: dict[str, _Name] = {}
         self._reaper: _Life | None = None
-        self._accounted = _NOTHING  # what of the reaper's waited-for counts has been given to a name
-        # Scrapes and the sampling thread take turns; the event loop never waits for them, it leaves its news here.
+        self._accounted = _NOTHING  # the part of the reaper's waited-for counts that names have been given
+        # Held by scrapes and by the sampling thread. The event loop never waits for it; it only adds to `_news`.
         self._turn = threading.Lock()
         self._news: deque[tuple[str, _Life]] = deque()
         self._wake = threading.Event()
@@ -146,36 +146,36 @@ class ProcessWatch:
         self._thread = threading.Thread(target=self._run, name="process-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to sample."""
+        """Start the sampling thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop sampling. What was counted can still be collected."""
+        """Stop sampling. Counted figures can still be collected."""
         self._closed = True
         self._wake.set()
         self._thread.join()
 
     def watch(self, name: str, pid: int) -> None:
-        """From now on `name` is this process. One that filled it before is still accounted for, to its end.
+        """Assign a process to `name`. The process that had the name before is accounted for until its end.
 
-        Takes about 0.1 ms and waits for nobody. A process that has ended already counts with what its reaper knows.
+        Takes about 0.1 ms and never blocks. A process that has ended already gets what its reaper knows.
         """
         self._news.append((name, _Life(pid)))
         self._wake.set()
 
     def settle(self) -> None:
-        """Account for processes that ended just now, instead of within half a second. Never blocks.
+        """Account for processes that ended just now, rather than within half a second. Never blocks.
 
-        Nothing is lost without it. But of workers that die between two readings only the sum is known for sure, so
-        whoever learns of an end says so here.
+        Nothing is lost without this call. But of workers that die between two readings only the sum is known exactly,
+        so call it whenever a worker ends.
         """
         self._wake.set()
 
     def collect(self) -> Iterator[Metric]:
-        """Read every process and say what it has cost; safe from any thread."""
+        """Read every process and yield its costs. May be called from any thread."""
         time_used = CounterMetricFamily(
             "unlatch_process_cpu_seconds_total",
-            "Processor time used by the processes of this name, those that have ended included.",
+            "Processor time used by the processes of this name, ended ones included.",
             labels=("process", "mode"),
         )
         utilization = GaugeMetricFamily(
@@ -190,12 +190,12 @@ class ProcessWatch:
         )
         faults = CounterMetricFamily(
             "unlatch_process_page_faults_total",
-            "Pages that had to be found (minor) or read from a disk (major) when they were touched.",
+            "Pages that were found in memory (minor) or read from a disk (major) when they were touched.",
             labels=("process", "kind"),
         )
         core_wait = CounterMetricFamily(
             "unlatch_process_core_wait_seconds_total",
-            "How long the first threads of the processes of this name, ready to run, waited for a core.",
+            "Seconds that the first threads of the processes of this name were ready to run and waited for a core.",
             labels=("process",),
         )
         with self._turn:
@@ -232,10 +232,10 @@ class ProcessWatch:
             self._wake.wait(self._sample_seconds if settled else _UNSETTLED_SECONDS)
 
     def _sample(self) -> bool:
-        """Read everything; False when a process is just ending and must be looked at again."""
+        """Read all processes. Returns False if one is just ending and must be read again."""
         while self._news:
             self._welcome(*self._news.popleft())
-        # A process seen to be gone for the first time is settled by a second survey, which begins with knowing it.
+        # A process found to be gone is settled by a second survey, which knows that from its beginning.
         return self._survey() or self._survey()
 
     def _welcome(self, label: str, life: _Life) -> None:
@@ -246,10 +246,11 @@ class ProcessWatch:
             life.reaper = self._reaper
 
     def _survey(self) -> bool:
-        """Read every process and close the accounts of those that have gone. False if some must stay open for now.
+        """Read every process and close the accounts of those that have gone. Returns False if some must stay open.
 
-        Whoever was gone before the reaper is read is in its counts. Whoever is alive after that is not. When there is
-        nobody between, the counts' gain belongs to those who were gone, and to children that nobody watches.
+        A process that was gone before the reaper is read is in the reaper's counts. A process that is alive after that
+        is not. If no process went in between, the counts' gain belongs to the gone processes, and to children that are
+        not watched.
         """
         lives = [(name, life) for name in self._names.values() for life in name.lives]
         gone = [(name, life) for name, life in lives if life.gone]
@@ -259,7 +260,7 @@ class ProcessWatch:
         for _, life in lives:
             if not life.gone and life is not self._reaper:
                 life.read(self._window_seconds)
-                # An orphan's end is for others to see to, and may take them long.
+                # The end of an orphan is left to other processes, and may take them long.
                 between |= life.gone or (life.leaving and life.reaper is not None and life.reaper is self._reaper)
         if between:
             return False
@@ -275,7 +276,7 @@ class ProcessWatch:
             self._accounted = self._reaper.waited
         for life in reaped:
             rest = _difference(rest, life.usage)
-        # Ticks are cut off, not rounded, so the last readings may exceed the gain by one: no counter takes that back.
+        # Ticks are truncated, so the last readings may exceed the gain by one; counters must not fall for that.
         rest = (max(rest[0], 0), max(rest[1], 0), max(rest[2], 0), max(rest[3], 0))
         weights = {life: max(life.utilization(), 0.01) for life in reaped}
         for name, life in gone:
@@ -290,7 +291,7 @@ class ProcessWatch:
 
 
 def _open(path: str) -> int:
-    """A descriptor to read from, -1 where there is nothing."""
+    """Open a file for reading; -1 if there is none."""
     try:
         return os.open(path, os.O_RDONLY)
     except OSError:
@@ -298,7 +299,7 @@ def _open(path: str) -> int:
 
 
 def _processor_nanoseconds(pid: int) -> int | None:
-    """A process's own clock (clock_getcpuclockid(3)), finer than ticks; None where the system does not show it."""
+    """A process's own clock (clock_getcpuclockid(3)), finer than ticks; None if the system does not provide it."""
     try:
         return time.clock_gettime_ns((~pid << 3) | 2)
     except OSError:

@@ -1,12 +1,12 @@
-"""What a call's path reports to: counters, histograms and gauges that cost a fraction of a microsecond.
+"""Metrics for code on a call's path: counters, histograms and gauges that cost a fraction of a microsecond.
 
-The event loop's thread is the only writer, so nothing here locks. A scrape reads from a thread of its own, and three
-things keep what it sees true: a series' value is one reference, replaced whole; dicts and lists are copied in one step
-of the interpreter before anything walks them; and a histogram keeps no count of its own, so that its buckets and its
-count, made from one copy, always agree. Only its sum can be one observation ahead or behind.
+Only the event loop's thread writes, so nothing here locks. A scrape reads from a thread of its own, and three rules
+keep what it reads consistent. A series' value is one reference, replaced whole. Dicts and lists are copied in one step
+of the interpreter before they are walked. A histogram keeps no separate count, so its buckets and its count, made from
+one copy, always agree. Only its sum can be one observation ahead or behind.
 
-Label values may come from callers. So a metric keeps at most `max_series` series, with values of moderate length; what
-does not fit is counted under labels that are all `other`, and the totals stay right.
+Label values may come from callers. So a metric keeps at most `max_series` series, with values of moderate length.
+Others are counted under labels that are all `other`, so that totals stay right.
 """
 
 import logging
@@ -20,12 +20,12 @@ from typing import Generic, TypeVar
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 OTHER = "other"
-# Seconds: a cheap call through a warm lane takes a few hundred microseconds, the longest deadline is minutes.
+# Seconds. A cheap call on a warm lane takes a few hundred microseconds; the longest deadlines are minutes.
 LATENCY_BUCKETS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 )
-_MOST_LABEL_CHARACTERS = 256
+_MAX_LABEL_CHARACTERS = 256
 _log = logging.getLogger(__name__)
 
 
@@ -38,7 +38,7 @@ class CounterSeries:
         self.value = 0.0
 
     def add(self, amount: float = 1.0) -> None:
-        """Count `amount`, which must not be negative: nothing here checks it."""
+        """Add `amount`, which must not be negative; this is not checked."""
         self.value += amount
 
 
@@ -51,12 +51,12 @@ class GaugeSeries:
         self.value = 0.0
 
     def set(self, value: float) -> None:
-        """What is true from now on."""
+        """Set the present value."""
         self.value = value
 
 
 class HistogramSeries:
-    """One histogram under one set of labels. `counts` are each bucket's own, not cumulative; the last is +Inf's."""
+    """One histogram under one set of labels. `counts` are those of each bucket, not cumulative; the last is +Inf's."""
 
     __slots__ = ("bounds", "counts", "sum")
 
@@ -75,12 +75,12 @@ Series = TypeVar("Series", CounterSeries, GaugeSeries, HistogramSeries)
 
 
 class _Metric(ABC, Generic[Series]):
-    """A named family of series, one for each combination of label values that was seen."""
+    """A named family of series, one for each combination of label values seen."""
 
     def __init__(self, name: str, text: str, label_names: Sequence[str], max_series: int) -> None:
-        # prometheus_client lets any UTF-8 be a name.
+        # prometheus_client would accept any UTF-8 as a name.
         if not all(re.fullmatch("[a-z][a-z0-9_]*", word) for word in (name, *label_names)):
-            raise ValueError(f"metric {name!r} or one of its labels {tuple(label_names)} is no Prometheus name")
+            raise ValueError(f"metric {name!r} or a label of {tuple(label_names)} is not a valid Prometheus name")
         if not text:
             raise ValueError(f"metric {name} needs a HELP text")
         self.name = name
@@ -92,41 +92,41 @@ class _Metric(ABC, Generic[Series]):
             self.labels()
 
     def labels(self, *values: str) -> Series:
-        """The series under these values, made if it is new: bind it once where the labels are known beforehand.
+        """The series with these label values, created if it is new. Bind it once if the labels are known beforehand.
 
-        A series that is bound is exported from then on, at 0 until something is counted. Raises ValueError when the
-        values are not one string for each label name.
+        A bound series is exported from then on, with 0 until something is counted. Raises ValueError unless there is
+        one string for each label name.
         """
         return self._series.get(values) or self._add_series(values)
 
     def seen(self, *values: str) -> Series | None:
-        """The series under these values, if there is one of its own."""
+        """The series with these label values; None if it has not been created."""
         return self._series.get(values)
 
     @abstractmethod
     def _family(self) -> Metric:
-        """What prometheus_client exports, still without samples."""
+        """The family for prometheus_client, still without samples."""
 
     @abstractmethod
     def _new_series(self) -> Series: ...
 
     @abstractmethod
     def collect(self) -> Metric:
-        """Every series as it stands; called from a scrape's thread."""
+        """Collect all series at their present values. Called from a scrape's thread."""
 
     def _add_series(self, values: tuple[str, ...]) -> Series:
         if len(values) != len(self.label_names) or not all(isinstance(value, str) for value in values):
-            raise ValueError(f"metric {self.name} wants a string for each of {self.label_names}, not {values!r:.200}")
+            raise ValueError(f"metric {self.name}: wanted a string for each of {self.label_names}, got {values!r:.200}")
         if len(self._series) >= self._max_series or not all(map(_is_presentable, values)):
             values = (OTHER,) * len(values)
         return self._series.setdefault(values, self._new_series())
 
 
 class Counter(_Metric[CounterSeries]):
-    """A sum that only grows. `counter.add(1, kernel, code)`."""
+    """A sum that only grows: `counter.add(1, kernel, code)`."""
 
     def add(self, amount: float, *labels: str) -> None:
-        """Count `amount`, which must not be negative."""
+        """Add `amount`, which must not be negative."""
         try:
             self._series[labels].value += amount
         except KeyError:
@@ -146,14 +146,14 @@ class Counter(_Metric[CounterSeries]):
 
 
 class Histogram(_Metric[HistogramSeries]):
-    """How values spread over buckets, in base units. `histogram.observe(seconds, kernel, stage)`."""
+    """A distribution of values over buckets, in base units: `histogram.observe(seconds, kernel, stage)`."""
 
     def __init__(
         self, name: str, text: str, label_names: Sequence[str], max_series: int, buckets: Sequence[float]
     ) -> None:
         self._bounds = tuple(map(float, buckets))
         if not self._bounds or sorted(set(self._bounds)) != list(self._bounds):
-            raise ValueError(f"metric {name}: buckets must rise, but they are {self._bounds}")
+            raise ValueError(f"metric {name}: buckets must increase, got {self._bounds}")
         self._bucket_names = [*map(repr, self._bounds), "+Inf"]
         super().__init__(name, text, label_names, max_series)
 
@@ -181,7 +181,7 @@ class Histogram(_Metric[HistogramSeries]):
 
 
 class Gauge(_Metric[GaugeSeries]):
-    """What is true now: set by the loop with `gauge.set(value, *labels)`, or read by `read` at each scrape."""
+    """A present value: set by the loop with `gauge.set(value, *labels)`, or read by `read` at each scrape."""
 
     def __init__(
         self, name: str, text: str, label_names: Sequence[str], max_series: int, read: "GaugeReader | None" = None
@@ -190,7 +190,7 @@ class Gauge(_Metric[GaugeSeries]):
         super().__init__(name, text, label_names, max_series)
 
     def set(self, value: float, *labels: str) -> None:
-        """What is true from now on, under these labels."""
+        """Set the present value under these labels."""
         try:
             self._series[labels].value = value
         except KeyError:
@@ -213,20 +213,20 @@ class Gauge(_Metric[GaugeSeries]):
             return {labels: series.value for labels, series in self._series.copy().items()}
         try:
             values = self._read()
-        except Exception:  # noqa: BLE001 (an operator in trouble needs the other metrics most: this one is only missing)
+        except Exception:  # noqa: BLE001 (only this metric is left out: in trouble the others are needed most)
             _log.exception("metric %s could not be read", self.name)
             return {}
         return dict(values) if isinstance(values, Mapping) else {(): values}
 
 
-# A number for a gauge without labels; else a number for each tuple of label values. Called from a scrape's thread.
+# Returns a number for a gauge without labels, else numbers by label values. Called from a scrape's thread.
 GaugeReader = Callable[[], float | Mapping[tuple[str, ...], float]]
 
 
 class Recorder:
-    """All that one process reports, and a prometheus_client collector of it.
+    """All metrics of one process. It is a collector for prometheus_client.
 
-    Make metrics at start-up and keep them; report from the event loop's thread alone. `max_series` bounds each metric.
+    Create metrics at start and keep them; report only from the event loop's thread. `max_series` bounds each metric.
     """
 
     def __init__(self, *, max_series: int = 1000) -> None:
@@ -234,29 +234,29 @@ class Recorder:
         self._metrics: dict[str, Counter | Histogram | Gauge] = {}
 
     def counter(self, name: str, text: str, label_names: Sequence[str] = ()) -> Counter:
-        """A counter; its name ends in `_total`. Raises ValueError for a name that is taken or badly formed."""
+        """Create a counter, whose name ends in `_total`. Raises ValueError for a taken or invalid name."""
         if not name.endswith("_total"):
-            raise ValueError(f"a counter's name ends in _total, but this is {name}")
+            raise ValueError(f"the name of counter {name} must end in _total")
         return self._add(Counter(name, text, label_names, self._max_series))
 
     def histogram(
         self, name: str, text: str, label_names: Sequence[str] = (), buckets: Sequence[float] = LATENCY_BUCKETS
     ) -> Histogram:
-        """A histogram; its name ends in a base unit, such as `_seconds`. The bound +Inf is added to `buckets`."""
+        """Create a histogram, whose name ends in a base unit such as `_seconds`. The bound +Inf is added."""
         return self._add(Histogram(name, text, label_names, self._max_series, buckets))
 
     def gauge(self, name: str, text: str, label_names: Sequence[str] = (), read: GaugeReader | None = None) -> Gauge:
-        """A gauge that is set or, given `read`, asked for at each scrape, in the scrape's thread."""
+        """Create a gauge that is set; or, given `read`, read at each scrape, in the scrape's thread."""
         return self._add(Gauge(name, text, label_names, self._max_series, read))
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric as it stands; safe from any thread."""
+        """Yield every metric with its present values. May be called from any thread."""
         for metric in list(self._metrics.values()):
             yield metric.collect()
 
     def _add(self, metric: "_AnyMetric") -> "_AnyMetric":
         if metric.name in self._metrics:
-            raise ValueError(f"metric {metric.name} exists already")
+            raise ValueError(f"metric {metric.name} already exists")
         self._metrics[metric.name] = metric
         return metric
 
@@ -265,5 +265,5 @@ _AnyMetric = TypeVar("_AnyMetric", Counter, Histogram, Gauge)
 
 
 def _is_presentable(value: str) -> bool:
-    """Whether a label value may be kept: a lone surrogate would fail the whole scrape, a long one fill the memory."""
-    return len(value) <= _MOST_LABEL_CHARACTERS and value.isprintable()
+    """Whether a label value may be kept. A lone surrogate would fail the whole scrape; long values fill memory."""
+    return len(value) <= _MAX_LABEL_CHARACTERS and value.isprintable()

@@ -1,7 +1,7 @@
-"""Spans to a collector: OpenTelemetry's SDK, where the standard OTEL_* variables ask for it.
+"""Export of spans to a collector by OpenTelemetry's SDK, if the standard OTEL_* variables ask for it.
 
-It comes with `pip install unlatch[otel]` and reads the other variables itself: the endpoint, the sampler, how spans are
-gathered. Only a process's main calls this.
+The SDK comes with `pip install unlatch[otel]` and reads the other variables itself: endpoint, sampler, batching. Only a
+process's main uses this module.
 """
 
 import threading
@@ -14,19 +14,19 @@ log = structlog.get_logger()
 
 _EXPORTER = "OTEL_TRACES_EXPORTER"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-# How long the end of a process waits for its last spans to leave.
+# Maximum time that the end of a process waits for its last spans to be sent.
 _LAST_SPANS_SECONDS = 1.0
 
 
 @contextmanager
 def exported(process: str, environment: Mapping[str, str]) -> Iterator[None]:
-    """Within, spans are recorded and sent if the environment asks for it. Trouble is only logged: calls matter more."""
+    """A context that records and sends spans if the environment asks for it. Errors are logged; calls go on."""
     stop = _start(process, environment) if _asked(environment) else None
     try:
         yield
     finally:
         if stop is not None:
-            # It waits for a collector that does not answer: a daemon, which the process's end does not wait for.
+            # In a daemon thread, so that a collector that does not answer cannot block the end of the process.
             ending = threading.Thread(target=stop, name="last spans", daemon=True)
             ending.start()
             ending.join(_LAST_SPANS_SECONDS)

@@ -1,9 +1,9 @@
 """Traces: W3C trace context in descriptors, and spans through OpenTelemetry's API.
 
-    the caller's span ── traceparent ──> gateway: `call` ── Descriptor.traceparent ──> front: `queue`, `run`
+    the caller's span ── traceparent ──> gateway: `call` ── Descriptor.traceparent ──> dispatcher: `queue`, `run`
 
-A process whose composition root has set up no SDK makes no spans: what the caller said is carried on as it came, which
-is all that a hop without a part in the trace owes it. What says no trace context is ignored by whoever reads it
+A process without an SDK makes no spans and passes the caller's context on unchanged, which is all that the standard
+asks of a hop that takes no part in the trace. A receiver ignores a context that is malformed
 (https://www.w3.org/TR/trace-context/).
 """
 
@@ -17,8 +17,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from unlatch.protos.unlatch_pb2 import Descriptor
 
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
-# Of either header: what is longer is dropped. The standard asks for 512 of tracestate, and traceparent takes 55.
-_MOST_CHARACTERS = 512
+# Longer headers are dropped. The standard asks for 512 of tracestate, and traceparent takes 55.
+_MAX_CHARACTERS = 512
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -27,21 +27,21 @@ Span = trace.Span
 
 
 def bound(descriptor: Descriptor) -> None:
-    """Have a call carry no more of a trace than there can be of one."""
-    if len(descriptor.traceparent) > _MOST_CHARACTERS:
+    """Drop headers of a call that are too long for a trace context."""
+    if len(descriptor.traceparent) > _MAX_CHARACTERS:
         descriptor.traceparent = ""
-    if len(descriptor.tracestate) > _MOST_CHARACTERS or not descriptor.traceparent:
+    if len(descriptor.tracestate) > _MAX_CHARACTERS or not descriptor.traceparent:
         descriptor.tracestate = ""
 
 
 def trace_id(descriptor: Descriptor) -> str:
-    """The trace that a call belongs to, in 32 hexadecimal digits; "" for none."""
+    """The id of a call's trace, 32 hexadecimal digits; "" without one."""
     said = trace.get_current_span(_context(descriptor)).get_span_context()
     return trace.format_trace_id(said.trace_id) if said.is_valid else ""
 
 
 class Tracing:
-    """Makes spans, where somebody has set up who records them. To be made after that."""
+    """Makes spans, if the process has set up an SDK. Create this after that."""
 
     def __init__(self) -> None:
         provider = trace.get_tracer_provider()
@@ -54,7 +54,7 @@ class Tracing:
         return self._tracer is not None
 
     def begin(self, name: str, descriptor: Descriptor) -> Span | None:
-        """Begin a span of a call, which is the parent of those that its replica makes."""
+        """Begin a call's span, the parent of the spans that its replica makes."""
         if self._tracer is None:
             return None
         span = self._tracer.start_span(name, _context(descriptor), trace.SpanKind.SERVER)
@@ -64,7 +64,7 @@ class Tracing:
         return span
 
     def passed(self, name: str, descriptor: Descriptor, began: float, ended: float, attributes: Attributes) -> None:
-        """Tell of a part of a call's way that lies behind it, by the monotonic clock."""
+        """Record a span of a part of a call that has ended. Times are of the monotonic clock."""
         if self._tracer is None:
             return
         epoch = time_ns() - monotonic() * 1e9
@@ -75,7 +75,7 @@ class Tracing:
 
 
 def end(span: trace.Span, code: str, message: str, attributes: Attributes) -> None:
-    """End a span with what came of its call."""
+    """End a span with the outcome of its call."""
     if span.is_recording():
         span.set_attributes(dict(attributes))
         if code != "OK":

@@ -19,7 +19,7 @@ from unlatch.common.waiting.admission import MARGIN, refusal_in_time, retry_mill
 from unlatch.common.waiting.forecast import RunTimes
 from unlatch.common.waiting.order import Policy
 from unlatch.compute.call import Call
-from unlatch.compute.ipc.frames import MOST_MEMBERS_BYTES, described_bytes
+from unlatch.compute.ipc.frames import MAX_MEMBERS_BYTES, described_bytes
 
 # What a call is expected to take beyond its wait and its run, on its way back to its caller.
 _REPLY_SECONDS = 0.002
@@ -206,7 +206,7 @@ class Queue:
         if call.batch is None:
             return []
         rows, size, seconds = call.rows, call.size, call.cost_seconds
-        most = MOST_MEMBERS_BYTES // described_bytes(len(shape) for shape in call.arguments.shapes)
+        most = MAX_MEMBERS_BYTES // described_bytes(len(shape) for shape in call.arguments.shapes)
         most_seconds = _seconds_for(call)
         found: list[Call] = []
         for other in islice(self._policy.alike(call), _MOST_LOOKED_AT):

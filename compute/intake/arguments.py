@@ -1,7 +1,7 @@
-"""A call's arguments, held against its kernel's signature before the call waits for anything.
+"""Validation of a call's arguments against its kernel's signature, before the call waits for anything.
 
-The front knows dtypes by name and axes by length; what only NumPy can see (the prefixes within BYTES) a worker checks.
-Every refusal is an InvalidArgument that names the argument, what it should be and what came.
+The dispatcher knows dtypes by name and axes by length. What only NumPy can see (the prefixes within BYTES), a worker
+checks. Every error is an InvalidArgument that names the argument, what was wanted and what was given.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -11,18 +11,18 @@ from unlatch.common.errors import InvalidArgument, near
 from unlatch.common.kernel.datatypes import NP_DTYPE, seen_by_numpy
 from unlatch.common.kernel.parameters import Value, scalar
 from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec, one_by_one
-from unlatch.compute.ipc.frames import MOST_STRING_BYTES, Parameters
+from unlatch.compute.ipc.frames import MAX_STRING_BYTES, Parameters
 from unlatch.protos.unlatch_pb2 import Descriptor, Parameter, RequestedOutput
 
-# Of the protocol's extension for HTTP; here every output is binary.
+# A parameter of the protocol's HTTP extension; here every output is binary.
 _BINARY_DATA = "binary_data"
 
 
 @dataclass(slots=True)
 class Arguments:
-    """What a call gives its kernel, and which of the outputs it wants back.
+    """A call's arguments, and the outputs that it wants.
 
-    `order[i]` says which of the descriptor's tensors is the kernel's i-th array; `outputs` are positions in the spec.
+    `order[i]` is the position in the descriptor of the kernel's i-th array; `outputs` are positions in the spec.
     """
 
     dtypes: list[str]
@@ -33,12 +33,12 @@ class Arguments:
 
 
 def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
-    """A descriptor's arguments as the kernel will get them. Raises InvalidArgument."""
+    """Convert a descriptor to the kernel's arguments. Raises InvalidArgument."""
     tensors = descriptor.request.tensors
     lengths = descriptor.lengths[:]
     if len(lengths) != len(tensors):
         raise InvalidArgument(
-            f"raw_input_contents: {len(tensors)} inputs are described, but the bytes of {len(lengths)} came",
+            f"raw_input_contents: wanted {len(tensors)} entries, one for each input, got {len(lengths)}",
             field="raw_input_contents",
         )
     position: dict[str, int] = {}
@@ -66,7 +66,7 @@ def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
 
 
 def _np_dtype(field: str, parameters: Mapping[str, Parameter]) -> str:
-    """What NumPy sees, where the datatype does not say it. Raises InvalidArgument for bytes that are elsewhere."""
+    """The tensor's `np_dtype` parameter, or "". Raises InvalidArgument for bytes in another shared memory."""
     for name in parameters:
         if name.startswith("shared_memory"):
             raise InvalidArgument(
@@ -76,12 +76,14 @@ def _np_dtype(field: str, parameters: Mapping[str, Parameter]) -> str:
         return ""
     np_dtype = scalar(parameters[NP_DTYPE])
     if not isinstance(np_dtype, str):
-        raise InvalidArgument(f"{field}: {NP_DTYPE} is a string, such as complex128, not {np_dtype!r:.64}", field=field)
+        raise InvalidArgument(
+            f"{field}: {NP_DTYPE} must be a string such as complex128, got {np_dtype!r:.64}", field=field
+        )
     return np_dtype
 
 
 def _outputs(spec: KernelSpec, requested: Sequence[RequestedOutput]) -> Sequence[int]:
-    """Which outputs are wanted, in the order asked for: all, where none is named. Raises InvalidArgument."""
+    """Positions of the requested outputs, in the order of the request; all if none is named. Raises InvalidArgument."""
     if not requested:
         return range(len(spec.outputs))
     positions = {output.name: index for index, output in enumerate(spec.outputs)}
@@ -91,10 +93,10 @@ def _outputs(spec: KernelSpec, requested: Sequence[RequestedOutput]) -> Sequence
         if output.name not in positions:
             raise InvalidArgument(f"{name}: kernel {spec.name} has no such output{near(name, positions)}", field=name)
         if positions[output.name] in wanted:
-            raise InvalidArgument(f"{name}: the output is asked for twice", field=name)
+            raise InvalidArgument(f"{name}: the output is requested twice", field=name)
         for parameter in output.parameters:
             if parameter != _BINARY_DATA:
-                raise InvalidArgument(f"{name}: an output's parameter {parameter[:64]!r} is not served", field=name)
+                raise InvalidArgument(f"{name}: output parameter {parameter[:64]!r} is not served", field=name)
         wanted[positions[output.name]] = None
     return tuple(wanted)
 
@@ -121,12 +123,12 @@ def _check_array(declared: ArraySpec, dtype: str, shape: tuple[int, ...], axes: 
 
 
 def _bind_many(declared: ArraySpec, dim: str, sizes: Sequence[int], axes: dict[str, tuple[int, str]]) -> None:
-    """Axes under one `*name` agree as a whole; they are bound one by one, and their number too."""
+    """Check that axes under one `*name` agree in all arrays: one by one, and in their number."""
     for index, size in enumerate((len(sizes), *sizes)):
         known, owner = axes.setdefault(f"{dim}[{index}]", (size, declared.name))
         if known != size:
             raise InvalidArgument(
-                f"{declared.name}: axes {dim!r} are {list(sizes)}, which is not what they are in {owner}",
+                f"{declared.name}: axes {dim!r} are {list(sizes)}, but they differ in {owner}",
                 field=declared.name,
             )
 
@@ -140,7 +142,7 @@ def _scalars(spec: KernelSpec, given: Mapping[str, Parameter]) -> Parameters:
             parameters[declared.name] = _scalar(declared, given[declared.name])
         elif declared.required:
             raise InvalidArgument(
-                f"{declared.name}: kernel {spec.name} needs this {declared.type} parameter", field=declared.name
+                f"{declared.name}: kernel {spec.name} requires this {declared.type} parameter", field=declared.name
             )
     _bound_strings(parameters)
     if len(parameters) < len(given):
@@ -151,13 +153,13 @@ def _scalars(spec: KernelSpec, given: Mapping[str, Parameter]) -> Parameters:
 
 
 def _bound_strings(parameters: Parameters) -> None:
-    """They go to the worker in one frame, which must fit a datagram."""
+    """Bound the str parameters, which go to the worker in one frame that must fit a datagram."""
     sizes = {name: len(value.encode()) for name, value in parameters.items() if isinstance(value, str)}
     together = sum(sizes.values())
-    if together > MOST_STRING_BYTES:
+    if together > MAX_STRING_BYTES:
         longest = max(sizes, key=sizes.__getitem__)
         raise InvalidArgument(
-            f"{longest}: str parameters of {together} bytes are more than {MOST_STRING_BYTES}; send a BYTES array",
+            f"{longest}: str parameters have {together} bytes, the maximum is {MAX_STRING_BYTES}; send a BYTES array",
             field=longest,
         )
 
@@ -186,14 +188,14 @@ def _refuse_array(declared: ArraySpec, dtype: str, shape: tuple[int, ...]) -> No
 
 
 def _refuse_set(spec: KernelSpec, given: Collection[str], descriptor: Descriptor) -> None:
-    """The arrays that came are not the kernel's: say which is unknown, or else which is missing."""
+    """Refuse arrays that are not the kernel's: name an unknown one, or else a missing one."""
     declared = [array.name for array in spec.inputs]
     for name in given:
         if name not in declared:
             _refuse_unknown(spec, name, "array")
     missing = next(name for name in declared if name not in given)
-    as_parameter = ", which came as a parameter" if missing in descriptor.request.parameters else ""
-    raise InvalidArgument(f"{missing}: kernel {spec.name} needs this array{as_parameter}", field=missing)
+    as_parameter = ", which was given as a parameter" if missing in descriptor.request.parameters else ""
+    raise InvalidArgument(f"{missing}: kernel {spec.name} requires this array{as_parameter}", field=missing)
 
 
 def _refuse_unknown(spec: KernelSpec, name: str, kind: str) -> None:

@@ -1,14 +1,15 @@
-"""Memory that front and workers share: who may write where, and why nobody can hurt anybody.
+"""Memory shared between the dispatcher and its workers: who may write where, and why no side can harm the other.
 
-    input arena      one a replica. Bytes land here before a worker is chosen. The front alone writes: once it has
-                     mapped a segment it seals it, and from then on the kernel lets nobody map it for writing.
-    reply segments   each belongs to one worker, which writes its replies there; the front reads.
+    input arena      one for each replica. A call's bytes land here before a worker is chosen. Only the dispatcher
+                     writes: once it has mapped a segment it seals it, and the kernel allows no more writable maps.
+    reply segments   each belongs to one worker, which writes its replies there; the dispatcher reads.
 
-Both are memfds: anonymous, so nothing is left behind by any death, and outside of /dev/shm's limit. All are sealed
-against shrinking, since a peer that truncates a mapped file kills whoever touches it next (SIGBUS).
+Both are memfds: anonymous, so that no death leaves anything behind, and not counted against /dev/shm's limit. All are
+sealed against shrinking, since a peer that truncates a mapped file kills the next process that touches it (SIGBUS).
 
-The arena deals in size classes, powers of two. Rounding up costs address space only: pages that nobody writes are
-never allocated. A segment holds blocks of one class, so a free list a class is the whole allocator.
+The arena allocates by size classes, powers of two. Rounding up costs only address space, since pages that are never
+written are never allocated. A segment holds blocks of one class, so one free list for each class is the whole
+allocator.
 """
 
 import fcntl
@@ -29,12 +30,12 @@ _FIRST_REPLY_BYTES = 1024 * 1024
 
 
 def aligned(size: int) -> int:
-    """`size`, rounded up to where the next tensor may start."""
+    """Round `size` up to where the next tensor may start."""
     return size + ALIGNMENT - 1 & -ALIGNMENT
 
 
 def offsets(lengths: Sequence[int]) -> tuple[list[int], int]:
-    """Where tensors of these lengths lie, each on an aligned boundary, and what they need together."""
+    """Offsets of tensors of these lengths, each on an aligned boundary, and the bytes that they need together."""
     at = 0
     starts = []
     for length in lengths:
@@ -44,7 +45,7 @@ def offsets(lengths: Sequence[int]) -> tuple[list[int], int]:
 
 
 class Segment:
-    """One shared memory file as the front holds it. Raises ResourceExhausted where the system gives none."""
+    """A shared memory file, as the dispatcher holds it. Raises ResourceExhausted if the system refuses to make one."""
 
     def __init__(self, number: int, size: int, *, name: str, sealed: bool) -> None:
         self.number = number
@@ -56,18 +57,18 @@ class Segment:
         except OSError as error:
             with suppress(AttributeError):
                 os.close(self.fd)
-            raise ResourceExhausted(f"the replica can share no more memory: {error.strerror}") from error
+            raise ResourceExhausted(f"the replica cannot allocate shared memory: {error.strerror}") from error
         self.view = memoryview(self._map)
         seals = fcntl.F_SEAL_SHRINK
         if sealed:
-            # Our own mapping for writing exists already, and stays; no later one can be made.
+            # The dispatcher's own writable mapping exists already and stays; no later one can be made.
             seals |= fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
 
     def follow_growth_to(self, needed: int) -> bool:
-        """Whether it has `needed` bytes, once what the worker has added is mapped. Views given out stay valid."""
+        """Map what the worker has added. Returns whether the segment has `needed` bytes. Old views stay valid."""
         if needed > self.size and (size := os.fstat(self.fd).st_size) >= needed:
-            # As far as the next power of two, to which a worker grows it; one that lies may have made it enormous.
+            # Only up to the next power of two, as a worker grows it: a faulty worker may have made the file enormous.
             size = min(size, 1 << (needed - 1).bit_length())
             self._map = mmap.mmap(self.fd, size)
             self.view = memoryview(self._map)
@@ -75,14 +76,14 @@ class Segment:
         return needed <= self.size
 
     def close(self) -> None:
-        """Let go. The memory is free once no view and no worker holds it."""
+        """Close the segment. Its memory is freed once no view and no worker holds it."""
         os.close(self.fd)
         del self.view, self._map
 
 
 @dataclass(slots=True)
 class Block:
-    """Room for one call's tensors in the input arena."""
+    """Space for one call's tensors in the input arena."""
 
     segment: Segment
     offset: int
@@ -90,7 +91,7 @@ class Block:
 
 
 class InputArena:
-    """Where calls' tensors land. `limit_bytes` bounds what live calls may hold together."""
+    """The memory into which calls' tensors arrive. `limit_bytes` bounds the tensors of all live calls together."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
@@ -102,7 +103,7 @@ class InputArena:
         self._used: set[int] = set()
 
     def allocate(self, size: int) -> Block:
-        """Room for `size` bytes. Raises ResourceExhausted, with the limit, when live calls hold too much."""
+        """Allocate a block of `size` bytes. Raises ResourceExhausted, with the limit, if live calls hold too much."""
         size_class = max(_SMALLEST_CLASS, 1 << (size - 1).bit_length())
         if self.used_bytes + size > self._limit:
             raise ResourceExhausted(
@@ -119,13 +120,13 @@ class InputArena:
         return block
 
     def free(self, block: Block) -> None:
-        """Take a block back. Only when no worker can be reading it."""
+        """Take a block back. Call this only when no worker can be reading it."""
         self.used_bytes -= block.size
         self._blocks_out[block.segment.number] -= 1
         self._free[max(_SMALLEST_CLASS, 1 << (block.size - 1).bit_length())].append(block)
 
     def drop_idle(self) -> list[int]:
-        """Give back segments that no call has used since the last time, and say which: workers are to forget them."""
+        """Free segments that no call has used since the last time. Returns their numbers, for workers to forget."""
         idle = {number for number, out in self._blocks_out.items() if not out and number not in self._used}
         self._used.clear()
         for blocks in self._free.values():
@@ -136,7 +137,7 @@ class InputArena:
         return sorted(idle)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close all segments."""
         for segment in self._segments.values():
             segment.close()
         self._segments.clear()
@@ -150,7 +151,7 @@ class InputArena:
 
 
 class ReplySegments:
-    """One worker's reply segments. One is lent from when a call is given to the worker until its reply is read."""
+    """The reply segments of one worker. A segment is lent from the start of a run until its reply is read."""
 
     def __init__(self) -> None:
         self._numbers = count()
@@ -159,7 +160,7 @@ class ReplySegments:
         self._closed = False
 
     def lend(self) -> Segment:
-        """A segment whose last reply has been read. The one used last is first: its pages are there."""
+        """A segment whose last reply has been read. The last one used comes first, since its pages are allocated."""
         if not self._free:
             return Segment(next(self._numbers), _FIRST_REPLY_BYTES, name="unlatch-reply", sealed=False)
         segment = self._free.pop()
@@ -167,14 +168,14 @@ class ReplySegments:
         return segment
 
     def give_back(self, segment: Segment) -> None:
-        """The reply in it has been read, or will never be written."""
+        """Take a segment back: its reply has been read, or will never be written."""
         if self._closed:
             segment.close()
         else:
             self._free.append(segment)
 
     def drop_idle(self) -> list[int]:
-        """Give back segments that nobody has used since the last time, and say which: the worker is to forget them."""
+        """Free segments that were not used since the last time. Returns their numbers, for the worker to forget."""
         dropped = [segment for segment in self._free if segment.number in self._unused]
         self._free = [segment for segment in self._free if segment.number not in self._unused]
         self._unused = {segment.number for segment in self._free}
@@ -183,30 +184,30 @@ class ReplySegments:
         return [segment.number for segment in dropped]
 
     def close(self) -> None:
-        """The worker is gone. Segments still lent go when they are given back."""
+        """Close all segments of a worker that has ended. Segments still lent are closed when they are given back."""
         self._closed = True
         while self._free:
             self._free.pop().close()
 
 
 class Mapped:
-    """Segments as a worker sees them: read-only for inputs, writable for replies."""
+    """Segments as a worker maps them: read-only for inputs, writable for replies."""
 
     def __init__(self) -> None:
         self._inputs: dict[int, mmap.mmap] = {}
         self._replies: dict[int, tuple[int, mmap.mmap]] = {}
 
     def learn_input(self, number: int, fd: int) -> None:
-        """Map an input segment. The descriptor is not needed afterwards."""
+        """Map an input segment, and close the descriptor."""
         self._inputs[number] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
         os.close(fd)
 
     def learn_reply(self, number: int, fd: int) -> None:
-        """Map a reply segment. The descriptor is kept: the segment grows with the largest reply."""
+        """Map a reply segment. The descriptor is kept, since the segment grows with the largest reply."""
         self._replies[number] = (fd, mmap.mmap(fd, 0))
 
     def forget(self, inputs: Iterable[int], replies: Iterable[int]) -> None:
-        """Drop segments. Each is unmapped when the last array over it is gone."""
+        """Drop segments. Each is unmapped when the last array over it is freed."""
         for number in inputs:
             self._inputs.pop(number, None)
         for number in replies:
@@ -217,7 +218,7 @@ class Mapped:
         return self._inputs[number]
 
     def reply(self, number: int, size: int) -> mmap.mmap:
-        """A reply segment with room for `size` bytes."""
+        """A reply segment with at least `size` bytes."""
         fd, memory = self._replies[number]
         if size > len(memory):
             os.ftruncate(fd, 1 << (size - 1).bit_length())

@@ -1,16 +1,16 @@
-"""What front and worker say to each other: one msgpack frame a datagram, on a SOCK_SEQPACKET socketpair.
+"""Frames between dispatcher and worker: one msgpack frame a datagram, on a SOCK_SEQPACKET socketpair.
 
-    front ── Learn (with the fd of a segment), Run, Cancel, Forget, Shrink ──> worker
-          <─────────────────────── a Loaded for each kernel and Ready, or Misfit ──
-          <─────────────────────────────────────────────────── Done, or Failed ──
-          <───────────────────── Shrunk: when asked to, or after a MemoryError ──
+    dispatcher ── Learn (with the fd of a segment), RunFrame, Cancel, Forget, Shrink ──> worker
+               <─────────────────────── a Loaded for each kernel and Ready, or Misfit ──
+               <─────────────────────────────────────────────────── Done, or Failed ──
+               <───────────────────── Shrunk: when asked to, or after a MemoryError ──
 
-A Run is one call, or several that one run of the kernel answers. A worker answers Runs in order, each with one frame:
-a Done that names every call but those that were cancelled before it began, or a Failed that is for all of them.
+A RunFrame holds one call, or several that one run of the kernel answers. A worker answers RunFrames in order, each with
+one frame: a Done that names every call except those cancelled before the run began, or a Failed that holds for all.
 
-The end of the socket is the end of the worker, whoever closes it. Frames are decoded by type and range: a worker that
-sends anything else is killed. A frame is bounded by what a datagram may hold, so whoever makes one refuses what would
-not fit (`FRAME_BYTES`).
+When either side closes the socket, the worker's life ends. Frames are decoded by type and range, and a worker that
+sends anything else is killed. A datagram bounds the size of a frame, so the sender refuses what would not fit
+(`FRAME_BYTES`).
 """
 
 from collections.abc import Iterable
@@ -20,16 +20,16 @@ import msgspec
 
 from unlatch.common.kernel.spec import KernelSpec
 
-# How the forkserver is told which kernel modules to load; the front sets it for the forkserver alone.
+# The variable that names the kernel modules to load; the dispatcher sets it for the forkserver alone.
 PRELOAD_VARIABLE = "UNLATCH_PRELOAD"
-# Under the kernel's default socket buffer, with two frames on their way at most.
+# Small enough for the kernel's default socket buffer to hold the two frames that may be on their way.
 FRAME_BYTES = 64 * 1024
-# What a Run's str parameters may take of that together: the rest is names, shapes and numbers.
-MOST_STRING_BYTES = FRAME_BYTES // 2
-# What the members of a Run may take of that, by `described_bytes`.
-MOST_MEMBERS_BYTES = FRAME_BYTES // 4
+# The part of a RunFrame that its str parameters may take together; the rest is names, shapes and numbers.
+MAX_STRING_BYTES = FRAME_BYTES // 2
+# The part of a RunFrame that its members may take, by `described_bytes`.
+MAX_MEMBERS_BYTES = FRAME_BYTES // 4
 
-# What a worker says is not believed: numbers that the front reckons or answers with are what they can be.
+# A worker's frames are not trusted: numbers that the dispatcher computes or answers with have a checked range.
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Code = Annotated[int, msgspec.Meta(ge=1, le=16)]
 
@@ -37,7 +37,7 @@ Parameters = dict[str, bool | int | float | str]
 
 
 class Tensor(msgspec.Struct, array_like=True, frozen=True):
-    """One array: where it lies in its segment, and what it is."""
+    """One array: its dtype and shape, and its place in a segment."""
 
     dtype: str
     shape: tuple[Number, ...]
@@ -46,24 +46,24 @@ class Tensor(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Learn(msgspec.Struct, array_like=True, tag="learn"):
-    """A segment that Runs will name; its descriptor comes along. It holds inputs, or is to be written to."""
+    """A segment for later RunFrames, sent with its descriptor. It holds inputs, or is writable and for replies."""
 
     segment: int
     writable: bool
 
 
 class Member(msgspec.Struct, array_like=True, frozen=True):
-    """One call of a Run; the segment is -1 where it brings no bytes."""
+    """One call of a RunFrame. The segment is -1 for a call without bytes."""
 
     call: int
     segment: int
     tensors: tuple[Tensor, ...]
 
 
-class Run(msgspec.Struct, array_like=True, tag="run"):
+class RunFrame(msgspec.Struct, array_like=True, tag="run"):
     """Run a kernel over tensors in input segments, and write the results to a reply segment.
 
-    Several members have the same dtypes and shapes but for their first axes, along which they become one.
+    Several members have the same dtypes and shapes except for their first axes, along which they are joined.
     """
 
     kernel: str
@@ -73,54 +73,54 @@ class Run(msgspec.Struct, array_like=True, tag="run"):
 
 
 class Cancel(msgspec.Struct, array_like=True, tag="cancel"):
-    """Nobody waits for calls any more: one not begun is not to be, one begun may notice (`unlatch.cancelled`)."""
+    """Calls that are cancelled: the worker does not begin them, and running ones may notice (`unlatch.cancelled`)."""
 
     calls: list[int]
 
 
 class Forget(msgspec.Struct, array_like=True, tag="forget"):
-    """Segments that are gone."""
+    """Segments that the dispatcher has dropped."""
 
     inputs: list[int]
     replies: list[int]
 
 
 class Shrink(msgspec.Struct, array_like=True, tag="shrink"):
-    """Give memory back that is not in use, as soon as no kernel runs, and tell what is left."""
+    """Free unused memory as soon as no kernel runs, and report what is left."""
 
 
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
-    """A kernel that this worker has."""
+    """A kernel that this worker has loaded."""
 
     kernel: KernelSpec
 
 
 class Ready(msgspec.Struct, array_like=True, tag="ready"):
-    """The worker takes Runs."""
+    """The worker is ready for RunFrames."""
 
 
 class Misfit(msgspec.Struct, array_like=True, tag="misfit"):
-    """The kernels do not load; the message says which file and line, and why. The worker ends."""
+    """The kernels could not be loaded; the message has file, line and reason. The worker ends."""
 
     message: str
 
 
 class Result(msgspec.Struct, array_like=True, frozen=True):
-    """What a call has come to, in the reply segment that its Run named."""
+    """One call's outputs, in the reply segment that its RunFrame named."""
 
     call: Number
     tensors: tuple[Tensor, ...]
 
 
 class Done(msgspec.Struct, array_like=True, tag="done"):
-    """The results of a Run's calls."""
+    """The results of all calls of a RunFrame."""
 
     results: tuple[Result, ...]
     run_nanoseconds: Number
 
 
 class Failed(msgspec.Struct, array_like=True, tag="failed"):
-    """A Run that ended with an error; `call` is one of its. `log` is the whole story, for the front's log alone."""
+    """A failed run; `call` is one of its calls. `log` is the full traceback, only for the dispatcher's log."""
 
     call: int
     code: Code
@@ -131,15 +131,15 @@ class Failed(msgspec.Struct, array_like=True, tag="failed"):
 
 
 class Shrunk(msgspec.Struct, array_like=True, tag="shrunk"):
-    """What the worker has left of its own once it has given back what it could: see `limits.Taken`."""
+    """The worker's own memory after it freed what it could: see `memory_limits.Taken`."""
 
     resident_bytes: Number
     data_bytes: Number
-    # Whether it shrank because a run was refused memory.
+    # Whether it shrank because the system refused memory to a run.
     ran_short: bool
 
 
-ToWorker = Learn | Run | Cancel | Forget | Shrink
+ToWorker = Learn | RunFrame | Cancel | Forget | Shrink
 ToDispatcher = Loaded | Ready | Misfit | Done | Failed | Shrunk
 
 encode = msgspec.msgpack.Encoder().encode
@@ -148,5 +148,5 @@ decode_for_dispatcher = msgspec.msgpack.Decoder(ToDispatcher).decode
 
 
 def described_bytes(axes: Iterable[int]) -> int:
-    """What a call's tensors of so many axes take of a frame at most, each with its dtype, offset and length."""
+    """Maximum bytes of a frame that a call's tensors take, each with so many axes, a dtype, an offset and a length."""
     return 16 + sum(40 + 9 * count for count in axes)

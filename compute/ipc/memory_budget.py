@@ -1,4 +1,4 @@
-"""How the memory that a container grants is shared out: so that no worker can take the whole container over its limit.
+"""The division of a container's memory, such that no worker can take the whole container over its limit.
 
 granted = input arena + replies of one moment + the services themselves + a limit for each worker
 """
@@ -13,31 +13,31 @@ from unlatch.compute.settings import ComputeSettings
 
 log = structlog.get_logger()
 
-# Without a limit this is the input arena's; with one, at most this part of it.
+# The input arena's default: this without a limit on the container; with one, at most this part of it.
 _ARENA_BYTES = 2048 * MiB
 _ARENAS_PART = 4
-# Front, forkserver and gateway, and what workers write to of the pages that they share: together some 200 MB.
+# Dispatcher, forkserver and gateway, and those shared pages that workers write to: together some 200 MB.
 _SERVICES_BYTES = 256 * MiB
-# A worker with less cannot so much as load a BLAS's buffers.
+# With less, a worker cannot even load the buffers of a BLAS.
 _LEAST_WORKER_BYTES = 16 * MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What the input arena may hold, and what a worker may take; 0 where no limit is known."""
+    """The limits of the input arena and of each worker; 0 where no limit is known."""
 
     arena_bytes: int
     worker_bytes: int
 
 
 def share_out(settings: ComputeSettings, granted_bytes: int) -> Shares:
-    """The shares of what the container grants (0: no limit is known). Raises StartError for too little."""
+    """Divide the memory that the container grants (0 if no limit is known). Raises StartError if it is too little."""
     by_default = min(_ARENA_BYTES, granted_bytes // _ARENAS_PART) if granted_bytes else _ARENA_BYTES
     arena = settings.input_arena_bytes or by_default
     if settings.worker_memory_bytes:
         limit, whose = settings.worker_memory_bytes, f"{settings.worker_memory_bytes} bytes are"
         if granted_bytes and limit * settings.worker_count > granted_bytes:
-            log.warning("workers may take more than the container grants", granted_bytes=granted_bytes)
+            log.warning("workers may exceed container memory", granted_bytes=granted_bytes)
     elif not granted_bytes:
         return Shares(arena, 0)
     else:
@@ -49,5 +49,5 @@ def share_out(settings: ComputeSettings, granted_bytes: int) -> Shares:
             " which is"
         )
     if limit < _LEAST_WORKER_BYTES:
-        raise StartError(f"worker_memory_bytes: {whose} too little, a worker needs {_LEAST_WORKER_BYTES}")
+        raise StartError(f"worker_memory_bytes: {whose} too little: a worker needs at least {_LEAST_WORKER_BYTES}")
     return Shares(arena, limit)

@@ -1,1 +1,1 @@
-"""The kernels that come with Unlatch, one module to a field. Each takes and gives NumPy arrays, nothing else."""
+"""The kernels that come with Unlatch, one module for each field. Each takes and returns NumPy arrays only."""

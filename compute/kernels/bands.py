@@ -1,8 +1,8 @@
-"""Filters of images as products with banded matrices.
+"""Image filters as products with banded matrices.
 
-Along an axis, a block of output pixels is a banded matrix of weights times the input pixels it can see, so BLAS does
-the sums; the zeros beside the band cost less than NumPy's passes, one for each weight, would. What happens at borders
-is folded into the bands there, and nothing is padded.
+Along an axis, a block of output pixels is a banded matrix of weights times the input pixels that it depends on. So BLAS
+does the sums; the zeros beside the band cost less than NumPy's passes would, one for each weight. Borders are included
+in the weights of the bands there, and nothing is padded.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ _STRIP_ROWS = 128
 
 
 class Band(NamedTuple):
-    """Output pixels `pixels` of an axis are `weights` times its input pixels `seen`."""
+    """One block of an axis: the output pixels `pixels` are `weights` times the input pixels `seen`."""
 
     pixels: slice
     seen: slice
@@ -22,9 +22,9 @@ class Band(NamedTuple):
 
 
 def filtered(pixels: np.ndarray, down: Iterable[Band], across: Iterable[Band], dtype: np.dtype[Any]) -> np.ndarray:
-    """An image of shape (h, w, channels) filtered along both axes; integers are rounded, and cut to their range.
+    """Filter an image of shape (h, w, channels) along both axes. Integers are rounded and clipped to their range.
 
-    It is done in strips of rows, so that what a strip needs stays in the cache of one core.
+    The filter works on strips of rows, so that the data of one strip stays in the cache of one core.
     """
     height, width, channels = pixels.shape
     rows = pixels.reshape(height, width * channels)
@@ -48,7 +48,7 @@ def filtered(pixels: np.ndarray, down: Iterable[Band], across: Iterable[Band], d
 
 
 def _strips(down: list[Band]) -> Iterator[list[Band]]:
-    """Neighbouring bands together, until they have rows enough to be worth BLAS's start."""
+    """Group neighbouring bands until they have enough rows to be worth the overhead of a BLAS call."""
     strip: list[Band] = []
     for band in down:
         strip.append(band)

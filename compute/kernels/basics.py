@@ -1,4 +1,4 @@
-"""Kernels that every other one can be compared with."""
+"""The kernel with which every other one can be compared."""
 
 import numpy as np
 from jaxtyping import Shaped
@@ -8,8 +8,8 @@ from unlatch import kernel
 
 @kernel(pure=True)
 def identity(x: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-    """The array as it came: what a call costs when its kernel costs nothing.
+    """Return the array unchanged: the cost of a call whose kernel costs nothing.
 
-    `x` has any dtype and any shape, scalars and empty arrays included. Nothing is raised.
+    `x` has any dtype and any shape, including scalars and empty arrays. Nothing is raised.
     """
     return x

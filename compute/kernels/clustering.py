@@ -1,4 +1,4 @@
-"""What rows of a table have in common: clusters and principal components."""
+"""Structure in the rows of a table: clusters and principal components."""
 
 import math
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ from unlatch import KernelError, kernel
 from unlatch.compute.kernels.precision import column_means, working_dtype
 from unlatch.compute.kernels.refusals import require_at_least, require_between, require_finite, require_work
 
-# Multiplications at most, and what finding the nearest of them costs as if it were some more: about a minute.
+# Maximum multiplications. Finding the nearest center counts as some more. The limit is about a minute.
 _MAX_DISTANCE_WORK = 200_000_000_000
 _WORK_PER_DISTANCE = 16
 
-# Distances are found for blocks of rows that hold about this many: they stay in the cache of one core.
+# Distances are computed for blocks of rows that hold about this many, to stay in the cache of one core.
 _BLOCK_DISTANCES = 32_768
 
 # The work grows with the cube of this: about a minute on one core.
 _MAX_SVD_SIDE = 4096
 
-# A table so much taller than wide is taken by its covariances, which are far fewer.
+# A table this many times taller than wide is decomposed by its covariances, which are far fewer.
 _TALL = 10
 
 
@@ -35,7 +35,7 @@ class Clusters(NamedTuple):
 
 
 class PrincipalComponents(NamedTuple):
-    """Directions in which rows vary, the variance along each and its share, the rows seen along them, and the mean."""
+    """Directions in which rows vary, the variance and its share along each, the rows' coordinates, and the mean."""
 
     components: Float[np.ndarray, "k columns"]
     variance: Float[np.ndarray, "k"]
@@ -53,14 +53,14 @@ def kmeans(
     max_iterations: int = 300,
     tolerance: float = 1e-4,
 ) -> Clusters:
-    """The rows of a table in clusters, each about its mean: k-means, seeded.
+    """Group the rows of a table into clusters around their means: k-means, seeded.
 
     `x` has shape (rows, columns). `centers` is (clusters, columns) in `x`'s dtype (float16 gives float32), `labels`
     (rows,), `inertia` and `iterations` single numbers. The first centers are drawn by k-means++, each the best of
-    2 + log(clusters) tries; then rows go to the nearest center and centers to their rows' mean, until no row changes,
-    or centers move by less than `tolerance` times the columns' mean variance (squared), or `max_iterations`. A center
-    left without rows takes the row that is farthest from its own. The same arguments and `seed` give the same result:
-    `numpy.random.Generator(PCG64(seed))`.
+    2 + log(clusters) tries. Then rows are assigned to the nearest center, and centers move to their rows' mean, until
+    no row changes, or centers move by less than `tolerance` times the columns' mean variance (squared), or
+    `max_iterations` is reached. A center without rows takes the row that is farthest from its own center. The same
+    arguments and `seed` give the same result: `numpy.random.Generator(PCG64(seed))`.
 
     Raises `KernelError` for elements that are not finite, for clusters outside 1 to the number of rows, for a negative
     seed or tolerance, for max_iterations below 1, and for rows x clusters x (columns + 16) x passes above 2 * 10**11,
@@ -78,7 +78,7 @@ def kmeans(
     require_finite("x", x)
     points = x.astype(working_dtype(x), copy=False)
     mean = column_means(points)
-    # About their mean: distances are differences of squares, which would cancel far from the origin.
+    # Relative to their mean: distances are differences of squares, which would cancel far from the origin.
     points = points - mean
     squares = np.einsum("ij,ij->i", points, points)
     still = tolerance * float(points.var(axis=0).mean()) if columns else 0.0
@@ -99,12 +99,12 @@ def kmeans(
 
 @kernel(pure=True)
 def pca(x: Float[np.ndarray, "rows columns"], *, components: int) -> PrincipalComponents:
-    """The directions in which the rows of a table vary most: principal components.
+    """Find the directions in which the rows of a table vary most: principal components.
 
     `x` has shape (rows, columns). `components` of the result is (components, columns), orthonormal, the largest
     variance first, each with its largest element positive; `variance` (over rows - 1) and `share` (of all variance)
     have shape (components,), `scores` (rows, components), `mean` (columns,). All have `x`'s dtype; float16 gives
-    float32. Where nothing varies, shares are NaN.
+    float32. Without any variance, shares are NaN.
 
     Raises `KernelError` for elements that are not finite, for fewer than two rows, for components outside 1 to the
     shorter side, and for a shorter side above 4096. Source: I. Jolliffe, "Principal Component Analysis"
@@ -135,7 +135,7 @@ def _tries(clusters: int) -> int:
 
 
 def _first_centers(points: np.ndarray, squares: np.ndarray, clusters: int, draws: np.random.Generator) -> np.ndarray:
-    """k-means++: a row is drawn in proportion to its squared distance from the centers there are."""
+    """k-means++: draw rows in proportion to their squared distance from the centers chosen so far."""
     tries = _tries(clusters)
     chosen = [int(draws.integers(len(points)))]
     nearest = _distances(points, squares, chosen)[0]
@@ -151,7 +151,7 @@ def _first_centers(points: np.ndarray, squares: np.ndarray, clusters: int, draws
 
 
 def _distances(points: np.ndarray, squares: np.ndarray, chosen: list[int] | np.ndarray) -> np.ndarray:
-    """The squared distance of every row from some of them, a row for each."""
+    """Squared distances of every row from the chosen rows, one row of the result for each chosen row."""
     found = points[chosen] @ points.T
     found *= -2
     found += squares
@@ -178,10 +178,10 @@ def _assigned(
         apart = (-2 * centers) @ rows.T
         apart += center_squares
         apart.min(axis=0, out=distances[block])
-        # One for each row's nearest center, zero for the others: sums and numbers are then products of matrices.
+        # 1 for each row's nearest center, 0 for the others: sums and counts are then matrix products.
         mine = (apart == distances[block]).astype(points.dtype)
         count = mine.sum(axis=1)
-        if count.sum() != len(rows):  # a row that is as near to another center belongs to the first
+        if count.sum() != len(rows):  # a row at equal distance from two centers belongs to the first
             mine = (apart.argmin(axis=0) == numbers[:, np.newaxis]).astype(points.dtype)
             count = mine.sum(axis=1)
         labels[block] = numbers @ mine

@@ -1,6 +1,6 @@
-"""Factors of matrices, by the LAPACK that NumPy brings.
+"""Matrix factorisations, by NumPy's LAPACK.
 
-NumPy has LAPACK compute in double precision whatever the dtype: single-precision factors are rounded once.
+NumPy lets LAPACK compute in double precision for any dtype, so single-precision factors are rounded only once.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Orthogonal(NamedTuple):
 
 @kernel(pure=True)
 def svd(a: Inexact[np.ndarray, "m n"]) -> SingularValues:
-    """The thin singular value decomposition of a matrix.
+    """Compute the thin singular value decomposition of a matrix.
 
     `a` has shape (m, n) and finite elements. With k = min(m, n), `u` is (m, k), `s` (k,), `vt` (k, n); `u` and `vt`
     have `a`'s dtype and `s` its real one. float16 gives float32. The sign (or phase) of each pair of singular vectors
@@ -59,7 +59,7 @@ def svd(a: Inexact[np.ndarray, "m n"]) -> SingularValues:
 
 @kernel(pure=True)
 def eigh(a: Inexact[np.ndarray, "n n"]) -> Eigenvalues:
-    """The eigenvalues and eigenvectors of a symmetric (or Hermitian) matrix.
+    """Compute the eigenvalues and eigenvectors of a symmetric (or Hermitian) matrix.
 
     `a` has shape (n, n) and finite elements; only its lower triangle is read, so it is taken to be symmetric. `values`
     has shape (n,), ascending, in `a`'s real dtype; the columns of `vectors`, shape (n, n), are orthonormal and have
@@ -77,7 +77,7 @@ def eigh(a: Inexact[np.ndarray, "n n"]) -> Eigenvalues:
 
 @kernel(pure=True)
 def qr(a: Inexact[np.ndarray, "m n"]) -> Orthogonal:
-    """The QR decomposition of a matrix into orthonormal columns and an upper triangle.
+    """Compute the QR decomposition of a matrix: orthonormal columns and an upper triangle.
 
     `a` has shape (m, n) and finite elements. With k = min(m, n), `q` is (m, k) and `r` (k, n), in `a`'s dtype; float16
     gives float32. The sign (or phase) of `r`'s diagonal is LAPACK's choice.
@@ -91,7 +91,7 @@ def qr(a: Inexact[np.ndarray, "m n"]) -> Orthogonal:
 
 @kernel(pure=True)
 def cholesky(a: Inexact[np.ndarray, "n n"]) -> Inexact[np.ndarray, "n n"]:
-    """The lower triangle l with `a = l @ l.conj().T` of a positive definite matrix.
+    """Compute the lower triangle l of a positive definite matrix, with `a = l @ l.conj().T`.
 
     `a` has shape (n, n) and finite elements; only its lower triangle is read, so it is taken to be symmetric (or
     Hermitian). The result has `a`'s shape and dtype; float16 gives float32.

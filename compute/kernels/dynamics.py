@@ -1,4 +1,4 @@
-"""Linear systems in time, by the exponential of their matrix."""
+"""Linear systems in time, solved by the exponential of their matrix."""
 
 import math
 from typing import Any, NamedTuple
@@ -19,16 +19,16 @@ from unlatch.compute.kernels.refusals import (
 # The work grows with the cube of this: with the most squarings, about a minute on one core.
 _MAX_SIDE = 2048
 
-# Each doubling of the norm is one more squaring; beyond this one rounding error in the matrix is all of the result.
+# Each doubling of the norm is one more squaring. Beyond this, one rounding error in the matrix dominates the result.
 _MAX_NORM = 2.0**40
 
 _MAX_STEPS = 10_000_000
 
-# So many states are found one by one; then the rest, as many at a time, by one product of matrices.
+# This many states are computed by doubling; the rest as many at a time, by one matrix product each.
 _BLOCK_STEPS = 128
 
-# Up to which 1-norm a diagonal Padé approximant of each degree is exact to the precision (Higham 2005, table 2.3, and
-# what its section 2 says of single precision).
+# The largest 1-norm for which a diagonal Padé approximant of each degree is exact to the precision (Higham 2005, table
+# 2.3, and section 2 for single precision).
 _NORMS = {
     np.dtype(np.float64): {
         3: 1.495585217958292e-2,
@@ -42,7 +42,7 @@ _NORMS = {
 
 
 class Trajectory(NamedTuple):
-    """The times, and the state at each."""
+    """The times, and the state at each time."""
 
     t: Float[np.ndarray, "times"]
     y: Float[np.ndarray, "times n"]
@@ -50,10 +50,10 @@ class Trajectory(NamedTuple):
 
 @kernel(pure=True)
 def expm(a: Inexact[np.ndarray, "n n"]) -> Inexact[np.ndarray, "n n"]:
-    """The exponential of a matrix.
+    """Compute the exponential of a matrix.
 
-    `a` has shape (n, n) and finite elements; the result has its shape and dtype; float16 gives float32. What exceeds
-    the dtype is infinite or NaN.
+    `a` has shape (n, n) and finite elements; the result has its shape and dtype; float16 gives float32. Values that
+    exceed the dtype are infinite or NaN.
 
     Raises `KernelError` for elements that are not finite, for n above 2048, and for a 1-norm above 2**40. Source: N.
     Higham, "The Scaling and Squaring Method for the Matrix Exponential Revisited", SIAM J. Matrix Anal. Appl. 26
@@ -68,12 +68,12 @@ def expm(a: Inexact[np.ndarray, "n n"]) -> Inexact[np.ndarray, "n n"]:
 def integrate_linear_ode(
     a: Float[np.ndarray, "n n"], b: Float[np.ndarray, "n"], y0: Float[np.ndarray, "n"], *, duration: float, steps: int
 ) -> Trajectory:
-    """The solution of y' = a y + b from y(0) = y0, at `steps` equal steps over `duration`.
+    """Solve y' = a y + b from y(0) = y0, at `steps` equal steps over `duration`.
 
     `a` has shape (n, n), `b` and `y0` (n,); `a` is in units of one over `duration`'s. `t` has shape (steps + 1,), from
-    0 to `duration`, and `y` (steps + 1, n), `y0` first. The dtype is the common one of the arrays; float16 gives
-    float32. Each step is exact but for rounding (the matrix exponential), stiff systems included, so `steps` decides
-    where the solution is seen and not how well. What exceeds the dtype is infinite or NaN.
+    0 to `duration`, and `y` (steps + 1, n), with `y0` first. The dtype is the arrays' common one; float16 gives
+    float32. Each step is exact except for rounding (matrix exponential), also for stiff systems, so `steps` decides
+    where the solution is sampled, not how exact it is. Values that exceed the dtype are infinite or NaN.
 
     Raises `KernelError` for elements that are not finite, for a duration that is negative or not finite, for n above
     2047, for steps outside 1 to 10 million, for `a` and `b` whose 1-norm times the step exceeds 2**40, and when the
@@ -94,7 +94,7 @@ def integrate_linear_ode(
 
 
 def _homogeneous(a: np.ndarray, b: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """The matrix of the same system without b, for a state with a 1 at its end."""
+    """The matrix of the same system without `b`, for a state extended by a 1."""
     n = len(b)
     joined = np.zeros((n + 1, n + 1), dtype)
     joined[:n, :n], joined[:n, n] = a, b
@@ -107,7 +107,7 @@ def _states(step: np.ndarray, y0: np.ndarray, steps: int) -> np.ndarray:
     y[0] = y0
     leap, constant = step[:n, :n].T, step[:n, n]
     known = 1
-    # What is known is doubled by leaping from all of it at once, until a leap is as long as a block.
+    # The known states are doubled by a leap from all of them at once, until a leap is as long as a block.
     while known <= steps:
         count = min(known, _BLOCK_STEPS, steps + 1 - known)
         first = known - min(known, _BLOCK_STEPS)
@@ -136,7 +136,7 @@ def _exponential(argument: str, a: np.ndarray) -> np.ndarray:
 
 
 def _pade(a: np.ndarray, degree: int) -> np.ndarray:
-    """The diagonal Padé approximant: (v - u)^-1 (v + u), with the odd powers in u and the even ones in v."""
+    """The diagonal Padé approximant (v - u)^-1 (v + u), with odd powers in u and even powers in v."""
     weights = [_pade_weight(degree, power) for power in range(degree + 1)]
     one = np.eye(len(a), dtype=a.dtype)
     a2 = a @ a
@@ -147,7 +147,7 @@ def _pade(a: np.ndarray, degree: int) -> np.ndarray:
             odd += a.dtype.type(weights[exponent + 1]) * power
             even += a.dtype.type(weights[exponent]) * power
     else:
-        # Six products where powers one by one would take seven.
+        # Six products, where computing each power would take seven.
         a4 = a2 @ a2
         a6 = a4 @ a2
         powers = (one, a2, a4, a6)

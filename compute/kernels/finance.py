@@ -1,4 +1,4 @@
-"""Prices by simulation."""
+"""Prices of options, by simulation."""
 
 import math
 from typing import NamedTuple
@@ -13,12 +13,12 @@ _MAX_PATHS = 100_000_000
 # A payoff takes one to two nanoseconds: the limit is a few seconds on one core.
 _MAX_PAYOFFS = 1_000_000_000
 
-# So many draws are made at a time, and priced for so many spots that payoffs stay in the cache: memory does not grow
-# with the number of paths. Neither number changes which draws a seed gives.
+# Draws are made in blocks of this many, and priced for as many spots as keep payoffs in the cache: memory does not grow
+# with the number of paths. Neither number changes the draws of a seed.
 _BLOCK_PATHS = 16_384
 _BLOCK_PAYOFFS = 65_536
 
-# Beyond these the exponentials leave float64, or no number of paths would find the ones that pay.
+# Beyond these the exponentials exceed float64, or no number of paths would find the few that pay.
 _MAX_EXPONENT = 700.0
 _MAX_DEVIATION = 100.0
 
@@ -42,7 +42,7 @@ def monte_carlo_option(
     seed: int = 0,
     kind: str = "call",
 ) -> OptionPrice:
-    """The price of a European option, for each of several spot prices, by simulating geometric Brownian motion.
+    """Price a European option for each of several spot prices, by simulating geometric Brownian motion.
 
     `spot` has shape (n,), `strike` is in its unit; `rate` (continuously compounded) and `volatility` are per year,
     `maturity` is in years; `kind` is "call" or "put". `price` and `stderr` have shape (n,). All spots share the same
@@ -58,7 +58,7 @@ def monte_carlo_option(
     _check_simulation(spot, paths, seed)
     if len(spot) == 0:
         return OptionPrice(np.empty(0), np.empty(0))
-    # Spots are priced today: discounting the strike cancels the rate's growth of the spot.
+    # Spots are present prices: discounting the strike cancels the rate's growth of the spot.
     discounted_strike = strike * math.exp(-rate * maturity)
     if math.isinf(discounted_strike):
         raise KernelError(f"strike: wanted one whose discounted value float64 can hold, got {strike}")
@@ -75,7 +75,7 @@ def _simulate(
     spot: np.ndarray, strike: float, deviation: float, paths: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     draws = np.random.Generator(np.random.PCG64(seed))
-    # Payoffs are summed as differences from the middle path's: squares of large, nearly equal payoffs would cancel.
+    # Payoffs are summed as differences from the middle path's, since squares of large, similar payoffs would cancel.
     middle = np.maximum(spot * math.exp(-0.5 * deviation**2) - strike, 0.0)
     total, total_squares = np.zeros_like(spot), np.zeros_like(spot)
     for first in range(0, paths, _BLOCK_PATHS):

@@ -1,7 +1,7 @@
-"""Filters over images: rows, columns, and channels that never mix.
+"""Image filters over rows and columns, with each channel by itself.
 
-Both filters reflect the image at its borders (d c b a | a b c d | d c b a) and work on strips of rows, so that what a
-strip needs stays in the cache of one core.
+Both filters reflect the image at its borders (d c b a | a b c d | d c b a) and work on strips of rows, so that the data
+of one strip stays in the cache of one core.
 """
 
 import math
@@ -16,13 +16,13 @@ from unlatch.compute.kernels.bands import Band, filtered
 from unlatch.compute.kernels.precision import image_dtype
 from unlatch.compute.kernels.refusals import require_at_least, require_work
 
-# The work for a pixel grows with the radius: at the limit about 0.3 microseconds.
+# The work for each pixel grows with the radius: at the limit it is about 0.3 microseconds.
 _MAX_RADIUS_PIXELS = 1024
 
-# Fewer output pixels to a band waste BLAS's start, more multiply zeros.
+# With fewer output pixels a band wastes the overhead of BLAS; with more it multiplies zeros.
 _BLOCK_PIXELS = 64
 
-# A sigma this small is no blur (`scipy.ndimage.gaussian_filter` draws the line here too).
+# A sigma this small does not blur (`scipy.ndimage.gaussian_filter` has the same limit).
 _NO_BLUR_SIGMA = 1e-15
 
 _STRIP_ELEMENTS = 32_768
@@ -32,15 +32,15 @@ _STRIP_ELEMENTS = 32_768
 def gaussian_blur(
     image: Real[np.ndarray, "h w *channels"], *, sigma: float = 1.0, truncate: float = 4.0
 ) -> Real[np.ndarray, "h w *channels"]:
-    """An image blurred with a Gaussian of standard deviation `sigma` pixels, cut off at `truncate` standard deviations.
+    """Blur an image with a Gaussian of standard deviation `sigma` pixels, cut off at `truncate` standard deviations.
 
     `image` has shape (h, w) or (h, w, channels) and holds floats or 8- or 16-bit integers; the result has its shape and
-    dtype, integers rounded to the nearest. Each channel is blurred by itself. A NaN or an infinity reaches the pixels
-    within the Gaussian's radius and no others.
+    dtype, with integers rounded to the nearest. Each channel is blurred by itself. A NaN or an infinity affects only
+    pixels within the Gaussian's radius.
 
     Raises `KernelError` for other dtypes, for a sigma or truncate that is negative or not finite, and for a radius
     (`truncate * sigma`) above 1024 pixels. Source: `scipy.ndimage.gaussian_filter` with `mode="reflect"`, except that
-    integers are rounded once, at the end, where SciPy cuts them off after each axis.
+    integers are rounded once, at the end, where SciPy truncates them after each axis.
     """
     dtype = image_dtype(image)
     weights = _gaussian_weights(sigma, truncate)
@@ -52,10 +52,10 @@ def gaussian_blur(
 
 @kernel(pure=True)
 def sobel(image: Real[np.ndarray, "h w *channels"]) -> Float[np.ndarray, "h w *channels"]:
-    """How steep an image is at each pixel: the magnitude of its Sobel gradient, unscaled.
+    """Compute how steep an image is at each pixel: the magnitude of its Sobel gradient, unscaled.
 
     `image` has shape (h, w) or (h, w, channels) and holds floats or 8- or 16-bit integers. The result has its shape, is
-    float64 for float64 and float32 for all others, and treats each channel by itself. A NaN reaches its neighbours (a
+    float64 for float64 and float32 for all others, and treats each channel by itself. A NaN affects its neighbours (a
     pixel's own value has weight zero).
 
     Raises `KernelError` for other dtypes. Source: `scipy.ndimage.sobel` along both axes with `mode="reflect"`, joined
@@ -92,8 +92,8 @@ def _blur(pixels: np.ndarray, weights: np.ndarray, dtype: np.dtype[Any]) -> np.n
 
 
 def _blur_apart(pixels: np.ndarray, weights: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    # Zero times NaN is NaN: in a product of matrices it would spread over its whole block. So what is not finite is
-    # blurred apart, as masks that say where it reaches.
+    # Zero times NaN is NaN, and in a matrix product it would spread over its whole block. So values that are not finite
+    # are blurred separately, as masks of the pixels that they affect.
     blurred = _blur_finite(np.where(np.isfinite(pixels), pixels, 0), weights, dtype)
     up, down, unknown = (
         _blur_finite(mask.astype(pixels.dtype), weights, pixels.dtype) > 0
@@ -113,7 +113,7 @@ def _blur_finite(pixels: np.ndarray, weights: np.ndarray, dtype: np.dtype[Any]) 
 def _bands(length: int, weights: np.ndarray, dtype: np.dtype[Any]) -> Iterator[Band]:
     radius = len(weights) // 2
     block = min(length, max(_BLOCK_PIXELS, radius))
-    inner: np.ndarray | None = None  # all blocks that see no border have the same weights
+    inner: np.ndarray | None = None  # all blocks that touch no border have the same weights
     for first in range(0, length, block):
         pixels = slice(first, min(first + block, length))
         seen = slice(max(first - radius, 0), min(pixels.stop + radius, length))
@@ -128,7 +128,7 @@ def _bands(length: int, weights: np.ndarray, dtype: np.dtype[Any]) -> Iterator[B
 def _band_weights(pixels: slice, seen: slice, length: int, weights: np.ndarray) -> np.ndarray:
     radius = len(weights) // 2
     targets = np.arange(pixels.start, pixels.stop)[:, np.newaxis]
-    sources = (targets + np.arange(-radius, radius + 1)) % (2 * length)  # an image and its reflection, over and over
+    sources = (targets + np.arange(-radius, radius + 1)) % (2 * length)  # an image and its reflection, repeated
     sources = np.minimum(sources, 2 * length - 1 - sources)
     band = np.zeros((len(targets), seen.stop - seen.start))
     np.add.at(band, (targets - pixels.start, sources - seen.start), weights)
@@ -143,7 +143,7 @@ def _strips(pixels: np.ndarray) -> Iterator[slice]:
 
 def _sobel_strip(pixels: np.ndarray, strip: slice, out: np.ndarray) -> None:
     height, width, channels = pixels.shape
-    # One more row and column on each side; at a border the reflection of the next pixel is the border's own.
+    # One more row and column on each side; the reflection at a border repeats the border pixel.
     around = np.clip(np.arange(strip.start - 1, strip.stop + 1), 0, height - 1)
     padded = np.empty((len(around), width + 2, channels), out.dtype)
     padded[:, 1:-1] = pixels[around]
@@ -164,8 +164,8 @@ def _sobel_strip(pixels: np.ndarray, strip: slice, out: np.ndarray) -> None:
 
 
 def _join(across: np.ndarray, down: np.ndarray, out: np.ndarray) -> None:
-    # `hypot` in double precision takes most of the filter's time, and only squares that overflow need it. In single
-    # precision it is quick, and squares would lose gradients that are not so small.
+    # `hypot` in double precision would take most of the filter's time, and is needed only where squares overflow. In
+    # single precision it is fast, and squares would lose small gradients.
     if out.dtype == np.float64:
         np.sqrt(across * across + down * down, out=out)
         if math.isfinite(out.sum()):

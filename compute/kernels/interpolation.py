@@ -1,4 +1,4 @@
-"""Values between samples."""
+"""Interpolation: values between samples."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from unlatch import KernelError, kernel
 from unlatch.compute.kernels.precision import working_dtype
 from unlatch.compute.kernels.refusals import require_choice, require_finite, require_result_bytes
 
-# Values are found in blocks of about this many, which stay in the cache of one core.
+# Values are computed in blocks of about this many, to stay in the cache of one core.
 _BLOCK_VALUES = 16_384
 
-# So few equations are solved at once more quickly than by halves.
+# Up to this many equations are solved faster directly than by cyclic reduction.
 _DENSE_EQUATIONS = 32
 
 
@@ -20,13 +20,13 @@ _DENSE_EQUATIONS = 32
 def interpolate(
     x: Float[np.ndarray, "n"], y: Float[np.ndarray, "*batch n"], at: Float[np.ndarray, "m"], *, kind: str = "linear"
 ) -> Float[np.ndarray, "*batch m"]:
-    """The values at other places of functions known at some: by straight lines, or by a cubic spline.
+    """Interpolate sampled functions at other places: linearly, or by a cubic spline.
 
     `x` has shape (n,) and increases; `y` (…, n) has a function in every row; `at` (m,) is in `x`'s unit and any order.
     The result has shape (…, m) and the common dtype of all three; float16 gives float32. `kind` is "linear" or "cubic",
-    a spline whose first two pieces are one polynomial, and its last two (not-a-knot); of three samples it is the
-    parabola, of two the line. Places outside `x`, and NaN, give NaN. A NaN in `y` spoils the pieces beside it with
-    "linear", its row with "cubic".
+    a spline whose first two pieces are one polynomial, as are its last two (not-a-knot); three samples give a parabola,
+    two a line. Places outside `x`, and NaN, give NaN. A NaN in `y` affects the pieces beside it with "linear", and its
+    whole row with "cubic".
 
     Raises `KernelError` for an `x` that is not finite or does not increase, for fewer than two samples, for another
     kind, and when the result would be larger than 64 MiB and than 16 times its arguments. Source: C. de Boor, "A
@@ -58,20 +58,20 @@ def _check_places(x: np.ndarray) -> None:
 
 
 def _pieces(x: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Between which two samples each place is: the number of the first."""
-    if len(at) > len(x) and (at[1:] >= at[:-1]).all():  # the fewer are sought among the more
+    """The piece in which each place lies, as the number of its first sample."""
+    if len(at) > len(x) and (at[1:] >= at[:-1]).all():  # the fewer are searched among the more
         borders = np.searchsorted(at, x[1:-1], side="left")
         return np.repeat(np.arange(len(x) - 1), np.diff(borders, prepend=0, append=len(at)))
     return np.asarray(np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2))
 
 
 def _linear(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    if len(y) == 1:  # NumPy's own knows a single function, and no batch
+    if len(y) == 1:  # numpy.interp takes a single function, but no batch
         return np.asarray(np.interp(at, x, y[0])[np.newaxis], y.dtype)
     piece = _pieces(x, at)
     left = x[piece]
     along = (at - left) / (x[piece + 1] - left)
-    # A sum of both ends with weights, so that a NaN at one end is not seen at the other.
+    # A weighted sum of both ends, so that a NaN at one end does not affect the other.
     found = np.take(y, piece + 1, axis=1)
     found *= along
     rest = np.take(y, piece, axis=1)
@@ -106,7 +106,7 @@ def _evaluate(coefficients: tuple[np.ndarray, ...], piece: np.ndarray, along: np
 
 
 def _slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The spline's slopes at its samples, from the equations that its second derivative is continuous."""
+    """The spline's slopes at its samples, from the equations of a continuous second derivative."""
     widths, chords = np.diff(x), np.diff(y) / np.diff(x)
     if len(widths) == 1:
         return np.repeat(chords, 2, axis=1)
@@ -118,7 +118,7 @@ def _slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     left, right = widths[:-1], widths[1:]
     below, diagonal, above = right.copy(), 2 * (left + right), left.copy()
     wanted = 3 * (right * chords[:, :-1] + left * chords[:, 1:])
-    # Not-a-knot, `near * slopes[0] + (near + far) * slopes[1] = end`, takes the outer slopes out of the system.
+    # Not-a-knot, `near * slopes[0] + (near + far) * slopes[1] = end`, eliminates the outer slopes from the system.
     first = _end(widths[0], widths[1], chords[:, 0], chords[:, 1])
     last = _end(widths[-1], widths[-2], chords[:, -1], chords[:, -2])
     wanted[:, 0] -= first
@@ -139,16 +139,16 @@ def _end(outer: Any, inner: Any, chord: np.ndarray, next_chord: np.ndarray) -> n
 
 
 def _tridiagonal(below: np.ndarray, diagonal: np.ndarray, above: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Cyclic reduction: half of the unknowns are taken out at a time, in one pass over all rows.
+    """Solve a tridiagonal system by cyclic reduction: each pass over all rows eliminates half of the unknowns.
 
-    It needs no pivots, for each diagonal element outweighs those beside it.
+    No pivots are needed, since each diagonal element is larger than those beside it.
     """
     n = len(diagonal)
     if n <= _DENSE_EQUATIONS:
         dense = np.diag(diagonal) + np.diag(below[1:], -1) + np.diag(above[:-1], 1)
         solved: np.ndarray = np.linalg.solve(dense, wanted.T).T
         return solved
-    # Odd unknowns stay. Each takes its two even neighbours' equations; the last may have no neighbour after it.
+    # Odd unknowns stay. Each absorbs the equations of its two even neighbours; the last may have none after it.
     odd, after = np.arange(1, n, 2), np.arange(2, n, 2)
     inner = len(after)
     before = odd - 1

@@ -1,4 +1,4 @@
-"""What the levels of an image's histogram say: where to cut it, how to spread it."""
+"""Operations on the histogram of an image's levels: thresholds, and equalisation."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,10 +10,10 @@ from unlatch import KernelError, kernel
 from unlatch.compute.kernels.precision import image_dtype
 from unlatch.compute.kernels.refusals import require_work
 
-# The levels that a channel of floats is counted in, between its smallest and largest.
+# Number of levels in which a channel of floats is counted, between its smallest and largest value.
 _FLOAT_LEVELS = 256
 
-# Every channel has a histogram of its own, however few its pixels: at the limit about a minute.
+# Every channel has its own histogram, even if it has few pixels: at the limit this takes about a minute.
 _MAX_LEVELS = 2**28
 
 # Pixels are counted in blocks of this many: 8 MB at a time, however large the image.
@@ -23,7 +23,7 @@ _PAIRED_PIXELS = 262_144
 
 
 class Threshold(NamedTuple):
-    """The threshold of each channel, and where the image is above it."""
+    """The threshold of each channel, and the pixels above it."""
 
     threshold: Float64[np.ndarray, "*channels"]
     above: Bool[np.ndarray, "h w *channels"]
@@ -31,7 +31,7 @@ class Threshold(NamedTuple):
 
 @kernel(pure=True)
 def threshold_otsu(image: Real[np.ndarray, "h w *channels"]) -> Threshold:
-    """The threshold that parts an image best into dark and bright, and the bright part.
+    """Find the threshold that best separates an image into dark and bright, and return the bright part.
 
     `image` has shape (h, w) or (h, w, channels) and holds floats or 8- or 16-bit integers. `threshold` is a single
     number or has shape (channels,): of all levels that pixels have, the one for which the pixels up to it and those
@@ -55,7 +55,7 @@ def threshold_otsu(image: Real[np.ndarray, "h w *channels"]) -> Threshold:
 
 @kernel(pure=True)
 def equalize_histogram(image: UInt[np.ndarray, "h w *channels"]) -> UInt[np.ndarray, "h w *channels"]:
-    """An image whose levels are spread so that all are about as frequent: contrast where there was little.
+    """Spread the levels of an image so that all are about equally frequent, which adds contrast.
 
     `image` has shape (h, w) or (h, w, channels) and holds uint8 or uint16; the result has its shape and dtype, and
     treats each channel by itself. A level becomes the share of pixels that are darker, of all but the brightest, in
@@ -83,21 +83,21 @@ def _check_levels(image: np.ndarray) -> None:
 def _looked_up(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
     if plane.itemsize > 1:
         return np.take(table, plane)
-    # NumPy makes an index of eight bytes of each pixel first; Python's own table of bytes does not.
+    # NumPy would first make an index of eight bytes for each pixel; Python's table of bytes does not.
     return np.frombuffer(plane.tobytes().translate(table.tobytes()), np.uint8).reshape(plane.shape)
 
 
 def _counts(channel: np.ndarray) -> np.ndarray:
-    """How often each level of an integer dtype occurs, its smallest first."""
+    """Counts of each level of an integer dtype, with the smallest level first."""
     levels = 2 ** (8 * channel.dtype.itemsize)
     flat = channel.reshape(-1).view(f"u{channel.dtype.itemsize}")
-    if levels == 256 and len(flat) >= _PAIRED_PIXELS:  # two bytes are counted as quickly as one
+    if levels == 256 and len(flat) >= _PAIRED_PIXELS:  # two bytes are counted as fast as one
         pairs, rest = flat[: len(flat) // 2 * 2].view(np.uint16), flat[len(flat) // 2 * 2 :]
         counted = _bincount(pairs, 65_536).reshape(256, 256)
         counts = counted.sum(axis=0) + counted.sum(axis=1) + _bincount(rest, 256)
     else:
         counts = _bincount(flat, levels)
-    # Levels of a signed dtype wrap: its negative ones are the upper half.
+    # Levels of a signed dtype wrap around: its negative levels are the upper half.
     return np.asarray(np.roll(counts, levels // 2)) if channel.dtype.kind == "i" else counts
 
 
@@ -109,7 +109,7 @@ def _bincount(flat: np.ndarray, levels: int) -> np.ndarray:
 
 
 def _spread(counts: np.ndarray) -> np.ndarray:
-    """The new level of each old one: how many pixels are darker, in steps of an even share."""
+    """The new level of each old one: the number of darker pixels, in steps of an equal share."""
     present = counts[counts > 0]
     share = present[:-1].sum() / (len(counts) - 1)
     if share == 0:
@@ -126,7 +126,7 @@ def _threshold(channel: np.ndarray) -> float:
     finite: np.ndarray[Any, Any] = channel[np.isfinite(channel)].astype(np.float64)
     if finite.size == 0:
         return math.nan
-    # In halves: the width of an interval may be more than float64 holds.
+    # In halves, since the width of an interval may exceed float64.
     finite /= 2
     low = float(finite.min())
     width = float(finite.max()) - low
@@ -137,17 +137,17 @@ def _threshold(channel: np.ndarray) -> float:
     finite /= width
     finite *= _FLOAT_LEVELS
     places = np.minimum(finite.astype(np.intp), _FLOAT_LEVELS - 1)
-    # Variances of the levels' numbers are those of the levels, but for a factor.
+    # Variances of level numbers equal those of the levels, except for a factor.
     return _best(np.bincount(places, minlength=_FLOAT_LEVELS), np.arange(float(_FLOAT_LEVELS)), edges[1:])
 
 
 def _best(counts: np.ndarray, levels: np.ndarray, thresholds: np.ndarray) -> float:
-    """The threshold with the largest variance between the two parts, which is the smallest within them."""
+    """The threshold with the largest variance between the two parts, which means the smallest within them."""
     present = counts > 0
     counts, levels, thresholds = counts[present], levels[present], thresholds[present]
     if len(counts) == 0:
         return math.nan
-    # Levels relative to the middle one: sums of large, nearly equal levels would cancel.
+    # Relative to the middle level, since sums of large, similar levels would cancel.
     levels = levels - levels[len(levels) // 2]
     below, total = np.cumsum(counts)[:-1], counts.sum()
     below_sum, total_sum = np.cumsum(counts * levels)[:-1], float((counts * levels).sum())

@@ -1,6 +1,6 @@
-"""Products and equations of matrices, by the BLAS and LAPACK that NumPy brings.
+"""Matrix products and linear equations, by NumPy's BLAS and LAPACK.
 
-NumPy has LAPACK compute in double precision whatever the dtype: single-precision solutions are rounded once.
+NumPy lets LAPACK compute in double precision for any dtype, so single-precision solutions are rounded only once.
 """
 
 import math
@@ -13,7 +13,7 @@ from unlatch import KernelError, kernel
 from unlatch.compute.kernels.precision import real_dtype, working_dtype
 from unlatch.compute.kernels.refusals import require_at_least, require_finite, require_result_bytes, require_work
 
-# Up to here float64 holds every integer, so a product of integers by BLAS is exact.
+# Up to this value float64 holds every integer, so a product of integers by BLAS is exact.
 _EXACT_INTEGER = 2**53
 
 # The work grows with the cube of these: about a minute on one core.
@@ -22,7 +22,7 @@ _MAX_SVD_SIDE = 4096
 
 
 class LeastSquares(NamedTuple):
-    """The solution of least norm, the matrix's rank and its singular values in descending order."""
+    """The solution of least norm, the matrix's rank, and its singular values in descending order."""
 
     x: Inexact[np.ndarray, "n *columns"]
     rank: Int64[np.ndarray, ""]
@@ -31,7 +31,7 @@ class LeastSquares(NamedTuple):
 
 @kernel(pure=True)
 def matmul(a: Num[np.ndarray, "m k"], b: Num[np.ndarray, "k n"]) -> Num[np.ndarray, "m n"]:
-    """The matrix product of two matrices.
+    """Compute the matrix product of two matrices.
 
     `a` has shape (m, k), `b` (k, n), the result (m, n); with k = 0 it is zeros. Floats and complex numbers give NumPy's
     common dtype of both; float16 is computed in float32 and rounded once. Two integer matrices give int64, exactly.
@@ -53,7 +53,7 @@ def matmul(a: Num[np.ndarray, "m k"], b: Num[np.ndarray, "k n"]) -> Num[np.ndarr
 
 @kernel(pure=True)
 def solve(a: Inexact[np.ndarray, "n n"], b: Inexact[np.ndarray, "n *columns"]) -> Inexact[np.ndarray, "n *columns"]:
-    """The solution x of the linear equations `a @ x = b`.
+    """Solve the linear equations `a @ x = b`.
 
     `a` has shape (n, n), `b` (n,) or (n, columns): one right-hand side or several; the result has `b`'s shape. The
     dtype is the common one of both; float16 gives float32. Nothing warns of a matrix that is nearly singular.
@@ -76,7 +76,7 @@ def solve(a: Inexact[np.ndarray, "n n"], b: Inexact[np.ndarray, "n *columns"]) -
 def lstsq(
     a: Inexact[np.ndarray, "m n"], b: Inexact[np.ndarray, "m *columns"], *, rcond: float = math.nan
 ) -> LeastSquares:
-    """The least squares solution x of `a @ x = b`, of least norm where there are several.
+    """Find the least squares solution x of `a @ x = b`; of several solutions, the one with the least norm.
 
     `a` has shape (m, n), `b` (m,) or (m, columns); `x` is (n,) or (n, columns), `rank` a single number, `s` has shape
     (min(m, n),). Singular values below `rcond` times the largest count as zero; NaN, the default, stands for the
@@ -106,7 +106,7 @@ def lstsq(
 
 @kernel(pure=True)
 def pinv(a: Inexact[np.ndarray, "m n"], *, rcond: float = math.nan) -> Inexact[np.ndarray, "n m"]:
-    """The Moore-Penrose inverse of a matrix.
+    """Compute the Moore-Penrose inverse of a matrix.
 
     `a` has shape (m, n), the result (n, m) and `a`'s dtype; float16 gives float32. Singular values below `rcond` times
     the largest count as zero; NaN, the default, stands for the dtype's epsilon times max(m, n).
@@ -140,5 +140,5 @@ def _check_exact(a: np.ndarray, b: np.ndarray) -> None:
 
 
 def _largest_magnitude(x: np.ndarray) -> int:
-    # As Python's integers: the magnitude of int64's smallest does not fit int64.
+    # As Python's integers, since the magnitude of int64's smallest value exceeds int64.
     return max(abs(int(x.min())), abs(int(x.max()))) if x.size else 0

@@ -1,7 +1,7 @@
 """The median filter.
 
-Up to a certain size the pixels of all windows are sorted at once, by a network of exchanges: one `minimum` and one
-`maximum` over a tile of the image for each. Beyond it, windows are copied out and partitioned one by one.
+For small windows, a network of exchanges sorts the pixels of all windows at once, each exchange being one `minimum` and
+one `maximum` over a tile of the image. For larger ones, windows are copied and partitioned one by one.
 """
 
 from collections.abc import Iterator
@@ -15,20 +15,20 @@ from unlatch.compute.kernels.refusals import require_odd, require_work
 
 _MAX_SIZE = 31
 
-# Up to 5 nanoseconds each: at the limit about a minute and a half.
+# Up to 5 nanoseconds for each: about a minute and a half at the limit.
 _MAX_WINDOW_PIXELS = 20_000_000_000
 
-# A window of n pixels costs 3/4 n**2 passes, over vectors that hold the more pixels the narrower those are.
-_MOST_NETWORK_PIXELS = {1: 81, 2: 49, 4: 49, 8: 25}
+# A window of n pixels costs 3/4 n**2 passes over vectors. Narrow pixels allow more, since a vector holds more of them.
+_MAX_NETWORK_PIXELS = {1: 81, 2: 49, 4: 49, 8: 25}
 
-# A tile of the network's planes stays in the cache, as do the windows to partition.
+# A tile of the network's planes stays in the cache, and so do the windows to partition.
 _TILE_BYTES = 16_384
 _WINDOWS_BYTES = 1_048_576
 
 
 @kernel(pure=True)
 def median_filter(image: Real[np.ndarray, "h w *channels"], *, size: int = 3) -> Real[np.ndarray, "h w *channels"]:
-    """The median of the square of `size` pixels around each pixel: specks go, edges stay.
+    """Compute the median of the square of `size` pixels around each pixel: it removes specks and keeps edges.
 
     `image` has shape (h, w) or (h, w, channels) and holds floats or 8- or 16-bit integers; the result has its shape and
     dtype, and treats each channel by itself. The image is reflected at its borders (d c b a | a b c d). A NaN fills the
@@ -48,14 +48,14 @@ def median_filter(image: Real[np.ndarray, "h w *channels"], *, size: int = 3) ->
     radius = size // 2
     padded = np.pad(pixels, ((radius, radius), (radius, radius), (0, 0)), mode="symmetric")
     filtered = np.empty_like(pixels)
-    fill = _by_network if size**2 <= _MOST_NETWORK_PIXELS[image.itemsize] else _by_partition
+    fill = _by_network if size**2 <= _MAX_NETWORK_PIXELS[image.itemsize] else _by_partition
     with np.errstate(invalid="ignore"):
         fill(padded, size, filtered)
     return filtered.reshape(image.shape)
 
 
 def _tiles(out: np.ndarray, pixel_bytes: int, tile_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the result, of which a tile takes so many bytes at most; long in rows where it can be."""
+    """Split the result into tiles of at most `tile_bytes`, as rows and columns; as long in rows as possible."""
     height, width = out.shape[:2]
     columns = min(width, max(1, tile_bytes // pixel_bytes))
     rows = max(1, tile_bytes // (pixel_bytes * columns))
@@ -75,9 +75,9 @@ def _by_network(padded: np.ndarray, size: int, out: np.ndarray) -> None:
 
 
 def _median(windows: np.ndarray) -> np.ndarray:
-    """Of slightly more than half of the pixels, neither the smallest nor the largest is the median: out they go.
+    """Find the median by elimination: among slightly more than half of the pixels, neither extreme is the median.
 
-    Then one more pixel comes in, and again, until one is left.
+    The smallest and the largest are dropped, one more pixel is added, and so on until one is left.
     """
     size = windows.shape[-1]
     planes = (windows[..., row, column] for row in range(size) for column in range(size))
@@ -112,7 +112,7 @@ def _by_partition(padded: np.ndarray, size: int, out: np.ndarray) -> None:
         windows = _windows(padded, rows, columns, size)
         flat = windows.reshape(*windows.shape[:3], pixels)
         if flat.itemsize == 1:
-            flat = flat.astype(np.int16)  # NumPy partitions bytes several times more slowly
+            flat = flat.astype(np.int16)  # NumPy partitions bytes several times slower
         middle = np.partition(flat, pixels // 2, axis=-1)[..., pixels // 2]
         if out.dtype.kind == "f":
             middle[np.isnan(flat).any(axis=-1)] = np.nan

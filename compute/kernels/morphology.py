@@ -1,4 +1,4 @@
-"""Shapes in images, by the smallest and largest value around each pixel."""
+"""Morphology of images: the smallest and largest value around each pixel."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from unlatch.compute.kernels.windows import extremes
 
 @kernel(pure=True)
 def erode(image: Shaped[np.ndarray, "h w *channels"], *, size: int = 3) -> Shaped[np.ndarray, "h w *channels"]:
-    """The smallest value in the square of `size` pixels around each pixel: bright shapes shrink.
+    """Compute the smallest value in the square of `size` pixels around each pixel: bright shapes shrink.
 
     `image` has shape (h, w) or (h, w, channels) and holds bools, integers or floats; the result has its shape and
-    dtype, and treats each channel by itself. At borders the square holds what there is of it. The time grows with the
+    dtype, and treats each channel by itself. At borders the square is cut to the image. The time grows with the
     logarithm of `size`. A NaN fills the square around it.
 
     Raises `KernelError` for other dtypes and for a size that is not odd and positive. Source:
@@ -26,7 +26,7 @@ def erode(image: Shaped[np.ndarray, "h w *channels"], *, size: int = 3) -> Shape
 
 @kernel(pure=True)
 def dilate(image: Shaped[np.ndarray, "h w *channels"], *, size: int = 3) -> Shaped[np.ndarray, "h w *channels"]:
-    """The largest value in the square of `size` pixels around each pixel: bright shapes grow.
+    """Compute the largest value in the square of `size` pixels around each pixel: bright shapes grow.
 
     Shapes, dtypes, borders, NaN and errors are those of `erode`. Source: `scipy.ndimage.grey_dilation`.
     """
@@ -35,7 +35,7 @@ def dilate(image: Shaped[np.ndarray, "h w *channels"], *, size: int = 3) -> Shap
 
 @kernel(pure=True)
 def opening(image: Shaped[np.ndarray, "h w *channels"], *, size: int = 3) -> Shaped[np.ndarray, "h w *channels"]:
-    """An image eroded, then dilated: bright shapes in which a square of `size` pixels has no room are gone.
+    """Erode an image, then dilate it: bright shapes that hold no square of `size` pixels disappear.
 
     Shapes, dtypes, borders and errors are those of `erode`; a NaN fills a square twice as large. Source:
     `scipy.ndimage.grey_opening`.
@@ -45,7 +45,7 @@ def opening(image: Shaped[np.ndarray, "h w *channels"], *, size: int = 3) -> Sha
 
 @kernel(pure=True)
 def closing(image: Shaped[np.ndarray, "h w *channels"], *, size: int = 3) -> Shaped[np.ndarray, "h w *channels"]:
-    """An image dilated, then eroded: dark gaps in which a square of `size` pixels has no room are gone.
+    """Dilate an image, then erode it: dark gaps that hold no square of `size` pixels disappear.
 
     Shapes, dtypes, borders and errors are those of `erode`; a NaN fills a square twice as large. Source:
     `scipy.ndimage.grey_closing`.
@@ -69,7 +69,7 @@ def _around(image: np.ndarray, size: int, extreme: np.ufunc) -> np.ndarray:
 def _along(image: np.ndarray, radius: int, extreme: np.ufunc, axis: int) -> np.ndarray:
     """The extreme of each pixel and its `radius` neighbours on both sides."""
     radius = min(radius, image.shape[axis] - 1)
-    # The border's own pixel is in every window that reaches beyond it, so repeating it changes nothing.
+    # The border's pixel is in every window that reaches beyond it, so repeating it changes nothing.
     pads: list[Any] = [(0, 0)] * image.ndim
     pads[axis] = (radius, radius)
     return extremes(np.pad(image, pads, mode="edge"), 2 * radius + 1, extreme, axis)

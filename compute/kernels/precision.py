@@ -1,4 +1,4 @@
-"""In which precision the built-in kernels compute."""
+"""The precision in which built-in kernels compute."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from unlatch import KernelError
 
 
 def working_dtype(*arrays: np.ndarray) -> np.dtype[Any]:
-    """The dtype in which to compute with arrays, and to give the result.
+    """The dtype in which to compute with arrays and to return the result.
 
-    The common dtype of inexact arrays, float16 becoming float32 (BLAS and LAPACK have no such type); float64 for
-    integers and bools.
+    For inexact arrays their common dtype, with float32 instead of float16 (which BLAS and LAPACK lack); for integers
+    and bools float64.
     """
     common = np.result_type(*arrays)
     if common.kind not in "fc":
@@ -20,21 +20,21 @@ def working_dtype(*arrays: np.ndarray) -> np.dtype[Any]:
 
 
 def real_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype of a complex dtype's parts; a real one's own."""
+    """The dtype of a complex dtype's parts; for a real dtype the dtype itself."""
     return np.empty(0, dtype).real.dtype
 
 
 def image_dtype(image: np.ndarray) -> np.dtype[Any]:
-    """The dtype in which to filter an image. Raises `KernelError` for one that is no image's."""
+    """The dtype in which to filter an image. Raises `KernelError` for a dtype that no image has."""
     if image.dtype == np.float64:
         return image.dtype
-    # In single precision the sums of 16-bit integers still round to the right integer; those of wider ones would not.
+    # In single precision, sums of 16-bit integers still round to the right integer; those of wider ones would not.
     if image.dtype.kind == "f" or (image.dtype.kind in "iu" and image.dtype.itemsize <= 2):
         return np.dtype(np.float32)
     raise KernelError(f"image: wanted floats or 8- or 16-bit integers, got {image.dtype}")
 
 
 def column_means(x: np.ndarray) -> np.ndarray:
-    """The mean of every column of inexact numbers: BLAS sums in parts, and rounds less than one sum after another."""
+    """The mean of every column of inexact numbers. BLAS sums in parts, and so rounds less than a running sum."""
     means: np.ndarray = np.full(len(x), 1 / len(x), x.dtype) @ x
     return means

@@ -1,8 +1,8 @@
-"""What built-in kernels refuse, and in which words: values that mean nothing, and work out of proportion.
+"""Checks that built-in kernels share, with their error texts: values without meaning, and work out of proportion.
 
-A small request must not ask for hours or gigabytes. Where a kernel's work can grow faster than its arrays, it says of
-what and up to where in one call of `require_work`: the limit is what one core does in about a minute at worst. Where
-its result can, `require_result_bytes` holds the result in proportion to the arguments.
+A small request must not cause hours of work or gigabytes of memory. If a kernel's work can grow faster than its arrays,
+one call of `require_work` names the quantity and its limit, which is what one core does in about a minute at worst. If
+its result can, `require_result_bytes` keeps the result in proportion to the arguments.
 """
 
 import math
@@ -13,20 +13,20 @@ import numpy as np
 
 from unlatch import KernelError
 
-# A result may be this large whatever the arguments are; beyond it, only in proportion to them. An outer product of two
-# 8 MB vectors would be 8 TB, and two arrays of shapes (10**6, 0) and (0, 10**6) have no bytes at all.
+# A result may be this large for any arguments; a larger one must be in proportion to them. An outer product of two 8 MB
+# vectors would have 8 TB, and two arrays of shapes (10**6, 0) and (0, 10**6) have no bytes at all.
 _FREE_RESULT_BYTES = 64 * 2**20
 _RESULT_PER_ARGUMENT_BYTE = 16
 
 
 def require_work(argument: str, what: str, amount: float, limit: int) -> None:
-    """Refuse more work than a call may ask for. `what` is the quantity that it grows with, as a caller would say it."""
+    """Refuse more work than a call may cause. `what` names the quantity with which it grows, in a caller's words."""
     if amount > limit:
         raise KernelError(f"{argument}: wanted {what} of at most {limit}, got {amount}")
 
 
 def require_result_bytes(argument: str, shape: tuple[int, ...], dtype: np.dtype[Any], arguments_bytes: int) -> None:
-    """Refuse a result above 64 MiB that is also above 16 times its arguments."""
+    """Refuse a result of more than 64 MiB that is also more than 16 times its arguments."""
     wanted = math.prod(shape) * dtype.itemsize
     allowed = max(_FREE_RESULT_BYTES, _RESULT_PER_ARGUMENT_BYTE * arguments_bytes)
     if wanted > allowed:
@@ -49,20 +49,20 @@ def require_at_least(argument: str, value: float, least: float) -> None:
 
 
 def require_odd(argument: str, value: int) -> None:
-    """Refuse a window that has no middle."""
+    """Refuse a window without a middle."""
     if value < 1 or value % 2 == 0:
         raise KernelError(f"{argument}: wanted an odd number of at least 1, got {value}")
 
 
 def require_choice(argument: str, value: str, choices: Collection[str]) -> None:
-    """Refuse a word that is none of the choices."""
+    """Refuse a word that is not one of the choices."""
     if value not in choices:
         wanted = " or ".join(f'"{choice}"' for choice in choices)
         raise KernelError(f'{argument}: wanted {wanted}, got "{value}"')
 
 
 def require_finite(argument: str, x: np.ndarray) -> None:
-    """Refuse NaN and infinities, naming the first and its place."""
+    """Refuse NaN and infinities. The error has the first one and its place."""
     finite = np.isfinite(x)
     if not finite.all():
         place = tuple(int(index) for index in np.argwhere(~finite)[0])

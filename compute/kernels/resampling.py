@@ -1,4 +1,4 @@
-"""How sure an estimate is, by drawing its sample anew."""
+"""Confidence in an estimate, by resampling its sample."""
 
 from typing import NamedTuple
 
@@ -18,12 +18,12 @@ _MAX_RESAMPLES = 1_000_000
 # A draw takes 5 to 30 nanoseconds: the limit is a minute at worst.
 _MAX_DRAWS = 2_000_000_000
 
-# So many are drawn at a time: memory does not grow with the number of resamples. It does not change what a seed gives.
+# Draws are made in blocks of this many, so memory does not grow with the resamples. A seed's draws do not depend on it.
 _BLOCK_DRAWS = 65_536
 
 
 class Estimate(NamedTuple):
-    """The statistic of the sample, its standard error, and the interval's ends."""
+    """The sample's statistic, its standard error, and the ends of its interval."""
 
     estimate: Float64[np.ndarray, ""]
     stderr: Float64[np.ndarray, ""]
@@ -40,7 +40,7 @@ def bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate:
-    """A confidence interval of a sample's mean or median, by the bootstrap: as many values, drawn anew from it.
+    """Compute a confidence interval of a sample's mean or median, by bootstrap: resampling with replacement.
 
     `x` has shape (n,) and finite elements; integers are taken as float64. `statistic` is "mean" or "median". `low` and
     `high` are the percentiles that leave out the same share of all `resamples` at both ends, `stderr` is their standard

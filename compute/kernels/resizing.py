@@ -14,7 +14,7 @@ from unlatch.compute.kernels.refusals import require_between, require_choice, re
 
 _MAX_SIDE_PIXELS = 65_536
 
-# Fewer output pixels to a band waste BLAS's start, more multiply zeros.
+# With fewer output pixels a band wastes the overhead of BLAS; with more it multiplies zeros.
 _MIN_BLOCK_PIXELS = 8
 _MAX_BLOCK_PIXELS = 32
 _SEEN_PIXELS = 48
@@ -43,12 +43,12 @@ _FILTERS = {"bilinear": (1, _triangle), "bicubic": (2, _cubic), "lanczos": (3, _
 def resize(
     image: Real[np.ndarray, "h w *channels"], *, height: int, width: int, method: str = "bilinear"
 ) -> Real[np.ndarray, "height width *channels"]:
-    """An image in another size, with antialiasing where it shrinks.
+    """Resize an image, with antialiasing where it shrinks.
 
     `image` has shape (h, w) or (h, w, channels) and holds floats or 8- or 16-bit integers; the result has shape
-    (height, width) or (height, width, channels) and its dtype, integers rounded to the nearest and cut to their range.
-    `method` is "bilinear", "bicubic" or "lanczos" (of three lobes); "bicubic" and "lanczos" may overshoot at edges. A
-    NaN or an infinity makes NaN of the pixels it takes part in, and of no others.
+    (height, width) or (height, width, channels) and its dtype, integers rounded to the nearest and clipped to their
+    range. `method` is "bilinear", "bicubic" or "lanczos" (with three lobes); "bicubic" and "lanczos" may overshoot at
+    edges. A NaN or an infinity gives NaN in the pixels that depend on it, and in no others.
 
     Raises `KernelError` for other dtypes, for a height or width outside 1 to 65536, for another method, for an image
     without pixels, and when the result would be larger than 64 MiB and than 16 times the image. Source: R. Keys,
@@ -75,7 +75,7 @@ def _resized(pixels: np.ndarray, down: list[Band], across: list[Band], dtype: np
         bad = None if dtype.kind in "iu" or np.isfinite(pixels.sum()) else ~np.isfinite(pixels)
         if bad is None or not bad.any():
             return filtered(pixels, down, across, dtype)
-        # Zero times NaN is NaN: in a product of matrices it would spread over its whole block.
+        # Zero times NaN is NaN, and in a matrix product it would spread over its whole block.
         resized = filtered(np.where(bad, 0, pixels), down, across, dtype)
         wide_down, wide_across = (
             [band._replace(weights=np.abs(band.weights)) for band in bands] for bands in (down, across)
@@ -87,8 +87,8 @@ def _resized(pixels: np.ndarray, down: list[Band], across: list[Band], dtype: np
 def _bands(before: int, after: int, method: str, dtype: np.dtype[Any]) -> Iterator[Band]:
     reach, weigh = _FILTERS[method]
     scale = before / after
-    stretch = max(scale, 1.0)  # a filter as wide as an output pixel lets nothing finer through
-    # Where a single pixel sees many, more of them to a band would take more memory than the image.
+    stretch = max(scale, 1.0)  # a filter as wide as an output pixel removes finer detail
+    # If a single output pixel depends on many, larger bands would take more memory than the image.
     least = _MIN_BLOCK_PIXELS if scale <= _SEEN_PIXELS else 1
     block = min(max(math.ceil(_SEEN_PIXELS / scale), least), _MAX_BLOCK_PIXELS)
     for first in range(0, after, block):

@@ -1,4 +1,4 @@
-"""What moves along a series: windows that roll over it."""
+"""Rolling windows over a series."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ _STRETCH_SAMPLES = 8192
 
 
 class Rolling(NamedTuple):
-    """Mean, standard deviation, smallest and largest value of each window."""
+    """Mean, standard deviation, minimum and maximum of each window."""
 
     mean: Float[np.ndarray, "*batch windows"]
     std: Float[np.ndarray, "*batch windows"]
@@ -23,12 +23,12 @@ class Rolling(NamedTuple):
 
 @kernel(pure=True)
 def rolling(x: Real[np.ndarray, "*batch n"], *, window: int, ddof: int = 0) -> Rolling:
-    """Mean, standard deviation, smallest and largest value of every `window` samples in a row.
+    """Compute mean, standard deviation, minimum and maximum of every `window` consecutive samples.
 
     `x` has shape (…, n); all results have shape (…, n - window + 1) and start with the first whole window. They are
     float64, or float32 for float32 and float16; means and deviations are computed in float64. Deviations divide by
-    window - `ddof`. The time grows with the logarithm of the window, and sums of large, nearly equal samples do not
-    cancel. A NaN makes NaN of the windows that hold it and of no others; so does an infinity, of means and deviations.
+    window - `ddof`. The time grows with the logarithm of the window, and sums of large, similar samples do not cancel.
+    A NaN gives NaN in the windows that hold it only; so does an infinity, in means and deviations.
 
     Raises `KernelError` for a window outside 1 to n and for a ddof outside 0 to window - 1. Source: T. Chan, G. Golub
     and R. LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37 (1983)
@@ -51,16 +51,16 @@ def rolling(x: Real[np.ndarray, "*batch n"], *, window: int, ddof: int = 0) -> R
 
 
 def _roll(rows: np.ndarray, window: int, ddof: int, outs: list[np.ndarray]) -> None:
-    """In stretches that stay in the caches of one core, unless a window does not."""
+    """Work in stretches that stay in the cache of one core, unless a window does not fit."""
     stretch = max(_STRETCH_SAMPLES, window)
     with np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, outs[0].shape[1], stretch):
             mean, std, least, most = (out[:, first : first + stretch].T for out in outs)
-            # Along the first axis, so that short rows are taken together.
+            # Along the first axis, so that short rows are computed together.
             samples = np.ascontiguousarray(rows[:, first : first + len(mean) + window - 1].T)
             least[...] = extremes(samples, window, np.minimum, 0)
             most[...] = extremes(samples, window, np.maximum, 0)
-            # An infinity's mean would depend on how its window is joined: it is no number, for every window.
+            # An infinity's mean would depend on how its window is joined, so it is NaN for every window.
             numbers = np.where(np.isfinite(samples), samples, np.nan)
             mean[...], spread = moments(numbers.astype(np.float64, copy=False), window)
             std[...] = np.sqrt(spread / (window - ddof))

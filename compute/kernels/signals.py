@@ -10,23 +10,23 @@ from unlatch import KernelError, kernel
 from unlatch.compute.kernels.precision import working_dtype
 from unlatch.compute.kernels.refusals import require_choice, require_finite, require_result_bytes
 
-# Rows are transformed in blocks of about this many samples, so that what is kept between passes stays in the caches.
-# Smaller blocks would pay for the tables of a large prime length again and again.
+# Rows are transformed in blocks of about this many samples, so that data between passes stays in the caches. Smaller
+# blocks would compute the tables of a large prime length again and again.
 _BLOCK_SAMPLES = 131_072
 
-# From 256 taps in float32, 128 in float64 and complex64, 64 in complex128, transforms are quicker than products.
+# From 256 taps in float32, 128 in float64 and complex64, 64 in complex128, transforms are faster than products.
 _FFT_TAP_BYTES = 1024
 
-# Fewer outputs to a product waste BLAS's start, more multiply zeros.
+# With fewer outputs a product wastes the overhead of BLAS; with more it multiplies zeros.
 _BLOCK_OUTPUTS = 32
 
-# A transform this many times the taps' length wastes little on what overlaps.
+# With a transform this many times longer than the taps, little is wasted on the overlap.
 _FFT_PER_TAP = 8
 _MIN_FFT_SAMPLES = 1024
 
 
 class _Step(NamedTuple):
-    """A way to convolve: from windows of `length` samples, the last `hop` outputs of each."""
+    """A way to convolve: it gives the last `hop` outputs of each window of `length` samples."""
 
     dtype: np.dtype[Any]
     length: int
@@ -36,11 +36,11 @@ class _Step(NamedTuple):
 
 @kernel(pure=True)
 def fft(x: Inexact[np.ndarray, "*batch n"]) -> Complex[np.ndarray, "*batch n"]:
-    """The discrete Fourier transform of every row: along the last axis, all n frequencies, unscaled.
+    """Compute the discrete Fourier transform of every row: along the last axis, all n frequencies, unscaled.
 
     `x` is real or complex; axes before the last are a batch. float64 and complex128 give complex128, smaller floats and
     complex64 give complex64 (computed in double precision, rounded once). An empty `x` gives an empty result. A NaN or
-    an infinity spoils its own row only. Nothing is raised: work and memory follow the size of `x`, for prime n too.
+    an infinity affects its own row only. Nothing is raised: work and memory follow the size of `x`, also for prime n.
     Source: pocketfft, with Bluestein's algorithm for large primes (`scipy.fft.fft`).
     """
     double = x.dtype in (np.float64, np.complex128)
@@ -62,13 +62,13 @@ def fft(x: Inexact[np.ndarray, "*batch n"]) -> Complex[np.ndarray, "*batch n"]:
 def convolve(
     x: Inexact[np.ndarray, "*batch n"], taps: Inexact[np.ndarray, "m"], *, mode: str = "full"
 ) -> Inexact[np.ndarray, "*batch samples"]:
-    """The convolution of every row with a filter's taps, along the last axis.
+    """Convolve every row with a filter's taps, along the last axis.
 
     `x` has shape (…, n), `taps` (m,). The last axis of the result has n + m - 1 samples with `mode` "full", the middle
-    n of them with "same", and with "valid" the n - m + 1 that need nothing beyond the ends. The dtype is the common
-    one of both; float16 gives float32. Many taps (from 64 to 256 on, by dtype) are done by transforms in double
-    precision: errors are then relative to a row's largest values. A NaN or an infinity makes NaN of the m samples it
-    reaches, and of no others. Without samples or taps the result is zeros, or empty.
+    n of them with "same", and with "valid" the n - m + 1 that need no samples beyond the ends. The dtype is the common
+    one of both; float16 gives float32. Many taps (from 64 to 256 on, by dtype) are computed by transforms in double
+    precision, with errors relative to a row's largest values. A NaN or an infinity gives NaN in the m samples that
+    depend on it only. Without samples or taps the result is zeros, or empty.
 
     Raises `KernelError` for another mode, for taps that are not finite, for "valid" with more taps than samples, and
     when the result would be larger than 64 MiB and than 16 times its arguments. Source: overlap-save, as in A.
@@ -84,7 +84,7 @@ def convolve(
     require_result_bytes("x, taps", (*x.shape[:-1], count), dtype, x.nbytes + taps.nbytes)
     if x.size == 0 or reach == 0 or count == 0:
         return np.zeros((*x.shape[:-1], count), dtype)
-    # Taps that reach none of the samples asked for are no work.
+    # Taps that affect none of the requested samples are left out.
     out_of_reach = max(0, first - samples + 1)
     taps = taps[out_of_reach : first + count]
     first, reach = first - out_of_reach, len(taps)
@@ -102,7 +102,7 @@ def convolve(
 
 
 def _transform_complex(rows: np.ndarray, out: np.ndarray) -> None:
-    # NumPy's own single-precision transform takes longer than its double-precision one (NumPy 2.4).
+    # NumPy's single-precision transform is slower than its double-precision one (NumPy 2.4).
     if out.dtype == np.complex128:
         np.fft.fft(rows, out=out)
     else:
@@ -110,7 +110,7 @@ def _transform_complex(rows: np.ndarray, out: np.ndarray) -> None:
 
 
 def _transform_real(rows: np.ndarray, out: np.ndarray) -> None:
-    # Half of a real signal's spectrum is the conjugate of the other: half of the work, too.
+    # One half of a real signal's spectrum is the conjugate of the other, which saves half of the work.
     samples = rows.shape[1]
     half = out[:, : samples // 2 + 1]
     if out.dtype == np.complex128:
@@ -121,7 +121,7 @@ def _transform_real(rows: np.ndarray, out: np.ndarray) -> None:
 
 
 def _part(mode: str, samples: int, reach: int) -> tuple[int, int]:
-    """Which samples of the full convolution a mode means: the first, and how many."""
+    """The samples of the full convolution that a mode selects: the first, and their number."""
     if mode == "same":
         return max(reach - 1, 0) // 2, samples
     if mode == "valid":
@@ -130,7 +130,7 @@ def _part(mode: str, samples: int, reach: int) -> tuple[int, int]:
 
 
 def _by_products(taps: np.ndarray, count: int) -> _Step:
-    """A block of outputs is a banded matrix times the samples it sees: the zeros cost less than a pass for each tap."""
+    """Compute blocks of outputs as a banded matrix times samples: the zeros cost less than a pass for each tap."""
     reach = len(taps)
     hop = min(max(_BLOCK_OUTPUTS, reach), count)
     band = np.zeros((hop + reach - 1, hop), taps.dtype)
@@ -141,7 +141,7 @@ def _by_products(taps: np.ndarray, count: int) -> _Step:
 
 
 def _by_transforms(taps: np.ndarray, count: int) -> _Step:
-    """A transform of `length` samples gives `hop` outputs, those that no wrapping round has touched."""
+    """Compute `hop` outputs by a transform of `length` samples; the others are spoiled by wrapping around."""
     reach = len(taps)
     length = _fast_length(min(max(_FFT_PER_TAP * reach, _MIN_FFT_SAMPLES), count + reach - 1))
     is_complex = taps.dtype.kind == "c"
@@ -158,7 +158,7 @@ def _by_transforms(taps: np.ndarray, count: int) -> _Step:
 
 
 def _save(rows: np.ndarray, step: _Step, lead: int, count: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """Overlap-save: rows in windows that overlap, the step's outputs of each side by side."""
+    """Overlap-save: split rows into overlapping windows, and put the outputs of all windows side by side."""
     hops = -(-count // step.hop)
     convolved = np.empty((len(rows), hops * step.hop), dtype)
     row_length = (hops - 1) * step.hop + step.length
@@ -181,12 +181,12 @@ def _windows(rows: np.ndarray, step: _Step, lead: int, row_length: int) -> np.nd
 
 
 def _fast_length(least: int) -> int:
-    """The shortest length of at least `least` whose factors are small."""
+    """The shortest length, of at least `least`, with small prime factors."""
     return min(factor << max(0, (-(-least // factor) - 1).bit_length()) for factor in (1, 3, 5, 9, 15))
 
 
 def _reached(bad: np.ndarray, reach: int, first: int, count: int) -> np.ndarray:
-    """Which samples of the convolution a bad one takes part in."""
+    """Samples of the convolution that depend on a bad one."""
     until = np.zeros((len(bad), bad.shape[1] + 2 * reach - 1), np.intp)
     np.cumsum(bad, axis=1, out=until[:, reach : reach + bad.shape[1]])
     until[:, reach + bad.shape[1] :] = until[:, reach + bad.shape[1] - 1, np.newaxis]

@@ -9,15 +9,15 @@ from jaxtyping import Float64, Int64, Real
 from unlatch import KernelError, kernel
 from unlatch.compute.kernels.refusals import require_between
 
-# One for every level of a 16-bit image. A reply stays within 1 MiB whatever is asked.
+# One bin for every level of a 16-bit image. So a reply is at most 1 MiB.
 _MAX_BINS = 65_536
 
-# Values are converted to float64 in blocks of this many: 8 MB at a time, however long the array.
+# Values are converted to float64 in blocks of this many: 8 MB at a time, for arrays of any length.
 _BLOCK_VALUES = 1_000_000
 
 
-class Histogram(NamedTuple):
-    """How many values fall in each bin, and the bins' edges."""
+class HistogramCounts(NamedTuple):
+    """The number of values in each bin, and the bins' edges."""
 
     counts: Int64[np.ndarray, "bins"]
     edges: Float64[np.ndarray, "bins+1"]
@@ -26,14 +26,14 @@ class Histogram(NamedTuple):
 @kernel(pure=True)
 def histogram(
     x: Real[np.ndarray, "..."], *, bins: int = 10, low: float = math.nan, high: float = math.nan
-) -> Histogram:
-    """How many values of an array fall in each of `bins` equal intervals between `low` and `high`.
+) -> HistogramCounts:
+    """Count the values of an array in each of `bins` equal intervals between `low` and `high`.
 
-    `x` is real and has any shape. `counts` has shape (bins,), `edges` (bins + 1,), in `x`'s unit. An interval holds its
-    lower edge, the last one both. `low` and `high` are the smallest and largest finite value unless given (NaN, the
-    default, stands for not given). Values outside, and NaN, are counted nowhere. When both are the same number, the
-    interval is that number minus and plus 0.5; for an array without finite values it is 0 to 1. Integers beyond 2**53
-    are rounded to float64.
+    `x` is real and has any shape. `counts` has shape (bins,), `edges` (bins + 1,), in `x`'s unit. An interval includes
+    its lower edge, the last one both edges. `low` and `high` default to the smallest and largest finite value (NaN, the
+    default, means not given). Values outside, and NaN, are not counted. If both are the same number, the interval is
+    that number minus and plus 0.5; for an array without finite values it is 0 to 1. Integers beyond 2**53 are rounded
+    to float64.
 
     Raises `KernelError` for bins outside 1 to 65536, for low or high that is infinite, for low above high, and when the
     interval is too wide or too narrow for float64 to hold its edges. Source: `numpy.histogram`.
@@ -52,14 +52,14 @@ def histogram(
         raise KernelError(
             f"bins: wanted no more than float64 can tell apart between {interval[0]} and {interval[1]}, got {bins}"
         ) from error
-    return Histogram(counts, edges)
+    return HistogramCounts(counts, edges)
 
 
 def _levels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """The values to count, and how often each occurs if that is known."""
+    """The values to count, and the number of occurrences of each if it is known."""
     if x.dtype.kind not in "iu" or x.dtype.itemsize > 2 or x.size < 2 ** (8 * x.dtype.itemsize):
         return x.reshape(-1), None
-    # Counting the levels of an image first is several times faster than placing every pixel.
+    # Counting an image's levels first is several times faster than placing every pixel.
     offset = int(np.iinfo(x.dtype).min)
     occurrences = np.zeros(2 ** (8 * x.dtype.itemsize), np.int64)
     flat = x.reshape(-1)
@@ -78,7 +78,7 @@ def _interval(values: np.ndarray, low: float, high: float) -> tuple[float, float
         raise KernelError(f"low: wanted at most high, which is {high}, got {low}")
     if math.isnan(low) or math.isnan(high):
         smallest, largest = _finite_extremes(values)
-        # A bound that is given wins: data on its far side leaves an interval of one number.
+        # A given bound wins: if all data is beyond it, the interval is a single number.
         low = (smallest if math.isnan(high) else min(smallest, high)) if math.isnan(low) else low
         high = max(largest, low) if math.isnan(high) else high
     if low == high:

@@ -9,7 +9,7 @@ from unlatch import KernelError, kernel
 from unlatch.compute.kernels.precision import column_means, working_dtype
 from unlatch.compute.kernels.refusals import require_at_least, require_result_bytes
 
-# Up to so many times as many numbers as rows, counting in an array of all of them is quicker than sorting.
+# If the range of keys is at most this many times the number of rows, counting in an array is faster than sorting.
 _DENSE_KEYS_PER_ROW = 4
 
 
@@ -26,10 +26,10 @@ class Groups(NamedTuple):
 
 @kernel(pure=True)
 def quantile(x: Real[np.ndarray, "rows *columns"], q: Float[np.ndarray, "k"]) -> Float[np.ndarray, "k *columns"]:
-    """The quantiles of every column, by straight lines between its values in order.
+    """Compute the quantiles of every column, by linear interpolation between its sorted values.
 
     `x` has shape (rows,) or (rows, columns, …), `q` (k,) with numbers from 0 to 1, in any order; the result has shape
-    (k,) or (k, columns, …). It is float64, or float32 for float32 and float16. A NaN in a column makes NaN of its
+    (k,) or (k, columns, …). It is float64, or float32 for float32 and float16. A NaN in a column gives NaN for its
     quantiles. Integers beyond 2**53 are rounded.
 
     Raises `KernelError` for an `x` without rows, for a q outside 0 to 1, and when the result would be larger than 64
@@ -53,10 +53,10 @@ def quantile(x: Real[np.ndarray, "rows *columns"], q: Float[np.ndarray, "k"]) ->
 
 @kernel(pure=True)
 def covariance(x: Real[np.ndarray, "rows columns"], *, ddof: int = 1) -> Float[np.ndarray, "columns columns"]:
-    """How every two columns vary together: their covariance matrix.
+    """Compute the covariance matrix of a table's columns.
 
     `x` has shape (rows, columns), the result (columns, columns); it is float64, or float32 for float32 and float16.
-    Sums of products are divided by rows - `ddof`. A NaN or an infinity makes NaN of its column's covariances.
+    Sums of products are divided by rows - `ddof`. A NaN or an infinity gives NaN in its column's covariances.
 
     Raises `KernelError` for no more than `ddof` rows, for a negative ddof, and when the result would be larger than 64
     MiB and than 16 times `x`. Source: `numpy.cov`.
@@ -67,10 +67,10 @@ def covariance(x: Real[np.ndarray, "rows columns"], *, ddof: int = 1) -> Float[n
 
 @kernel(pure=True)
 def correlation(x: Real[np.ndarray, "rows columns"]) -> Float[np.ndarray, "columns columns"]:
-    """How every two columns vary together, from -1 to 1: their Pearson correlations.
+    """Compute the Pearson correlations of a table's columns, from -1 to 1.
 
     `x` has shape (rows, columns), the result (columns, columns); it is float64, or float32 for float32 and float16. A
-    column that does not vary, or holds a NaN or an infinity, has no correlation: NaN, with itself too.
+    column that does not vary, or holds a NaN or an infinity, has no correlation: NaN, also with itself.
 
     Raises `KernelError` for fewer than two rows, and when the result would be larger than 64 MiB and than 16 times
     `x`. Source: `numpy.corrcoef`.
@@ -86,11 +86,11 @@ def correlation(x: Real[np.ndarray, "rows columns"]) -> Float[np.ndarray, "colum
 
 @kernel(pure=True)
 def group_by(keys: Integer[np.ndarray, "rows"], values: Real[np.ndarray, "rows *columns"]) -> Groups:
-    """Count, sum, mean, smallest and largest value of the rows that share a key.
+    """Aggregate the rows that share a key: count, sum, mean, minimum and maximum.
 
     `keys` has shape (rows,), `values` (rows,) or (rows, columns, …). `keys` of the result holds those that occur,
     ascending, in their dtype; `counts` has their shape; `sum`, `mean`, `min` and `max` have one row for each. All are
-    float64: integers beyond 2**53 are rounded. A NaN makes NaN of its group's sum, mean, smallest and largest in its
+    float64: integers beyond 2**53 are rounded. A NaN gives NaN in its group's sum, mean, minimum and maximum, in its
     column.
 
     Nothing is raised: work and memory follow the rows. Source: the aggregates of SQL's GROUP BY (`scipy.ndimage`'s
@@ -123,14 +123,14 @@ def _covariance(x: np.ndarray, ddof: int) -> np.ndarray:
 
 
 def _groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray[Any, np.dtype[np.int64]]]:
-    """The keys that occur, which of them each row has, and how often each occurs."""
+    """The keys that occur, the number of each row's key among them, and the occurrences of each."""
     if len(keys) == 0:
         return keys, np.empty(0, np.intp), np.empty(0, np.int64)
     least, most = int(keys.min()), int(keys.max())
     if most - least >= _DENSE_KEYS_PER_ROW * len(keys):
         present, group, count = np.unique(keys, return_inverse=True, return_counts=True)
         return present, group, count.astype(np.int64)
-    # Differences of unsigned numbers wrap round to the right one, whatever the dtype.
+    # Differences of unsigned numbers wrap around to the right number, for any dtype.
     place = (
         (keys.astype(np.int64) - np.int64(least))
         if keys.dtype != np.uint64
@@ -148,7 +148,7 @@ def _groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray[Any, n
 def _aggregate_rows(
     table: np.ndarray, group: np.ndarray, total: np.ndarray, least: np.ndarray, most: np.ndarray
 ) -> None:
-    """All columns at once, where they are many."""
+    """Aggregate all columns at once, for tables with many columns."""
     total[...], least[...], most[...] = 0, np.inf, -np.inf
     with np.errstate(invalid="ignore"):
         for row, own in zip(table, group, strict=True):

@@ -1,25 +1,25 @@
-"""Windows that slide along an axis, all at once: those of 2**k elements by joining pairs of half their size.
+"""Windows that slide along an axis, computed all at once: windows of 2**k elements by joining pairs of half their size.
 
-Nothing is ever taken away again, so no digits are lost, and a NaN is in the windows that hold it and in no others.
+Nothing is ever subtracted, so no digits are lost, and a NaN affects only the windows that hold it.
 """
 
 import numpy as np
 
 
 def extremes(x: np.ndarray, size: int, extreme: np.ufunc, axis: int) -> np.ndarray:
-    """The smallest (`np.minimum`) or largest (`np.maximum`) element of every window of `size` along an axis."""
+    """The minimum (`np.minimum`) or maximum (`np.maximum`) of every window of `size` along an axis."""
     ahead = np.moveaxis(x, axis, 0)
     count, width = len(ahead) - size + 1, 1
     while 2 * width <= size:
         ahead = extreme(ahead[:-width], ahead[width:])
         width *= 2
-    # Windows of any size are two that overlap: what both hold does not count twice.
+    # A window of any size is two that overlap: elements in both do not count twice.
     found: np.ndarray = extreme(ahead[:count], ahead[size - width : size - width + count])
     return np.moveaxis(found, 0, axis)
 
 
 def moments(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of every window of `size` along the first axis, and the sum of the squared differences from it."""
+    """The mean of every window of `size` along the first axis, and the sum of squared differences from it."""
     mean, spread, width = x, np.zeros_like(x), 1
     joined_mean, joined_spread, joined = x, spread, 0
     while True:
@@ -39,7 +39,7 @@ def moments(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 def _join(
     mean: np.ndarray, spread: np.ndarray, size: int, next_mean: np.ndarray, next_spread: np.ndarray, next_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The moments of windows that lie side by side, as one (Chan, Golub and LeVeque 1983)."""
+    """The moments of adjacent windows joined to one (Chan, Golub and LeVeque 1983)."""
     count = min(len(mean), len(next_mean))
     share = next_size / (size + next_size)
     apart = next_mean[:count] - mean[:count]

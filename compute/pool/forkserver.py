@@ -69,7 +69,7 @@ class ForkServer:
         # One thread, so that starts do not race in multiprocessing.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="spawn")
         # Workers hold the reading end, the front alone the writing end: when the front is gone, so is the pipe.
-        self._front_alive, self._held = os.pipe2(os.O_CLOEXEC)
+        self._dispatcher_alive, self._held = os.pipe2(os.O_CLOEXEC)
         # The forkserver takes nothing but an environment and names of modules to preload. The environment stays as it
         # is set here: multiprocessing starts another forkserver by itself where one has died.
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(blas_threads)))
@@ -104,7 +104,7 @@ class ForkServer:
             self.end(unfit)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            arguments = (theirs, _Inherited(self._front_alive), self.max_reply_bytes, self._worker_memory_bytes)
+            arguments = (theirs, _Inherited(self._dispatcher_alive), self.max_reply_bytes, self._worker_memory_bytes)
             process = self._context.Process(target=enter, args=arguments)
             try:
                 process.start()

@@ -25,7 +25,7 @@ from unlatch.compute.call import Call, Ran
 from unlatch.compute.dispatch.queue import Queue
 from unlatch.compute.intake.poison import Suspects
 from unlatch.compute.ipc.arena import ReplySegments, Segment
-from unlatch.compute.ipc.frames import Cancel, Done, Failed, Forget, Learn, Member, Result, Run
+from unlatch.compute.ipc.frames import Cancel, Done, Failed, Forget, Learn, Member, Result, RunFrame
 from unlatch.compute.metrics import WorkerMetrics
 from unlatch.compute.pool import exits as ends
 from unlatch.compute.pool.exits import End
@@ -197,7 +197,7 @@ class Hand:
                     Member(number, self._input(call), call.tensors) for call, number in given.numbers.items()
                 )
                 first = given.first
-                self._process.send(Run(first.spec.name, first.arguments.parameters, given.segment.number, members))
+                self._process.send(RunFrame(first.spec.name, first.arguments.parameters, given.segment.number, members))
 
     def abandon(self, call: Call) -> None:
         """Nobody waits for a call any more. The worker is told; one that goes on with it for long is killed."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 from time import monotonic
 
 from unlatch.compute.ipc.frames import Shrink, Shrunk
-from unlatch.compute.ipc.memory_limits import Footprint, Limits
+from unlatch.compute.ipc.memory_limits import Footprint, MemoryLimits
 from unlatch.compute.pool import exits as ends
 from unlatch.compute.pool.exits import End
 from unlatch.compute.pool.in_flight import Hand
@@ -29,7 +29,7 @@ _ASKED_EVERY_SECONDS = 2.0
 class Upkeep:
     """One for each worker process, from when it is ready. Raises OSError where it has ended already."""
 
-    def __init__(self, process: WorkerProcess, hand: Hand, limits: Limits) -> None:
+    def __init__(self, process: WorkerProcess, hand: Hand, limits: MemoryLimits) -> None:
         self._process = process
         self._hand = hand
         self._limits = limits

@@ -12,7 +12,7 @@ from unlatch.compute.call import Call
 from unlatch.compute.dispatch.queue import Queue
 from unlatch.compute.intake.poison import Suspects
 from unlatch.compute.ipc.frames import Done, Failed, Loaded, Misfit, Ready, Shrunk, ToDispatcher
-from unlatch.compute.ipc.memory_limits import Limits
+from unlatch.compute.ipc.memory_limits import MemoryLimits
 from unlatch.compute.metrics import WorkerMetrics
 from unlatch.compute.pool import exits as ends
 from unlatch.compute.pool.exits import End
@@ -40,7 +40,7 @@ class Slot:
         queue: Queue,
         suspects: Suspects,
         readiness: Readiness,
-        limits: Limits,
+        limits: MemoryLimits,
         settings: ComputeSettings,
     ) -> None:
         self.number = number

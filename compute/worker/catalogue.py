@@ -1,6 +1,6 @@
 """The kernels that a worker serves: Unlatch's own and the user's modules, found and loaded.
 
-Loading happens once, in the forkserver, before any worker is forked: workers share its pages.
+They are loaded once, in the forkserver, before any worker is forked, so that workers share the pages.
 """
 
 import importlib
@@ -23,17 +23,17 @@ class LoadError(Exception):
     """A kernel module that cannot be served. The message names file and line."""
 
 
-class Catalogue:
-    """Kernels by name."""
+class LoadedKernels:
+    """Loaded kernels by name."""
 
     def __init__(self) -> None:
         self.functions: dict[str, Callable[..., Any]] = {}
         self.specs: dict[str, KernelSpec] = {}
 
     def add(self, module: ModuleType) -> None:
-        """Take every kernel in a module. Raises LoadError for a name that another kernel has."""
+        """Add every kernel of a module. Raises LoadError for a name that another kernel has."""
         for function, spec in kernels_in(module):
-            # A kernel that one module imports from another is the same object, and no second one.
+            # A kernel that one module imports from another is the same object, and not a second kernel.
             known = self.functions.get(spec.name)
             if known is not None and known is not function:
                 raise LoadError(f"{place(function)}: kernel {spec.name!r} is already defined at {place(known)}")
@@ -42,7 +42,7 @@ class Catalogue:
 
 
 def kernels_in(module: ModuleType) -> Iterator[tuple[Callable[..., Any], KernelSpec]]:
-    """Every kernel that a module declares, hidden ones too, or has imported. Some come twice."""
+    """All kernels that a module declares (also those hidden by a later one) or imports. Some are yielded twice."""
     for candidate in (*vars(module).get(DECLARED, ()), *vars(module).values()):
         spec = spec_of(candidate)
         if spec is not None:
@@ -50,16 +50,16 @@ def kernels_in(module: ModuleType) -> Iterator[tuple[Callable[..., Any], KernelS
 
 
 def place(function: Callable[..., Any]) -> str:
-    """Where a kernel is defined: file:line."""
+    """The place where a kernel is defined, as file:line."""
     return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
 
 
-def load(modules: Iterable[str]) -> Catalogue:
-    """Unlatch's own kernels, and those of `modules`: dotted names or paths to files.
+def load(modules: Iterable[str]) -> LoadedKernels:
+    """Load Unlatch's own kernels, and those of `modules`: dotted names or paths to files.
 
-    Raises LoadError, naming file and line, for a module that does not import or defines a name twice.
+    Raises LoadError, naming file and line, for a module that cannot be imported or defines a name twice.
     """
-    catalogue = Catalogue()
+    catalogue = LoadedKernels()
     package = importlib.import_module(BUILT_IN)
     for found in pkgutil.iter_modules(package.__path__, f"{BUILT_IN}."):
         catalogue.add(importlib.import_module(found.name))
@@ -69,7 +69,7 @@ def load(modules: Iterable[str]) -> Catalogue:
 
 
 def imported(name: str) -> ModuleType:
-    """A module by dotted name or path to a file, imported. Raises LoadError, naming file and line."""
+    """Import a module by dotted name or path to a file. Raises LoadError, naming file and line."""
     try:
         if name.endswith(".py"):
             return _import_file(Path(name))
@@ -80,26 +80,26 @@ def imported(name: str) -> ModuleType:
         raise
     except DeclarationError as error:
         raise LoadError(str(error)) from error
-    except BaseException as error:  # a module may raise anything at all, SystemExit included
+    except BaseException as error:  # a module may raise anything, even SystemExit
         raise LoadError(f"{_origin(name, error)}: {type(error).__name__}: {error}") from error
 
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise LoadError(f"{path}: there is no such kernel file")
+        raise LoadError(f"{path}: no such kernel file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise LoadError(f"{path}: this is no Python file")
+        raise LoadError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    # What the file imports from beside it is found, as it would be if the file were run.
+    # The file can import modules that lie beside it, as if it were run.
     sys.path.insert(0, str(path.parent.resolve()))
     spec.loader.exec_module(module)
     return module
 
 
 def _origin(name: str, error: BaseException) -> str:
-    """File and line of the module's own code that failed: the last frame that is not the import system's."""
+    """File and line of the module's own code that failed: the last frame outside the import system."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]

@@ -1,17 +1,17 @@
-"""What the forkserver imports before it forks the first worker: NumPy and every kernel.
+"""The module that the forkserver imports before it forks the first worker, to load NumPy and every kernel.
 
-multiprocessing's forkserver swallows the ImportError of a preloaded module and, up to Python 3.13, ignores the parent's
-sys.path, so failures are kept here for the worker to report. The forkserver hands a preloaded module nothing but the
-environment.
+multiprocessing's forkserver ignores the ImportError of a preloaded module and, up to Python 3.13, the parent's
+sys.path. So a failure is kept here for the worker to report, and the module names come by the environment, which is
+all that the forkserver passes on.
 """
 
 import gc
 import os
 
 from unlatch.compute.ipc.frames import PRELOAD_VARIABLE
-from unlatch.compute.worker.catalogue import Catalogue, LoadError, load
+from unlatch.compute.worker.catalogue import LoadedKernels, LoadError, load
 
-catalogue = Catalogue()
+catalogue = LoadedKernels()
 failure = ""
 
 try:
@@ -19,7 +19,7 @@ try:
 except LoadError as error:
     failure = str(error)
 
-# What is loaded now lives as long as the workers do: no collection of theirs need visit it, and touching it would
-# only unshare its pages.
+# Objects loaded so far live as long as the workers do. No garbage collection need visit them, and touching them would
+# only unshare their pages.
 gc.collect()
 gc.freeze()

@@ -1,9 +1,9 @@
-"""Kernel modules loaded as a worker's forkserver loads them, in a process that has no other purpose.
+"""Kernel modules, loaded for a trial as a worker's forkserver loads them, in a process with no other purpose.
 
     python -m unlatch.compute.worker.trial PARENT-PID my_kernels.py other.module   ──> a Trial in JSON on stdout
 
-Whoever is about to serve modules learns what they hold, or why they cannot be served, at no risk to itself: `tried` is
-the asking end.
+A process that is about to serve modules learns what they contain, or why they cannot be served, without any risk to
+itself. It calls `tried`.
 """
 
 import asyncio
@@ -20,18 +20,18 @@ import msgspec
 
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.service.life import die_with_parent
-from unlatch.compute.worker.catalogue import Catalogue, LoadError, imported, kernels_in, load, place
+from unlatch.compute.worker.catalogue import LoadedKernels, LoadError, imported, kernels_in, load, place
 
 
 class TriedKernel(msgspec.Struct, frozen=True):
-    """A kernel and where it is defined."""
+    """A kernel and the place where it is defined."""
 
     spec: KernelSpec
     place: str
 
 
 class TriedModule(msgspec.Struct, frozen=True):
-    """One module. `failure` names file and line, and is empty for a module that can be served."""
+    """The trial of one module. `failure` names file and line, and is empty for a module that can be served."""
 
     name: str
     kernels: list[TriedKernel]
@@ -41,24 +41,24 @@ class TriedModule(msgspec.Struct, frozen=True):
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """Every module, in order, and the files of what was imported for them."""
+    """The trial of several modules, in order, and the files that were imported for them."""
 
     modules: list[TriedModule]
     files: list[str]
 
     @property
     def failure(self) -> str:
-        """Why they cannot be served; empty when they can."""
+        """Why the modules cannot be served; empty if they can."""
         return next((module.failure for module in self.modules if module.failure), "")
 
 
 async def tried(names: Sequence[str], *, within_seconds: float, memory_bytes: int) -> Trial:
-    """Load modules in a process that has so much time and memory. What ends that process is the first one's failure."""
+    """Load modules in a process with limited time and memory. If it dies, that is the first module's failure."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "unlatch.compute.worker.trial", str(os.getpid()), *names),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
-        # A session of its own, so that what a module starts can be ended with it.
+        # A session of its own, so that processes which a module starts can be killed with it.
         start_new_session=True,
     )
     try:
@@ -68,9 +68,9 @@ async def tried(names: Sequence[str], *, within_seconds: float, memory_bytes: in
             answer, _ = await child.communicate()
         return msgspec.json.decode(answer, type=Trial)
     except TimeoutError:
-        failure = f"importing did not end within {within_seconds:g} s"
+        failure = f"the import did not end within {within_seconds:g} s"
     except msgspec.DecodeError:
-        failure = f"importing ended the process, with code {child.returncode}"
+        failure = f"the import ended the process, with code {child.returncode}"
     finally:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -79,15 +79,15 @@ async def tried(names: Sequence[str], *, within_seconds: float, memory_bytes: in
 
 
 def attempt(names: Sequence[str]) -> Trial:
-    """Load modules beside Unlatch's own kernels. One that fails does not keep the next from being tried."""
-    catalogue = load(())  # NumPy too: a module is not charged for what is there anyway
+    """Load modules beside Unlatch's own kernels. A module that fails does not keep the next from being tried."""
+    catalogue = load(())  # imports NumPy too, so that its time is not added to a module's
     known = set(sys.modules)
     modules = [_attempt(catalogue, name) for name in names]
     files = (getattr(sys.modules[name], "__file__", None) for name in sys.modules.keys() - known)
     return Trial(modules, sorted(os.path.realpath(file) for file in files if file))
 
 
-def _attempt(catalogue: Catalogue, name: str) -> TriedModule:
+def _attempt(catalogue: LoadedKernels, name: str) -> TriedModule:
     began = time.perf_counter()
     threads = set(threading.enumerate())
     try:
@@ -102,15 +102,15 @@ def _attempt(catalogue: Catalogue, name: str) -> TriedModule:
 
 
 def main(parent: str, *names: str) -> None:
-    """Try modules for a parent; the answer is all that comes on stdout."""
+    """Try modules for a parent process. Only the answer is written to stdout."""
     die_with_parent(int(parent))
     answer = os.dup(1)
-    # A module that prints while it is imported prints to stderr, as it would under the service.
+    # Output of a module's import goes to stderr, as under the service.
     os.dup2(2, 1)
     with open(answer, "wb") as stdout:  # noqa: PTH123 (a descriptor has no path)
         stdout.write(msgspec.json.encode(attempt(names)))
     sys.stdout.flush()
-    # Threads that a module has left running end here too.
+    # _exit, which also ends threads that a module has left running.
     os._exit(0)
 
 

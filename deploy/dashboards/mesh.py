@@ -375,7 +375,7 @@ _DOOR = (
         65,
         "Certificates expire in",
         "The first of each file's. Below a day renewal does not work: look at cert-manager's Certificate, then for "
-        "`certificates are not taken` in the log.",
+        "`certificates not replaced` in the log.",
         "s",
         Query(
             'min by (pod, role) (unlatch_certificate_expiry_timestamp_seconds{namespace=~"$namespace"}) - time()',

@@ -1,9 +1,9 @@
-// Dynamic time warping: how far two series are from each other when either may be stretched in time.
+// Dynamic time warping: the distance of two series when either may be stretched in time.
 //
 //     cost[i][j] = |x[i] - y[j]| + min(cost[i-1][j], cost[i][j-1], cost[i-1][j-1])
 //
-// Each cell needs the one to its left, so NumPy, which takes whole rows at a time, must go cell by cell in Python. Here
-// two rows are kept, and the interpreter lock is not: other threads of the process run meanwhile.
+// Each cell needs the one to its left, so NumPy, which works on whole rows, must go cell by cell in Python. This code
+// keeps two rows and releases the interpreter lock, so that other threads of the process can run meanwhile.
 // Source: H. Sakoe and S. Chiba, "Dynamic programming algorithm optimization for spoken word recognition" (1978).
 
 #include <algorithm>

@@ -25,7 +25,7 @@ def test_a_row_has_the_ratio_of_what_was_measured() -> None:
     assert ratio is not None
     assert min(mine, other, ratio) > 0
     written = row(case, spec, (mine, other, ratio))
-    assert written.startswith("| `histogram(x, *, bins, low, high)` | How many values of an array fall in each")
+    assert written.startswith("| `histogram(x, *, bins, low, high)` | Count the values of an array in each of `bins`")
     assert written.endswith(f"| itself | {other:.3g} | {ratio:.2f} |")
     assert row(case._replace(variant="float32"), spec, (0.001, None, None)).startswith(
         "| … float32 |  | 3 | 0.0010 | —"

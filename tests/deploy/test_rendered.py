@@ -111,7 +111,7 @@ def test_prod_takes_renewed_certificates(prod: Prod) -> None:
     prod.mounts.renew()
     pods = prod.pods
     for service, kind in ((pods.gateway, "tls"), (pods.gateway, "replica"), (pods.compute, "tls")):
-        service.wait_for("certificates taken: " + prod.mounts.told(service.name, kind))
+        service.wait_for("certificates replaced: " + prod.mounts.told(service.name, kind))
     assert serves(pods, tls=prod.tls)
 
 

@@ -110,8 +110,8 @@ def about_arrays() -> Iterator[Case]:
     too_few = request("batches", {"a": np.zeros(()), "b": np.zeros(1)})
     yield Case("too few axes", too_few, INVALID, r"a: wanted .*\*batch, n.*got float64 of shape \(\)", "a")
 
-    yield Case("missing", request("matmul", {"a": np.eye(2)}), INVALID, "b: kernel matmul needs this array", "b")
-    yield Case("all missing", request("matmul"), INVALID, "a: kernel matmul needs this array", "a")
+    yield Case("missing", request("matmul", {"a": np.eye(2)}), INVALID, "b: kernel matmul requires this array", "b")
+    yield Case("all missing", request("matmul"), INVALID, "a: kernel matmul requires this array", "a")
     third = request("identity", {"x": x, "y": x})
     yield Case("unknown", third, INVALID, "y: kernel identity has no such array; .*x", "y")
     twice = spoilt(vector("identity", 1), lambda m: m.MergeFrom(vector("identity", 2)))
@@ -125,7 +125,11 @@ def about_arrays() -> Iterator[Case]:
     yield Case("endless name of a wrong tensor", worse, INVALID, "^y{10,}", "y" * 64)
     as_scalar = request("summarise", x=1.0)
     yield Case(
-        "array as scalar", as_scalar, INVALID, "x: kernel summarise needs this array, which came as a param", "x"
+        "array as scalar",
+        as_scalar,
+        INVALID,
+        "x: kernel summarise requires this array, which was given as a param",
+        "x",
     )
     as_array = request("sleeps", {"seconds": x})
     yield Case(
@@ -144,21 +148,21 @@ def about_bytes() -> Iterator[Case]:
     yield Case("no bytes of a scalar", one_input("FP64", [], b""), INVALID, "x: .* is 8 bytes, but 0", "x")
     contents = "raw_input_contents"
     fewer = spoilt(request("matmul", {"a": np.eye(2), "b": np.eye(2)}), lambda m: m.raw_input_contents.pop())
-    yield Case("fewer contents", fewer, INVALID, f"{contents}: 2 inputs are described, but the bytes of 1", contents)
+    yield Case("fewer contents", fewer, INVALID, f"{contents}: wanted 2 entries, one for each input, got 1", contents)
     more = spoilt(vector("identity", 1), lambda m: m.raw_input_contents.append(b""))
-    yield Case("more contents", more, INVALID, f"{contents}: 1 inputs are described, but the bytes of 2", contents)
+    yield Case("more contents", more, INVALID, f"{contents}: wanted 1 entries, one for each input, got 2", contents)
     none = spoilt(vector("identity", 1), lambda m: m.raw_input_contents.pop())
-    yield Case("no contents", none, INVALID, f"{contents}: 1 inputs are described, but the bytes of 0", contents)
+    yield Case("no contents", none, INVALID, f"{contents}: wanted 1 entries, one for each input, got 0", contents)
     yield Case("negative", one_input("FP64", [-1], bytes(8)), INVALID, r"x: shape \[-1\] has a negative length", "x")
     yield Case("twice negative", one_input("FP64", [-1, -1], bytes(8)), INVALID, "x: .* negative length", "x")
     for shape in ([2**62, 2**62], [2**32, 2**32], [2**63 - 1, 2**63 - 1, 0], [0, 2**62], [2**61], [2**16] * 64):
-        says = r"x: shape \[.*\] (is more than memory can hold|of FP64 is \d+ bytes, but 0 came)"
+        says = r"x: shape \[.*\] (is more than memory can hold|of FP64 is \d+ bytes, but got 0)"
         yield Case(f"overflowing {shape[:3]}", one_input("FP64", shape, b""), INVALID, says, "x")
     yield Case("overflowing BYTES", one_input("BYTES", [2**32, 2**32], b""), INVALID, "x: .* more than memory", "x")
     yield Case(
-        "many axes", one_input("FP64", [1] * 65, bytes(8)), INVALID, "x: 65 axes are more than an array's 64", "x"
+        "many axes", one_input("FP64", [1] * 65, bytes(8)), INVALID, "x: 65 axes, but an array has at most 64", "x"
     )
-    yield Case("very many axes", one_input("FP64", [1] * 9999, bytes(8)), INVALID, "x: 9999 axes are more", "x")
+    yield Case("very many axes", one_input("FP64", [1] * 9999, bytes(8)), INVALID, "x: 9999 axes, but an array", "x")
     yield Case("datatype", one_input("FP65", [1], bytes(8)), INVALID, "x: datatype 'FP65' is not served; .* BOOL", "x")
     yield Case("no datatype", one_input("", [1], bytes(8)), INVALID, "x: datatype '' is not served", "x")
     yield Case("endless datatype", one_input("F" * 99_999, [1], bytes(8)), INVALID, "x: datatype 'F{32}'", "x")
@@ -184,15 +188,17 @@ def about_bytes() -> Iterator[Case]:
     yield Case("complex of no axis", no_axis, INVALID, "x: complex128 .* last axis of 2", "x")
 
     ab = prefixed(b"a", b"b")
-    yield Case("BYTES too few", one_input("BYTES", [3], ab), INVALID, r"x: 2 elements came for shape \[3\]", "x")
-    yield Case("BYTES too many", one_input("BYTES", [1], ab), INVALID, r"x: 2 elements came for shape \[1\]", "x")
-    yield Case("BYTES without any", one_input("BYTES", [2], b""), INVALID, r"x: 0 elements came for shape \[2\]", "x")
-    yield Case("BYTES by far too few", one_input("BYTES", [2**40], ab), INVALID, "x: 2 elements came for", "x")
-    yield Case("BYTES cut", one_input("BYTES", [2], ab[:-1]), INVALID, "x: element 1 says 1 bytes, but 0 are left", "x")
+    yield Case("BYTES too few", one_input("BYTES", [3], ab), INVALID, r"x: got 2 elements for shape \[3\]", "x")
+    yield Case("BYTES too many", one_input("BYTES", [1], ab), INVALID, r"x: got 2 elements for shape \[1\]", "x")
+    yield Case("BYTES without any", one_input("BYTES", [2], b""), INVALID, r"x: got 0 elements for shape \[2\]", "x")
+    yield Case("BYTES by far too few", one_input("BYTES", [2**40], ab), INVALID, "x: got 2 elements for", "x")
+    yield Case(
+        "BYTES cut", one_input("BYTES", [2], ab[:-1]), INVALID, "x: element 1 has length 1, but 0 bytes are left", "x"
+    )
     cut_prefix = one_input("BYTES", [2], ab + b"\1\0")
-    yield Case("BYTES prefix cut", cut_prefix, INVALID, "x: 2 bytes are left where element 2's length is due", "x")
+    yield Case("BYTES prefix cut", cut_prefix, INVALID, "x: 2 bytes are left, too few for the length of element 2", "x")
     huge = one_input("BYTES", [1], b"\xff\xff\xff\xffa")
-    yield Case("BYTES prefix huge", huge, INVALID, "x: element 0 says 4294967295 bytes, but 1 are left", "x")
+    yield Case("BYTES prefix huge", huge, INVALID, "x: element 0 has length 4294967295, but 1 bytes are left", "x")
 
 
 def about_scalars() -> Iterator[Case]:
@@ -201,7 +207,7 @@ def about_scalars() -> Iterator[Case]:
     for name, kind in types.items():
         rest = {key: value for key, value in right.items() if key != name}
         missing = request("required_scalars", None, **rest)
-        says = f"{name}: kernel required_scalars needs this {kind} parameter"
+        says = f"{name}: kernel required_scalars requires this {kind} parameter"
         yield Case(f"missing {kind}", missing, INVALID, says, name)
         empty = spoilt(request("default_scalars", None, **rest), lambda m, name=name: m.parameters[name])  # type: ignore[misc]
         yield Case(f"empty {kind}", empty, INVALID, f"{name}: wanted a {kind} parameter, got nothing", name)
@@ -623,4 +629,4 @@ def test_caller_that_leaves_during_a_drain_does_not_hold_it_up(tmp_path: Path) -
             front.signal(signal.SIGTERM)
             front.wait_for("draining")
         front.wait()
-        assert not [entry for entry in front.entries if entry["event"] == "calls are cut off"], front
+        assert not [entry for entry in front.entries if entry["event"] == "drain timed out"], front

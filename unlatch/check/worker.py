@@ -28,7 +28,7 @@ from unlatch.compute.ipc.frames import (
     Misfit,
     Parameters,
     Ready,
-    Run,
+    RunFrame,
     Shrunk,
     Tensor,
     ToDispatcher,
@@ -199,7 +199,7 @@ class CheckWorker:
             self._process.send(Learn(reply.number, writable=True), reply.fd)
         self._aside_is_new = self._aside_is_new and reply is not self._aside
         member = Member(next(self._numbers), -1 if inputs is None else inputs.number, tensors)
-        self._process.send(Run(kernel, scalars, reply.number, (member,)))
+        self._process.send(RunFrame(kernel, scalars, reply.number, (member,)))
         try:
             async with asyncio.timeout(self._seconds):
                 answer = await self._answer

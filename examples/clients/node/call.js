@@ -11,21 +11,21 @@ const PROTOS = ["../../../protos/inference.proto", "errors.proto"].map((name) =>
 const definitions = loadSync(PROTOS, { keepCase: true, longs: Number, defaults: true });
 const { inference } = grpc.loadPackageDefinition(definitions);
 
-// The wire is little-endian, and so is a typed array on every machine but a mainframe.
+// The wire is little-endian, and so are typed arrays on every machine except mainframes.
 if (os.endianness() !== "LE") throw new Error("typed arrays are big-endian here: use DataView");
 
-// What each datatype is here. Not listed: FP16, which has no typed array, and BYTES, whose elements have a length each.
+// The array type of each datatype. Not listed: FP16, which has no typed array, and BYTES, whose elements have lengths.
 const TYPED = {
   BOOL: Uint8Array, UINT8: Uint8Array, UINT16: Uint16Array, UINT32: Uint32Array, UINT64: BigUint64Array,
   INT8: Int8Array, INT16: Int16Array, INT32: Int32Array, INT64: BigInt64Array, FP32: Float32Array, FP64: Float64Array,
 };
 
-// A typed array's bytes where they lie: its own part of the buffer below it, not all of that.
+// A typed array's bytes: only its own part of the underlying buffer.
 const toRaw = (array) => Buffer.from(array.buffer, array.byteOffset, array.byteLength);
-// A Buffer begins anywhere, but a typed array only at a multiple of its element's size: so the bytes are copied.
+// The bytes are copied: a Buffer may begin anywhere, but a typed array only at a multiple of its element's size.
 const fromRaw = (datatype, raw) => new TYPED[datatype](Uint8Array.from(raw).buffer);
-// One call. `arrays` is [[name, datatype, shape, values], …], `parameters` {name: {int64_param: 2}, …}. It promises
-// {name: {shape, values}, …}; its `cancel` gives up.
+// Make one call. `arrays` is [[name, datatype, shape, values], …], `parameters` {name: {int64_param: 2}, …}. Returns a
+// promise of {name: {shape, values}, …}, with a function `cancel`.
 function infer(client, kernel, arrays, parameters = {}, timeoutSeconds = 10) {
   const request = {
     model_name: kernel,
@@ -42,7 +42,7 @@ function infer(client, kernel, arrays, parameters = {}, timeoutSeconds = 10) {
   return Object.assign(answered, { cancel: () => call.cancel() });
 }
 
-// The arguments at fault, by what the error's details say.
+// The arguments at fault, from the error's details.
 function fieldsOf(error) {
   return error.metadata.get("grpc-status-details-bin")
     .flatMap((bytes) => definitions["google.rpc.Status"].deserialize(bytes).details)
@@ -54,7 +54,7 @@ function fieldsOf(error) {
 const failure = (promise) => promise.then(() => { throw new Error("it should have failed"); }, (error) => error);
 
 async function main(target) {
-  // 64 MiB is the gateway's default limit; grpc-js takes 4 MiB unless told.
+  // 64 MiB is larger than the gateway's default limit; grpc-js would accept only 4 MiB.
   const client = new inference.GRPCInferenceService(target, grpc.credentials.createInsecure(),
     { "grpc.max_receive_message_length": 64 * 1024 * 1024 });
   const metadata = await new Promise((resolve, reject) =>

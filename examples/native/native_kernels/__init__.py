@@ -1,6 +1,6 @@
 """A kernel in C++: `unlatch serve --kernels native_kernels`.
 
-Python declares it and refuses what makes no sense; the C++ (warping.cpp) does the work, without the interpreter lock.
+Python declares it and checks its arguments. The C++ code (warping.cpp) does the work, without the interpreter lock.
 """
 
 import numpy as np
@@ -10,15 +10,15 @@ from unlatch import KernelError, kernel
 
 from ._warping import distances
 
-# A cell takes four nanoseconds or so: the limit is some seconds on one core.
-_MOST_CELLS = 1_000_000_000
+# A cell takes about four nanoseconds, so the limit is some seconds on one core.
+_MAX_CELLS = 1_000_000_000
 
 
 @kernel(pure=True)
 def warping_distance(
     rows: Float64[np.ndarray, "count n"], reference: Float64[np.ndarray, "m"]
 ) -> Float64[np.ndarray, "count"]:
-    """How far each row is from a reference, when either may be stretched in time (dynamic time warping).
+    """Measure the distance of each row from a reference, by dynamic time warping: either may be stretched in time.
 
     `rows` has shape (count, n), `reference` (m,); both are finite and not empty. The result has shape (count,) and the
     unit of the inputs: the sum of |difference| along the best alignment. Raises `KernelError` for anything else, and
@@ -27,8 +27,8 @@ def warping_distance(
     cells = rows.size * reference.size
     if rows.shape[1] == 0 or reference.size == 0:
         raise KernelError(f"rows, reference: wanted series that are not empty, got {rows.shape} and {reference.shape}")
-    if cells > _MOST_CELLS:
-        raise KernelError(f"rows, reference: wanted at most {_MOST_CELLS} cells (count * n * m), got {cells}")
+    if cells > _MAX_CELLS:
+        raise KernelError(f"rows, reference: wanted at most {_MAX_CELLS} cells (count * n * m), got {cells}")
     for name, values in (("rows", rows), ("reference", reference)):
         if not np.isfinite(values).all():
             raise KernelError(f"{name}: wanted finite values")

@@ -106,7 +106,7 @@ async def test_what_is_not_valid_yet_is_taken_when_it_is(
     early = ours.issue("server.example", after=3.0)
     await swapped(certificates, given, early)
     assert certificates.now.cert == early["tls.crt"] != before.cert
-    assert all("does not hold before" in record.message for record in caplog.records)
+    assert all("is not valid before" in record.message for record in caplog.records)
     assert caplog.records
 
 

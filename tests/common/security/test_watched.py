@@ -34,5 +34,5 @@ def test_file_that_does_not_fit_is_refused_at_the_start(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with path.open("wb") as file:
         file.truncate(1024 * 1024 + 1)
-    with pytest.raises(FileError, match=r"file: it is larger than 1048576 bytes"):
+    with pytest.raises(FileError, match=r"file: larger than 1048576 bytes"):
         WatchedFile(str(path), lambda _: None).load()

@@ -4,7 +4,7 @@ import gc
 import weakref
 
 from tests.support.watching import until
-from unlatch.common.service.gc_pauses import Collecting
+from unlatch.common.service.gc_pauses import GcPauses
 
 
 class Node:
@@ -17,7 +17,7 @@ class Node:
 async def test_old_cycles_are_collected_when_few_calls_are_live() -> None:
     """A cycle that has outlived the young collections goes at the first look that finds the process quiet."""
     before, live = gc.get_threshold(), 1_000
-    with Collecting(lambda: live):
+    with GcPauses(lambda: live):
         assert gc.get_freeze_count() > 0
         assert gc.get_threshold()[2] > before[2]
         node = weakref.ref(_outlived())

@@ -105,7 +105,7 @@ def test_misuse_is_refused_at_once() -> None:
     calls = recorder.counter("calls_total", "Calls.", ("kernel",))
     with pytest.raises(ValueError, match="kernel"):
         calls.add(1, "a", "b")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         recorder.counter("calls_total", "Calls.")
     with pytest.raises(ValueError, match="_total"):
         recorder.counter("calls", "Calls.")

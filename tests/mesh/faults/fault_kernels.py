@@ -27,6 +27,7 @@ from unlatch import KernelError, cancelled, kernel
 from unlatch.compute.ipc import frames as wire
 from unlatch.compute.worker import loop as worker_module
 from unlatch.compute.worker import preload
+from unlatch.compute.worker import reply as reply_module
 
 Vector = Float64[np.ndarray, "n"]
 Matrix = Float64[np.ndarray, "rows cols"]
@@ -133,7 +134,7 @@ def waits_at_zero(x: Vector, *, gate: str) -> Vector:
 @kernel
 def garbles(x: Vector) -> Shaped[np.ndarray, "n"]:
     """Strings whose bytes, by a fault of the worker, are none."""
-    names = vars(worker_module)
+    names = vars(reply_module)
     packed = names["pack_bytes"]
 
     def garbled(_: object) -> bytes:
@@ -370,7 +371,7 @@ def _end_this_thread() -> None:
     ctypes.CDLL(None).syscall(exit_of_one_thread, 0)
 
 
-def _local(name: str, fits: Callable[[Any], bool] = lambda value: isinstance(value, wire.Run)) -> Any:
+def _local(name: str, fits: Callable[[Any], bool] = lambda value: isinstance(value, wire.RunFrame)) -> Any:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         value = frame.f_locals.get(name)

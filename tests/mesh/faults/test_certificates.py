@@ -286,7 +286,7 @@ async def taken(mesh: Secured, since: dict[Service, int]) -> None:
             if (service is mesh.front) == (files is mesh.front_files):
                 ca = "--tls-client-ca" if names == "tls" else "--replica-ca"
                 paths = {f"--{names}-cert": files["tls.crt"], f"--{names}-key": files["tls.key"], ca: files["ca.crt"]}
-                event = "certificates taken: " + ", ".join(f"{name} {path}" for name, path in paths.items())
+                event = "certificates replaced: " + ", ".join(f"{name} {path}" for name, path in paths.items())
                 await asyncio.to_thread(service.wait_for, event, after=after)
     await asyncio.to_thread(mesh.gateway.wait_for, "replica is ready", after=since[mesh.gateway])
 
@@ -337,7 +337,7 @@ async def test_certificates_swapped_under_load_cost_no_call(tmp_path: Path, kind
                     for files in ends:
                         files.swap({"ca.crt": new.pem})
                 assert await status_of(left_open) == grpc.StatusCode.UNAUTHENTICATED
-                with pytest.raises(UnlatchError, match=r"no lane|trusted no more"):
+                with pytest.raises(UnlatchError, match=r"no lane|no longer trusted"):
                     await left_behind.identity(X, timeout=5.0)
                 async with channel(mesh.address, stale) as anew:
                     assert await status_of(anew) == grpc.StatusCode.UNAVAILABLE
@@ -379,8 +379,8 @@ async def test_half_a_pair_is_not_taken(tmp_path: Path) -> None:
         pair = dict(ours.issue(HERE))
         key, cert = (mesh.gateway_files[name] for name in ("tls.key", "tls.crt"))
         mesh.gateway_files.swap({"tls.crt": pair["tls.crt"]})
-        why = f"--tls-key {key}: the key does not belong to --tls-cert {cert}"
-        await asyncio.to_thread(mesh.gateway.wait_for, f"certificates are not taken, the old ones stay: {why}")
+        why = f"--tls-key {key}: the key does not match --tls-cert {cert}"
+        await asyncio.to_thread(mesh.gateway.wait_for, f"certificates not replaced, old ones stay in use: {why}")
         async with Client(mesh.address, tls=own.tls) as client:
             np.testing.assert_array_equal(await client.identity(X), X)
             since = {mesh.gateway: len(mesh.gateway.lines)}
@@ -432,13 +432,13 @@ def connections(pid: int, address: str) -> set[str]:
 
 WRONG_FILES: dict[str, tuple[dict[str, bytes | None], str]] = {
     "no such file": ({"tls.crt": None}, r"--tls-cert \S+tls.crt: No such file or directory"),
-    "no certificate": ({"tls.crt": b"hello"}, r"--tls-cert \S+tls.crt: it holds no certificates in PEM"),
-    "no key": ({"tls.key": b"hello"}, r"--tls-key \S+tls.key: it holds no private key in PEM"),
+    "no certificate": ({"tls.crt": b"hello"}, r"--tls-cert \S+tls.crt: wanted certificates in PEM"),
+    "no key": ({"tls.key": b"hello"}, r"--tls-key \S+tls.key: wanted a readable private key in PEM"),
     "another's key": (
         {"tls.key": Authority().issue(HERE)["tls.key"]},
-        r"--tls-key \S+tls.key: the key does not belong to --tls-cert \S+tls.crt",
+        r"--tls-key \S+tls.key: the key does not match --tls-cert \S+tls.crt",
     ),
-    "no authority": ({"ca.crt": b""}, r"--tls-client-ca \S+ca.crt: it holds no certificates in PEM"),
+    "no authority": ({"ca.crt": b""}, r"--tls-client-ca \S+ca.crt: wanted certificates in PEM"),
     "expired": (dict(Authority().issue(HERE, seconds=-60.0)), r"--tls-cert \S+tls.crt: the certificate expired at 20"),
 }
 

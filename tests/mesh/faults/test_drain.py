@@ -114,7 +114,7 @@ async def test_drain_is_bounded(tmp_path: Path, gate: GateMaker, draining: str) 
             with pytest.raises(Unavailable):
                 await call
             assert await asyncio.to_thread(ending.wait) == 0
-            ending.wait_for("calls are cut off")
+            ending.wait_for("drain timed out")
 
 
 async def test_second_signal_ends_at_once(tmp_path: Path, gate: GateMaker) -> None:

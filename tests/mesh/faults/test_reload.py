@@ -104,7 +104,7 @@ async def test_what_is_edited_is_served_and_what_is_broken_is_not(tmp_path: Path
 
             seen = len(serve.lines)
             path.write_text(TIMES_2 + "\nimport no_such_module\n")
-            message = await heard(serve, "kernels do not load, the last ones stay", seen)
+            message = await heard(serve, "kernels do not load, replica stays", seen)
             assert f"{path}:12: ModuleNotFoundError" in message
             np.testing.assert_array_equal(await client.times(X), X * 3)
 
@@ -156,7 +156,7 @@ async def test_what_a_file_imports_is_watched_too(tmp_path: Path) -> None:
 
             seen = len(serve.lines)
             beside.write_text("from deep.later import FACTOR\n")
-            assert f"{beside}:1: " in await heard(serve, "kernels do not load, the last ones stay", seen)
+            assert f"{beside}:1: " in await heard(serve, "kernels do not load, replica stays", seen)
             later.write_text("FACTOR = 6\n")
             seen = len(serve.lines)
             beside.write_text("from deep.later import FACTOR  # which is there now\n")

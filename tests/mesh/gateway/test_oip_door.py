@@ -97,7 +97,7 @@ def test_raw_bf16_is_refused_with_what_is_served(oip: Oip) -> None:
     message.inputs.add(name="x", datatype="BF16", shape=[1])
     refusal = oip.refusal(message)
     assert refusal.code == "INVALID_ARGUMENT"
-    assert "'BF16' is not served; it may be BOOL" in refusal.message
+    assert "'BF16' is not served; wanted one of BOOL" in refusal.message
 
 
 def histogram(*outputs: str) -> pb.ModelInferRequest:
@@ -129,7 +129,7 @@ def test_parameters_of_a_tensor_are_held_against_what_they_mean(oip: Oip) -> Non
     """`np_dtype` is a string; a region of shared memory is nowhere."""
     message = vector("identity", 1.0)
     message.inputs[0].parameters["np_dtype"].int64_param = 5
-    assert "np_dtype is a string" in oip.refusal(message).message
+    assert "np_dtype must be a string" in oip.refusal(message).message
     message = vector("identity", 1.0)
     message.inputs[0].parameters["shared_memory_region"].string_param = "mine"
     assert "shared memory is not served" in oip.refusal(message).message

@@ -196,7 +196,7 @@ def test_keys_swapped_under_load(start_mesh: StartMesh, tmp_path: Path) -> None:
     def taken(*keys: str) -> None:
         seen = len(log.lines)
         issuer.publish(*keys)
-        log.wait_for("file taken", after=seen)
+        log.wait_for("file replaced", after=seen)
 
     def by_lane(current: list[str]) -> int:
         calls = 0
@@ -234,7 +234,7 @@ def test_keys_swapped_under_load(start_mesh: StartMesh, tmp_path: Path) -> None:
             # A file that is none changes nothing, and is told of without a word of what is in it.
             seen = len(log.lines)
             issuer.replace(issuer.remember('{"keys": [{"kty": "oct", "k": "c2VjcmV0LXNlY3JldA"}]}'))
-            log.wait_for("file is not taken; what it said before holds", after=seen)
+            log.wait_for("file not replaced, old content stays", after=seen)
             assert Oip(channel, bearer(issuer.token(key="second"))).serves()
         finally:
             ended.set()

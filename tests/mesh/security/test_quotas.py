@@ -135,17 +135,17 @@ def test_tenants_file_is_read_again(guarded: Guarded) -> None:
         os.replace(beside, guarded.tenants)
         return str(gateway.wait_for(event, after=seen).get("message", ""))
 
-    replace(f"{whole}[tenants.late]", "file taken")
+    replace(f"{whole}[tenants.late]", "file replaced")
     with guarded.lane(guarded.issuer.token("late")) as lane:
         assert lane.serves(1)
-        replace(f'{whole}[tenants.late]\nkernels = ["sleeps"]', "file taken")
+        replace(f'{whole}[tenants.late]\nkernels = ["sleeps"]', "file replaced")
         lane.call(2, vector("identity", 1.0))
         assert lane.refusal(2).code == "PERMISSION_DENIED"
-        kept = "file is not taken; what it said before holds"
+        kept = "file not replaced, old content stays"
         assert "tenants.late.weight" in replace(f"{whole}[tenants.late]\nweight = 0", kept)
         lane.call(3, vector("identity", 1.0))
         assert lane.refusal(3).code == "PERMISSION_DENIED"
-        replace(whole, "file taken")
+        replace(whole, "file replaced")
         lane.call(4, vector("identity", 1.0))
         assert lane.refusal(4).code == "PERMISSION_DENIED"
 

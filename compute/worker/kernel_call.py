@@ -1,0 +1,109 @@
+"""One call of a kernel: its input arrays, the function itself, and checks of its outputs.
+
+members' bytes in the arena ──> input_arrays ──> call_kernel ──> outputs, as the kernel declares them
+"""
+
+from collections.abc import Callable, Sequence
+from mmap import mmap
+from typing import Any
+
+import numpy as np
+
+from unlatch.common.errors import Internal
+from unlatch.common.kernel.datatypes import OBJECT, is_served
+from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, one_by_one
+from unlatch.common.kernel.tensors import Array, dtype_name, view
+from unlatch.compute.ipc.arena import ALIGNMENT, Mapped
+from unlatch.compute.ipc.frames import Member, Parameters, Tensor
+
+
+def input_arrays(mapped: Mapped, spec: KernelSpec, members: Sequence[Member]) -> list[Array]:
+    """The kernel's input arrays: views of one member's bytes, or the joined arrays of several members."""
+    sources = [mapped.input(member.segment) if member.segment >= 0 else b"" for member in members]
+    columns = zip(*(member.tensors for member in members), strict=True)
+    return [
+        _joined(array.name, sources, column) if len(column) > 1 else _view(array.name, sources[0], column[0])
+        for array, column in zip(spec.inputs, columns, strict=True)
+    ]
+
+
+def call_kernel(
+    function: Callable[..., Any], spec: KernelSpec, arrays: list[Array], parameters: Parameters
+) -> list[Array]:
+    """Call a kernel and check its outputs. Raises Internal for a faulty kernel, or what the kernel raises."""
+    try:
+        result = function(*arrays, **parameters)
+    except ValueError as error:
+        if "read-only" in str(error):
+            raise Internal(
+                f"kernel {spec.name} writes to its input; inputs are read-only, so it must copy first"
+            ) from error
+        raise
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    if len(outputs) != len(spec.outputs):
+        raise Internal(f"kernel {spec.name} returned {len(outputs)} results, but declares {len(spec.outputs)}")
+    lengths = _named_lengths(spec, arrays)
+    return [_checked(spec, array, output, lengths) for array, output in zip(spec.outputs, outputs, strict=True)]
+
+
+def _view(name: str, memory: mmap | bytes, tensor: Tensor) -> Array:
+    return view(name, memory, tensor.dtype, tensor.shape, tensor.offset, tensor.length)
+
+
+def _joined(name: str, sources: Sequence[mmap | bytes], tensors: Sequence[Tensor]) -> Array:
+    """Join tensors along their first axis. Like a single tensor's, the array is aligned and read-only."""
+    first = tensors[0]
+    if first.dtype == OBJECT:
+        array = np.concatenate([_view(name, source, tensor) for source, tensor in zip(sources, tensors, strict=True)])
+    else:
+        # The joined array's bytes are the tensors' bytes in a row, so no array is made of each tensor.
+        room = np.empty(sum(tensor.length for tensor in tensors) + ALIGNMENT, np.uint8)
+        memory, start = room.data, -room.ctypes.data % ALIGNMENT
+        at = start
+        for source, tensor in zip(sources, tensors, strict=True):
+            memory[at : (at := at + tensor.length)] = memoryview(source)[tensor.offset : tensor.offset + tensor.length]
+        shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
+        array = np.ndarray(shape, first.dtype, room, start)
+    array.flags.writeable = False
+    return array
+
+
+def _named_lengths(spec: KernelSpec, arrays: list[Array]) -> dict[str, int | tuple[int, ...]]:
+    """The length of each named axis in this call. The dispatcher has checked that the arrays agree."""
+    lengths: dict[str, int | tuple[int, ...]] = {}
+    for declared, array in zip(spec.inputs, arrays, strict=True):
+        dims, sizes, many, several = one_by_one(declared.dims, array.shape)
+        lengths.update(zip(dims, sizes, strict=True))
+        lengths[many] = tuple(several)
+    for anonymous in (ANY_LENGTH, ELLIPSIS, ""):
+        lengths.pop(anonymous, None)
+    return lengths
+
+
+def _checked(spec: KernelSpec, declared: ArraySpec, output: Any, lengths: dict[str, int | tuple[int, ...]]) -> Array:
+    """Check an output against its declaration. Raises Internal, since the kernel is at fault and not the caller."""
+    if not isinstance(output, np.ndarray | np.generic):
+        raise Internal(f"kernel {spec.name} returned a {type(output).__name__} for {declared.name}, not an array")
+    array = np.asarray(output)
+    if not is_served(dtype_name(array)):
+        raise Internal(f"kernel {spec.name} returned {array.dtype} for {declared.name}, which no datatype carries")
+    if declared.dtypes and dtype_name(array) not in declared.dtypes:
+        raise Internal(
+            f"kernel {spec.name} returned {array.dtype} for {declared.name}, "
+            f"but declares {' or '.join(declared.dtypes)}"
+        )
+    if not _has_declared_shape(declared, array.shape, lengths):
+        raise Internal(
+            f"kernel {spec.name} returned shape {array.shape} for {declared.name}, "
+            f"but declares ({', '.join(declared.dims)})"
+        )
+    return array
+
+
+def _has_declared_shape(declared: ArraySpec, shape: tuple[int, ...], lengths: dict[str, int | tuple[int, ...]]) -> bool:
+    dims, sizes, many, several = one_by_one(declared.dims, shape)
+    if len(dims) != len(sizes) or lengths.get(many, tuple(several)) != tuple(several):
+        return False
+    return all(
+        size == (int(dim) if dim.isdecimal() else lengths.get(dim, size)) for dim, size in zip(dims, sizes, strict=True)
+    )

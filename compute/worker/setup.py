@@ -1,0 +1,43 @@
+"""Setup of a worker process: its process group, its signals, its BLAS threads and its priority."""
+
+import fcntl
+import os
+import signal
+
+import numpy as np
+
+_NICE = 10
+
+
+def become_worker(dispatcher_alive: int) -> None:
+    """Turn a forked child into a worker that ends with the dispatcher.
+
+    `dispatcher_alive` is the reading end of a pipe whose other end only the dispatcher holds.
+    """
+    # A process group of its own: a terminal's Ctrl-C is for the dispatcher, and processes that a kernel starts end
+    # with the worker.
+    os.setpgid(0, 0)
+    # When the dispatcher is gone, for whatever reason, the kernel sends SIGIO to the group. Its default action ends
+    # even a worker that is deep in C code and holds the interpreter lock.
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    # Opened anew, since the owner of the signal belongs to the open file: with a shared one, only the last worker would
+    # get it.
+    own = os.open(f"/proc/self/fd/{dispatcher_alive}", os.O_RDONLY | os.O_NONBLOCK)
+    os.close(dispatcher_alive)
+    fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgid(0))
+    fcntl.fcntl(own, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A kernel's prints belong in the log, and not in the output that a program reads from the service's stdout.
+    os.dup2(2, 1)
+
+
+def start_blas_threads() -> None:
+    """Let BLAS start its threads and allocate their buffers: OpenBLAS ends the process if it is refused them later."""
+    square = np.zeros((128, 128))
+    square @ square
+
+
+def give_way() -> None:
+    """Lower the worker's priority, so that the loops that feed it come first. Called once the worker is ready."""
+    os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
