@@ -5,8 +5,9 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from tests.deploy.containers import (
     podman,
 )
 from tests.support.mesh import ROOT
+from tests.support.neighbours import FACTORS, write_packages, write_project
 from tests.support.watching import Process, Scrape, children, tree, until, wait_until
 from unlatch import BlockingClient, Client
 
@@ -41,10 +43,17 @@ def base() -> str:
 
 
 @contextmanager
-def running(*, replicas: int = 1, compute: str = "", cpus: float = 1, memory: str = "1g") -> Iterator[list[Container]]:
-    """A gateway and replicas of it, as containers that serve the tests' kernels; stopped, cleanly, at the end."""
+def running(
+    *,
+    replicas: int = 1,
+    compute: str = "",
+    cpus: float = 1,
+    memory: str = "1g",
+    options: Sequence[str] = MOUNTED,
+) -> Iterator[list[Container]]:
+    """A gateway and its replicas as containers that serve the tests' kernels; they are stopped, cleanly, at the end."""
     with ExitStack() as stack:
-        options = () if compute else MOUNTED
+        options = () if compute else options
         fleet = [
             stack.enter_context(Container(compute or image("compute"), cpus=cpus, memory=memory, options=options))
             for _ in range(replicas)
@@ -152,6 +161,20 @@ def test_orphans_are_reaped() -> None:
         wait_until(lambda: not children(init, zombies=True), "it is reaped")
         assert children(init) == [service]
         np.testing.assert_array_equal(client.rests(X), 2 * X)
+
+
+def test_kernels_import_their_own_packages(tmp_path: Path) -> None:
+    """Packages mounted beside kernels may have our folders' names; one kernel comes by path, one by dotted name."""
+    project = tmp_path / "project"
+    write_project(project)
+    write_packages(project)
+    options = (
+        *(f"--volume={project}:/project:ro", "--workdir=/project"),
+        "--env=UNLATCH_KERNELS=/project/by_path.py,theirs.by_name",
+    )
+    with running(options=options) as (gateway, _), BlockingClient(address(gateway), timeout=60.0) as client:
+        for call in (client.by_path, client.by_name):
+            np.testing.assert_array_equal(call(X), prod(FACTORS.values()) * X)
 
 
 def test_the_gateway_has_no_numpy() -> None:
