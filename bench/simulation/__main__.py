@@ -4,7 +4,8 @@ The gateways' way is the gateway's own code (world.py says what is), by a clock 
 least connections send at once, to replicas that are the same. Calls take what docs/kernels.md has measured of the
 built-in kernels, times how much larger their inputs are, which is heavy-tailed. The same seed gives the same figures.
 
-It writes docs/images/balancing.png, and the table in docs/operations.md; `--quick` prints one of a small world.
+Without `--quick`, docs/images/balancing.png and the table in docs/operations/capacity.md are written. With it, the
+table of a small simulation is printed.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from unlatch.common.machine.cores import granted_cores
 from unlatch.gateway.fleet.subset import subset
 
 ROOT = Path(__file__).resolve().parents[2]
-OPERATIONS = ROOT / "docs" / "operations.md"
+CAPACITY = ROOT / "docs" / "operations" / "capacity.md"
 PICTURE = ROOT / "docs" / "images" / "balancing.png"
 _KERNEL = re.compile(r"^\| `(\w+)\(.*?\)` \| [^|]* \| [^|]* \| ([\d.]+) \|", re.MULTILINE)
 _TABLE = re.compile(r"(<!-- bench/simulation/__main__.py writes this -->\n).*?(<!-- to here -->)", re.DOTALL)
@@ -369,7 +370,7 @@ def main() -> int:
     print(said)
     if not quick:
         plot(found[: len(ways)], found[len(ways) :], PICTURE)
-        OPERATIONS.write_text(_TABLE.sub(lambda part: f"{part[1]}\n{said}\n\n{part[2]}", OPERATIONS.read_text()))
+        CAPACITY.write_text(_TABLE.sub(lambda part: f"{part[1]}\n{said}\n\n{part[2]}", CAPACITY.read_text()))
     return 0
 
 

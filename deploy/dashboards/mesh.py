@@ -116,7 +116,7 @@ _LATENCY = (
         21,
         "Latency of calls that succeeded",
         "From a call's coming to its answer, all kernels. If p99 alone is high some calls wait behind long ones: see "
-        "`Who runs when not all can` in operations.md.",
+        "docs/operations/scheduling.md.",
         "s",
         *(Query(quantile(q, TIMES, SUCCEEDED), f"p{q * 100:g}") for q in (0.5, 0.9, 0.99)),
         coloured=colours.QUANTILES,

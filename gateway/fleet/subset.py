@@ -2,8 +2,8 @@
 
 Every gateway ranks them differently, so that each replica gets its share of gateways; and each ranks them alike every
 time, so that a replica which comes or goes changes one place, and a gateway that restarts finds the same again.
-(Rendezvous hashing, Thaler and Ravishankar 1998. Chance decides how many gateways a replica gets: docs/operations.md
-says how many it takes that none is left out.)
+(Rendezvous hashing, Thaler and Ravishankar 1998. Chance decides how many gateways a replica gets:
+docs/operations/capacity.md says how many gateways it takes that no replica is left out.)
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The tenants: which callers are whose, from a file that is read again when it changes.
 
-docs/operations.md has an example. A table [tenants.NAME] each says whose identities are the tenant's and what it may;
-[default] what callers may whom no table names, each on its own. Without that table they are refused.
+docs/operations/security.md has an example. Each table [tenants.NAME] has the identities of a tenant, and its limits.
+[default] has the limits of each caller that no table names. Without that table such callers are refused.
 """
 
 import tomllib

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(180)
 MiB = 1024 * 1024
 PORTS = ("listen", "metrics_listen", "health_listen")
 # What a stop may take after the drain: connections are closed, of a replica the pool is killed; and the last spans are
-# sent (docs/operations.md, Traces).
+# sent (docs/operations/metrics.md, Traces).
 STOP_SECONDS = life._STOP_GRACE_SECONDS + 1.0
 POOL_STOP_SECONDS = process._ENDS_WITHIN_SECONDS + process._REAPED_WITHIN_SECONDS
 # A loaded node is slow to do all of it.

@@ -41,8 +41,8 @@ def triggers() -> dict[str, dict[str, str]]:
 
 
 def test_names_are_those_of_metrics() -> None:
-    """Every metric that is asked for is one that docs/operations.md lists, which lists what there is."""
-    listed = set(re.findall(r"^\| `(\w+)", (ROOT / "docs/operations.md").read_text(), re.MULTILINE))
+    """Every metric that is asked for is one that docs/operations/metrics.md lists, which lists what there is."""
+    listed = set(re.findall(r"^\| `(\w+)", (ROOT / "docs/operations/metrics.md").read_text(), re.MULTILINE))
     for name, trigger in triggers().items():
         assert (asked := set(re.findall(r"\bunlatch_\w+", trigger["query"]))) <= listed, name
         assert asked, name

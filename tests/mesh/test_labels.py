@@ -53,10 +53,12 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 
 def documented(metric: str) -> set[str]:
-    """The reasons of a metric, as the chapter of docs/operations.md lists them."""
-    _, _, chapter = (ROOT / "docs" / "operations.md").read_text().partition("\n### Reasons\n")
-    _, _, listed = chapter.partition(f"Of `{metric}`")
-    first_column = re.findall(r"^\| (`[^|]+) \|", listed.partition("\nOf `")[0].partition("\n#")[0], re.MULTILINE)
+    """The reasons of a metric, as docs/operations/metrics.md lists them."""
+    _, _, chapter = (ROOT / "docs" / "operations" / "metrics.md").read_text().partition("\n### Reasons\n")
+    _, _, listed = chapter.partition(f"\nThe reasons of `{metric}`")
+    first_column = re.findall(
+        r"^\| (`[^|]+) \|", listed.partition("\nThe reasons of `")[0].partition("\n#")[0], re.MULTILINE
+    )
     return {code.group(1) for cell in first_column for code in re.finditer(rf"`({CODE})`", cell)}
 
 
@@ -73,7 +75,7 @@ def test_label_values_are_codes_or_names(used: Mesh) -> None:
 
 
 def test_reasons_are_counted_and_listed(used: Mesh) -> None:
-    """What has happened is counted by its reason, and docs/operations.md says what each reason means."""
+    """What has happened is counted by its reason, and docs/operations/metrics.md says what each reason means."""
     lost = {labels["reason"] for labels in Scrape(used.front_metrics).labels("unlatch_worker_restarts_total")}
     assert lost == {DEATHS[how] for how in WAYS}
     refused = {labels["reason"] for labels in Scrape(used.gateway_metrics).labels("unlatch_unauthenticated_total")}

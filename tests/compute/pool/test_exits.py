@@ -18,8 +18,10 @@ def test_reasons_are_distinct_codes() -> None:
     assert len(set(reasons)) == len(reasons)
     assert [reason for reason in reasons if not re.fullmatch(r"[a-z]+(_[a-z]+)*", reason)] == []
     assert [end for end in declared if " " not in end.message] == []
-    _, _, chapter = (ROOT / "docs" / "operations.md").read_text().partition("\n### Reasons\n")
-    documented = set(re.findall(r"`([a-z_]+)`", chapter.partition("\nOf `unlatch_unauthenticated_total`")[0]))
+    _, _, chapter = (ROOT / "docs" / "operations" / "metrics.md").read_text().partition("\n### Reasons\n")
+    documented = set(
+        re.findall(r"`([a-z_]+)`", chapter.partition("\nThe reasons of `unlatch_unauthenticated_total`")[0])
+    )
     # A pool that stops replaces nothing, so that metrics never have this one.
     assert documented - {"reason", "message", "unlatch_worker_restarts_total"} == set(reasons) - {"pool_stopped"}
 
