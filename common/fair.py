@@ -1,21 +1,25 @@
-"""Fair turns for work that arrives at one event loop from many sides at once.
+"""Long work on one event loop, done in turns, so that everything else on the loop goes on meanwhile.
 
-A loop runs in rounds: it runs what is ready, polls the sockets, and runs what is ready again. An RPC needs several
-rounds, and in each it waits for all other work. So when many lanes bring a message of calls in the same round, only
-some are handled in it, up to a time limit, and the others in the following rounds.
+    Turns      work that comes from many sides at once: each round of the loop takes in as much as fits in 2 ms
+    by_turns   one long piece of work: some steps of it in each round
+    ByTurns    the same for work that is started again and again, and must not run twice at a time
+
+A loop goes round: it runs what is ready, looks at the sockets, and runs what is ready again. A task that needs several
+rounds, as each RPC does, waits in each of them for all that others have to do.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 
 # Time limit of one round. One message of 64 calls takes as long; several small ones fit in.
 _ROUND_SECONDS = 0.002
+_END = object()
 
 
 class Turns:
-    """The turns of everything that shares one event loop. Use it on that loop only."""
+    """The turns of one event loop, one object for all work that is to take turns."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Callable[[], None], asyncio.Future[None]]] = deque()
@@ -23,7 +27,7 @@ class Turns:
         self._until: float | None = None
 
     async def take(self, work: Callable[[], None]) -> None:
-        """Do the work: at once if this round has time for it, else in a later round. Raises what the work raises."""
+        """Do `work`: at once where this round has time for it, else when its turn comes. Raises what it raises."""
         if not self._waiting and self._has_time():
             work()
             return
@@ -43,11 +47,56 @@ class Turns:
         while self._waiting and self._has_time():
             work, done = self._waiting.popleft()
             if done.done():
-                # The task that wanted this work has been cancelled.
+                # The task that waited for it was cancelled.
                 continue
             try:
                 work()
-            except Exception as error:  # noqa: BLE001 (raised in the task that wanted this work)
+            except Exception as error:  # noqa: BLE001 (raised where it is waited for)
                 done.set_exception(error)
             else:
                 done.set_result(None)
+
+
+class ByTurns:
+    """Work in steps that is started again and again. `steps` begins it: an iterator, each of whose items is one step.
+
+    `at_once` steps are done in one round of the loop, the next ones in the next round. When a step raises, `caught` is
+    given the exception, and the work goes on with the next step. A generator ends where it raises, so that its next
+    step is none; it should catch for itself what concerns one call only.
+    """
+
+    def __init__(
+        self, steps: Callable[[], Iterator[object]], *, at_once: int, caught: Callable[[Exception], object]
+    ) -> None:
+        self._begin = steps
+        self._steps: Iterator[object] = iter(())
+        self._at_once = at_once
+        self._caught = caught
+        self._goes_on = False
+
+    def start(self) -> None:
+        """Begin the work anew: now, or in the next round of the loop where its next turn is due then."""
+        self._steps = self._begin()
+        if not self._goes_on:
+            self._goes_on = True
+            self._turn()
+
+    def _turn(self) -> None:
+        for _ in range(self._at_once):
+            steps = self._steps
+            try:
+                # A step may start the work again: it goes on with the new steps.
+                if next(steps, _END) is _END and steps is self._steps:
+                    self._goes_on = False
+                    return
+            except Exception as error:  # noqa: BLE001 (counted and logged by the owner's guard)
+                self._caught(error)
+        asyncio.get_running_loop().call_soon(self._turn)
+
+
+def by_turns(steps: Iterator[object], *, at_once: int, caught: Callable[[Exception], object]) -> None:
+    """Do one piece of work: `at_once` of its steps now, the others in the rounds of the loop that follow.
+
+    For a step that raises see ByTurns; `map` is an iterator that goes on after it.
+    """
+    ByTurns(lambda: steps, at_once=at_once, caught=caught).start()

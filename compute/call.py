@@ -1,5 +1,6 @@
 """A call as the front holds it: from its descriptor's arrival until its reply is on its way."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -11,6 +12,7 @@ from unlatch.common.lane.body import Arrival, Body, Buffer
 from unlatch.common.lane.replies import failed
 from unlatch.common.lane.server import LaneServer
 from unlatch.common.telemetry.tracing import Tracing
+from unlatch.common.waiting.demand import UNKNOWN, Demand
 from unlatch.common.waiting.priority import NORMAL, RANKS
 from unlatch.compute.intake.arguments import Arguments
 from unlatch.compute.ipc.arena import Block, InputArena, offsets
@@ -48,12 +50,8 @@ class Call:
     ) -> None:
         self.spec = spec
         self.arguments = arguments
-        self.tenant = descriptor.tenant
-        self.priority = RANKS.get(descriptor.priority, RANKS[NORMAL])
-        # What the queue expects of it.
-        self.cost_seconds = 0.0
-        self.long = False
-        self.batch = _batch(spec, arguments)
+        # The queue's, when it is admitted.
+        self.estimate = UNKNOWN
         self.ended = False
         # Workers that ended while they ran it.
         self.deaths = 0
@@ -61,7 +59,6 @@ class Call:
         self.digest = b""
         remaining = descriptor.remaining_microseconds
         self.arrived = monotonic()
-        self.deadline = self.arrived + remaining / 1e6 if remaining else None
         # Since when the call has waited for a worker, and since when one has run it.
         self.landed = self.begun = self.arrived
         self._lane = lane
@@ -78,6 +75,14 @@ class Call:
         self._arrival = Arrival(self._lengths)
         self._starts, self.size = offsets(self._lengths)
         self.block: Block | None = None
+        self.demand = Demand(
+            spec.name,
+            self.size,
+            descriptor.tenant,
+            RANKS.get(descriptor.priority, RANKS[NORMAL]),
+            self.arrived + remaining / 1e6 if remaining else math.inf,
+            _batch(spec, arguments),
+        )
 
     @property
     def rows(self) -> int:

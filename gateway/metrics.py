@@ -1,16 +1,17 @@
 """What the gateway reports. Its files tell what happened; this says under which names it is seen."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from time import perf_counter, time
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
 from unlatch.common.errors import UnlatchError, opaque
 from unlatch.common.net.rpc import abort
 from unlatch.common.telemetry.recorder import GaugeReader, Recorder
-from unlatch.gateway.fleet.status import Standing
+from unlatch.gateway.fleet.fleet import Fleet
+from unlatch.gateway.fleet.status import ReplicaStatus
 from unlatch.protos.unlatch_pb2 import Timings
 
 log = structlog.get_logger()
@@ -25,7 +26,7 @@ _FAULTS = ("DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
 _RETRIED = ("not_begun", "lost", "failed")
 _NOT_RETRIED = ("not_pure", "attempts", "budget")
 
-_OF_REPLICAS: tuple[tuple[str, str, Callable[[Standing], float]], ...] = (
+_OF_REPLICAS: tuple[tuple[str, str, Callable[[ReplicaStatus], float]], ...] = (
     ("unlatch_replica_up", "Whether a replica takes calls.", lambda one: one.up),
     ("unlatch_replica_calls_in_flight", "This gateway's calls on a replica.", lambda one: one.calls),
     ("unlatch_replica_wait_seconds", "How long a new call would wait on a replica.", lambda one: one.wait_seconds),
@@ -33,17 +34,6 @@ _OF_REPLICAS: tuple[tuple[str, str, Callable[[Standing], float]], ...] = (
     ("unlatch_replica_ejected", "Whether a replica gets no calls since it failed.", lambda one: one.ejected),
     ("unlatch_replica_heartbeat_age_seconds", "How long nothing was heard of one.", lambda one: one.silent_seconds),
 )
-
-
-class Fleet(Protocol):
-    """What is read of the fleet at each scrape, from the scrape's thread."""
-
-    @property
-    def held(self) -> int:
-        """How many calls fit no window yet."""
-
-    def standings(self) -> Sequence[Standing]:
-        """How each replica stands now."""
 
 
 class GatewayMetrics:
@@ -198,5 +188,5 @@ class GatewayMetrics:
         return handle
 
 
-def _by_replica(fleet: Fleet, read: Callable[[Standing], float]) -> Mapping[tuple[str, ...], float]:
-    return {(one.target,): float(read(one)) for one in fleet.standings()}
+def _by_replica(fleet: Fleet, read: Callable[[ReplicaStatus], float]) -> Mapping[tuple[str, ...], float]:
+    return {(one.target,): float(read(one)) for one in fleet.statuses()}

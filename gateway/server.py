@@ -12,10 +12,10 @@ from unlatch.common.net.rpc import handlers
 from unlatch.common.security.tls import ChannelSecurity, guarded, guarded_stream, load, report, server_certificates
 from unlatch.common.service.health import Health
 from unlatch.common.service.serve import serve as serve_until_stopped
+from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.telemetry.processes import ProcessWatch
 from unlatch.common.telemetry.recorder import Recorder
 from unlatch.common.telemetry.tracing import Tracing
-from unlatch.common.waiting.order import Policy
 from unlatch.gateway.calls.call_log import CallLog
 from unlatch.gateway.calls.calls import Calls
 from unlatch.gateway.calls.record import Records
@@ -24,7 +24,7 @@ from unlatch.gateway.doors.client_lanes import ClientDoor
 from unlatch.gateway.doors.oip_metadata import About
 from unlatch.gateway.doors.rpc_guard import Entrance
 from unlatch.gateway.fleet.discovery import Discovery
-from unlatch.gateway.fleet.fleet import Fleet, Routed
+from unlatch.gateway.fleet.fleet import Fleet
 from unlatch.gateway.fleet.replica import Replica
 from unlatch.gateway.metrics import GatewayMetrics
 from unlatch.gateway.settings import GatewaySettings
@@ -76,14 +76,16 @@ class Gateway:
             name=settings.name,
             bound=not settings.replica_subset,
         )
-        # What the file of tenants says comes first.
-        policy = Policy[Routed](ChainMap(self._tenants.weights, settings.tenant_weights))
+        errors = InternalErrors(self.recorder)
+        # The weights of the file of tenants come first.
+        weights = ChainMap(self._tenants.weights, settings.tenant_weights)
         security = ChannelSecurity(of_lanes, settings.replica_name)
         self.fleet = Fleet(
             discovery,
-            policy,
-            self,
-            lambda target, keeper: Replica(target, keeper, security, settings.tls_grace_seconds),
+            weights,
+            self._fleet_changed,
+            lambda target, events: Replica(target, events, security, settings.tls_grace_seconds, errors),
+            errors,
         )
         self.metrics = GatewayMetrics(self.recorder, lambda: len(self.calls), self.fleet, self._tenants.in_flight)
         log = CallLog(settings.logged_calls_per_second, settings.logged_failures_per_second)
@@ -115,8 +117,8 @@ class Gateway:
         if self._of_lanes is not None:
             self._watching.append(asyncio.create_task(self._of_lanes.watch()))
 
-    def fleet_changed(self) -> None:
-        """Tell probes, and clients where it is another catalogue."""
+    def _fleet_changed(self) -> None:
+        """Tell probes, and clients where the catalogue is another one."""
         self.health.set(serving=self.fleet.takes_calls)
         kernels = self.fleet.catalogue.kernels()
         if kernels != self._kernels:

@@ -2,7 +2,7 @@
 
     a call ──> a gateway's way to choose ── a hop ──> Queue ──> a worker's hand ──> runs ── a hop ──> answered
                │ Fleet, Members, Discovery,           └ Reports, every 250 ms and when waiting changes ──> Fleet
-               │ Replica, Window, Policy, RunTimes       (compute/)
+               │ Replica, Window, Backlog, Forecast      (compute/)
                │ (gateway/), or RoundRobin, LeastCalls
 
 Simulated are time, the way between gateway and replica, and the workers. Nothing here costs a gateway any time: what is
@@ -21,14 +21,19 @@ from typing import Any, Protocol, cast
 
 from unlatch.common.lane.body import Body
 from unlatch.common.security.tls import ChannelSecurity
+from unlatch.common.telemetry.internal_errors import InternalErrors
+from unlatch.common.telemetry.recorder import Recorder
+from unlatch.common.waiting.demand import UNKNOWN, Demand, Estimate
 from unlatch.common.waiting.order import Policy
+from unlatch.common.waiting.priority import NORMAL, RANKS
 from unlatch.compute.call import Call as FrontCall
 from unlatch.compute.dispatch.queue import Queue
 from unlatch.compute.reports import Reports
 from unlatch.compute.settings import ComputeSettings
 from unlatch.gateway.fleet.discovery import Discovery
-from unlatch.gateway.fleet.fleet import Fleet, Routed
-from unlatch.gateway.fleet.replica import Keeper, Replica
+from unlatch.gateway.fleet.fleet import Fleet
+from unlatch.gateway.fleet.replica import Replica, ReplicaEvents
+from unlatch.gateway.fleet.routed import Routed
 from unlatch.protos.unlatch_pb2 import Descriptor, Kernel, Welcome
 
 # Loops, gathering and network together, one way.
@@ -82,12 +87,8 @@ class _Landed:
     answer: Callable[[float], None]
     spec: _Spec
     size: int
-    cost_seconds: float = 0.0
-    long: bool = False
-    deadline: None = None
-    batch: None = None
-    tenant: str = ""
-    priority: int = 1
+    demand: Demand
+    estimate: Estimate = UNKNOWN
     begun: float = math.nan
 
 
@@ -132,9 +133,9 @@ class Pool:
             if not (short and _runs_long(hand)):
                 counted += 1
                 idle = idle or not hand
-                left += sum(call.cost_seconds for call in hand)
+                left += sum(call.estimate.seconds for call in hand)
                 if hand:
-                    left -= min(hand[0].cost_seconds, self._clock.now - hand[0].begun)
+                    left -= min(hand[0].estimate.seconds, self._clock.now - hand[0].begun)
         if not counted:
             return math.inf
         return 0.0 if idle and not before else left / counted
@@ -153,7 +154,7 @@ class Pool:
         if not hand:
             return True
         soon = self._clock.now - hand[0].begun < self._long_call_seconds
-        return len(hand) < _MOST_IN_HAND and not hand[0].long and soon
+        return len(hand) < _MOST_IN_HAND and not hand[0].estimate.long and soon
 
     def _begin(self, hand: deque[_Landed]) -> None:
         call = hand[0]
@@ -193,7 +194,9 @@ class Front:
             self._calls[gateway] -= 1
             answered(seconds)
 
-        landed = cast("FrontCall", _Landed(arrival, gateway, answer, _Spec(arrival.kernel), arrival.size))
+        landed = cast(
+            "FrontCall", _Landed(arrival, gateway, answer, _Spec(arrival.kernel), arrival.size, _demand(arrival))
+        )
 
         def land() -> None:
             self.pool.queue.admit(landed)
@@ -265,8 +268,8 @@ class LeastCalls:
 class _SimulatedReplica(Replica):
     """A gateway's own end of a replica, of which only the lane is not real."""
 
-    def __init__(self, target: str, keeper: Keeper, front: Front, kernels: Iterable[str]) -> None:
-        super().__init__(target, keeper, ChannelSecurity(None, ""), 0.0)
+    def __init__(self, target: str, events: ReplicaEvents, front: Front, kernels: Iterable[str]) -> None:
+        super().__init__(target, events, ChannelSecurity(None, ""), 0.0, InternalErrors(Recorder()))
         self._front = front
         self._kernels = [Kernel(name=name, version="1", pure=True) for name in kernels]
 
@@ -313,15 +316,10 @@ class _Routed:
     over: Callable[[Arrival], None]
     descriptor: Descriptor
     body: _Sized
+    demand: Demand
+    estimate: Estimate = UNKNOWN
     replica: Replica | None = None
-    cost_seconds: float = 0.0
-    long: bool = False
-    together: int = 1
-    deadline: float = math.inf
     avoids: None = None
-    batch: None = None
-    tenant: str = ""
-    priority: int = 1
 
     def remaining_microseconds(self) -> int:
         return 0
@@ -353,9 +351,10 @@ class Unlatch:
         by_address = dict(zip(addresses_of(len(self.fronts)), self.fronts, strict=True))
         self._fleet = Fleet(
             Discovery(by_address, 3600.0, self.most, name=self.name, bound=False),
-            Policy[Routed](),
-            self,
-            lambda target, keeper: _SimulatedReplica(target, keeper, by_address[target], self.kernels),
+            {},
+            lambda: None,
+            lambda target, events: _SimulatedReplica(target, events, by_address[target], self.kernels),
+            InternalErrors(Recorder()),
         )
         for kernel in self.kernels:
             self._descriptors[kernel] = Descriptor()
@@ -366,7 +365,7 @@ class Unlatch:
         self._fleet.start()
         for _ in range(4):
             await asyncio.sleep(0)
-        assert sum(standing.up for standing in self._fleet.standings()) == min(self.most, len(self.fronts))
+        assert sum(status.up for status in self._fleet.statuses()) == min(self.most, len(self.fronts))
 
     @property
     def held(self) -> int:
@@ -376,12 +375,9 @@ class Unlatch:
         """Know none any more."""
         await self._fleet.close()
 
-    def fleet_changed(self) -> None:
-        """Nobody is told."""
-
     def route(self, arrival: Arrival, ended: Callable[[Arrival], None]) -> None:
         descriptor = self._descriptors[arrival.kernel]
-        routed = _Routed(self._fleet, arrival, ended, descriptor, _Sized(arrival.size))
+        routed = _Routed(self._fleet, arrival, ended, descriptor, _Sized(arrival.size), _demand(arrival))
         self._fleet.route(cast("Routed", routed))
 
 
@@ -390,5 +386,10 @@ def addresses_of(replicas: int) -> list[str]:
     return [f"replica-{number}:8011" for number in range(replicas)]
 
 
+def _demand(arrival: Arrival) -> Demand:
+    """What a call asks for: of one tenant and one priority, without a deadline, so that none is refused."""
+    return Demand(arrival.kernel, arrival.size, "", RANKS[NORMAL], math.inf)
+
+
 def _runs_long(hand: deque[_Landed]) -> bool:
-    return any(call.long for call in hand)
+    return any(call.estimate.long for call in hand)

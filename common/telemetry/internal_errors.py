@@ -5,6 +5,9 @@ settles the calls that it held with the error that `caught` gives, and returns. 
 never the loop, the lane or the worker that brought them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import structlog
 
 from unlatch.common.errors import Internal, opaque
@@ -30,3 +33,11 @@ class InternalErrors:
         self._caught.labels(place).add()
         log.error("internal error", place=place, id=identity, exc_info=error)
         return told
+
+    @contextmanager
+    def guarded(self, place: str) -> Iterator[None]:
+        """Survive an exception in the block, where there is no caller to tell: count it, log it and go on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (counted and logged)
+            self.caught(place, error)

@@ -1,18 +1,18 @@
-"""How long kernels run, learned from their runs: what waiting is predicted from, and what is long.
+"""The forecast of run times, learned from runs: what waiting times are predicted from, and which calls are long.
 
-A kernel's time is kept by the size of its input, in classes of powers of two: few kernels are linear, and none need be.
-A size that was never seen is expected to take what the nearest one did.
+The forecast keeps a kernel's time by the size of its input, in classes of powers of two: few kernels are linear in it.
+A class without a run is expected to take what the nearest class with runs took.
 
-Calls are refused by what is expected here, and what is refused teaches nothing. So one run that stalls counts for no
-more than a few of the others, and each refusal makes what it was for a little less certain, until a call may try.
+Calls are refused by the forecast, and a refused call teaches it nothing. So one run that stalls counts for no more than
+a few of the others, and each refusal lowers the expectation that it was based on, until a call may try again.
 """
 
 from dataclasses import dataclass
 
-# A run counts for this much of what is expected next; the first few are averaged.
+# The weight of one run in what is expected next; the first few runs are averaged.
 _NEWS = 0.2
-# A run that took longer than so many of those before it counts as if it had not.
-_MOST_OF_THE_MEAN = 4.0
+# A run that took more than this many times the mean counts as if it had taken that.
+_MAX_TIMES_THE_MEAN = 4.0
 _LEAST_SECONDS = 0.001
 _DOUBT = 0.98
 
@@ -23,14 +23,14 @@ class _Learned:
     runs: int = 0
 
 
-class RunTimes:
-    """What was learned, bounded by kernels x classes of size."""
+class Forecast:
+    """Expected run times. Their number is bounded by kernels x classes of size."""
 
     def __init__(self) -> None:
         self._kernels: dict[str, dict[int, _Learned]] = {}
 
     def expected(self, kernel: str, size: int) -> float:
-        """Seconds that a call of so many bytes is expected to take; 0 where nothing is known of the kernel."""
+        """Seconds that a run of `size` bytes is expected to take; 0 where nothing is known of the kernel."""
         classes = self._kernels.get(kernel)
         if not classes:
             return 0.0
@@ -39,20 +39,20 @@ class RunTimes:
         return learned.seconds
 
     def learn(self, kernel: str, size: int, seconds: float) -> None:
-        """A call has taken so long."""
+        """Learn from a run that took `seconds` to its end."""
         learned = self._kernels.setdefault(kernel, {}).setdefault(size.bit_length(), _Learned())
         if learned.runs:
-            seconds = min(seconds, _MOST_OF_THE_MEAN * max(learned.seconds, _LEAST_SECONDS))
+            seconds = min(seconds, _MAX_TIMES_THE_MEAN * max(learned.seconds, _LEAST_SECONDS))
         learned.runs += 1
         learned.seconds += (seconds - learned.seconds) * max(_NEWS, 1 / learned.runs)
 
     def learn_at_least(self, kernel: str, size: int, seconds: float) -> None:
-        """A call was ended after so long, before it was done."""
+        """Learn from a run that was ended after `seconds`, before it was done."""
         if seconds > self.expected(kernel, size):
             self.learn(kernel, size, seconds)
 
     def doubt(self, kernel: str, size: int) -> None:
-        """A call was refused for what it is expected to take."""
+        """Lower an expectation that a call was refused for."""
         learned = self._kernels.get(kernel, {}).get(size.bit_length())
         if learned is not None:
             learned.seconds *= _DOUBT

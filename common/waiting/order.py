@@ -1,55 +1,44 @@
-"""The order of waiting: who is next when there is room. The front applies it to its queue, the gateway to its calls.
+"""The order of waiting: which call is next when there is room, at a gateway and at a replica.
 
-    priority      what is interactive goes before what is normal, and that before what is background, always.
-    tenant        within a priority, whoever has used least for its weight: processor seconds, not calls.
-    deadline      within a tenant's calls of one priority, the earliest first; then whoever came first.
+    priority      interactive calls go before normal ones, and those before background ones, always.
+    tenant        within a priority, the tenant that has used least for its weight: processor seconds, not calls.
+    deadline      within a tenant's calls of one priority, the earliest first; then the call that came first.
 
-**Shares.** Each tenant has a clock for each priority, which goes forward by what its calls cost over its weight; who is
-furthest behind is next. (With one clock for all, who waits in vain for the processor with background calls would hold
-back the time at which others come.) A call is charged what it is expected to cost when its turn comes, and the rest
-when its cost is known. One who was away comes back at the time of those who wait: nobody saves up a share by not using
-it. (Start-time fair queueing, Goyal, Vin and Cheng 1996: deficit round robin with a quantum as small as can be.)
+**Shares.** Each tenant has a clock for each priority, which goes forward by what its calls cost over its weight; the
+tenant that is furthest behind is next. (With one clock for all priorities, a tenant that waits in vain with background
+calls would hold back the time at which new tenants begin.) A call is charged its expected cost when its turn comes, and
+the rest when its cost is known. A tenant that was away comes back at the time of those that wait: no tenant saves up a
+share by not using it. (Start-time fair queueing, Goyal, Vin and Cheng 1996: deficit round robin with a quantum as small
+as can be.)
 
-A tenant's calls of one priority are two lists, of long calls and of others: some workers may take no long ones.
+**Kinds.** Room may be there for calls of some kinds and not for others: a replica keeps workers free of long calls, a
+gateway has full replicas for one kernel and not for another. A tenant's calls of one priority lie in one line for each
+kind, so that the next call among the kinds with room is found without a search through the others.
 """
 
 import math
 from bisect import bisect_left, insort
-from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Hashable, Iterator, KeysView, Mapping
 from itertools import count
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
-# So many tenants that wait for nothing are remembered beyond those that wait, until the clocks have passed theirs.
-_MOST_AWAY = 256
+from unlatch.common.waiting.demand import Demand, Estimate
+
+# Tenants without waiting calls that are remembered until the clocks have passed theirs.
+_MAX_AWAY = 256
 
 
 class Waiting(Protocol):
-    """What the order goes by."""
+    """A call that waits. Both values may be replaced while it waits: its place goes by those that it came with."""
 
     @property
-    def priority(self) -> int:
-        """The lower the sooner."""
+    def demand(self) -> Demand:
+        """What its caller asks for."""
 
     @property
-    def tenant(self) -> str:
-        """Who calls."""
-
-    @property
-    def deadline(self) -> float | None:
-        """By the monotonic clock."""
-
-    @property
-    def cost_seconds(self) -> float:
-        """What it is expected to cost; 0 where nothing is known."""
-
-    @property
-    def long(self) -> bool:
-        """Whether that is long."""
-
-    @property
-    def batch(self) -> Hashable | None:
-        """Calls that have the same one can run as one; None for a call that runs alone."""
+    def estimate(self) -> Estimate:
+        """What its run is expected to take."""
 
 
 Call = TypeVar("Call", bound=Waiting)
@@ -58,151 +47,193 @@ _Key = tuple[str, int]
 
 
 class _Line(Generic[Call]):
-    """Calls of one tenant and one priority, the earliest deadline first."""
+    """Calls of one tenant, one priority and one kind, the earliest deadline first."""
 
-    def __init__(self) -> None:
+    __slots__ = ("entries", "kind", "long", "seconds")
+
+    def __init__(self, kind: Hashable, *, long: bool) -> None:
+        self.kind = kind
+        self.long = long
         self.entries: list[tuple[float, int, Call]] = []
         self.seconds = 0.0
 
 
 class _Tenant(Generic[Call]):
-    """One who has calls of a priority that wait, or whose clock there is ahead."""
+    """A tenant that has waiting calls of one priority, or whose clock there is ahead."""
+
+    __slots__ = ("calls", "clock", "lines", "weight")
 
     def __init__(self, weight: float, clock: float) -> None:
         self.weight = weight
         self.clock = clock
-        self.lines: dict[bool, _Line[Call]] = {}
+        self.lines: dict[Hashable, _Line[Call]] = {}
         self.calls = 0
 
 
-class Policy(Generic[Call]):
-    """The calls that wait, in their order. A tenant that `weights` does not name has the weight 1."""
+class _Place(NamedTuple, Generic[Call]):
+    """Where a call waits, and the values that it came with."""
 
-    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+    line: _Line[Call]
+    arrival: int
+    demand: Demand
+    estimate: Estimate
+
+
+def by_length(call: Waiting) -> Hashable:
+    """A call's kind where only its length matters: whether it is long."""
+    return call.estimate.long
+
+
+class Policy(Generic[Call]):
+    """The calls that wait, in their order. A tenant that `weights` does not name has the weight 1.
+
+    `kind` tells which calls find room together. Calls of one kind are all long, or none of them is.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, float] | None = None, kind: Callable[[Call], Hashable] = by_length
+    ) -> None:
         self._weights = weights or {}
+        self._kind = kind
         self._tenants: dict[_Key, _Tenant[Call]] = {}
         self._waiting: dict[_Key, _Tenant[Call]] = {}
-        # Where each is, by identity: a caller who leaves is found without a search.
-        self._places: dict[int, tuple[_Line[Call], float, int]] = {}
-        self._returned: list[Call] = []
+        # By the call's identity: a call whose caller leaves is found without a search.
+        self._places: dict[int, _Place[Call]] = {}
+        self._returned: list[tuple[Hashable, Call]] = []
+        self._kinds: Counter[Hashable] = Counter()
         self._batches: dict[Hashable, dict[int, dict[int, Call]]] = {}
-        # Of each priority, the time of those who wait.
+        # By priority, the time of the tenants that wait.
         self._clocks: defaultdict[int, float] = defaultdict(float)
         self._arrivals = count()
 
     def __len__(self) -> int:
         return len(self._places) + len(self._returned)
 
+    @property
+    def kinds(self) -> KeysView[Hashable]:
+        """The kinds of the calls that wait."""
+        return self._kinds.keys()
+
+    def kind_of(self, call: Call) -> Hashable:
+        """The kind that a call waits under; of a call that does not wait, the kind that it has now."""
+        place = self._places.get(id(call))
+        if place is not None:
+            return place.line.kind
+        return next((kind for kind, returned in self._returned if returned is call), self._kind(call))
+
     def seconds(self, *, short: bool = False) -> float:
-        """What those that wait are expected to cost together. With `short`, those that are not long."""
-        lines = (found for tenant in self._waiting.values() for found in tenant.lines.items())
-        return sum(line.seconds for long, line in lines if not (short and long))
+        """The expected cost of all calls that wait. With `short`, of those that are not long."""
+        lines = (line for tenant in self._waiting.values() for line in tenant.lines.values())
+        return sum(line.seconds for line in lines if not (short and line.long))
 
     def __iter__(self) -> Iterator[Call]:
         """The calls in their order as it is now, as long as none is added or removed."""
-        yield from reversed(self._returned)
+        for _, call in reversed(self._returned):
+            yield call
         tenants = sorted(self._waiting.items(), key=lambda found: found[1].clock)
-        lines = [((priority, long), line) for (_, priority), tenant in tenants for long, line in tenant.lines.items()]
-        for _, line in sorted(lines, key=lambda found: found[0]):
+        lines = [(priority, line) for (_, priority), tenant in tenants for line in tenant.lines.values()]
+        for _, line in sorted(lines, key=lambda found: (found[0], found[1].long)):
             for _, _, call in line.entries:
                 yield call
 
     def add(self, call: Call) -> None:
-        """A call begins to wait."""
-        tenant = self._tenant(call)
+        """Let a call wait."""
+        demand, estimate, kind = call.demand, call.estimate, self._kind(call)
+        tenant = self._tenant(demand)
         if not tenant.calls:
-            tenant.clock = max(tenant.clock, self._clocks[call.priority])
-            self._waiting[_key(call)] = tenant
+            tenant.clock = max(tenant.clock, self._clocks[demand.priority])
+            self._waiting[demand.tenant, demand.priority] = tenant
         tenant.calls += 1
-        line = tenant.lines.setdefault(call.long, _Line())
-        deadline, arrival = math.inf if call.deadline is None else call.deadline, next(self._arrivals)
-        insort(line.entries, (deadline, arrival, call))
-        line.seconds += call.cost_seconds
-        self._places[id(call)] = line, deadline, arrival
-        if call.batch is not None:
-            self._batches.setdefault(call.batch, {}).setdefault(call.priority, {})[id(call)] = call
+        line = tenant.lines.get(kind)
+        if line is None:
+            line = tenant.lines[kind] = _Line(kind, long=estimate.long)
+        arrival = next(self._arrivals)
+        insort(line.entries, (demand.deadline, arrival, call))
+        line.seconds += estimate.seconds
+        self._places[id(call)] = _Place(line, arrival, demand, estimate)
+        self._kinds[kind] += 1
+        if demand.batch is not None:
+            self._batches.setdefault(demand.batch, {}).setdefault(demand.priority, {})[id(call)] = call
 
     def put_back(self, call: Call) -> None:
-        """A call whose turn it was waits again, before all others: it was not begun, or is to be begun again."""
-        self.charge(call, -call.cost_seconds)
-        self._returned.append(call)
+        """Let a call whose turn it was wait again, before all others: it was not begun, or is to be begun again."""
+        self.charge(call, -call.estimate.seconds)
+        kind = self._kind(call)
+        self._returned.append((kind, call))
+        self._kinds[kind] += 1
 
     def remove(self, call: Call) -> bool:
-        """A call waits no more, if it did: its caller has left."""
+        """Remove a call, for example when its caller has left; whether it waited."""
         place = self._places.pop(id(call), None)
         if place is None:
-            # There are as many as workers have just ended: a handful.
-            if call in self._returned:
-                self._returned.remove(call)
-                return True
-            return False
-        line, deadline, arrival = place
-        del line.entries[bisect_left(line.entries, (deadline, arrival))]
-        line.seconds -= call.cost_seconds
-        tenant = self._waiting[_key(call)]
+            return self._remove_returned(call)
+        line, demand = place.line, place.demand
+        del line.entries[bisect_left(line.entries, (demand.deadline, place.arrival))]
+        line.seconds -= place.estimate.seconds
+        tenant = self._waiting[demand.tenant, demand.priority]
         tenant.calls -= 1
         if not line.entries:
-            del tenant.lines[call.long]
+            del tenant.lines[line.kind]
         if not tenant.calls:
-            del self._waiting[_key(call)]
-        if call.batch is not None:
-            alike = self._batches[call.batch]
-            del alike[call.priority][id(call)]
-            if not alike[call.priority]:
-                del alike[call.priority]
-            if not alike:
-                del self._batches[call.batch]
+            del self._waiting[demand.tenant, demand.priority]
+        self._forget_kind(line.kind)
+        if demand.batch is not None:
+            self._forget_alike(call, demand)
         return True
 
     def take_at_once(self, call: Call) -> None:
-        """A call has come that need not wait, since there is room for it: its tenant is charged as if it had."""
-        tenant = self._tenant(call)
-        now = self._clocks[call.priority]
-        tenant.clock = max(tenant.clock, now)
-        if not any(priority == call.priority for _, priority in self._waiting):
-            self._clocks[call.priority] = tenant.clock
-        self.charge(call, call.cost_seconds)
+        """Charge the tenant of a new call that need not wait, since there is room for it, as if it had waited."""
+        demand = call.demand
+        tenant = self._tenant(demand)
+        tenant.clock = max(tenant.clock, self._clocks[demand.priority])
+        if not any(priority == demand.priority for _, priority in self._waiting):
+            self._clocks[demand.priority] = tenant.clock
+        tenant.clock += call.estimate.seconds / tenant.weight
 
     def take_before_others(self, call: Call) -> None:
-        """A call that waits has its turn; for those before it there is no room where they could go."""
-        behind = min(tenant.clock for (_, priority), tenant in self._waiting.items() if priority == call.priority)
-        self._clocks[call.priority] = max(self._clocks[call.priority], behind)
+        """Take a waiting call whose turn has come, since there is no room for the calls of other kinds before it."""
+        place = self._places.get(id(call))
+        if place is not None:
+            self._move_clock(place.demand.priority)
         self.take(call)
 
     def take(self, call: Call) -> None:
-        """A call that waits has its turn: it waits no more, and its tenant is charged what it is expected to cost."""
+        """Take a waiting call: it waits no more, and its tenant is charged the expected cost."""
         if self.remove(call):
-            self.charge(call, call.cost_seconds)
+            self.charge(call, call.estimate.seconds)
 
-    def next(self, *, short: bool = False) -> Call | None:
-        """The call whose turn it is, taken; None when nobody waits. With `short`, of those that are not long."""
-        for call in reversed(self._returned):
-            if not (short and call.long):
-                self.take(call)
+    def next(self, kinds: Container[Hashable] | None = None) -> Call | None:
+        """Take the call whose turn it is, of all or of these kinds; None when no such call waits."""
+        call = self.first(kinds)
+        if call is not None:
+            self.take_before_others(call)
+        return call
+
+    def first(self, kinds: Container[Hashable] | None = None) -> Call | None:
+        """The call whose turn it is, of all or of these kinds, without taking it; None when no such call waits."""
+        for kind, call in reversed(self._returned):
+            if kinds is None or kind in kinds:
                 return call
-        best: tuple[int, float, float, int] | None = None
-        chosen: Call | None = None
-        behind: defaultdict[int, float] = defaultdict(lambda: math.inf)
+        best_priority: float = math.inf
+        best_clock = math.inf
+        best: tuple[float, int, Call] | None = None
         for (_, priority), tenant in self._waiting.items():
-            behind[priority] = min(behind[priority], tenant.clock)
-            for long, line in tenant.lines.items():
-                if short and long:
+            clock = tenant.clock
+            if priority > best_priority or (priority == best_priority and clock > best_clock):
+                continue
+            for kind, line in tenant.lines.items():
+                if kinds is not None and kind not in kinds:
                     continue
-                deadline, arrival, call = line.entries[0]
-                rank = priority, tenant.clock, deadline, arrival
-                if best is None or rank < best:
-                    best, chosen = rank, call
-        if chosen is not None:
-            now = behind[chosen.priority]
-            self._clocks[chosen.priority] = max(self._clocks[chosen.priority], now)
-            self.take(chosen)
-        return chosen
+                head = line.entries[0]
+                if best is None or priority < best_priority or clock < best_clock or head < best:
+                    best_priority, best_clock, best = priority, clock, head
+        return None if best is None else best[2]
 
     def one_too_many(self, came: Call) -> Call:
-        """Who is to go when a call has come that is one too many.
+        """The call to refuse when `came` is one call too many: the latest of the tenant with most calls for its weight.
 
-        Of the lowest priority, of the tenant with most calls for its weight, the latest; but that very call, if it is
-        one of these: nobody who waits gives way to an equal.
+        Looked for in the lowest priority. When that is a call of the same tenant and priority as `came`, it is `came`:
+        a call that waits does not give way to an equal.
         """
         lowest = max(priority for _, priority in self._waiting)
         lines = [
@@ -213,71 +244,100 @@ class Policy(Generic[Call]):
         ]
         _, longest = max(lines, key=lambda found: found[0])
         latest = longest.entries[-1][2]
-        return came if (latest.tenant, latest.priority) == (came.tenant, came.priority) else latest
+        return came if _key(latest.demand) == _key(came.demand) else latest
 
     def alike(self, call: Call) -> Iterator[Call]:
-        """Who waits and could run as one with a call, by priority and arrival, as long as none is added or removed."""
-        waiting = self._batches.get(call.batch, {})
+        """Calls that wait and could run as one with `call`, by priority and arrival; none may be added or removed."""
+        waiting = self._batches.get(call.demand.batch, {})
         return (other for priority in sorted(waiting) for other in waiting[priority].values())
 
     def charge(self, call: Call, seconds: float) -> None:
-        """A call whose turn it was has cost its tenant so much more than was expected, or less."""
-        charged = self._tenant(call)
+        """Charge a call's tenant for what the call has cost beyond what was expected; less than that is negative."""
+        charged = self._tenant(call.demand)
         charged.clock += seconds / charged.weight
 
     def seconds_before(self, call: Call, *, short: bool = False) -> float:
-        """What is expected to be done before a call that has yet to be added. With `short`, of what is not long.
+        """Seconds of work expected before a call that has yet to be added. With `short`, of calls that are not long.
 
-        All of a higher priority; of its own, its tenant's calls with an earlier deadline, and what the others' shares
-        are meanwhile.
+        All work of a higher priority; of its own priority, its tenant's calls with an earlier deadline, and the shares
+        of the other tenants meanwhile.
         """
+        demand = call.demand
         before = own = everyone = others = 0.0
         for (name, priority), tenant in self._waiting.items():
             competes = False
-            for long, line in tenant.lines.items():
-                if short and long:
+            for line in tenant.lines.values():
+                if short and line.long:
                     continue
-                if priority < call.priority:
+                if priority < demand.priority:
                     before += line.seconds
-                elif priority == call.priority and name == call.tenant:
-                    own += _seconds_until(line, call.deadline)
-                elif priority == call.priority:
+                elif priority == demand.priority and name == demand.tenant:
+                    own += _seconds_until(line, demand.deadline)
+                elif priority == demand.priority:
                     competes = True
                     everyone += line.seconds
             others += tenant.weight if competes else 0.0
-        share = (own + call.cost_seconds) * others / self._weights.get(call.tenant, 1.0)
+        share = (own + call.estimate.seconds) * others / self._weights.get(demand.tenant, 1.0)
         return before + own + min(everyone, share)
 
-    def _tenant(self, call: Call) -> _Tenant[Call]:
-        key = _key(call)
+    def _move_clock(self, priority: int) -> None:
+        """Move a priority's time on to that of its tenant that is furthest behind."""
+        behind = min(tenant.clock for (_, other), tenant in self._waiting.items() if other == priority)
+        self._clocks[priority] = max(self._clocks[priority], behind)
+
+    def _remove_returned(self, call: Call) -> bool:
+        # There are as many as workers have just ended: a handful.
+        for at, (kind, returned) in enumerate(self._returned):
+            if returned is call:
+                del self._returned[at]
+                self._forget_kind(kind)
+                return True
+        return False
+
+    def _forget_kind(self, kind: Hashable) -> None:
+        if self._kinds[kind] == 1:
+            del self._kinds[kind]
+        else:
+            self._kinds[kind] -= 1
+
+    def _forget_alike(self, call: Call, demand: Demand) -> None:
+        alike = self._batches[demand.batch]
+        del alike[demand.priority][id(call)]
+        if not alike[demand.priority]:
+            del alike[demand.priority]
+        if not alike:
+            del self._batches[demand.batch]
+
+    def _tenant(self, demand: Demand) -> _Tenant[Call]:
+        key = _key(demand)
         tenant = self._tenants.get(key)
         if tenant is None:
-            if len(self._tenants) > 2 * len(self._waiting) + _MOST_AWAY:
-                self._forget()
-            clock = self._clocks[call.priority]
-            tenant = self._tenants[key] = _Tenant(self._weights.get(call.tenant, 1.0), clock)
+            if len(self._tenants) > 2 * len(self._waiting) + _MAX_AWAY:
+                self._forget_tenants()
+            clock = self._clocks[demand.priority]
+            tenant = self._tenants[key] = _Tenant(self._weights.get(demand.tenant, 1.0), clock)
         else:
-            # It may be another by now.
-            tenant.weight = self._weights.get(call.tenant, 1.0)
+            # The weight may be another by now.
+            tenant.weight = self._weights.get(demand.tenant, 1.0)
         return tenant
 
-    def _forget(self) -> None:
-        """One who waits for nothing and is not ahead is as one who never came; beyond the bound, so is anyone away."""
+    def _forget_tenants(self) -> None:
+        """Forget tenants that wait for nothing and are not ahead; beyond the bound, those least ahead too."""
         ahead = [
             (tenant.clock - self._clocks[key[1]], key)
             for key, tenant in self._tenants.items()
             if not tenant.calls and tenant.clock > self._clocks[key[1]]
         ]
         ahead.sort(reverse=True)
-        self._tenants = self._waiting | {key: self._tenants[key] for _, key in ahead[:_MOST_AWAY]}
+        self._tenants = self._waiting | {key: self._tenants[key] for _, key in ahead[:_MAX_AWAY]}
 
 
-def _key(call: Waiting) -> _Key:
-    return call.tenant, call.priority
+def _key(demand: Demand) -> _Key:
+    return demand.tenant, demand.priority
 
 
-def _seconds_until(line: _Line[Call], deadline: float | None) -> float:
-    """What a line's calls with no later deadline cost: as much of the whole as they are of its calls."""
-    if deadline is None:
+def _seconds_until(line: _Line[Call], deadline: float) -> float:
+    """The cost of a line's calls with no later deadline: the share of the whole that they are of its calls."""
+    if deadline == math.inf:
         return line.seconds
     return line.seconds * bisect_left(line.entries, (deadline, math.inf)) / len(line.entries)

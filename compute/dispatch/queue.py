@@ -16,13 +16,16 @@ from typing import Protocol
 
 from unlatch.common.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from unlatch.common.waiting.admission import MARGIN, refusal_in_time, retry_milliseconds, too_late
-from unlatch.common.waiting.forecast import RunTimes
+from unlatch.common.waiting.demand import Estimate
+from unlatch.common.waiting.forecast import Forecast
 from unlatch.common.waiting.order import Policy
 from unlatch.compute.call import Call
 from unlatch.compute.ipc.frames import MAX_MEMBERS_BYTES, described_bytes
 
 # What a call is expected to take beyond its wait and its run, on its way back to its caller.
 _REPLY_SECONDS = 0.002
+# Where only workers that run no long call have room.
+_SHORT = frozenset({False})
 # Refusing one takes about 20 µs.
 _REFUSED_AT_ONCE = 32
 # Larger calls gain nothing by company, and putting them side by side takes their memory again.
@@ -59,7 +62,7 @@ class Queue:
 
     def __init__(self, policy: Policy[Call], max_calls: int, long_call_seconds: float) -> None:
         self._policy = policy
-        self._times = RunTimes()
+        self._times = Forecast()
         self._workers: Workers | None = None
         self._max_calls = max_calls
         self._long_call_seconds = long_call_seconds
@@ -74,18 +77,17 @@ class Queue:
 
     def admit(self, call: Call) -> None:
         """A call has come. Raises ResourceExhausted where it could not be answered in time, by what runs have taken."""
-        call.cost_seconds = self._times.expected(call.spec.name, call.size)
-        call.long = call.cost_seconds > self._long_call_seconds
-        if call.deadline is None:
+        seconds = self._times.expected(call.spec.name, call.size)
+        call.estimate = Estimate(seconds, seconds > self._long_call_seconds)
+        if call.demand.deadline == math.inf:
             return
-        left = call.deadline - monotonic()
-        wait = self._wait_seconds(call, (left - _REPLY_SECONDS) / MARGIN - call.cost_seconds)
+        left = call.demand.deadline - monotonic()
+        wait = self._wait_seconds(call, (left - _REPLY_SECONDS) / MARGIN - seconds)
         refusal = refusal_in_time(
-            call.spec.name,
-            call.size,
+            call.demand,
             self._times,
             wait_seconds=wait,
-            cost_seconds=call.cost_seconds,
+            run_seconds=seconds,
             reply_seconds=_REPLY_SECONDS,
             left_seconds=left,
         )
@@ -138,9 +140,9 @@ class Queue:
 
     def run_again(self, call: Call) -> None:
         """A call that was begun is next again, and from now on runs alone, whoever did harm to whom."""
-        call.batch = None
+        call.demand = call.demand._replace(batch=None)
         # What its first run cost was charged whole: what is taken back here is not part of it.
-        self._policy.charge(call, call.cost_seconds)
+        self._policy.charge(call, call.estimate.seconds)
         self.put_back(call)
 
     def withdraw(self, call: Call) -> None:
@@ -157,11 +159,11 @@ class Queue:
         """
         learn = self._times.learn if done else self._times.learn_at_least
         learn(call.spec.name, call.size, run_seconds)
-        self._policy.charge(call, cpu_seconds - call.cost_seconds)
+        self._policy.charge(call, cpu_seconds - call.estimate.seconds)
 
     def not_run(self, call: Call) -> None:
         """A call whose turn it was is not run after all: it has cost its tenant nothing."""
-        self._policy.charge(call, -call.cost_seconds)
+        self._policy.charge(call, -call.estimate.seconds)
 
     def pump(self) -> None:
         """Hand calls to workers while there is room."""
@@ -190,32 +192,32 @@ class Queue:
             return None
         if workers.has_room(long=True):
             return self._policy.next()
-        return self._policy.next(short=True) if workers.keeps_some_free and workers.has_room(long=False) else None
+        return self._policy.next(_SHORT) if workers.keeps_some_free and workers.has_room(long=False) else None
 
     def _is_hopeless(self, call: Call, workers: Workers) -> bool:
-        if call.deadline is None:
+        if call.demand.deadline == math.inf:
             return False
-        left = call.deadline - monotonic()
+        left = call.demand.deadline - monotonic()
         # What cannot be done in time must not keep a worker from what can. It may be staged, behind what is not long.
-        if not self._policy or left > MARGIN * (self._long_call_seconds + call.cost_seconds):
+        if not self._policy or left > MARGIN * (self._long_call_seconds + call.estimate.seconds):
             return left < 0
-        return left < MARGIN * (workers.wait_seconds(0.0, short=not call.long) + call.cost_seconds)
+        return left < MARGIN * (workers.wait_seconds(0.0, short=not call.estimate.long) + call.estimate.seconds)
 
     def _companions(self, call: Call) -> list[Call]:
         """Calls that run as one with this one, taken."""
-        if call.batch is None:
+        if call.demand.batch is None:
             return []
-        rows, size, seconds = call.rows, call.size, call.cost_seconds
+        rows, size, seconds = call.rows, call.size, call.estimate.seconds
         most = MAX_MEMBERS_BYTES // described_bytes(len(shape) for shape in call.arguments.shapes)
         most_seconds = _seconds_for(call)
         found: list[Call] = []
         for other in islice(self._policy.alike(call), _MOST_LOOKED_AT):
             if rows >= call.spec.max_batch_size or len(found) + 1 >= most:
                 break
-            if other.long and not call.long:
+            if other.estimate.long and not call.estimate.long:
                 # It may be that this worker is kept free of those.
                 continue
-            more = rows + other.rows, size + other.size, seconds + other.cost_seconds
+            more = rows + other.rows, size + other.size, seconds + other.estimate.seconds
             if more[0] <= call.spec.max_batch_size and more[1] <= _MOST_BATCH_BYTES and more[2] <= most_seconds:
                 rows, size, seconds = more
                 found.append(other)
@@ -228,7 +230,7 @@ class Queue:
         if self._workers is None:
             return 0.0
         wait = self._workers.wait_seconds(self._policy.seconds_before(call), short=False)
-        if call.long or wait <= max(0.0, longest) or not self._workers.keeps_some_free:
+        if call.estimate.long or wait <= max(0.0, longest) or not self._workers.keeps_some_free:
             return wait
         before = self._policy.seconds_before(call, short=True)
         return min(wait, self._workers.wait_seconds(before, short=True))
@@ -255,5 +257,5 @@ class Queue:
 
 def _seconds_for(call: Call) -> float:
     """What a run of several may take, as far as is known: none is to be late, or over its limit, for the others."""
-    left = math.inf if call.deadline is None else call.deadline - monotonic()
+    left = call.demand.deadline - monotonic()
     return min(left, call.spec.timeout_seconds or math.inf)

@@ -48,7 +48,7 @@ class _Given:
         self.numbers = numbers
         self.segment = segment
         self.first = next(iter(numbers))
-        self.expected_seconds = self.first.cost_seconds * len(numbers)
+        self.expected_seconds = self.first.estimate.seconds * len(numbers)
         # Calls that may have effects: whose callers have yet to be told of their start, and to say that they know.
         # Until then the worker is not given the run.
         self.unannounced = [call for call in numbers if call.must_be_known]
@@ -124,7 +124,7 @@ class Hand:
     @property
     def runs_long(self) -> bool:
         """Whether the worker runs a call that takes long, or has one staged that it runs next."""
-        return any(given.first.long for given in self._in_hand)
+        return any(given.first.estimate.long for given in self._in_hand)
 
     @property
     def has_room(self) -> bool:
@@ -138,7 +138,7 @@ class Hand:
 
         Nor behind one that nobody waits for: that would be to wait for the grace and for a new worker.
         """
-        return given.wanted and not given.first.long and monotonic() - given.begun < self._long_call_seconds
+        return given.wanted and not given.first.estimate.long and monotonic() - given.begun < self._long_call_seconds
 
     def seconds_left(self, now: float) -> float:
         """What its runs are expected to take from now on."""

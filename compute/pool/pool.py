@@ -80,7 +80,7 @@ class Pool:
 
     def run(self, calls: Sequence[Call]) -> None:
         """Give a call, or several that run as one, to the worker with least in hand."""
-        if not calls[0].long:
+        if not calls[0].estimate.long:
             self._last_short = monotonic()
         min((slot for slot in self._slots if slot.has_room), key=_in_hand).run(calls)
 

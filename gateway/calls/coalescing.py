@@ -117,6 +117,6 @@ def _said(run: Run) -> bytes:
     said = Request()
     said.CopyFrom(run.descriptor.request)
     said.id = ""
-    tenant = run.tenant.encode()
+    tenant = run.demand.tenant.encode()
     lengths = ",".join(map(str, run.body.lengths)).encode()
     return b"%d:%b%b;" % (len(tenant), tenant, lengths) + said.SerializeToString(deterministic=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from copy import copy
 from time import monotonic
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 from unlatch.common.errors import DeadlineExceeded, ResourceExhausted, Unavailable, UnlatchError
 from unlatch.common.lane.body import Body, Sink
 from unlatch.common.lane.replies import raised
+from unlatch.common.waiting.demand import UNKNOWN, Demand
 from unlatch.common.waiting.priority import RANKS
 from unlatch.gateway.calls.retries import Retries, not_sent_again
 from unlatch.gateway.fleet.fleet import Fleet
@@ -72,23 +73,16 @@ class Run:
     long as they may have to be sent again. `charge` is told what it has cost, in seconds of a worker.
     """
 
-    # In what company it runs is the replica's to know.
-    batch: Hashable | None = None
-
     def __init__(
         self, holder: Holder, kernel: Kernel, descriptor: Descriptor, body: Body, charge: Callable[[float], None]
     ) -> None:
         self.kernel = kernel
         self.descriptor = descriptor
         self.body = body
-        self.tenant = descriptor.tenant
-        self.priority = RANKS[descriptor.priority]
-        # The fleet's expectation, when it is routed.
-        self.cost_seconds = 0.0
-        self.long = False
-        self.together = 1
-        # The latest of its calls'.
-        self.deadline = 0.0
+        # Its deadline is the latest of its calls'. Which calls may run as one is for the replica to know.
+        self.demand = Demand(kernel.name, body.size, descriptor.tenant, RANKS[descriptor.priority], 0.0)
+        # The fleet's, when it is routed.
+        self.estimate = UNKNOWN
         # What it is, where others like it may share it (gateway/calls/coalescing.py).
         self.digest = b""
         # A replica that has just failed it.
@@ -120,16 +114,21 @@ class Run:
 
     def remaining_microseconds(self) -> int:
         """What is left of its time; never 0, which would mean no limit."""
-        return max(1, round((self.deadline - monotonic()) * 1e6))
+        return max(1, round((self.demand.deadline - monotonic()) * 1e6))
 
     def join(self, call: Sharer) -> None:
         """One more call waits for it."""
         self._calls.append(call)
-        self.deadline = max(self.deadline, call.deadline)
+        if call.deadline > self.demand.deadline:
+            self.demand = self.demand.until(call.deadline)
 
     def takes(self, like: "Run") -> bool:
         """Whether the calls of one like it may wait for this one instead: not for half a reply, nor behind others."""
-        return not self._over and self._reply is None and (self._sent is None or self.priority <= like.priority)
+        return (
+            not self._over
+            and self._reply is None
+            and (self._sent is None or self.demand.priority <= like.demand.priority)
+        )
 
     def join_another(self, other: "Run") -> None:
         """Let its calls wait for one like it, which takes them. This one is over."""
@@ -142,9 +141,10 @@ class Run:
 
     def hurry(self, like: "Run") -> None:
         """It is as urgent as one like it, from now on. Only while it is held."""
-        if like.priority < self.priority:
+        if like.demand.priority < self.demand.priority:
             self._holder.fleet.withdraw(self)
-            self.priority, self.descriptor.priority = like.priority, like.descriptor.priority
+            self.demand = self.demand._replace(priority=like.demand.priority)
+            self.descriptor.priority = like.descriptor.priority
             self.route()
 
     def leave(self, call: Sharer) -> None:
@@ -164,7 +164,7 @@ class Run:
     def sent(self, replica: Replica, lane: Lane, number: int) -> None:
         """It is on that lane to that replica now, under that number."""
         self._sent = replica, lane, number
-        self._sent_at, self._sent_deadline = monotonic(), self.deadline
+        self._sent_at, self._sent_deadline = monotonic(), self.demand.deadline
         # Of several versions this one's word counts.
         self._pure = replica.kernels.get(self.kernel.name, self.kernel).pure
         if not self._times_sent:
@@ -222,7 +222,7 @@ class Run:
         if isinstance(error, DeadlineExceeded | ResourceExhausted) and not reply.timings.batch:
             # It was not run, and refused by a deadline that was the latest when it was sent.
             later = self._sent_deadline + _MUCH_LATER * (self._sent_deadline - self._sent_at)
-            if self.deadline > later and self._held_bytes == self.body.size:
+            if self.demand.deadline > later and self._held_bytes == self.body.size:
                 for call in tuple(self._calls):
                     if call.deadline <= later:
                         call.fail(copy(error), reply)
@@ -271,7 +271,7 @@ class Run:
         replica = self._sent[0]
         self._sent, self._reply, self._missing = None, None, 0
         self._holder.fleet.ended(self, replica, 0.0, _status(reply))
-        self.deadline = max(call.deadline for call in self._calls)
+        self.demand = self.demand.until(max(call.deadline for call in self._calls))
         self.route()
 
     def _fail(self, error: UnlatchError, reply: Reply | None) -> None:

@@ -10,7 +10,7 @@ from unlatch.common.errors import InvalidArgument, Unimplemented, UnlatchError
 from unlatch.common.kernel.datatypes import BYTES, NP_DTYPE, carrier, is_carried
 from unlatch.common.kernel.parameters import scalar
 from unlatch.gateway.doors.rpc_guard import Answer
-from unlatch.gateway.fleet.catalogue import Catalogue
+from unlatch.gateway.fleet.catalogue import FleetCatalogue
 from unlatch.gateway.fleet.fleet import Fleet
 from unlatch.gateway.metrics import GatewayMetrics
 from unlatch.gateway.tenants.quotas import Tenant
@@ -46,7 +46,7 @@ class About:
         }
 
     @property
-    def _catalogue(self) -> Catalogue:
+    def _catalogue(self) -> FleetCatalogue:
         return self._fleet.catalogue
 
     def _server_live(self, _: pb.ServerLiveRequest) -> Message:

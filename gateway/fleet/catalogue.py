@@ -1,9 +1,9 @@
-"""What the fleet serves: the union of its replicas' catalogues, which differ while a new version is rolled out.
+"""The fleet's catalogue: the union of its replicas' catalogues, which differ while a new version is rolled out.
 
-A call that names a version goes to replicas that have that one. One that names none is described, to whoever asks, by
-the version that most replicas serve (the newest of several), and goes to every replica whose version has the same
-signature: so a roll-out never leaves half of the fleet idle, and nobody who asked for the metadata meets a kernel that
-takes other arguments.
+A call that names a version goes to the replicas that serve it. A call that names none goes to every replica whose
+version has the same signature as the one that most replicas serve (the newest of several), and the metadata describe
+that one. So a roll-out never leaves half of the fleet idle, and no caller who asked for the metadata meets a kernel
+that takes other arguments.
 """
 
 import re
@@ -24,12 +24,12 @@ class Offer:
 
     @property
     def taken(self) -> bool:
-        """Whether any of them takes calls. One that drains still says what it serves."""
+        """Whether any of the replicas takes calls. A replica that drains still says what it serves."""
         return any(replica.takes_calls for replica in self.replicas)
 
 
-class Catalogue:
-    """Made anew when a replica comes, goes, drains or serves something else."""
+class FleetCatalogue:
+    """The kernels of some replicas. The fleet makes another when a replica comes, goes, drains or changes."""
 
     def __init__(self, replicas: Iterable[Replica]) -> None:
         versions: dict[str, dict[str, list[Replica]]] = {}
@@ -42,25 +42,25 @@ class Catalogue:
             self._add(name, served)
 
     def kernels(self) -> list[Kernel]:
-        """Every kernel as it is described to one who names no version, by name."""
+        """Every kernel as it is described to a caller that names no version, in the order of names."""
         return [self._offers[name, ""].kernel for name in sorted(self._versions)]
 
     def every_version(self) -> list[Kernel]:
-        """Every kernel in every version, by name and age."""
+        """Every kernel in every version, in the order of names and ages."""
         return [
             self._offers[name, version].kernel for name in sorted(self._versions) for version in self._versions[name]
         ]
 
     def versions(self, name: str) -> list[str]:
-        """The versions of a kernel that are served, the oldest first."""
+        """The served versions of a kernel, the oldest first."""
         return self._versions.get(name, [])
 
     def find(self, name: str, version: str) -> Offer | None:
-        """What is offered under a name and a version, "" for none in particular."""
+        """The offer for a name and a version, which is "" for a call that names none."""
         return self._offers.get((name, version))
 
     def missing(self, name: str, version: str) -> NotFound:
-        """What is said of a kernel that is not served, or not in that version."""
+        """The error for a kernel that is not served, or not in that version."""
         return no_kernel(name, version, {known: ", ".join(versions) for known, versions in self._versions.items()})
 
     def _add(self, name: str, served: dict[str, list[Replica]]) -> None:
@@ -82,5 +82,5 @@ def _alike(replica: Replica, kernel: Kernel) -> bool:
 
 
 def _age(version: str) -> list[tuple[int, str]]:
-    """Versions in the order of their numbers: 1.10 comes after 1.9."""
+    """A sort key for versions by their numbers: 1.10 comes after 1.9."""
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"[.\-+_]", version)]

@@ -3,115 +3,95 @@
     route ──> room somewhere ───────────────────────────────> sent to the replica that would be done with it first
       ├─ refused: by what replicas report and            ↑
       │  what is held here it could not be in time       │
-      └─ no room: held, in the order of the policy ──────┘
-            └─ refused: its time would be over before it is done; or nobody serves it any more
+      └─ no room: held in the backlog, in its order ─────┘
+            └─ refused: its time would be over before it is done; or no replica serves it any more
 
 A call is bound to a replica when that has room for it, not before: until then it can still go to any.
 """
 
-import asyncio
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import islice
-from time import monotonic
-from typing import Protocol
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeAlias, cast
 
-from unlatch.common.errors import DeadlineExceeded, NotFound, ResourceExhausted, Unavailable
-from unlatch.common.waiting.admission import MARGIN, refusal_in_time, too_late
-from unlatch.common.waiting.forecast import RunTimes
-from unlatch.common.waiting.order import Policy, Waiting
-from unlatch.gateway.fleet.catalogue import Catalogue, Offer
+from unlatch.common.errors import NotFound, ResourceExhausted, Unavailable, UnlatchError
+from unlatch.common.fair import ByTurns
+from unlatch.common.telemetry.internal_errors import InternalErrors
+from unlatch.common.waiting.backlog import Backlog, Send
+from unlatch.common.waiting.demand import Estimate
+from unlatch.gateway.fleet.catalogue import FleetCatalogue, Offer
 from unlatch.gateway.fleet.discovery import Discovery
 from unlatch.gateway.fleet.ejection import CALL
 from unlatch.gateway.fleet.members import Members, NewReplica
-from unlatch.gateway.fleet.replica import Lane, Outgoing, Replica
-from unlatch.gateway.fleet.status import Standing
+from unlatch.gateway.fleet.replica import Replica
+from unlatch.gateway.fleet.routed import Routed
+from unlatch.gateway.fleet.status import ReplicaStatus
 from unlatch.protos.unlatch_pb2 import Kernel
 
-# Refusing one takes about 30 µs.
+# Refusing one call takes about 30 µs.
 _REFUSED_AT_ONCE = 32
 # What a call of a kernel that has not run yet counts for in a window.
 _UNKNOWN_SECONDS = 0.01
 # What a call is expected to take beyond its wait and its run, to the replica and back to its caller.
 _REPLY_SECONDS = 0.004
-# Of many replicas so many are looked at by chance, and the best of them taken if it is idle enough to begin at once.
+# Of many replicas this many are looked at by chance, and the best of them taken if it is idle enough to begin at once.
 # Gateways that all take the best of a hundred take the same one, until the next report says that it is the worst.
 _LOOKED_AT = 3
-# Replicas that would be done within so much of one another are as good as each other: chance keeps gateways that have
-# heard the same reports from sending all they have to the same one.
+# Replicas that would be done within so many seconds of one another are as good as each other: chance keeps gateways
+# that have heard the same reports from sending all they have to the same one.
 _EQUAL_SECONDS = 0.0005
 
-
-class Routed(Outgoing, Waiting, Protocol):
-    """A call that wants a replica."""
-
-    # The fleet says what they are.
-    cost_seconds: float
-    long: bool
-    together: int
-
-    @property
-    def deadline(self) -> float:
-        """By the monotonic clock."""
-
-    @property
-    def avoids(self) -> Replica | None:
-        """A replica that it is not to be sent to for now."""
-
-    def sent(self, replica: Replica, lane: Lane, number: int) -> None:
-        """It is on that lane to that replica now, under that number."""
-
-    def unroutable(self, error: NotFound | Unavailable | ResourceExhausted | DeadlineExceeded) -> None:
-        """No replica takes it any more, or could answer it in time."""
-
-
-class Watching(Protocol):
-    """Who is told of the fleet's changes."""
-
-    def fleet_changed(self) -> None:
-        """A replica came, went, drains, or serves something else."""
-
-
 # A kernel, the version that is asked for, whether its calls are long, how many run together, and a replica that they
-# are to avoid: where one finds no room none does.
-_Kind = tuple[str, str, bool, int, Replica | None]
+# are to avoid: where one call of a kind finds no room none does.
+_Kind: TypeAlias = tuple[str, str, bool, int, Replica | None]
 
 
 class Fleet:
-    """Routes calls to replicas. `policy` is the order in which calls that fit no window wait."""
+    """Routes calls to replicas. `weights` are the tenants' shares where calls are held.
+
+    `changed` is called when a replica came, went, drains, or serves something else.
+    """
 
     def __init__(
-        self, discovery: Discovery, policy: Policy[Routed], watching: Watching, new_replica: NewReplica
+        self,
+        discovery: Discovery,
+        weights: Mapping[str, float],
+        changed: Callable[[], None],
+        new_replica: NewReplica,
+        errors: InternalErrors,
     ) -> None:
-        self._members = Members(discovery, self, new_replica)
-        self._policy = policy
-        self._times = RunTimes()
-        # How many calls of each kind the policy holds.
-        self._held: Counter[_Kind] = Counter()
-        self._watching = watching
+        self._members = Members(discovery, new_replica, self._members_changed, self._has_room, errors)
+        self._errors = errors
+        self._changed = changed
+        self._backlog = Backlog[Routed](
+            weights, reply_seconds=_REPLY_SECONDS, caught=partial(errors.caught, "held_call"), kind=_kind
+        )
+        self._sending = ByTurns(self._send_held, at_once=_REFUSED_AT_ONCE, caught=partial(errors.caught, "send_held"))
+        self._refusing = ByTurns(
+            self._refuse_unserved, at_once=_REFUSED_AT_ONCE, caught=partial(errors.caught, "refuse_held")
+        )
 
     @property
     def held(self) -> int:
         """How many calls fit no window yet."""
-        return len(self._policy)
+        return len(self._backlog)
 
     @property
     def alone(self) -> bool:
-        """Whether there is but one replica: what is lost there can go nowhere else."""
+        """Whether there is only one replica: what is lost there can go nowhere else."""
         return len(self._members) < 2
 
     def expected_seconds(self, kernel: str, size: int) -> float:
-        """What a run of so many bytes is expected to take, by those that were; 0 where nothing is known."""
-        return self._times.expected(kernel, size)
+        """Seconds that a run of `size` bytes is expected to take, by the runs before it; 0 where nothing is known."""
+        return self._backlog.forecast.expected(kernel, size)
 
     @property
     def takes_calls(self) -> bool:
-        """Whether any replica does."""
+        """Whether any replica takes calls."""
         return self._members.take_calls
 
     @property
-    def catalogue(self) -> Catalogue:
+    def catalogue(self) -> FleetCatalogue:
         """What the fleet serves."""
         return self._members.catalogue
 
@@ -123,56 +103,44 @@ class Fleet:
         """A kernel that some replica serves. Raises NotFound with near names, Unavailable when there is no replica."""
         return self._offer(name, version).kernel
 
-    def standings(self) -> list[Standing]:
-        """How each replica stands now. From any thread."""
-        return self._members.standings()
+    def statuses(self) -> list[ReplicaStatus]:
+        """The status of each replica. From any thread."""
+        return self._members.statuses()
 
     def route(self, call: Routed) -> None:
-        """Send a call to a replica with room, or hold it until there is one; nobody overtakes a call of its kind.
+        """Send a call to a replica with room, or hold it until there is one; no call overtakes another of its kind.
 
-        One that could not be in time is unroutable at once, by what runs have taken and what waits before it.
+        A call that could not be in time is unroutable at once, by what runs have taken and what waits before it.
         """
-        request = call.descriptor.request
+        refusal: UnlatchError | None
         try:
-            offer = self._offer(request.kernel, request.version)
+            refusal = self._route(call)
         except (NotFound, Unavailable) as error:
-            call.unroutable(error)
-            return
-        expected = self._times.expected(request.kernel, call.body.size)
-        call.cost_seconds = expected or _UNKNOWN_SECONDS
-        call.together = offer.kernel.max_batch_size if offer.kernel.batch else 1
-        call.long = call.cost_seconds > min(replica.window.long_seconds for replica in offer.replicas)
-        replica = self._choose(call, offer) if _kind(call) not in self._held else None
-        refusal = self._refusal_in_time(call, offer, replica, expected)
+            refusal = error
+        except Exception as error:  # noqa: BLE001 (the call fails, those that are held go on)
+            self._backlog.withdraw(call)
+            refusal = self._errors.caught("route", error)
         if refusal is not None:
             call.unroutable(refusal)
-        elif replica is not None:
-            self._policy.take_at_once(call)
-            self._send(call, replica)
-        else:
-            self._policy.add(call)
-            self._held[_kind(call)] += 1
 
     def withdraw(self, call: Routed) -> None:
-        """A call that is held is wanted no more."""
-        if self._policy.remove(call):
-            self._not_held(call)
+        """Drop a call that is held and wanted no more."""
+        self._backlog.withdraw(call)
 
     def ended(self, call: Routed, replica: Replica, run_seconds: float, code: str = "") -> None:
-        """A call that was sent has ended; another may take its place.
+        """Free the room of a call that was sent and has ended, for another call.
 
-        It has run for so long, and the replica has answered with that status; "" where it has not answered.
+        `code` is the status that the replica has answered with; "" where it has not answered.
         """
         replica.ended(call)
-        self._policy.charge(call, run_seconds - call.cost_seconds)
+        self._backlog.ran(call, run_seconds)
         if code == "UNAVAILABLE":
             self._members.failed(replica, CALL)
         elif code:
             replica.ejection.succeeded()
         if code == "OK":
             self._learn(call, replica, run_seconds)
-        if self.held:
-            self._send_held()
+        self._has_room()
 
     def start(self) -> None:
         """Open every lane."""
@@ -182,16 +150,18 @@ class Fleet:
         """Close every lane."""
         await self._members.close()
 
-    def members_changed(self) -> None:
-        """What replicas serve or take has changed."""
-        self._watching.fleet_changed()
-        self._refuse_some()
-        self._send_held()
-
-    def has_room(self) -> None:
-        """A replica may have room for more."""
+    def _members_changed(self) -> None:
+        """Take in that what replicas serve or take has changed."""
+        with self._errors.guarded("fleet_changed"):
+            self._changed()
         if self.held:
-            self._send_held()
+            self._refusing.start()
+            self._sending.start()
+
+    def _has_room(self) -> None:
+        """Send held calls: a replica may have room for more."""
+        if self.held:
+            self._sending.start()
 
     def _offer(self, name: str, version: str) -> Offer:
         offer = self.catalogue.find(name, version)
@@ -201,135 +171,136 @@ class Fleet:
             raise Unavailable("no replica takes calls now", retry_after_milliseconds=1000)
         raise self.catalogue.missing(name, version)
 
+    def _route(self, call: Routed) -> ResourceExhausted | None:
+        """Send or hold a call; or return why it is refused. Raises NotFound, Unavailable."""
+        demand = call.demand
+        offer = self._offer(demand.kernel, call.descriptor.request.version)
+        expected = self._backlog.forecast.expected(demand.kernel, demand.size)
+        seconds = expected or _UNKNOWN_SECONDS
+        kernel = offer.kernel
+        together = kernel.max_batch_size if kernel.batch else 1
+        is_long = seconds > min([replica.window.long_seconds for replica in offer.replicas])
+        call.estimate = Estimate(seconds, is_long, together)
+        replica = self._choose(call, offer) if _kind(call) not in self._backlog.kinds else None
+        refusal = self._refusal_in_time(call, offer, replica, expected)
+        if refusal is not None:
+            return refusal
+        if replica is not None:
+            self._backlog.take_at_once(call)
+            self._send(call, replica)
+        else:
+            # Without a bound of its own no call is one too many: max_live_calls bounds what the gateway holds.
+            self._backlog.add(call)
+        return None
+
     def _choose(self, call: Routed, offer: Offer) -> Replica | None:
         """The replica that would be done with a call first, of a few with an idle worker, else of all with room."""
         roomy: list[Replica] = []
         if len(offer.replicas) > _LOOKED_AT:
             few = _roomy(call, random.sample(offer.replicas, _LOOKED_AT))
-            roomy = [replica for replica in few if not replica.window.wait_seconds(long=call.long)]
+            roomy = [replica for replica in few if not replica.window.wait_seconds(long=call.estimate.long)]
         roomy = roomy or _roomy(call, offer.replicas)
         if len(roomy) < 2:
             return roomy[0] if roomy else None
-        seconds = [replica.window.expected_seconds(call) for replica in roomy]
+        estimate = call.estimate
+        seconds = [replica.window.expected_seconds(estimate) for replica in roomy]
         good = min(seconds) + _EQUAL_SECONDS
         return random.choice([replica for replica, each in zip(roomy, seconds, strict=True) if each <= good])  # noqa: S311 (no secret)
 
     def _refusal_in_time(
         self, call: Routed, offer: Offer, replica: Replica | None, expected: float
     ) -> ResourceExhausted | None:
-        """Why a call is refused that has just come, if it could not be in time."""
-        window = None if replica is None else replica.window
-        return refusal_in_time(
-            call.descriptor.request.kernel,
-            call.body.size,
-            self._times,
-            wait_seconds=self._wait_seconds(call, offer) if window is None else window.wait_seconds(long=call.long),
-            cost_seconds=expected if window is None else expected * window.slowness,
-            reply_seconds=_REPLY_SECONDS,
-            left_seconds=call.deadline - monotonic(),
-        )
+        """The refusal of a new call that could not be in time."""
+        if replica is None:
+            return self._backlog.refusal_in_time(
+                call, wait_seconds=self._wait_seconds(call, offer), run_seconds=expected
+            )
+        window = replica.window
+        wait_seconds = window.wait_seconds(long=call.estimate.long)
+        return self._backlog.refusal_in_time(call, wait_seconds=wait_seconds, run_seconds=expected * window.slowness)
 
     def _wait_seconds(self, call: Routed, offer: Offer) -> float:
-        """How long a call would wait that is to be held: for what is held before it, and then at a replica."""
+        """Seconds that a call to be held would wait: for what is held before it, and then at a replica."""
         takers = [replica for replica in offer.replicas if replica.takes_calls]
-        before = self._policy.seconds_before(call, short=not call.long)
+        is_long = call.estimate.long
+        before = self._backlog.seconds_before(call, short=not is_long)
         workers = sum(replica.window.workers / replica.window.slowness for replica in takers)
-        return before / workers + min(replica.window.wait_seconds(long=call.long) for replica in takers)
+        return before / workers + min(replica.window.wait_seconds(long=is_long) for replica in takers)
 
     def _send(self, call: Routed, replica: Replica) -> None:
         call.sent(replica, *replica.send(call))
 
-    def _send_held(self) -> None:
-        hopeless = 0
-        while (found := self._next_held()) is not None:
-            call, replica = found
-            if not _is_hopeless(call, replica):
-                self._policy.take_before_others(call)
-                self._not_held(call)
-                self._send(call, replica)
-                continue
-            self.withdraw(call)
-            call.unroutable(too_late(call.descriptor.request.kernel))
-            hopeless += 1
-            if hopeless == _REFUSED_AT_ONCE:
-                # By turns: after a standstill it may be all that wait.
-                asyncio.get_running_loop().call_soon(self._send_held)
+    def _send_held(self) -> Iterator[None]:
+        """Send held calls as long as there is room. Each call that is refused is a step."""
+        # While no replica has room for them, no call is looked for among the many that may wait.
+        offers = {kind: offer for kind in self._kinds() if (offer := self._offer_with_room(kind)) is not None}
+        roomy: set[Hashable] = set(offers)
+        while True:
+            turn = self._backlog.next(roomy, lambda call: self._choose(call, offers[_kind(call)]), _seconds_until_done)
+            if turn is None:
                 return
-
-    def _next_held(self) -> tuple[Routed, Replica] | None:
-        """The first call in order that has room now. A kind whose replicas are full does not hold up the others."""
-        # While none of them has room, nobody is looked for among the many who may wait.
-        roomy = {kind: offer for kind in self._held if (offer := self._offer_with_room(kind)) is not None}
-        for call in self._policy if roomy else ():
-            if (offer := roomy.get(_kind(call))) is not None:
-                if (replica := self._choose(call, offer)) is not None:
-                    return call, replica
-                del roomy[_kind(call)]
-                if not roomy:
-                    break
-        return None
+            if not isinstance(turn, Send):
+                self._refuse(turn.entry, turn.error)
+                yield
+                continue
+            try:
+                self._send(turn.entry, turn.place)
+            except Exception as error:  # noqa: BLE001 (the call fails, the others go on)
+                self._refuse(turn.entry, self._errors.caught("send_held", error))
+                yield
 
     def _offer_with_room(self, kind: _Kind) -> Offer | None:
-        """What is offered of a kind, if any replica has room for some call of it."""
-        kernel, version, long, together, avoids = kind
+        """The offer for a kind of calls, if any replica has room for some call of it."""
+        kernel, version, is_long, together, avoids = kind
         offer = self.catalogue.find(kernel, version)
         if offer is None:
             return None
-        fits = (one is not avoids and one.has_room(0, long=long, together=together) for one in offer.replicas)
+        any_such = Estimate(0.0, is_long, together)
+        fits = (replica is not avoids and replica.has_room(0, any_such) for replica in offer.replicas)
         return offer if any(fits) else None
 
-    def _not_held(self, call: Routed) -> None:
-        kind = _kind(call)
-        self._held[kind] -= 1
-        if not self._held[kind]:
-            del self._held[kind]
-
     def _learn(self, call: Routed, replica: Replica, run_seconds: float) -> None:
-        kernel, size = call.descriptor.request.kernel, call.body.size
-        expected = self._times.expected(kernel, size)
+        kernel, size, forecast = call.demand.kernel, call.demand.size, self._backlog.forecast
+        expected = forecast.expected(kernel, size)
         # One replica is as fast as the mean of itself.
         if expected and len(self._members) > 1:
             replica.window.ran(expected, run_seconds)
-        self._times.learn(kernel, size, run_seconds)
+        forecast.learn(kernel, size, run_seconds)
 
-    def _refuse_some(self) -> None:
-        """Refuse the held calls of kernels that no replica has any more. By turns, since many may be held."""
-        lost: Mapping[_Kind, NotFound | Unavailable] = {
-            kind: error for kind in self._held if (error := self._refusal(kind)) is not None
-        }
-        if not lost:
-            return
-        kinds = ((call, _kind(call)) for call in self._policy)
-        for call, kind in list(islice((found for found in kinds if found[1] in lost), _REFUSED_AT_ONCE)):
-            self.withdraw(call)
-            call.unroutable(lost[kind])
-        asyncio.get_running_loop().call_soon(self._refuse_some)
+    def _refuse_unserved(self) -> Iterator[None]:
+        """Refuse the held calls of kernels that no replica has any more. Each is a step, since many may be held."""
+        for call, error in self._backlog.refusals(self._unserved):
+            self._refuse(call, error)
+            yield
 
-    def _refusal(self, kind: _Kind) -> NotFound | Unavailable | None:
+    def _unserved(self, kind: Hashable) -> UnlatchError | None:
+        name, version, *_ = cast("_Kind", kind)
         try:
-            self._offer(kind[0], kind[1])
+            self._offer(name, version)
         except (NotFound, Unavailable) as error:
             return error
         return None
 
+    def _refuse(self, call: Routed, error: UnlatchError) -> None:
+        with self._errors.guarded("refuse_held"):
+            call.unroutable(error)
+
+    def _kinds(self) -> list[_Kind]:
+        return cast("list[_Kind]", list(self._backlog.kinds))
+
 
 def _kind(call: Routed) -> _Kind:
-    request = call.descriptor.request
-    return request.kernel, request.version, call.long, call.together, call.avoids
+    estimate = call.estimate
+    return call.demand.kernel, call.descriptor.request.version, estimate.long, estimate.together, call.avoids
 
 
 def _roomy(call: Routed, replicas: Sequence[Replica]) -> list[Replica]:
-    """Those of them that have room for a call."""
-    size, long, together = call.body.size, call.long, call.together
-    return [
-        replica
-        for replica in replicas
-        if replica is not call.avoids and replica.has_room(size, long=long, together=together)
-    ]
+    """Those of the replicas that have room for a call."""
+    size, estimate, avoids = call.demand.size, call.estimate, call.avoids
+    return [replica for replica in replicas if replica is not avoids and replica.has_room(size, estimate)]
 
 
-def _is_hopeless(call: Routed, replica: Replica) -> bool:
-    """Whether a call whose turn it is would be done too late: it must not keep a worker from one that would not be."""
-    wait = replica.window.wait_seconds(long=call.long)
-    left = call.deadline - monotonic()
-    return left < MARGIN * (wait + call.cost_seconds * replica.window.slowness) if wait else left < 0
+def _seconds_until_done(call: Routed, replica: Replica) -> float:
+    """Seconds until a held call would be done at a replica; 0 where a worker is idle, so that it may try."""
+    wait = replica.window.wait_seconds(long=call.estimate.long)
+    return wait + call.estimate.seconds * replica.window.slowness if wait else 0.0

@@ -1,18 +1,20 @@
-"""One replica: its lane, opened again whenever it breaks.
+"""A replica as the gateway has it: its lane, opened again whenever it breaks.
 
     opened ──> welcomed: takes calls ──> drains, or retires ──> its last call is answered ──> closed
        ^           └── broken, or silent for several reports ──┐
        └───────────────────── after a pause ───────────────────┘
 
-Three things keep a call from a replica: its window is full (window.py), it drains or has left the fleet, or it
-has failed too often (gateway/fleet/ejection.py).
+Three things keep a call from a replica: its window is full (gateway/fleet/window.py), it drains or has left the fleet,
+or it has failed too often (gateway/fleet/ejection.py).
 """
 
 import asyncio
 import math
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVarTuple
 
 import grpc
 import grpc.aio
@@ -24,11 +26,16 @@ from unlatch.common.lane.caller import LaneCaller, Waiter
 from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, METHOD, ProtocolViolation
 from unlatch.common.net.rpc import options
 from unlatch.common.security.tls import ChannelSecurity
+from unlatch.common.telemetry.internal_errors import InternalErrors
+from unlatch.common.waiting.demand import Estimate
 from unlatch.gateway.fleet.ejection import LANE, Ejection
-from unlatch.gateway.fleet.window import Held, Window
+from unlatch.gateway.fleet.routed import Routed
+from unlatch.gateway.fleet.window import Window
 from unlatch.protos.unlatch_pb2 import Descriptor, Kernel, Load, Welcome
 
 log = structlog.get_logger()
+
+Arguments = TypeVarTuple("Arguments")
 
 _CHANNEL_OPTIONS = [
     *options(MAX_MESSAGE_BYTES),
@@ -39,57 +46,50 @@ _CHANNEL_OPTIONS = [
     # A connection on which nothing is heard any more must not be the next lane's.
     ("grpc.use_local_subchannel_pool", 1),
 ]
-# Reports that fail to come, one after another, from a replica that stands still, or that the network has lost.
+# Reports that fail to come in a row, from a replica that stands still or that the network has lost, until it is lost.
 _MISSED_REPORTS = 5
-# What a lane is given for its welcome, and how often it is looked at until a report says.
+# The time for a lane's welcome, and the time between two looks at the lane until a report says when the next comes.
 _WELCOME_SECONDS = 10.0
 _FIRST_LOOKS_SECONDS = 0.25
 
 
-class Outgoing(Held, Waiter, Protocol):
-    """A call on its way to a replica."""
-
-    descriptor: Descriptor
-    body: Body
-
-    def remaining_microseconds(self) -> int:
-        """What is left of its time."""
-
-
 class Lane(Protocol):
-    """What carries calls there once it is open: a LaneCaller, and in bench/simulation/world.py another."""
+    """A lane that carries calls to a replica: a LaneCaller, and in bench/simulation/world.py another."""
 
-    # No more calls go on it; it has ended.
+    # Whether no more calls go on it, and whether it has ended.
     finishing: bool
     ended: bool
 
     def call(self, descriptor: Descriptor, body: Body, waiter: Waiter) -> int:
-        """Send a call, under the number that this gives."""
+        """Send a call; returns its number on this lane."""
 
     def cancel(self, number: int) -> None:
-        """Nobody waits for a call any more."""
+        """Cancel a call that no caller waits for any more."""
 
     def finish(self) -> None:
-        """No more calls go on it: it ends when those are answered."""
+        """End the lane once the calls on it are answered; no more calls go on it."""
 
 
-class Keeper(Protocol):
-    """Whose replica it is."""
+@dataclass(frozen=True, slots=True)
+class ReplicaEvents:
+    """What a replica tells the fleet's members: it serves or takes something else, may have room for more, failed."""
 
-    def changed(self) -> None:
-        """What it serves or takes has changed."""
-
-    def has_room(self) -> None:
-        """It may have room for more."""
-
-    def failed(self, replica: "Replica", weight: int) -> None:
-        """It has done what counts against it."""
+    changed: Callable[[], None]
+    has_room: Callable[[], None]
+    failed: Callable[["Replica", int], None]
 
 
 class Replica:
-    """One of a keeper's."""
+    """One replica. Its name is what it calls itself, its target what this gateway calls it."""
 
-    def __init__(self, target: str, keeper: Keeper, security: ChannelSecurity, grace_seconds: float) -> None:
+    def __init__(
+        self,
+        target: str,
+        events: ReplicaEvents,
+        security: ChannelSecurity,
+        grace_seconds: float,
+        errors: InternalErrors,
+    ) -> None:
         self.target = target
         self._security = security
         self._grace_seconds = grace_seconds
@@ -97,8 +97,9 @@ class Replica:
         self.takes_calls = False
         self.ejection = Ejection()
         self.window = Window()
-        self._keeper = keeper
-        # The one that calls go to.
+        self._events = events
+        self._errors = errors
+        # The lane that calls go to.
         self._lane: Lane | None = None
         self._no_lane_because = ""
         self._welcome = Welcome()
@@ -108,47 +109,49 @@ class Replica:
 
     @property
     def name(self) -> str:
-        """What it calls itself."""
+        """The name that the replica gives itself."""
         return self._welcome.server
 
     @property
     def silent_seconds(self) -> float:
-        """How long ago it was last seen to be heard of; 0 without a lane."""
+        """Seconds since anything was last heard of it; 0 without a lane."""
         return monotonic() - self._heard if self.takes_calls else 0.0
 
-    def has_room(self, size: int, *, long: bool, together: int) -> bool:
-        """Whether a call of `size` bytes may go there now: long or not, and with so many that may run together."""
+    def has_room(self, size: int, estimate: Estimate) -> bool:
+        """Whether a call of `size` bytes may go there now."""
         if not self.takes_calls or self._lane is None or self._lane.ended:
             return False
         if not self.ejection.trusted and (self.window.calls or self.ejection.ejected):
             return False
-        return self.window.has_room(size, long=long, together=together)
+        return self.window.has_room(size, estimate)
 
-    def send(self, call: Outgoing) -> tuple[Lane, int]:
-        """Send a call, and tell the lane that it is on and its number there."""
+    def send(self, call: Routed) -> tuple[Lane, int]:
+        """Send a call; returns the lane that it is on and its number there."""
         assert self._lane is not None
-        self.window.take(call)
         call.descriptor.remaining_microseconds = call.remaining_microseconds()
-        return self._lane, self._lane.call(call.descriptor, call.body, call)
+        number = self._lane.call(call.descriptor, call.body, call)
+        # Only now: a call that could not be sent takes no room.
+        self.window.take(call.demand.size, call.estimate)
+        return self._lane, number
 
-    def ended(self, call: Outgoing) -> None:
-        """A call that was sent has ended: its part of the window is free."""
-        self.window.give_back(call)
+    def ended(self, call: Routed) -> None:
+        """Free the part of the window that a call took which was sent and has ended."""
+        self.window.give_back(call.demand.size, call.estimate)
         if self._retired and not self.window.calls:
             self._left.set()
 
     def retire(self) -> None:
-        """It has left the fleet: it gets nothing new, what it has it may answer."""
+        """Take the replica out of the fleet: it gets no new calls, and may answer those that it has."""
         if not self._retired:
             log.info("replica leaves the fleet", replica=self.target, calls=self.window.calls)
             self._retired = True
             self.takes_calls = False
             if not self.window.calls:
                 self._left.set()
-            self._keeper.changed()
+            self._events.changed()
 
     def stay(self) -> None:
-        """It is in the fleet, again if it had left."""
+        """Keep the replica in the fleet, or take it in again if it had left."""
         if self._retired:
             self._retired = False
             self._left.clear()
@@ -156,10 +159,11 @@ class Replica:
                 self.welcomed(self._lane, self._welcome)
 
     async def run(self) -> None:
-        """Keep a lane open: until it has retired and its calls are answered, or the task is cancelled.
+        """Keep a lane open until the replica has retired and its calls are answered, or the task is cancelled.
 
-        Another is opened once it has broken, or beside it where either end wants a new handshake: calls go to the old
-        one until the new one is there. Then it ends when they are answered, in any case in time.
+        Another lane is opened once the lane has broken, or beside it where either end wants a new handshake: calls go
+        to the old lane until the new one is there. Then the old one ends when its calls are answered, or else after
+        the grace time.
         """
         loop = asyncio.get_running_loop()
         tries = Backoff(first_seconds=0.05, longest_seconds=2.0)
@@ -178,19 +182,26 @@ class Replica:
                         # Soon, but not by all gateways at once.
                         await asyncio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 (jitter)
         finally:
-            # However it ends, nobody is to think that it is there.
+            # However it ends, no call is to go there any more.
             self.takes_calls = False
 
     def _new_lane(self) -> LaneCaller:
         lane = LaneCaller(
-            lambda welcome: self.welcomed(lane, welcome),
-            lambda: self._drains(lane),
-            on_load=lambda load: self.reported(lane, load),
+            lambda welcome: self._guarded("replica_welcome", self.welcomed, lane, welcome),
+            lambda: self._guarded("replica_drains", self._drains, lane),
+            on_load=lambda load: self._guarded("replica_report", self.reported, lane, load),
         )
         return lane
 
+    def _guarded(self, place: str, work: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
+        """Do what a lane or a timer asks for. A mistake in it must not end the lane, nor the replica's task."""
+        try:
+            work(*arguments)
+        except Exception as error:  # noqa: BLE001 (counted and logged)
+            self._errors.caught(place, error)
+
     async def _carry(self, lane: LaneCaller) -> None:
-        """One lane, from its opening to its end."""
+        """Carry calls on one lane, from its opening to its end."""
         reason = "it closed the lane"
         async with self._security.open_channel(self.target, _CHANNEL_OPTIONS) as channel:
             stream: Any = channel.stream_stream(METHOD)()
@@ -208,15 +219,15 @@ class Replica:
             except ProtocolViolation as violation:
                 reason = str(violation)
             finally:
-                # Whoever waits on the lane is told before it is called lost, and finds no room here.
+                # The calls on the lane are told before the lane is called lost, and find no room here.
                 for task in (running, watching, leaving):
                     task.cancel()
                 await asyncio.gather(running, watching, leaving, return_exceptions=True)
                 stream.cancel()
-        self._lost(lane, reason)
+        self._guarded("replica_lost", self._lost, lane, reason)
 
     async def _until_silent(self, lane: LaneCaller) -> str:
-        """Wait until nothing has come for as long as several reports take; what is said of it then.
+        """Wait until nothing has come for as long as several reports take; returns the reason to give the lane up.
 
         Looks are counted, not seconds: after a standstill of this loop, what came meanwhile is read before the next.
         """
@@ -228,7 +239,7 @@ class Replica:
                 heard, missed, self._heard = lane.heard, 0, monotonic()
                 continue
             missed += 1
-            # A replica of a version that makes no reports may be silent once it has said its welcome.
+            # A replica of a version that makes no reports may be silent after its welcome.
             most = (
                 _MISSED_REPORTS if self.window.interval_seconds else math.inf if heard else _WELCOME_SECONDS / interval
             )
@@ -237,11 +248,12 @@ class Replica:
 
     def _cut_off(self, lane: LaneCaller, carrying: asyncio.Task[None]) -> None:
         if not carrying.done():
-            self._lost(lane, "no other could be opened in its place, by the certificates that hold now")
+            reason = "no other could be opened in its place, by the certificates that hold now"
+            self._guarded("replica_lost", self._lost, lane, reason)
             carrying.cancel()
 
     def welcomed(self, lane: Lane, welcome: Welcome) -> None:
-        """Its lane says what it serves: calls go there from now on."""
+        """Take in a lane's welcome, which says what the replica serves: calls go there from now on."""
         if lane is not self._lane:
             if lane.finishing:
                 return
@@ -256,21 +268,21 @@ class Replica:
         self._heard = monotonic()
         self._no_lane_because = ""
         log.info("replica is ready", replica=self.target, name=welcome.server, kernels=len(self.kernels))
-        self._keeper.changed()
+        self._events.changed()
 
     def reported(self, lane: Lane, load: Load) -> None:
-        """Its lane says how much there is to do."""
-        # A lane's first report comes before its welcome. Of two lanes to one replica each says the same.
+        """Take in a lane's report, which says how much the replica has to do."""
+        # A lane's first report comes before its welcome. Two lanes to one replica report the same.
         if not lane.finishing:
             self.window.hear(load)
-            self._keeper.has_room()
+            self._events.has_room()
 
     def _drains(self, lane: LaneCaller) -> None:
         if lane is self._lane:
             log.info("replica drains", replica=self.target)
             self._draining = True
             self.takes_calls = False
-            self._keeper.changed()
+            self._events.changed()
 
     def _lost(self, lane: LaneCaller, reason: str) -> None:
         if not lane.welcomed and reason != self._no_lane_because:
@@ -284,5 +296,5 @@ class Replica:
         worked, self.takes_calls, self.kernels = self.takes_calls, False, {}
         if worked:
             log.warning("lane to replica broke", replica=self.target, message=reason)
-            self._keeper.failed(self, LANE)
-        self._keeper.changed()
+            self._events.failed(self, LANE)
+        self._events.changed()

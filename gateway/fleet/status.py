@@ -1,15 +1,16 @@
-"""How a replica stands: what the fleet tells metrics of it."""
+"""The status of a replica: what the fleet tells the metrics of it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """One replica, as this gateway sees it now."""
+class ReplicaStatus:
+    """One replica as this gateway sees it now."""
 
     target: str
     up: bool
     calls: int
+    # What a new call would wait there.
     wait_seconds: float
     utilization: float
     ejected: bool

@@ -2,11 +2,11 @@
 
 import pytest
 
-from unlatch.common.waiting.forecast import RunTimes
+from unlatch.common.waiting.forecast import Forecast
 
 
-def learned(*seconds: float) -> RunTimes:
-    times = RunTimes()
+def learned(*seconds: float) -> Forecast:
+    times = Forecast()
     for run in seconds:
         times.learn("k", 1000, run)
     return times

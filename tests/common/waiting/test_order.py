@@ -1,30 +1,39 @@
 """The order of waiting: priorities, shares, deadlines, and what is predicted from them."""
 
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unlatch.common.waiting.demand import Demand, Estimate
 from unlatch.common.waiting.order import Policy
 
 INTERACTIVE, NORMAL, BACKGROUND = 0, 1, 2
+# The kinds of calls that have room where long calls have none.
+SHORT = {False}
 
 
-@dataclass(eq=False, kw_only=True)
 class Call:
     """A call as far as the order goes by it."""
 
-    name: str = ""
-    priority: int = NORMAL
-    tenant: str = ""
-    deadline: float | None = None
-    cost_seconds: float = 0.0
-    long: bool = False
-    batch: Hashable | None = None
+    def __init__(
+        self,
+        *,
+        name: str = "",
+        priority: int = NORMAL,
+        tenant: str = "",
+        deadline: float = math.inf,
+        cost_seconds: float = 0.0,
+        long: bool = False,
+        batch: Hashable | None = None,
+    ) -> None:
+        self.name = name
+        self.demand = Demand("k", 0, tenant, priority, deadline, batch)
+        self.estimate = Estimate(cost_seconds, long)
 
 
 def order(policy: Policy[Call]) -> list[str]:
@@ -76,8 +85,8 @@ def test_tenants_share_seconds_by_weight(weights: dict[str, float]) -> None:
     for _ in range(5_000):
         call = policy.next()
         assert call is not None
-        used[call.tenant] += call.cost_seconds
-        policy.add(Call(tenant=call.tenant, cost_seconds=costs[call.tenant]))
+        used[call.demand.tenant] += call.estimate.seconds
+        policy.add(Call(tenant=call.demand.tenant, cost_seconds=costs[call.demand.tenant]))
     shares = {tenant: used[tenant] / weights.get(tenant, 1.0) for tenant in costs}
     assert shares["a"] == pytest.approx(shares["b"], rel=0.02)
 
@@ -95,12 +104,12 @@ def test_what_is_charged_afterwards_counts_as_what_was_expected() -> None:
         call = policy.next()
         assert call is not None
         running.append(call)
-        policy.add(Call(tenant=call.tenant))
+        policy.add(Call(tenant=call.demand.tenant))
         if len(running) > 4:
             ended = running.pop(0)
-            seconds = dice.uniform(0.5, 1.5) * (0.1 if ended.tenant == "a" else 0.02)
+            seconds = dice.uniform(0.5, 1.5) * (0.1 if ended.demand.tenant == "a" else 0.02)
             policy.charge(ended, seconds)
-            used[ended.tenant] += seconds
+            used[ended.demand.tenant] += seconds
     assert used["a"] == pytest.approx(used["b"], rel=0.05)
 
 
@@ -127,7 +136,7 @@ def test_nobody_saves_up_a_share() -> None:
         policy.next()
     for _ in range(100):
         policy.add(Call(tenant="back", cost_seconds=1.0))
-    served = Counter(call.tenant for call in (policy.next() for _ in range(40)) if call is not None)
+    served = Counter(call.demand.tenant for call in (policy.next() for _ in range(40)) if call is not None)
     assert served["back"] == pytest.approx(20, abs=1)
 
 
@@ -141,7 +150,7 @@ def test_who_waits_in_vain_saves_nobody_up_a_share() -> None:
         policy.next()
     for _ in range(100):
         policy.add(Call(tenant="new", cost_seconds=1.0))
-    served = Counter(call.tenant for call in (policy.next() for _ in range(40)) if call is not None)
+    served = Counter(call.demand.tenant for call in (policy.next() for _ in range(40)) if call is not None)
     assert served["new"] == pytest.approx(20, abs=1)
 
 
@@ -187,9 +196,9 @@ def test_short_calls_pass_long_ones_where_only_they_may_go() -> None:
     assert policy.next() is returned
     policy.put_back(returned)
     policy.add(long)
-    assert policy.next(short=True) is None
+    assert policy.next(SHORT) is None
     policy.add(Call(name="short"))
-    call = policy.next(short=True)
+    call = policy.next(SHORT)
     assert call is not None
     assert call.name == "short"
     assert order(policy) == ["returned", "long"]
@@ -211,7 +220,7 @@ def test_who_can_best_do_without() -> None:
         policy.add(came)
         assert policy.one_too_many(came).name == gone
         policy.remove(came)
-        if gone == "came" and came.priority == BACKGROUND:
+        if gone == "came" and came.demand.priority == BACKGROUND:
             policy.add(Call(name="came, in the background", priority=BACKGROUND, tenant="heavy"))
 
 
@@ -256,14 +265,14 @@ def test_nothing_is_lost_and_nothing_comes_twice(steps: list[tuple[str, int, str
     for what, priority, tenant, number, long in steps:
         if what == "a":
             call = Call(
-                priority=priority, tenant=tenant, deadline=float(number) if number else None, long=long,
+                priority=priority, tenant=tenant, deadline=float(number) if number else math.inf, long=long,
                 cost_seconds=0.25, batch=number or None,
             )  # fmt: skip
             policy.add(call)
             waiting.append(call)
         elif what in "nb":
-            found = policy.next(short=what == "b")
-            assert (found is None) == (not any(not (what == "b" and call.long) for call in waiting))
+            found = policy.next(SHORT if what == "b" else None)
+            assert (found is None) == (not any(not (what == "b" and call.estimate.long) for call in waiting))
             if found is not None:
                 waiting.remove(found)
                 out.append(found)
@@ -290,7 +299,7 @@ def shared_turns(policy: Policy[Call]) -> Counter[str]:
     for tenant in ("old", "new"):
         for number in range(10):
             policy.add(Call(tenant=tenant, cost_seconds=1.0, deadline=float(number)))
-    return Counter(call.tenant for call in (policy.next() for _ in range(10)) if call is not None)
+    return Counter(call.demand.tenant for call in (policy.next() for _ in range(10)) if call is not None)
 
 
 def test_what_ran_while_nobody_waited_is_not_held_against_its_tenant() -> None:

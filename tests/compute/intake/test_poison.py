@@ -15,6 +15,7 @@ from unlatch.common.lane.server import LaneServer
 from unlatch.common.telemetry.processes import ProcessWatch
 from unlatch.common.telemetry.recorder import Recorder
 from unlatch.common.telemetry.tracing import Tracing
+from unlatch.common.waiting.demand import Estimate
 from unlatch.common.waiting.order import Policy
 from unlatch.compute.call import Call
 from unlatch.compute.dispatch.queue import Queue
@@ -66,7 +67,7 @@ class Ward:
         beside = self.arena, self._metrics, Tracing()
         arguments = check(spec, descriptor)
         call = Call(self._lane, descriptor, spec, arguments, *beside, suspects.offer, suspects.withdraw)
-        call.cost_seconds = cost_seconds
+        call.estimate = Estimate(cost_seconds)
         call.make_room()
         call.land([memoryview(array.tobytes()) for array in arrays.values()])
         return call

@@ -10,6 +10,8 @@ import pytest
 from tests.support.mesh import running_front
 from tests.support.watching import until
 from unlatch.common.security.tls import ChannelSecurity
+from unlatch.common.telemetry.internal_errors import InternalErrors
+from unlatch.common.telemetry.recorder import Recorder
 from unlatch.gateway.fleet.discovery import Discovery
 from unlatch.gateway.fleet.members import Members
 from unlatch.gateway.fleet.replica import Replica
@@ -30,20 +32,19 @@ class Told(Discovery):
         raise AssertionError("nobody sets it")
 
 
-class Nobody:
-    """Is told of changes, and does nothing about them."""
-
-    def members_changed(self) -> None: ...
-
-    def has_room(self) -> None: ...
-
-
 async def test_replica_that_is_back_as_its_end_comes_is_opened_anew(tmp_path: Path) -> None:
     """Its address goes and comes again: before its last lane has closed, and just when nobody keeps one any more."""
     with running_front(tmp_path / "front.sock") as front:
         target = front.wait_for("serving")["listen"]
         told = Told()
-        members = Members(told, Nobody(), lambda target, keeper: Replica(target, keeper, ChannelSecurity(), 10.0))
+        errors = InternalErrors(Recorder())
+        members = Members(
+            told,
+            lambda target, events: Replica(target, events, ChannelSecurity(), 10.0, errors),
+            changed=lambda: None,
+            has_room=lambda: None,
+            errors=errors,
+        )
         members.start()
         await asyncio.sleep(0)
         try:
