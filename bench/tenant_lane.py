@@ -11,9 +11,11 @@ from unlatch.arrays import RequestBuilder, arrays
 from unlatch.common.errors import UnlatchError
 from unlatch.common.kernel.messages import from_message
 from unlatch.common.kernel.spec import KernelSpec
+from unlatch.common.lane.body import Body
 from unlatch.common.lane.caller import LaneCaller
 from unlatch.common.lane.frames import METHOD
-from unlatch.common.lane.replies import raised
+from unlatch.common.telemetry.internal_errors import InternalErrors
+from unlatch.common.telemetry.recorder import Recorder
 from unlatch.protos.unlatch_pb2 import Reply, Welcome
 
 
@@ -21,7 +23,7 @@ class TenantLane:
     """Calls of any tenant's, of kernels that take no arrays and answer with one small one."""
 
     def __init__(self) -> None:
-        self.caller = LaneCaller(self._welcomed, lambda: None)
+        self.caller = LaneCaller(self._welcomed, lambda: None, InternalErrors(Recorder()).caught)
         self.welcomed = asyncio.Event()
         self._kernels: dict[str, KernelSpec] = {}
 
@@ -29,31 +31,25 @@ class TenantLane:
         """What the kernel gives. Raises UnlatchError."""
         descriptor, body = RequestBuilder(self._kernels[kernel], {}).request(())
         descriptor.tenant = tenant
-        waiter = _Waiter()
-        self.caller.call(descriptor, body, waiter)
-        return await waiter.result
+        answer = _Answer()
+        self.caller.call(descriptor, body, answer)
+        return await answer.result
 
     def _welcomed(self, welcome: Welcome) -> None:
         self._kernels = {kernel.name: from_message(kernel) for kernel in welcome.kernels}
         self.welcomed.set()
 
 
-class _Waiter:
+class _Answer:
     def __init__(self) -> None:
         self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-    def started(self) -> bool:
-        """Nothing depends on it here."""
-        return False
+    def replied(self, reply: Reply, body: Body) -> None:
+        """Take a small array, which comes along with its reply."""
+        if not self.result.done():
+            self.result.set_result(arrays(reply.response.tensors, list(map(bytearray, body.buffers)))[0])
 
-    def replied(self, reply: Reply, whole: list[memoryview] | None) -> None:
-        """Small arrays come along with their reply."""
-        if reply.HasField("failure"):
-            self.lost(raised(reply.failure))
-        elif not self.result.done():
-            self.result.set_result(arrays(reply.response.tensors, whole or [])[0])
-
-    def lost(self, error: UnlatchError) -> None:
+    def failed(self, error: UnlatchError, _: Reply | None = None) -> None:
         if not self.result.done():
             self.result.set_exception(error)
 

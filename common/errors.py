@@ -151,8 +151,8 @@ def no_kernel(name: str, version: str, versions: Mapping[str, str]) -> NotFound:
     """The error for a kernel that is not served, or not in this version. `versions` are the served ones."""
     served = versions.get(name)
     if served is not None:
-        return NotFound(f"kernel {name} has version {served}, not {version[:64]!r}", field="model_version")
-    return NotFound(f"there is no kernel {name[:64]!r}{near(name, versions)}", field="model_name")
+        return NotFound(f"kernel {name} has version {served}, not {version[:64]!r}", field="version")
+    return NotFound(f"there is no kernel {name[:64]!r}{near(name, versions)}", field="kernel")
 
 
 def near(name: str, known: Iterable[str]) -> str:

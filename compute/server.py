@@ -16,6 +16,7 @@ from unlatch.common.net.rpc import handlers
 from unlatch.common.security.tls import report, server_certificates
 from unlatch.common.service.health import Health
 from unlatch.common.service.serve import serve as serve_until_stopped
+from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.telemetry.processes import ProcessWatch
 from unlatch.common.telemetry.recorder import Recorder
 from unlatch.common.telemetry.tracing import Tracing
@@ -51,6 +52,7 @@ class Replica:
         self._settings = settings
         self.forkserver = forkserver
         self.recorder = Recorder()
+        self._caught = InternalErrors(self.recorder).caught
         self.health = Health(SERVICE)
         self.arena = InputArena(arena_bytes)
         self.queue = Queue(Policy[Call](settings.tenant_weights), settings.max_queued_calls, settings.long_call_seconds)
@@ -69,12 +71,12 @@ class Replica:
         self._door = Door(self.readiness.kernels, self.arena, self.queue, *beside, settings.max_call_bytes)
         self._welcome = Welcome()
         self._reports = Reports(self.pool, self.queue, settings)
-        self.lanes = Lanes(lambda: self._welcome, self._reports.load)
+        self.lanes = Lanes(lambda: self._welcome, self._caught, self._reports.load)
         self._reporting: asyncio.Task[None] | None = None
 
     async def open(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """A gateway opens a lane."""
-        await self.lanes.carry(LaneServer(self._door.accept), context)
+        await self.lanes.carry(LaneServer(self._door.accept, self._caught), context)
 
     async def start(self) -> None:
         """Fill the pool. Raises StartError."""

@@ -5,16 +5,13 @@ from functools import partial
 from time import perf_counter, time
 from typing import Any, TypeVar
 
-import structlog
-
-from unlatch.common.errors import UnlatchError, opaque
+from unlatch.common.errors import UnlatchError
 from unlatch.common.net.rpc import abort
+from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.telemetry.recorder import GaugeReader, Recorder
 from unlatch.gateway.fleet.fleet import Fleet
 from unlatch.gateway.fleet.status import ReplicaStatus
 from unlatch.protos.unlatch_pb2 import Timings
-
-log = structlog.get_logger()
 
 Answer = TypeVar("Answer")
 # What gRPC calls: with the request, or a stream of them, and the RPC's context.
@@ -39,7 +36,15 @@ _OF_REPLICAS: tuple[tuple[str, str, Callable[[ReplicaStatus], float]], ...] = (
 class GatewayMetrics:
     """The gateway's metrics. The calls that have not ended, the fleet and the tenants are asked at each scrape."""
 
-    def __init__(self, recorder: Recorder, live: Callable[[], int], fleet: Fleet, tenants_live: GaugeReader) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        errors: InternalErrors,
+        live: Callable[[], int],
+        fleet: Fleet,
+        tenants_live: GaugeReader,
+    ) -> None:
+        self.errors = errors
         self._calls = recorder.counter(
             "unlatch_calls_total", "Calls that ended, by the status their caller got.", ("kernel", "code")
         )
@@ -175,11 +180,9 @@ class GatewayMetrics:
             except UnlatchError as error:
                 code = error.status
                 await abort(context, error)
-            except Exception as unexpected:
-                told, identity = opaque(f"{name} failed")
-                log.exception("unexpected error", method=name, id=identity, exc_info=unexpected)
+            except Exception as unexpected:  # noqa: BLE001 (the guard: the caller hears of it)
                 code = "INTERNAL"
-                await abort(context, told)
+                await abort(context, self.errors.caught("rpc", unexpected))
             finally:
                 self._handled.add(1, *labels, code)
                 handling.observe(perf_counter() - began)

@@ -1,4 +1,4 @@
-"""The gateway put together: fleet, calls, doors; in the order of their lives."""
+"""The gateway put together: fleet, calls and doors, in the order of their lives."""
 
 import asyncio
 import os
@@ -6,7 +6,8 @@ from collections import ChainMap
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from unlatch.common.lane import frames as lane
+from unlatch.common.lane.frames import MAX_MESSAGE_BYTES
+from unlatch.common.lane.frames import SERVICE as LANE_SERVICE
 from unlatch.common.lane.lanes import Lanes
 from unlatch.common.net.rpc import handlers
 from unlatch.common.security.tls import ChannelSecurity, guarded, guarded_stream, load, report, server_certificates
@@ -19,10 +20,11 @@ from unlatch.common.telemetry.tracing import Tracing
 from unlatch.gateway.calls.call_log import CallLog
 from unlatch.gateway.calls.calls import Calls
 from unlatch.gateway.calls.record import Records
-from unlatch.gateway.doors import oip
-from unlatch.gateway.doors.client_lanes import ClientDoor
-from unlatch.gateway.doors.oip_metadata import About
-from unlatch.gateway.doors.rpc_guard import Entrance
+from unlatch.gateway.doors.client_lanes import ClientLanes
+from unlatch.gateway.doors.oip import SERVICE as OIP_SERVICE
+from unlatch.gateway.doors.oip import OipCalls
+from unlatch.gateway.doors.oip_metadata import OipMetadata
+from unlatch.gateway.doors.rpc_guard import RpcGuard
 from unlatch.gateway.fleet.discovery import Discovery
 from unlatch.gateway.fleet.fleet import Fleet
 from unlatch.gateway.fleet.replica import Replica
@@ -36,10 +38,10 @@ from unlatch.protos.unlatch_pb2 import Kernel, Welcome
 if TYPE_CHECKING:
     from unlatch.common.security.certificates import Certificates
 
-# gRPC refuses what is too large before we see it, in words that help nobody. So it lets through so many times as much,
-# and it is us who refuse that, and say where large calls belong. Its arguments are ints of C.
+# gRPC refuses a message that is too large before we see it, with an error that says little. So gRPC lets through this
+# many times as much, and we refuse it, and say where large calls belong. gRPC's arguments are ints of C.
 _REFUSED_BY_US = 2
-_MOST_BYTES = 2**31 - 1
+_MAX_GRPC_BYTES = 2**31 - 1
 
 
 def _tokens(settings: GatewaySettings) -> Tokens | None:
@@ -56,7 +58,7 @@ def _tokens(settings: GatewaySettings) -> Tokens | None:
 
 
 class Gateway:
-    """What the parts of a gateway tell one another."""
+    """The parts of a gateway, and what they tell one another."""
 
     def __init__(
         self, settings: GatewaySettings, certificates: "Certificates | None", of_lanes: "Certificates | None"
@@ -66,7 +68,7 @@ class Gateway:
         self.recorder = Recorder()
         self._kernels: list[Kernel] = []
         report(self.recorder, certificates, of_lanes)
-        self.health = Health(oip.SERVICE, lane.SERVICE)
+        self.health = Health(OIP_SERVICE, LANE_SERVICE)
         self._tokens = _tokens(settings)
         self._tenants = Tenants(settings.tenants)
         discovery = Discovery(
@@ -87,25 +89,28 @@ class Gateway:
             lambda target, events: Replica(target, events, security, settings.tls_grace_seconds, errors),
             errors,
         )
-        self.metrics = GatewayMetrics(self.recorder, lambda: len(self.calls), self.fleet, self._tenants.in_flight)
+        self.metrics = GatewayMetrics(
+            self.recorder, errors, lambda: len(self.calls), self.fleet, self._tenants.in_flight
+        )
         log = CallLog(settings.logged_calls_per_second, settings.logged_failures_per_second)
         self.calls = Calls(self.fleet, settings, Records(self.metrics, Tracing(), log))
-        self.lanes = Lanes(self._welcome)
+        self.lanes = Lanes(self._welcome, errors.caught)
         authentication = Authentication(self._tokens, self.metrics.unauthenticated)
-        self.entrance = Entrance(authentication, self._tenants, settings.message_seconds)
-        self.clients = ClientDoor(
+        self.rpc_guard = RpcGuard(authentication, self._tenants, settings.message_seconds)
+        self.clients = ClientLanes(
             self.calls,
             self.lanes,
             authentication,
             self._tenants,
             stalled_call_seconds=settings.stalled_call_seconds,
             grace_seconds=settings.tls_grace_seconds,
+            caught=errors.caught,
         )
         self._watching: list[asyncio.Task[Any]] = []
         self._checking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Read who may call, and open the lanes to the replicas. Raises FileError."""
+        """Read the files of keys and tenants, and open the lanes to the replicas. Raises FileError."""
         files = [self._tenants.file, None if self._tokens is None else self._tokens.file]
         for file in files:
             if file is not None:
@@ -126,7 +131,7 @@ class Gateway:
             self.lanes.greet_again()
 
     async def drain(self) -> None:
-        """Answer what has come, by either door, and take nothing new."""
+        """Answer the calls that have come by either door, and take no new ones."""
         await self.calls.drain()
         await self.lanes.drain()
 
@@ -156,14 +161,14 @@ async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
         processes.watch("gateway", os.getpid())
         gateway = Gateway(settings, certificates, of_lanes)
         gateway.start()
-        infer = oip.Infer(gateway.calls, gateway.entrance, settings.max_message_bytes)
-        methods = {**About(gateway.fleet, gateway.metrics).methods(), "ModelInfer": infer.one}
+        calls = OipCalls(gateway.calls, gateway.rpc_guard, settings.max_message_bytes, gateway.metrics.errors.caught)
+        methods = {**OipMetadata(gateway.fleet, gateway.metrics).methods(), "ModelInfer": calls.one}
         measured = {
-            name: gateway.metrics.measured(oip.SERVICE, name, guarded(certificates, gateway.entrance.unary(method)))
+            name: gateway.metrics.measured(OIP_SERVICE, name, guarded(certificates, gateway.rpc_guard.unary(method)))
             for name, method in methods.items()
         }
         stream = gateway.metrics.measured(
-            oip.SERVICE, "ModelStreamInfer", guarded_stream(certificates, infer.stream), "bidi_stream"
+            OIP_SERVICE, "ModelStreamInfer", guarded_stream(certificates, calls.stream), "bidi_stream"
         )
         try:
             await serve_until_stopped(
@@ -172,13 +177,11 @@ async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
                 certificates=certificates,
                 lanes=gateway.lanes,
                 handlers=[
-                    handlers(oip.SERVICE, unary=measured, streams={"ModelStreamInfer": stream}),
-                    handlers(lane.SERVICE, streams={"Open": gateway.clients.open}),
+                    handlers(OIP_SERVICE, unary=measured, streams={"ModelStreamInfer": stream}),
+                    handlers(LANE_SERVICE, streams={"Open": gateway.clients.open}),
                 ],
-                reflected=[oip.SERVICE, lane.SERVICE],
-                max_message_bytes=min(
-                    _REFUSED_BY_US * settings.max_message_bytes + lane.MAX_MESSAGE_BYTES, _MOST_BYTES
-                ),
+                reflected=[OIP_SERVICE, LANE_SERVICE],
+                max_message_bytes=min(_REFUSED_BY_US * settings.max_message_bytes + MAX_MESSAGE_BYTES, _MAX_GRPC_BYTES),
                 health=gateway.health,
                 recorder=gateway.recorder,
                 collectors=[processes],
@@ -191,7 +194,7 @@ async def serve(settings: GatewaySettings, notify_socket: str = "") -> None:
 
 
 def _lanes_certificates(settings: GatewaySettings) -> "Certificates | None":
-    """What is shown to replicas and whom of them is trusted, if TLS is spoken to them. Raises CertificateError."""
+    """Return the certificates for lanes to replicas, if those speak TLS. Raises CertificateError."""
     names = ("--replica-cert", "--replica-key", "--replica-ca")
     paths = settings.replica_cert, settings.replica_key, settings.replica_ca
     return load(*paths, names=names) if any(paths) else None

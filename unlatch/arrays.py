@@ -15,6 +15,9 @@ from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Tensor
 
 _DTYPES = {datatype: np.dtype(dtype) for datatype, (dtype, _) in DATATYPES.items()}
 
+# A lane's pieces are smaller, so each is copied in one step.
+_COPIED_AT_ONCE = 1024 * 1024
+
 
 class RequestBuilder:
     """Builds descriptors of one kernel's calls, and uses the last one again while dtypes and shapes are the same."""
@@ -73,27 +76,26 @@ class RequestBuilder:
                     tensor.shape.append(2)
 
 
-class Arriving:
-    """A reply whose tensors arrive in pieces: each piece is copied straight to its place."""
+class ArrivingArrays:
+    """A reply's arrays while its pieces arrive: each piece is copied straight to its place."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: Reply, body: Body) -> None:
         self._reply = reply
-        self._arrival = Arrival(reply.lengths)
+        self._arrival = Arrival(body.lengths)
         # Not zeroed, as a bytearray would be: zeroing 64 MiB alone stalls a loop for tens of milliseconds.
-        self._memory = [np.empty(length, np.uint8).data for length in reply.lengths]
+        self._memory = [np.empty(length, np.uint8).data for length in body.lengths]
+        self._cursor = body.subscribe(self._copy)
+        # A piece that has been copied is not kept.
+        body.let_go()
 
-    @property
-    def complete(self) -> bool:
-        """Whether every byte has arrived."""
-        return not self._arrival.missing
-
-    def feed(self, piece: memoryview) -> None:
-        """Copy the next piece into place. Raises ProtocolViolation if it does not fit."""
-        tensor, at = self._arrival.place(len(piece))
-        self._memory[tensor][at : at + len(piece)] = piece
+    def _copy(self) -> None:
+        while (piece := self._cursor.next(_COPIED_AT_ONCE)) is not None:
+            tensor, at = self._arrival.place(len(piece))
+            self._memory[tensor][at : at + len(piece)] = piece
 
     def arrays(self) -> list[Array]:
         """Return the arrays of a complete reply."""
+        self._cursor.close()
         return arrays(self._reply.response.tensors, self._memory)
 
 

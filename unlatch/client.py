@@ -92,9 +92,9 @@ class Client:
         try:
             async with asyncio.timeout(seconds):
                 link = await self._linked(seconds)
-                caller = link.caller(name, named)
+                request = link.request(name, named)
                 link = await self._roomy(link, seconds)
-                call = link.begin(caller, arrays, seconds)
+                call = link.begin(request, arrays, seconds)
                 try:
                     return await call.result
                 finally:
@@ -125,14 +125,14 @@ class Client:
             raise ValueError(f"in_flight must be at least 1, not {in_flight}")
         seconds = self._timeout if timeout is None else timeout
         link = await self._linked(seconds)
-        caller = link.caller(name, named)
+        request = link.request(name, named)
         calls = _InOrder() if ordered else _AsReady()
         try:
             async for item in _each(items):
                 while len(calls) >= in_flight or (calls and not link.has_room):
                     yield await calls.next()
                 link = await self._roomy(link, seconds)
-                calls.add(link.begin(caller, item if isinstance(item, tuple) else (item,), seconds))
+                calls.add(link.begin(request, item if isinstance(item, tuple) else (item,), seconds))
             while calls:
                 yield await calls.next()
         finally:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from unlatch.arrays import Arriving, RequestBuilder, arrays
+from unlatch.arrays import ArrivingArrays, RequestBuilder, arrays
 from unlatch.common.errors import (
     DeadlineExceeded,
     Internal,
@@ -24,10 +24,9 @@ from unlatch.common.errors import (
 )
 from unlatch.common.kernel.messages import from_message
 from unlatch.common.kernel.spec import KernelSpec
-from unlatch.common.lane.body import Sink
+from unlatch.common.lane.body import Body
 from unlatch.common.lane.caller import LaneCaller
 from unlatch.common.lane.frames import METHOD, ProtocolViolation
-from unlatch.common.lane.replies import raised
 from unlatch.common.security.tls import ChannelSecurity
 from unlatch.protos.unlatch_pb2 import Reply, Welcome
 from unlatch.results import Result, result
@@ -57,7 +56,7 @@ class Link:
         self._identities = count(1)
         # Set whenever something changes that a task may wait for.
         self._changed = asyncio.Event()
-        self._lane = LaneCaller(self._welcomed, lambda: None, self._token_ends)
+        self._lane = LaneCaller(self._welcomed, lambda: None, _caught, self._token_ends)
         self._renewing: asyncio.Task[None] | None = None
         self._running = asyncio.create_task(self._run(channel))
 
@@ -87,7 +86,7 @@ class Link:
 
     async def until_another_is_wanted(self, security: ChannelSecurity) -> None:
         """Wait until the lane has ended, or should be replaced."""
-        await security.until_another_is_wanted(self._lane, self._running)
+        await security.until_another_is_wanted(self._lane.reopen_asked, self._running)
 
     def finish(self) -> None:
         """Close the lane as soon as its calls are answered, since another lane has replaced it."""
@@ -95,7 +94,7 @@ class Link:
         self._lane.finish()
         self._tell()
 
-    def caller(self, name: str, named: Mapping[str, Any]) -> RequestBuilder:
+    def request(self, name: str, named: Mapping[str, Any]) -> RequestBuilder:
         """A builder of calls of one kernel. Raises NotFound with similar names, Unavailable without a replica."""
         spec = self.kernels.get(name)
         if not self.kernels:
@@ -104,15 +103,15 @@ class Link:
             raise NotFound(f"there is no kernel {name[:64]!r}{near(name, self.kernels)}", field="model_name")
         return RequestBuilder(spec, named)
 
-    def begin(self, caller: RequestBuilder, given: Sequence[Any], seconds: float | None) -> "PendingCall":
+    def begin(self, request: RequestBuilder, given: Sequence[Any], seconds: float | None) -> "PendingCall":
         """Send a call. Raises InvalidArgument for arrays that cannot travel, Unavailable when the lane has broken."""
         if self.broken:
             raise Unavailable(f"the lane to {self._target} broke: {self._why}")
-        descriptor, body = caller.request(given)
+        descriptor, body = request.request(given)
         descriptor.remaining_microseconds = 0 if seconds is None else max(1, round(seconds * 1e6))
         descriptor.request.id = f"{self._identity}-{next(self._identities)}"
         descriptor.traceparent, descriptor.tracestate = current()
-        call = PendingCall(self, caller.spec, descriptor.request.id, body.size, seconds)
+        call = PendingCall(self, request.spec, descriptor.request.id, body.size, seconds)
         self._calls += 1
         self._bytes += body.size
         call.number = self._lane.call(descriptor, body, call)
@@ -198,6 +197,13 @@ async def _given(token: Token) -> str:
         raise Unauthenticated(f"no token: the function that returns it raised {type(error).__name__}") from error
 
 
+def _caught(place: str, error: BaseException) -> UnlatchError:
+    """Return the error of a call that met an unexpected exception. Its text may say all: it stays in this process."""
+    told = Internal(f"an internal error of the client in {place}: {error!r}")
+    told.__cause__ = error
+    return told
+
+
 class PendingCall:
     """A call in flight. `result` is a future of the kernel's result."""
 
@@ -214,33 +220,27 @@ class PendingCall:
         self._size = size
         self._over = False
 
-    def started(self) -> bool:
-        """Ignored: nothing here depends on the start of the run."""
-        return False
+    def replied(self, reply: Reply, body: Body) -> None:
+        """Take the reply's arrays, which may still be arriving."""
+        if body.complete:
+            self._give(lambda: arrays(reply.response.tensors, [bytearray(piece) for piece in body.buffers]))
+        else:
+            arriving = ArrivingArrays(reply, body)
+            body.when_complete(lambda: self._give(arriving.arrays))
 
-    def replied(self, reply: Reply, whole: list[memoryview] | None) -> Sink | None:
-        """Take the reply, or the failure that follows a reply which broke off."""
-        if reply.HasField("failure"):
-            self.lost(raised(reply.failure))
-            return None
-        if whole is None:
-            return _Arriving(self, reply)
-        self.give(lambda: arrays(reply.response.tensors, [bytearray(piece) for piece in whole]))
-        return None
-
-    def give(self, outputs: Callable[[], list[Any]]) -> None:
+    def _give(self, outputs: Callable[[], list[Any]]) -> None:
         """Read the kernel's outputs and end the call with them."""
         try:
             given = result(self._spec.name, [output.name for output in self._spec.outputs], outputs())
         except (UnlatchError, LookupError, TypeError, ValueError) as error:
             # This is the first place where a malformed reply can be noticed. It fails its call, but not the lane.
-            self.lost(Internal(f"kernel {self._spec.name} sent a reply that cannot be read: {error}"))
+            self.failed(Internal(f"kernel {self._spec.name} sent a reply that cannot be read: {error}"))
             return
         self._end()
         if not self.result.done():
             self.result.set_result(given)
 
-    def lost(self, error: UnlatchError) -> None:
+    def failed(self, error: UnlatchError, _: Reply | None = None) -> None:
         """End the call with an error."""
         self._end()
         if not self.result.done():
@@ -257,7 +257,7 @@ class PendingCall:
 
     def _expired(self) -> None:
         self.abandon()
-        self.lost(DeadlineExceeded(f"kernel {self._spec.name} did not answer within {self._seconds:.3g} s"))
+        self.failed(DeadlineExceeded(f"kernel {self._spec.name} did not answer within {self._seconds:.3g} s"))
 
     def _end(self) -> None:
         if not self._over:
@@ -265,16 +265,3 @@ class PendingCall:
             if self._timer is not None:
                 self._timer.cancel()
             self._link.ended(self._size)
-
-
-class _Arriving(Arriving):
-    """A reply that arrives in pieces, and ends its call when it is complete."""
-
-    def __init__(self, call: PendingCall, reply: Reply) -> None:
-        super().__init__(reply)
-        self._call = call
-
-    def feed(self, piece: memoryview) -> None:
-        super().feed(piece)
-        if self.complete:
-            self._call.give(self.arrays)

@@ -291,8 +291,8 @@ class _Lane:
         self.finishing = self.ended = False
         self._front = front
 
-    def call(self, _: Descriptor, __: Body, waiter: Any) -> int:
-        self._front.send(waiter.arrival, waiter.answered)
+    def call(self, _: Descriptor, __: Body, listener: Any, ___: Any = None) -> int:
+        self._front.send(listener.arrival, listener.answered)
         return 0
 
     def cancel(self, number: int) -> None:
@@ -323,6 +323,9 @@ class _Routed:
 
     def remaining_microseconds(self) -> int:
         return 0
+
+    def started(self) -> bool:
+        return False
 
     def sent(self, replica: Replica, _: object, __: int) -> None:
         self.replica = replica

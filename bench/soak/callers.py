@@ -119,7 +119,7 @@ def lane(link: Link) -> Door:
 
     async def call(kernel: str, x: Array, seconds: float) -> Array:
         await link.room()
-        pending = link.begin(link.caller(kernel, {}), (x,), seconds)
+        pending = link.begin(link.request(kernel, {}), (x,), seconds)
         try:
             return cast("Array", await pending.result)
         finally:

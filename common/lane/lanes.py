@@ -1,4 +1,4 @@
-"""Every lane that callers have open at a service: greeted, reported to, reopened, closed and drained together."""
+"""Lanes: all that callers have open at a service are greeted, reported to, reopened, closed and drained together."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import structlog
 from unlatch.common.errors import Unauthenticated, Unavailable, UnlatchError
 from unlatch.common.fair import Turns
 from unlatch.common.lane.frames import ProtocolViolation
+from unlatch.common.lane.listener import Caught
 from unlatch.common.lane.server import LaneServer
 from unlatch.common.net.rpc import abort
 from unlatch.protos.unlatch_pb2 import Load, Welcome
@@ -20,44 +21,49 @@ log = structlog.get_logger()
 
 @dataclass(slots=True)
 class _Opened:
-    """A lane's RPC, and how much longer it may last."""
+    """An open lane's RPC, and how much longer it may last."""
 
     context: Any
     limit: asyncio.Timeout
     ending: asyncio.Task[None] | None = None
 
     def end_within(self, seconds: float) -> None:
-        """Cut it off then. A time that was set is not put off."""
+        """Cut the lane off after `seconds`, or earlier where that was set before."""
         end, until = asyncio.get_running_loop().time() + seconds, self.limit.when()
         if not self.limit.expired():
             self.limit.reschedule(end if until is None else min(end, until))
 
     async def end_after(self, lane: LaneServer) -> None:
-        """Cut it off as soon as what came on it is answered."""
+        """Cut the lane off as soon as the calls that came on it are answered."""
         await lane.drain()
         self.end_within(0.0)
 
     def forget(self) -> None:
-        """It has ended."""
+        """Stop waiting for the lane's calls: the lane has ended."""
         if self.ending is not None:
             self.ending.cancel()
 
 
 class Lanes:
-    """Every lane that callers have open here. `welcome` says what to greet a new one with.
+    """All lanes that callers have open here.
 
-    `load`, where this side reports its load, says what that is for each of so many lanes that have calls unanswered.
+    `welcome` returns what to greet a new lane with. `load`, where this side reports its load, returns it for each of a
+    number of lanes that have calls unanswered. `caught` settles exceptions that no code expected
+    (common/lane/listener.py).
     """
 
-    def __init__(self, welcome: Callable[[], Welcome], load: Callable[[int], Load] | None = None) -> None:
+    def __init__(
+        self, welcome: Callable[[], Welcome], caught: Caught, load: Callable[[int], Load] | None = None
+    ) -> None:
         self._welcome = welcome
+        self._caught = caught
         self._load = load
         self._open: dict[LaneServer, _Opened] = {}
         self._turns = Turns()
         self._draining = self._resting = False
 
     async def carry(self, lane: LaneServer, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        """The RPC: one lane, for as long as its caller keeps it."""
+        """Run the RPC of one lane, for as long as its caller keeps it."""
         lane.welcome(self._welcome())
         if self._load is not None:
             # With the welcome: what the caller has waiting must not come all at once.
@@ -77,9 +83,14 @@ class Lanes:
         except ProtocolViolation as violation:
             log.warning("lane closed", peer=context.peer(), message=str(violation))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
+        except grpc.aio.BaseError:
+            # The connection broke, or the RPC has been aborted.
+            raise
+        except Exception as error:  # noqa: BLE001 (the guard: the caller hears of it)
+            await abort(context, self._caught("lane", error))
 
     def greet_again(self) -> None:
-        """What is served here has changed, or is served again: say so on every lane."""
+        """Send the welcome anew on every lane: what is served here has changed, or is served again."""
         self._resting = False
         for lane in self._open:
             lane.welcome(self._welcome())
@@ -100,13 +111,13 @@ class Lanes:
             lane.draining()
 
     def reopen(self, within_seconds: float) -> None:
-        """Ask every caller for another lane in its lane's place; after the time the old ones are cut off."""
+        """Ask every caller for another lane in its lane's place, and cut the old ones off `within_seconds`."""
         for lane, opened in self._open.items():
             lane.reopen()
             opened.end_within(within_seconds)
 
     def check(self, refusal: Callable[[Any], str], within_seconds: float) -> None:
-        """Take no more calls of callers whom `refusal` has something against; let what they sent be answered."""
+        """Take no more calls of callers for whom `refusal` returns a reason; answer what they sent before."""
         for lane, opened in self._open.items():
             if lane.refusal is None and (why := refusal(opened.context)):
                 log.warning("lane is closed", peer=opened.context.peer(), message=why)
@@ -114,7 +125,7 @@ class Lanes:
                 self.close(lane, Unauthenticated(why), within_seconds)
 
     def close(self, lane: LaneServer, why: UnlatchError, within_seconds: float) -> None:
-        """Take no more calls on a lane: it ends when what came is answered, and after the time it is cut off."""
+        """Take no more calls on a lane. It ends when those that came are answered, at the latest `within_seconds`."""
         opened = self._open.get(lane)
         if opened is not None and opened.ending is None:
             lane.refuse(why)

@@ -1,4 +1,4 @@
-"""The outbox: one end of a lane gathers here what it has to say, and sends it together.
+"""The outbox: one end of a lane gathers here what it has to say, and sends it in common messages.
 
 While one message is on its way to gRPC the next one fills, so the busier a lane is the less a call costs. Small bodies
 go whole, beside their frame. Larger ones go in pieces, one piece of each waiting body by turns, so that no call waits
@@ -7,20 +7,22 @@ for another's bytes.
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from time import monotonic
 
-from unlatch.common.lane.body import WHOLE_BYTES, Body, Buffer
-from unlatch.common.lane.frames import MOST_ENTRIES, MOST_FRAMES, PAYLOAD_FIELD
+from unlatch.common.errors import UnlatchError
+from unlatch.common.lane.body import WHOLE_BYTES, Body, Buffer, Cursor
+from unlatch.common.lane.frames import MAX_ENTRIES, MAX_FRAMES, PAYLOAD_FIELD
+from unlatch.common.lane.listener import Caught
 from unlatch.common.lane.pacing import Pace, gathered
 from unlatch.common.lane.protowire import bulk_entry
 from unlatch.protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Load, Reply, Welcome
 
 # A piece: large enough that its cost is copying, small enough that copying it holds a loop well under a millisecond.
 PIECE_BYTES = 512 * 1024
-# A message is closed once it carries this much; what is still due goes with the next one.
+# A message is closed once it carries this much; the rest goes with the next one.
 MESSAGE_BYTES = 1024 * 1024
-# Both, where a small body was sent within the seconds below: the next one then waits for so much less.
+# Both sizes, where a small body was sent within the seconds below: the next small one then waits for less.
 MIXED_BYTES = 128 * 1024
 _MIXED_SECONDS = 0.1
 
@@ -30,44 +32,28 @@ _FRAMES_FIELD = LaneMessage.FRAMES_FIELD_NUMBER
 class _Sending:
     """A body on its way out, piece by piece."""
 
-    __slots__ = ("_buffer", "_keeps", "_offset", "body", "call", "sent")
+    __slots__ = ("call", "cursor", "sent", "size")
 
-    def __init__(self, call: int, body: Body, sent: Callable[[], None] | None, *, keeps: bool) -> None:
+    def __init__(self, call: int, size: int, cursor: Cursor, sent: Callable[[], None] | None) -> None:
         self.call = call
-        self.body = body
+        self.size = size
+        self.cursor = cursor
         self.sent = sent
-        # Whether somebody may want the buffers again: a call's, to send it elsewhere; a reply's nobody.
-        self._keeps = keeps
-        self._buffer = self._offset = 0
-
-    def next(self, most_bytes: int) -> Buffer | None:
-        """The next piece, or None when there is none yet, or no more."""
-        buffers = self.body.buffers
-        while self._buffer < len(buffers):
-            buffer = buffers[self._buffer]
-            left = len(buffer) - self._offset
-            if left > most_bytes:
-                start = self._offset
-                self._offset += most_bytes
-                return memoryview(buffer)[start : self._offset]
-            start, self._offset = self._offset, 0
-            if not self._keeps:
-                buffers[self._buffer] = b""
-            self._buffer += 1
-            if left:
-                return memoryview(buffer)[start:] if start else buffer
-        return None
-
-    @property
-    def finished(self) -> bool:
-        return self.body.complete and self._buffer == len(self.body.buffers)
 
 
 class Outbox:
-    """What one end of a lane has still to say. Nothing here waits, except `run`, which sends."""
+    """Everything that one end of a lane has still to say. No method waits, except `run`, which sends.
 
-    def __init__(self, outstanding: Callable[[], int]) -> None:
+    `outstanding` returns how many calls are unanswered. `caught` settles exceptions that no code expected, and `lost`
+    ends a call, with that error, whose frames or bytes could not be sent.
+    """
+
+    def __init__(
+        self, outstanding: Callable[[], int], caught: Caught, lost: Callable[[int, UnlatchError], None]
+    ) -> None:
         self._outstanding = outstanding
+        self._caught = caught
+        self._lost = lost
         self._draft = _Draft()
         self._closed: deque[_Draft] = deque()
         self._whole_at = float("-inf")
@@ -81,22 +67,24 @@ class Outbox:
         self._relieved = asyncio.Event()
 
     def welcome(self, welcome: Welcome) -> None:
+        """Say what this side serves and grants."""
         self._draft.frames.welcome.CopyFrom(welcome)
-        # It would be applied after the welcome, which takes it back.
+        # The reader applies `draining` after the welcome, which takes it back.
         self._draft.frames.draining = False
         self._wake()
 
     def load(self, load: Load) -> None:
-        """Say how much there is to do here: the latest report counts, and one that has not left yet is out of date."""
+        """Say how much there is to do here. The latest report counts: it replaces one that has not left yet."""
         self._draft.frames.load.CopyFrom(load)
         self._wake()
 
     def draining(self) -> None:
+        """Ask for no more calls."""
         self._draft.frames.draining = True
         self._wake()
 
     def started(self, call: int, within: float) -> None:
-        """Say that a call is begun, or that this is known; at most so many seconds after the last message."""
+        """Say that a call is begun, or that this is known; at most `within` seconds after the last message."""
         self._draft.frames.started.append(call)
         self._wake(within)
 
@@ -111,7 +99,7 @@ class Outbox:
         self._wake()
 
     def cancel(self, call: int) -> None:
-        """Tell the server that nobody waits for a call, and stop sending its body."""
+        """Tell the server that a call is given up, and stop sending its body."""
         self.drop(call)
         self._draft.frames.cancels.append(call)
         self._wake()
@@ -131,7 +119,7 @@ class Outbox:
         sent: Callable[[], None] | None = None,
         taken_seconds: float = 0.0,
     ) -> None:
-        """Send a call's reply, copied, after the call has taken so long.
+        """Send a call's reply, copied, after the call has taken `taken_seconds`. The body is let go of as it is sent.
 
         `sent` is called when the body's buffers are no longer needed. A failure may follow a response whose body could
         not be sent to its end.
@@ -147,23 +135,28 @@ class Outbox:
     def drop(self, call: int) -> None:
         """Send no more of a call's or a reply's body."""
         sending = self._sending.pop(call, None)
-        if sending is not None:
-            sending.body.on_more = None
-            self._sent(sending.body.size)
-            if sending in self._turns:
-                self._turns.remove(sending)
-            if sending.sent is not None:
+        if sending is None:
+            return
+        sending.cursor.close()
+        self._sent(sending.size)
+        if sending in self._turns:
+            self._turns.remove(sending)
+        if sending.sent is not None:
+            try:
                 sending.sent()
-            if not self._sending:
-                # Somebody may wait for there to be nothing left.
-                self._wake()
+            except Exception as error:  # noqa: BLE001 (the guard: the other bodies go on)
+                self._caught("lane_sent", error)
+        if not self._sending:
+            # A drain or a close may wait for there to be nothing left.
+            self._wake()
 
     async def run(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """Send what is due, for ever: until `write` raises or the task is cancelled."""
         while True:
             await self._pace.next()
             while self._closed or self._turns or self._draft.frames.ByteSize():
-                await write(self._take())
+                if message := self._take():
+                    await write(message)
             self._pace.sent()
             if not self._sending:
                 self._idle.set()
@@ -179,7 +172,7 @@ class Outbox:
             await self._relieved.wait()
 
     def close(self) -> None:
-        """The lane is gone: let go of every body, and of whoever waits for them to be sent."""
+        """Let go of every body, and of tasks that wait for bodies to be sent: the lane is gone."""
         for call in list(self._sending):
             self.drop(call)
         self._closed.clear()
@@ -202,21 +195,22 @@ class Outbox:
             draft.own_bytes += body.size
         else:
             frame.whole = False
-            keeps = isinstance(frame, Descriptor)
-            sending = self._sending[frame.call] = _Sending(frame.call, body, sent, keeps=keeps)
-            self._take_turns(sending)
+            self._send_pieces(frame.call, body, sent)
+            if isinstance(frame, Reply):
+                # A call's body may have to be sent again, elsewhere; a reply's never.
+                body.let_go()
         if draft.full:
             self._closed.append(draft)
             self._draft = _Draft()
         self._wake(within)
 
-    def _take_turns(self, sending: _Sending) -> None:
+    def _send_pieces(self, call: int, body: Body, sent: Callable[[], None] | None) -> None:
         def more() -> None:
             if sending not in self._turns:
                 self._turns.append(sending)
                 self._wake()
 
-        sending.body.on_more = None if sending.body.complete else more
+        sending = self._sending[call] = _Sending(call, body.size, body.subscribe(more), sent)
         self._turns.append(sending)
 
     def _wake(self, within: float | None = None) -> None:
@@ -230,32 +224,50 @@ class Outbox:
         self._relieved.set()
 
     def _take(self) -> bytes:
-        """The next message: frames that are due, then pieces by turns until it is full."""
+        """Return the next message: frames that are due, then pieces by turns until it is full. Empty if that failed."""
+        done: list[_Sending] = []
         if self._closed:
             # Pieces wait: their frames may be in a later message than this.
             draft = self._closed.popleft()
-            self._sent(draft.own_bytes)
-            return draft.packed()
-        draft, self._draft = self._draft, _Draft()
-        mixed = monotonic() - self._whole_at < _MIXED_SECONDS
-        message_bytes, piece_bytes = (MIXED_BYTES, MIXED_BYTES) if mixed else (MESSAGE_BYTES, PIECE_BYTES)
-        done: list[_Sending] = []
-        while self._turns and draft.size < message_bytes:
-            sending = self._turns.popleft()
-            piece = sending.next(piece_bytes)
-            if piece is not None:
-                draft.frames.pieces.add().call = sending.call
-                draft.payload.append(piece)
-                draft.size += len(piece)
-            if sending.finished:
-                done.append(sending)
-            elif piece is not None:
-                self._turns.append(sending)
-        message = draft.packed()
+        else:
+            draft, self._draft = self._draft, _Draft()
+            self._fill(draft, done)
+        try:
+            message = draft.packed()
+        except Exception as error:  # noqa: BLE001 (the guard: the message's calls fail, and no others)
+            message = b""
+            self._lose(draft.numbers(), error)
         self._sent(draft.own_bytes)
         for sending in done:
             self.drop(sending.call)
         return message
+
+    def _fill(self, draft: "_Draft", done: list[_Sending]) -> None:
+        """Add pieces by turns until the message is full; bodies that end in it are appended to `done`."""
+        mixed = monotonic() - self._whole_at < _MIXED_SECONDS
+        message_bytes, piece_bytes = (MIXED_BYTES, MIXED_BYTES) if mixed else (MESSAGE_BYTES, PIECE_BYTES)
+        while self._turns and draft.size < message_bytes:
+            sending = self._turns.popleft()
+            try:
+                piece = sending.cursor.next(piece_bytes)
+            except Exception as error:  # noqa: BLE001 (the guard: this call fails, and no other)
+                self.drop(sending.call)
+                self._lose([sending.call], error)
+                continue
+            if piece is not None:
+                draft.frames.pieces.add().call = sending.call
+                draft.payload.append(piece)
+                draft.size += len(piece)
+            if sending.cursor.finished:
+                done.append(sending)
+            elif piece is not None:
+                self._turns.append(sending)
+
+    def _lose(self, calls: Iterable[int], error: Exception) -> None:
+        """End the calls of a message, or of a body, that could not be made."""
+        told = self._caught("lane_writer", error)
+        for call in calls:
+            self._lost(call, told)
 
 
 class _Draft:
@@ -273,13 +285,20 @@ class _Draft:
 
     @property
     def full(self) -> bool:
-        return self.size > MESSAGE_BYTES or self.count >= MOST_FRAMES or len(self.payload) >= MOST_ENTRIES
+        """Whether the message is to be closed."""
+        return self.size > MESSAGE_BYTES or self.count >= MAX_FRAMES or len(self.payload) >= MAX_ENTRIES
 
     def packed(self) -> bytes:
-        """Its bytes. Payload is copied here, once."""
+        """Return the message's bytes. Payload is copied here, once."""
         header = self.frames.SerializeToString()
         parts: list[Buffer] = [bulk_entry(_FRAMES_FIELD, len(header)), header]
         for buffer in self.payload:
             parts.append(bulk_entry(PAYLOAD_FIELD, len(buffer)))
             parts.append(buffer)
         return b"".join(parts)
+
+    def numbers(self) -> set[int]:
+        """Return the calls that the message is about. Without failures: a failure that is lost ends nothing more."""
+        frames = self.frames
+        replies = {reply.call for reply in frames.replies if not reply.HasField("failure")}
+        return replies.union(frames.started, (call.call for call in frames.calls), (one.call for one in frames.pieces))

@@ -1,31 +1,34 @@
-"""When a lane's next message is due.
+"""Pacing: when a lane's next message is due.
 
-A message costs some 200 µs of processor at its two ends, a call in it a tenth. So a lane on which many calls are
-outstanding gathers: messages leave some time apart, the more the more calls are outstanding. A few calls never wait,
-nor does any on a lane that was quiet. (docs/decisions/0002)
+A message costs some 200 µs of processor time at its two ends, a call in it a tenth of that. So a lane on which many
+calls are outstanding gathers frames: the more calls, the longer the time between two messages. A few calls never wait,
+nor does any call on a lane that was quiet. (docs/decisions/0002)
 """
 
 import asyncio
 from time import monotonic
 
-# Between messages, for each outstanding call; at most so much, however many they are.
+# Time between two messages for each outstanding call, and the most however many calls there are.
 _SECONDS_A_CALL = 0.0005
-_LONGEST_SECONDS = 0.002
-# A reply that was long in coming may be gathered for longer: for this share of the time its call has taken, up to this.
+_MAX_SECONDS = 0.002
+# A reply that took long may be gathered for longer: for this share of its call's time so far, up to this many seconds.
 _SHARE_OF_CALL = 1 / 8
-_LONGEST_HELD_SECONDS = 0.016
-# The loop's timers tick in milliseconds: half of one is none.
+_MAX_HELD_SECONDS = 0.016
+# The loop's timers tick in milliseconds: what is due within half of one is due now.
 _TICK_SECONDS = 0.0005
 
 
 def gathered(outstanding: int, taken_seconds: float = 0.0) -> float:
-    """How long after the last message a small frame may leave: one of so many calls, which has taken so long."""
-    longest = max(_LONGEST_SECONDS, min(_LONGEST_HELD_SECONDS, _SHARE_OF_CALL * taken_seconds))
-    return min(longest, _SECONDS_A_CALL * outstanding)
+    """Return how many seconds after the last message a small frame may leave, with `outstanding` calls unanswered.
+
+    `taken_seconds` is how long the frame's call has taken.
+    """
+    max_seconds = max(_MAX_SECONDS, min(_MAX_HELD_SECONDS, _SHARE_OF_CALL * taken_seconds))
+    return min(max_seconds, _SECONDS_A_CALL * outstanding)
 
 
 class Pace:
-    """Wakes the one who writes messages when the next one is due: as soon as anything in it is."""
+    """Wakes the writer of a lane when the next message is due: as soon as any frame in it is."""
 
     def __init__(self) -> None:
         self._due = asyncio.Event()
@@ -34,7 +37,7 @@ class Pace:
         self._timer: asyncio.TimerHandle | None = None
 
     def send_within(self, seconds: float) -> None:
-        """The next message leaves at most so long after the last one."""
+        """Have the next message leave at most `seconds` after the last one."""
         when = self._last + seconds
         if when >= self._when or self._due.is_set():
             return
@@ -53,7 +56,7 @@ class Pace:
         await self._due.wait()
 
     def sent(self) -> None:
-        """All has been said that there was to say: from now on the next message is paced."""
+        """Pace the next message from now on: everything so far has been sent."""
         self._last = monotonic()
         self._when = float("inf")
         if self._timer is not None:

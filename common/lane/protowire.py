@@ -6,20 +6,21 @@ way back. Wire format: https://protobuf.dev/programming-guides/encoding/
 """
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_LONGEST_VARINT = 10
-# Fields that are no bulk: a request has some for each of its tensors, parameters and outputs.
-_MOST_FIELDS = 4096
+_MAX_VARINT_BYTES = 10
+# Fields besides the bulk: a request has some for each of its tensors, parameters and outputs.
+_MAX_FIELDS = 4096
 
 
 class Malformed(ValueError):
-    """The bytes are no protobuf message."""
+    """Bytes that are no protobuf message."""
 
 
-def split(message: bytes, bulk_field: int, most_entries: int) -> tuple[bytes, list[memoryview]]:  # noqa: C901, PLR0912 (one loop, on every call's path)
-    """A message without its `bulk_field` entries, and those entries in order, as slices that keep `message` alive.
+def split(message: bytes, bulk_field: int, max_entries: int) -> tuple[bytes, list[memoryview]]:  # noqa: C901, PLR0912 (one loop, on every call's path)
+    """Return a message without its `bulk_field` entries, and those entries in order, as slices of `message`.
 
-    Raises Malformed when the top level cannot be walked to its end, or has more entries than `most_entries`, or more
-    other fields than any message of ours: one of no bytes takes two on the wire and far more of the loop's time.
+    The slices keep `message` alive. Raises Malformed when the top level cannot be walked to its end, or has more
+    entries than `max_entries`, or more other fields than any message of ours: an empty field takes two bytes on the
+    wire and far more of the loop's time.
     """
     view = memoryview(message)
     end = len(message)
@@ -46,8 +47,8 @@ def split(message: bytes, bulk_field: int, most_entries: int) -> tuple[bytes, li
                         kept.append(view[kept_from:start])
                     kept_from = at
                     bulk.append(view[body:at])
-                    if len(bulk) > most_entries:
-                        raise Malformed(f"it has more than {most_entries} entries of field {bulk_field}")
+                    if len(bulk) > max_entries:
+                        raise Malformed(f"it has more than {max_entries} entries of field {bulk_field}")
                     continue
             elif kind == _VARINT:
                 _, at = _varint(message, at)
@@ -58,8 +59,8 @@ def split(message: bytes, bulk_field: int, most_entries: int) -> tuple[bytes, li
             else:
                 raise Malformed(f"wire type {kind} at byte {start} is not one of protobuf's")
             fields += 1
-            if fields > _MOST_FIELDS:
-                raise Malformed(f"it has more than {_MOST_FIELDS} fields")
+            if fields > _MAX_FIELDS:
+                raise Malformed(f"it has more than {_MAX_FIELDS} fields")
     except IndexError:
         raise Malformed("the message ends within a field") from None
     if at > end:
@@ -70,7 +71,7 @@ def split(message: bytes, bulk_field: int, most_entries: int) -> tuple[bytes, li
 
 
 def varint(value: int) -> bytes:
-    """An unsigned integer as protobuf writes it."""
+    """Return an unsigned integer as protobuf writes it."""
     encoded = bytearray()
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)
@@ -80,17 +81,17 @@ def varint(value: int) -> bytes:
 
 
 def bulk_entry(field: int, size: int) -> bytes:
-    """What stands before one entry of `size` bytes of a `bytes` field."""
+    """Return the bytes that stand before one entry, of `size` bytes, of a `bytes` field."""
     return varint(field << 3 | _BYTES) + varint(size)
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
-    for _ in range(_LONGEST_VARINT):
+    for _ in range(_MAX_VARINT_BYTES):
         byte = message[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
         shift += 7
-    raise Malformed(f"a number of more than {_LONGEST_VARINT} bytes before byte {at}")
+    raise Malformed(f"a number of more than {_MAX_VARINT_BYTES} bytes before byte {at}")

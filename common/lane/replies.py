@@ -1,11 +1,11 @@
-"""Errors on a lane: as a reply's failure, and back."""
+"""Errors on a lane: an error becomes a reply's failure, and a failure becomes an error again."""
 
 from unlatch.common.errors import UnlatchError, from_code
 from unlatch.protos.unlatch_pb2 import Failure, Reply
 
 
 def failed(error: UnlatchError) -> Reply:
-    """The reply that tells a call's caller of an error."""
+    """Return the reply that tells a call's caller of an error."""
     reply = Reply()
     reply.failure.code = error.code
     reply.failure.message = error.message
@@ -16,7 +16,7 @@ def failed(error: UnlatchError) -> Reply:
 
 
 def raised(failure: Failure) -> UnlatchError:
-    """The error that a reply tells of."""
+    """Return the error that a reply's failure tells of."""
     return from_code(
         failure.code,
         failure.message,

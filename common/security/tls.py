@@ -1,7 +1,7 @@
 """TLS through gRPC, at both ends: credentials of servers and channels, and peers whose certificate becomes invalid.
 
-A server uses its newest certificates for each handshake. Connections that exist go on: lanes are asked to reopen
-(common/lane/server.py), other connections end by their age, and a peer whose certificate is no longer valid is refused
+A server uses its newest certificates for each handshake. Connections that exist go on: long-lived streams are
+asked to reopen, other connections end by their age, and a peer whose certificate is no longer valid is refused
 on each (docs/decisions/0015).
 """
 
@@ -13,7 +13,6 @@ import grpc
 import grpc.aio
 
 from unlatch.common.errors import Unauthenticated
-from unlatch.common.lane.caller import LaneCaller
 from unlatch.common.net.addresses import is_unix
 from unlatch.common.net.settings import Settings
 from unlatch.common.telemetry.recorder import Recorder
@@ -86,9 +85,12 @@ class ChannelSecurity:
             own.append(("grpc.ssl_target_name_override", self._name))
         return grpc.aio.secure_channel(target, credentials, options=[*options, *own])
 
-    async def until_another_is_wanted(self, lane: LaneCaller, carrying: "asyncio.Task[None]") -> None:
-        """Wait until a lane has ended, or should be replaced because either end's certificates have changed."""
-        wishes: list[asyncio.Task[Any]] = [asyncio.create_task(lane.reopen_asked.wait())]
+    async def until_another_is_wanted(self, reopen_asked: asyncio.Event, carrying: "asyncio.Task[None]") -> None:
+        """Wait until the task that carries a stream has ended, or the stream should be replaced.
+
+        That is when either end's certificates have changed: the server asks for another stream, or our files changed.
+        """
+        wishes: list[asyncio.Task[Any]] = [asyncio.create_task(reopen_asked.wait())]
         if self._certificates is not None:
             wishes.append(asyncio.create_task(self._certificates.changed()))
         try:

@@ -1,85 +1,88 @@
-"""Coalescing: identical calls of a pure kernel that are in flight together share one run.
+"""Coalescing: identical calls of a pure kernel that are in flight together share one execution.
 
-    begun ──> its kernel's runs are short, or not pure ─────────────────> routed
-      └─ digested, as its bytes come ──┬─ one like it is in flight ──> waits for that one's reply
-                                       └─ none ──────────────────────> routed; others may join until it is answered
+    begun ──> its kernel's runs are short, or not pure ──────────────────────────> routed
+      └─ digested, as its bytes come ──┬─ an identical one is in flight ──> waits for that one's reply
+                                       └─ none ──────────────────────────> routed; others may join until it is answered
 
-Alike are calls of one tenant with the same kernel, version, parameters, outputs asked for, and tensors: names,
-datatypes, shapes and bytes. Not their ids. Tenants do not share: who was answered sooner than a run takes would know
-that another had just asked the same. Nor does who names no version with who names the one that is served: of two that
-are served during a roll-out the first may get either.
+Identical are calls of one tenant with the same kernel, version, parameters, outputs asked for, and tensors: names,
+datatypes, shapes and bytes. Their ids may differ. Tenants do not share: a caller who was answered sooner than a run
+takes would know that another tenant had just asked the same. Nor does a call that names no version share with one that
+names the version served: while two versions are served during a roll-out, the first call may get either.
 
-A digest costs the gateway's one loop, so only such kernels are read whose runs take far longer.
+A digest costs time on the gateway's one loop, so only calls of kernels whose runs take far longer are digested.
 """
 
 import asyncio
 import hashlib
 from collections.abc import Callable
 
-from unlatch.common.lane.body import WHOLE_BYTES, Body
-from unlatch.gateway.calls.execution import Run
+from unlatch.common.lane.body import WHOLE_BYTES
+from unlatch.gateway.calls.execution import Execution
 from unlatch.gateway.fleet.fleet import Fleet
 from unlatch.gateway.metrics import GatewayMetrics
 from unlatch.protos.unlatch_pb2 import Request
 
-# What a digest costs here: BLAKE2b (RFC 7693) reads a gigabyte a second.
+# Cost of a digest: BLAKE2b (RFC 7693) reads a gigabyte a second.
 _DIGEST_SECONDS = 30e-6
 _DIGEST_SECONDS_A_BYTE = 1e-9
-# How much longer a run is to take: what is read in vain then costs a fiftieth of what is run.
+# How many times longer a run is to take: a digest that finds no identical call then costs a fiftieth of the run.
 _FAR_LONGER = 50
-# What is read at a time: half a millisecond.
+# Bytes that are digested at a time: half a millisecond.
 _READ_AT_ONCE = 512 * 1024
 
 
 class Coalescing:
-    """Stands before the fleet: a run goes there, or its calls wait for one like it."""
+    """Stands before the fleet: an execution goes there, or its calls wait for an identical one."""
 
     def __init__(self, fleet: Fleet, metrics: GatewayMetrics, *, on: bool) -> None:
         self._fleet = fleet
         self._metrics = metrics
         self._on = on
-        self._in_flight: dict[bytes, Run] = {}
+        self._in_flight: dict[bytes, Execution] = {}
 
-    def route(self, run: Run) -> None:
-        """Have a run sent, or its calls wait for one like it, once it is known what it is."""
-        cost = _DIGEST_SECONDS + _DIGEST_SECONDS_A_BYTE * run.body.size
-        name = run.kernel.name
-        if self._on and run.kernel.pure and self._fleet.expected_seconds(name, run.body.size) > _FAR_LONGER * cost:
-            _Reading(run, self._share)
+    def route(self, execution: Execution) -> None:
+        """Have an execution sent, or its calls wait for an identical one once it is digested."""
+        cost = _DIGEST_SECONDS + _DIGEST_SECONDS_A_BYTE * execution.body.size
+        name, size = execution.kernel.name, execution.body.size
+        if self._on and execution.kernel.pure and self._fleet.expected_seconds(name, size) > _FAR_LONGER * cost:
+            _Digest(execution, self._share, self._metrics).begin()
         else:
-            run.route()
+            execution.route()
 
-    def over(self, run: Run) -> None:
-        """A run has ended."""
-        if run.digest and self._in_flight.get(run.digest) is run:
-            del self._in_flight[run.digest]
-
-    def _share(self, run: Run) -> None:
-        other = self._in_flight.get(run.digest)
-        if other is not None and other.takes(run):
-            run.join_another(other)
-            self._metrics.coalesced(run.kernel.name)
+    def _share(self, execution: Execution) -> None:
+        other = self._in_flight.get(execution.digest)
+        if other is not None and other.takes(execution):
+            execution.join_another(other)
+            self._metrics.coalesced(execution.kernel.name)
         else:
-            self._in_flight[run.digest] = run
-            run.route()
+            self._in_flight[execution.digest] = execution
+            execution.when_over = self._over
+            execution.route()
+
+    def _over(self, execution: Execution) -> None:
+        if self._in_flight.get(execution.digest) is execution:
+            del self._in_flight[execution.digest]
 
 
-class _Reading:
-    """A run whose bytes are read, as they come; `then` is called when they have been."""
+class _Digest:
+    """A digest of one execution's call, made as its bytes come; `then` is called when it is made."""
 
-    def __init__(self, run: Run, then: Callable[[Run], None]) -> None:
-        self._run = run
+    def __init__(self, execution: Execution, then: Callable[[Execution], None], metrics: GatewayMetrics) -> None:
+        self._execution = execution
         self._then = then
-        self._digest = hashlib.blake2b(_said(run), digest_size=16)
-        self._buffer = self._offset = 0
+        self._metrics = metrics
+        self._hash = hashlib.blake2b(_said(execution), digest_size=16)
         self._is_due = False
-        body = run.body
+
+    def begin(self) -> None:
+        """Digest a small body now, a larger one by turns with all else that the loop has to do."""
+        body = self._execution.body
         if body.complete and body.size <= WHOLE_BYTES:
             for buffer in body.buffers:
-                self._digest.update(buffer)
-            self._done(body)
+                self._hash.update(buffer)
+            self._done()
         else:
-            body.on_more = None if body.complete else self._more
+            self._cursor = body.subscribe(self._more)
             self._more()
 
     def _more(self) -> None:
@@ -89,34 +92,43 @@ class _Reading:
             asyncio.get_running_loop().call_soon(self._read)
 
     def _read(self) -> None:
-        self._is_due = False
-        body, left = self._run.body, _READ_AT_ONCE
-        if self._run.complete:
-            return  # everyone has left
-        while left and self._buffer < len(body.buffers):
-            piece = memoryview(body.buffers[self._buffer])[self._offset : self._offset + left]
-            self._digest.update(piece)
+        try:
+            self._is_due = False
+            if self._execution.over or self._read_some():
+                self._cursor.close()
+                if not self._execution.over:
+                    self._done()
+        except Exception as error:  # noqa: BLE001 (the guard: its calls hear of it)
+            self._cursor.close()
+            self._execution.failed(self._metrics.errors.caught("coalescing", error))
+
+    def _read_some(self) -> bool:
+        """Read what one turn allows; return whether all is read."""
+        left = _READ_AT_ONCE
+        while left:
+            piece = self._cursor.next(left)
+            if piece is None:
+                return self._cursor.finished
+            self._hash.update(piece)
             left -= len(piece)
-            self._offset += len(piece)
-            if self._offset == len(body.buffers[self._buffer]):
-                self._buffer, self._offset = self._buffer + 1, 0
-        if self._buffer < len(body.buffers):
-            self._more()
-        elif body.complete:
-            self._done(body)
+        if self._cursor.finished:
+            return True
+        self._more()
+        return False
 
-    def _done(self, body: Body) -> None:
-        # The body holds this, and this the body.
-        body.on_more = None
-        self._run.digest = self._digest.digest()
-        self._then(self._run)
+    def _done(self) -> None:
+        self._execution.digest = self._hash.digest()
+        self._then(self._execution)
 
 
-def _said(run: Run) -> bytes:
-    """What a call says besides its bytes, for its tenant: the same bytes for the same, in any order of parameters."""
+def _said(execution: Execution) -> bytes:
+    """Return all that a call says besides its bytes, for its tenant: equal bytes for equal calls.
+
+    The order of parameters does not matter.
+    """
     said = Request()
-    said.CopyFrom(run.descriptor.request)
+    said.CopyFrom(execution.descriptor.request)
     said.id = ""
-    tenant = run.demand.tenant.encode()
-    lengths = ",".join(map(str, run.body.lengths)).encode()
+    tenant = execution.demand.tenant.encode()
+    lengths = ",".join(map(str, execution.body.lengths)).encode()
     return b"%d:%b%b;" % (len(tenant), tenant, lengths) + said.SerializeToString(deterministic=True)

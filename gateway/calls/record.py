@@ -1,4 +1,4 @@
-"""A call as it is told of: its request id, and at its end what metrics, traces, the log and its caller hear."""
+"""Record of a call: its request id, and what metrics, traces, the log and the caller hear when the call ends."""
 
 import secrets
 from itertools import count
@@ -11,11 +11,11 @@ from unlatch.gateway.calls.call_log import CallLog
 from unlatch.gateway.metrics import GatewayMetrics
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Timings
 
-# A caller chooses the kernel's name; until it is known to be one it is not a label.
+# Label in place of a kernel's name until it is known to be served: callers choose the name.
 _UNKNOWN = "unknown"
-# A caller's id is taken for the request's where it fits a header and a line of the log.
-_MOST_ID_CHARACTERS = 128
-_MOST_MESSAGE_CHARACTERS = 1000
+# A caller's id becomes the request's where it fits a header and a line of the log.
+_MAX_ID_CHARACTERS = 128
+_MAX_MESSAGE_CHARACTERS = 1000
 
 
 class Records:
@@ -29,16 +29,16 @@ class Records:
         self._numbers = count(1)
 
     def begin(self, descriptor: Descriptor) -> "Record":
-        """A call has come. From here on its descriptor names the span that its replica's spans belong under."""
+        """Return the record of a new call. From now on the descriptor names the parent of its replica's spans."""
         bound(descriptor)
         said = descriptor.request.id
-        if not said or len(said) > _MOST_ID_CHARACTERS or not (said.isascii() and said.isprintable()):
+        if not said or len(said) > _MAX_ID_CHARACTERS or not (said.isascii() and said.isprintable()):
             said = f"{self._made_here}-{next(self._numbers)}"
         return Record(self, descriptor, said, self.tracing.begin("call", descriptor))
 
 
 class Record:
-    """One call. Exactly one of `refused` and `ended` is its end."""
+    """Record of one call. `ended` is called once."""
 
     __slots__ = (
         *("_records", "_span", "began", "bytes_in", "bytes_out", "descriptor", "replica", "request_id", "seconds"),
@@ -50,36 +50,41 @@ class Record:
         self.request_id = request_id
         self.began = monotonic()
         self.seconds = 0.0
-        # Of its tensors, there and back.
+        # Bytes of the tensors, there and back.
         self.bytes_in = self.bytes_out = 0
-        # Whose it is, as metrics call it, once that is known.
+        # The tenant's label in metrics, once the tenant is known.
         self.tenant = OTHER
-        # Where it ran, once it has been answered from there.
+        # The replica that answered.
         self.replica = ""
         self.timings: Timings | None = None
         self._records = records
         self._span = span
 
-    def refused(self, error: UnlatchError, *, known: bool) -> None:
-        """The call was not let in; `known` says whether its kernel is one that is served."""
-        self._end(self.descriptor.request.kernel if known else _UNKNOWN, error.status, error)
-
     def ended(
-        self, code: str, error: UnlatchError | None = None, reply: Reply | None = None, replica: str = ""
+        self,
+        code: str,
+        error: UnlatchError | None = None,
+        reply: Reply | None = None,
+        replica: str = "",
+        *,
+        known: bool = True,
     ) -> None:
-        """The call has its answer, or needs none any more; `reply` is what `replica` said, where it said something."""
+        """Tell metrics, traces and the log that the call has ended.
+
+        `reply` is what `replica` answered, if it did; `known` says whether the call's kernel is one that is served.
+        """
         if reply is not None:
             self.replica, self.timings, self.bytes_out = replica, reply.timings, sum(reply.lengths)
-        self._end(self.descriptor.request.kernel, code, error)
+        self._end(self.descriptor.request.kernel if known else _UNKNOWN, code, error)
 
     @property
     def transfer_microseconds(self) -> int:
-        """What is neither waiting nor running in the replica."""
+        """The part of the call's time that was neither waiting nor running in the replica."""
         spent = self.timings.queue + self.timings.run if self.timings is not None else 0
         return max(0, round(self.seconds * 1e6) - spent)
 
     def trailers(self) -> tuple[tuple[str, str], ...]:
-        """What the caller hears beside its answer. Six of them would cost 5 µs, and three nothing that shows."""
+        """Return the metadata that goes with the answer. Six entries would cost 5 µs, and three cost nothing to see."""
         timings = self.timings
         if timings is None:
             return (("unlatch-request-id", self.request_id),)
@@ -95,7 +100,7 @@ class Record:
         records = self._records
         records.metrics.call_ended(kernel, code, self.seconds, self.timings)
         records.metrics.tenants_call_ended(self.tenant, code)
-        message = error.message[:_MOST_MESSAGE_CHARACTERS] if error is not None else ""
+        message = error.message[:_MAX_MESSAGE_CHARACTERS] if error is not None else ""
         if self._span is not None:
             end(self._span, code, message, self._attributes())
         if records.log.has_room(code):

@@ -1,8 +1,8 @@
-"""The client's lane: its calls take the same path as any other, and their pieces pass through as they come.
+"""Lanes of Python clients: their calls take the same path as any other, and pieces pass through as they come.
 
-Whose lane it is its opening says, and that holds as long as the token or certificate that it came with. Before a token
-ends the lane asks for another. Without one new calls are refused; those that are under way are answered, if that takes
-no longer than `tls_grace_seconds`, and then the lane is closed.
+A lane's caller is authenticated when the lane opens, for as long as the token or certificate holds that it came with.
+Before a token ends the lane asks for another. Without one new calls are refused; those that are under way are answered,
+if that takes no longer than `tls_grace_seconds`, and then the lane is closed.
 """
 
 import asyncio
@@ -13,13 +13,15 @@ from typing import Any
 import structlog
 
 from unlatch.common.errors import InvalidArgument, Unauthenticated, UnlatchError
-from unlatch.common.lane.body import Body, Sink
-from unlatch.common.lane.frames import MOST_DESCRIPTOR_BYTES
+from unlatch.common.lane.body import Body
+from unlatch.common.lane.frames import MAX_DESCRIPTOR_BYTES
 from unlatch.common.lane.lanes import Lanes
+from unlatch.common.lane.listener import Caught
 from unlatch.common.lane.replies import failed
 from unlatch.common.lane.server import LaneServer
 from unlatch.common.net.rpc import abort
-from unlatch.gateway.calls.calls import Call, Calls, too_much_said
+from unlatch.gateway.calls.calls import Calls, LiveCall
+from unlatch.gateway.doors.fields import descriptor_too_large, name_as_protocol
 from unlatch.gateway.tenants.authentication import Authentication
 from unlatch.gateway.tenants.tenants import Tenants
 from unlatch.gateway.tenants.tokens import Identity
@@ -27,19 +29,19 @@ from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 log = structlog.get_logger()
 
-# How long before a token ends its lane asks for another: by then, or by this part of its time.
+# How long before a token ends its lane asks for another: so many seconds, or this part of its time if that is less.
 _ASK_SECONDS = 30.0
 _ASK_PART = 0.2
-# What a token that its key's end has ended may still do, so that its caller can come with another.
+# How long a token still holds whose key was taken away, so that its caller can send another.
 _GRACE_SECONDS = 2.0
-# Nobody's timer runs for longer: the wall clock, by which tokens end, may be set.
+# No timer runs for longer: the wall clock, by which tokens end, may be set.
 _LOOK_SECONDS = 60.0
 _CHECKED_AT_ONCE = 16
 _ENDED = "the lane's token has ended, and no other has come"
 
 
-class ClientDoor:
-    """Takes in what clients' lanes bring."""
+class ClientLanes:
+    """Opens lanes of clients, and begins the calls that they bring."""
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class ClientDoor:
         *,
         stalled_call_seconds: float,
         grace_seconds: float,
+        caught: Caught,
     ) -> None:
         self._calls = calls
         self._lanes = lanes
@@ -57,15 +60,18 @@ class ClientDoor:
         self._tenants = tenants
         self._stalled_call_seconds = stalled_call_seconds
         self._grace_seconds = grace_seconds
+        self.caught = caught
         self._open: set[_ClientLane] = set()
 
     async def open(self, _: object, context: Any) -> None:
-        """The RPC: who opens a lane is looked at before anything that comes on it."""
+        """Run the RPC of a lane. Its caller is authenticated before anything that comes on the lane is read."""
         try:
             identity, token = self._authentication.identify(context)
             self._tenants.of(identity.name)
         except UnlatchError as error:
             await abort(context, error)
+        except Exception as error:  # noqa: BLE001 (the guard: the caller hears of it)
+            await abort(context, self.caught("client_lane", error))
         lane = _ClientLane(self, identity, token)
         self._open.add(lane)
         try:
@@ -74,28 +80,28 @@ class ClientDoor:
             self._open.discard(lane)
 
     async def check(self) -> None:
-        """Look at every lane's token again. By turns, since there may be many."""
+        """Check every lane's token again, after the keys have changed. In slices, since there may be many lanes."""
         for number, lane in enumerate(list(self._open), 1):
             lane.check()
             if number % _CHECKED_AT_ONCE == 0:
                 await asyncio.sleep(0)
 
     def renewed(self, token: str, name: str) -> Identity:
-        """Whom another token is of, that came on a lane of this caller. Raises Unauthenticated."""
+        """Return the identity of a new token that came on the lane of caller `name`. Raises Unauthenticated."""
         identity = self._authentication.renew(token)
         if identity.name != name:
             raise Unauthenticated("the token that came is another caller's than the lane's")
         return identity
 
     def close(self, lane: LaneServer, why: str) -> None:
-        """Nobody knows any more whose lane it is: what came in time is answered first, if that is soon."""
+        """Close a lane whose caller is no longer authenticated. Calls that came in time are answered first, if soon."""
         self._lanes.close(lane, Unauthenticated(why), self._grace_seconds)
 
     def begin(
         self, lane: LaneServer, identity: Identity, descriptor: Descriptor, whole: list[memoryview] | None
     ) -> "_ClientCall | None":
-        """A client's descriptor begins a call, or is refused at once."""
-        # For the gateway to say, whatever a client writes; as is what this version does not know.
+        """Begin a call, or refuse it at once. None where it is over already."""
+        # The gateway sets these, whatever a client writes; fields that this version does not know are dropped.
         descriptor.ClearField("tenant")
         descriptor.ClearField("priority")
         descriptor.ClearField("attempt")
@@ -103,21 +109,16 @@ class ClientDoor:
         body = Body(descriptor.lengths, None if whole is None else list(whole))
         remaining = descriptor.remaining_microseconds
         call = _ClientCall(lane, descriptor.call, body)
-        record = self._calls.records.begin(descriptor)
         try:
             if identity.until <= time():
                 raise Unauthenticated(_ENDED)
             tenant = self._tenants.of(identity.name)
-            if descriptor.ByteSize() > MOST_DESCRIPTOR_BYTES:
-                raise too_much_said(descriptor.request.SerializeToString())
+            if descriptor.ByteSize() > MAX_DESCRIPTOR_BYTES:
+                raise descriptor_too_large(descriptor.request.SerializeToString())
         except UnlatchError as error:
-            record.refused(error, known=False)
-            call.fail(error)
+            self._calls.refuse(descriptor, error, call)
             return None
-        try:
-            call.call = self._calls.begin(record, body, remaining / 1e6 if remaining else None, call, tenant)
-        except UnlatchError as error:
-            call.fail(error)
+        call.live = self._calls.begin(descriptor, body, remaining / 1e6 if remaining else None, call, tenant)
         if call.answered:
             return None
         call.wait_for_bytes(self._stalled_call_seconds)
@@ -125,10 +126,10 @@ class ClientDoor:
 
 
 class _ClientLane:
-    """One lane, whose it is and until when."""
+    """One lane, its caller's identity, and until when that holds."""
 
-    def __init__(self, door: ClientDoor, identity: Identity, token: str) -> None:
-        self.server = LaneServer(self._accept, self._renew)
+    def __init__(self, door: ClientLanes, identity: Identity, token: str) -> None:
+        self.server = LaneServer(self._accept, door.caught, self._renew)
         self._door = door
         self._identity = identity
         self._token = token
@@ -137,7 +138,7 @@ class _ClientLane:
         self._changed = asyncio.Event()
 
     async def run(self, lanes: Lanes, context: Any) -> None:
-        """Until it ends: by its caller, or because nobody knows any more whose it is."""
+        """Carry the lane until its caller ends it, or is no longer authenticated."""
         keeping = asyncio.create_task(self._keep(context.peer()))
         try:
             await lanes.carry(self.server, context)
@@ -145,14 +146,20 @@ class _ClientLane:
             keeping.cancel()
 
     def check(self) -> None:
-        """The keys for tokens are others now: does its token hold?"""
-        if self._token and not self._over:
-            try:
-                self._take(self._door.renewed(self._token, self._identity.name))
-            except Unauthenticated as error:
-                self._why = error.message
-                self._ask()
-                self._take(Identity(name=self._identity.name, until=min(self._identity.until, time() + _GRACE_SECONDS)))
+        """Check the token by the new keys. Where it does not hold, ask for another, and close the lane soon."""
+        if not self._token or self._over:
+            return
+        try:
+            self._take(self._door.renewed(self._token, self._identity.name))
+        except Unauthenticated as error:
+            self._lapse(error)
+        except Exception as error:  # noqa: BLE001 (the guard: a token that cannot be checked does not hold)
+            self._lapse(self._door.caught("client_token", error))
+
+    def _lapse(self, error: UnlatchError) -> None:
+        self._why = error.message
+        self._ask()
+        self._take(Identity(name=self._identity.name, until=min(self._identity.until, time() + _GRACE_SECONDS)))
 
     def _accept(self, lane: LaneServer, descriptor: Descriptor, whole: list[memoryview] | None) -> "_ClientCall | None":
         return self._door.begin(lane, self._identity, descriptor, whole)
@@ -163,7 +170,7 @@ class _ClientLane:
         try:
             identity = self._door.renewed(token, self._identity.name)
         except Unauthenticated as error:
-            # What it was let in by holds until its end.
+            # The token before holds until its end.
             self._why = error.message
             return
         self._token = token
@@ -181,7 +188,10 @@ class _ClientLane:
 
     async def _keep(self, peer: str) -> None:
         """Ask for another token in time, and close the lane when none has come."""
-        await self._until_its_end()
+        try:
+            await self._until_its_end()
+        except Exception as error:  # noqa: BLE001 (the guard: a lane whose end is not watched is closed)
+            self._why = self._door.caught("client_token", error).message
         self._over = True
         log.info("lane is closed", peer=peer, tenant=self._identity.name, message=self._why)
         self._door.close(self.server, self._why)
@@ -205,65 +215,68 @@ class _ClientLane:
 
 
 class _ClientCall:
-    """A client's call as its lane holds it: what arrives goes to the call's body, its answer to the lane."""
+    """A client's call: pieces that its lane takes in go to the call's body, and its reply to the lane."""
 
     def __init__(self, lane: LaneServer, number: int, body: Body) -> None:
-        self.call: Call | None = None
+        self.live: LiveCall | None = None
         self.answered = False
         self._lane = lane
         self._number = number
         self._body = body
-        # The one that is on its way.
-        self._answer: Body | None = None
+        # The reply's body that is on its way.
+        self._reply_body: Body | None = None
         self._has_fed = False
-        self._waiting: asyncio.TimerHandle | None = None
-
-    @property
-    def complete(self) -> bool:
-        return self._body.complete
+        self._stalled: asyncio.TimerHandle | None = None
 
     def feed(self, piece: memoryview) -> None:
+        """Take the next piece of the call's body."""
         self._has_fed = True
         self._body.feed(piece)
 
     def wait_for_bytes(self, seconds: float) -> None:
-        """See to it that more of its bytes come within the time, as long as there are more."""
+        """Refuse the call if no more of its bytes come within `seconds`, as long as there are more."""
         if not self._body.complete:
             self._has_fed = False
-            self._waiting = asyncio.get_running_loop().call_later(seconds, self._waited, seconds)
+            self._stalled = asyncio.get_running_loop().call_later(seconds, self._look, seconds)
 
     def abandon(self) -> None:
+        """Give the call up: its caller has left."""
         self.answered = True
         self._leave()
 
-    def answer(self, reply: Reply, tensors: list[memoryview] | None) -> Sink | None:
+    def replied(self, reply: Reply, body: Body) -> None:
+        """Send the reply on the lane, as its pieces come, in place of the one before, if there was one."""
         self.answered = True
-        body = Body(reply.lengths, None if tensors is None else list(tensors))
+        self._reply_body = body
         if body.whole:
             self._lane.reply(self._number, reply, body)
-            return None
-        self._answer = body
-        self._lane.reply(self._number, reply, body, partial(self._sent, body))
-        return body
+            self._leave()
+        else:
+            self._lane.reply(self._number, reply, body, partial(self._sent, body))
+
+    def failed(self, error: UnlatchError, _: Reply | None = None) -> None:
+        """Send the error on the lane."""
+        self.answered = True
+        self._stop_looking()
+        self._lane.reply(self._number, failed(name_as_protocol(error)), Body((), []))
 
     def _sent(self, body: Body) -> None:
-        # Another answer may have taken its place.
-        if body is self._answer:
+        # Another reply may have taken its place.
+        if body is self._reply_body:
             self._leave()
 
-    def fail(self, error: UnlatchError) -> None:
-        self.answered = True
-        self._lane.reply(self._number, failed(error), Body((), []))
-
-    def _waited(self, seconds: float) -> None:
+    def _look(self, seconds: float) -> None:
         if self._has_fed:
             self.wait_for_bytes(seconds)
-        elif not self.answered:
-            self._leave()
-            self.fail(InvalidArgument(f"nothing of the call's bytes came for stalled_call_seconds={seconds:g}"))
+        elif not self.answered and self.live is not None:
+            error = InvalidArgument(f"nothing of the call's bytes came for stalled_call_seconds={seconds:g}")
+            self.live.failed(error)
+
+    def _stop_looking(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     def _leave(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-        if self.call is not None:
-            self.call.leave()
+        self._stop_looking()
+        if self.live is not None:
+            self.live.leave()

@@ -1,7 +1,7 @@
 """The protocol's call messages: ModelInferRequest bytes become a descriptor and a body, a reply becomes a response.
 
-A message is walked once. What is not tensors is a descriptor's request as it stands (protos/unlatch.proto), the tensors
-are slices of the message. Typed `contents` cost a pass over their elements: raw bytes are what a client should send.
+A message is walked once. All but the tensors is a descriptor's request as it stands (protos/unlatch.proto), the tensors
+are slices of the message. Typed `contents` cost a pass over their elements: clients should send raw bytes.
 """
 
 from array import array
@@ -13,9 +13,9 @@ from google.protobuf.message import DecodeError
 from unlatch.common.errors import InvalidArgument, ResourceExhausted, UnlatchError
 from unlatch.common.kernel.datatypes import BYTES
 from unlatch.common.lane.body import Body, Buffer
-from unlatch.common.lane.frames import MOST_DESCRIPTOR_BYTES, MOST_TENSORS
+from unlatch.common.lane.frames import MAX_DESCRIPTOR_BYTES, MAX_TENSORS
 from unlatch.common.lane.protowire import Malformed, bulk_entry, split
-from unlatch.gateway.calls.calls import too_much_said
+from unlatch.gateway.doors.fields import descriptor_too_large
 from unlatch.protos.inference_pb2 import (
     InferTensorContents,
     ModelInferRequest,
@@ -31,11 +31,11 @@ _CONTENTS = ModelInferRequest.InferInputTensor.CONTENTS_FIELD_NUMBER
 
 
 def read_request(message: bytes, max_message_bytes: int) -> tuple[Descriptor, Body]:
-    """A ModelInferRequest as a descriptor and the bytes of its tensors.
+    """Return a ModelInferRequest as a descriptor and the bytes of its tensors.
 
     Raises InvalidArgument, and ResourceExhausted for one that is too large.
     """
-    # gRPC's own limit leaves room for lanes' messages, which come by the same port.
+    # gRPC's own limit leaves room for lanes' messages, which come on the same port.
     if len(message) > max_message_bytes:
         raise ResourceExhausted(
             f"the request is {len(message)} bytes, more than max_message_bytes={max_message_bytes}; "
@@ -44,8 +44,8 @@ def read_request(message: bytes, max_message_bytes: int) -> tuple[Descriptor, Bo
     descriptor = Descriptor()
     typed: list[bytes] = []
     try:
-        header, raw = split(message, _RAW_INPUTS, MOST_TENSORS)
-        if len(header) > MOST_DESCRIPTOR_BYTES:
+        header, raw = split(message, _RAW_INPUTS, MAX_TENSORS)
+        if len(header) > MAX_DESCRIPTOR_BYTES:
             header, typed = _without_contents(header)
         descriptor.request.MergeFromString(header)
     except (Malformed, DecodeError) as error:
@@ -67,7 +67,7 @@ def read_request(message: bytes, max_message_bytes: int) -> tuple[Descriptor, Bo
 
 
 def write_response(reply: Reply, buffers: list[Buffer]) -> bytes:
-    """A ModelInferResponse around the tensors' bytes, which may be in pieces; always raw."""
+    """Return a ModelInferResponse around the tensors' bytes, which may be in pieces; always raw."""
     parts: list[Buffer] = [reply.response.SerializeToString()]
     if reply.whole:
         for buffer in buffers:
@@ -85,12 +85,12 @@ def write_response(reply: Reply, buffers: list[Buffer]) -> bytes:
 
 
 def write_answer(response: bytes) -> bytes:
-    """A ModelStreamInferResponse around a ModelInferResponse."""
+    """Return a ModelStreamInferResponse around a ModelInferResponse."""
     return bulk_entry(ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER, len(response)) + response
 
 
 def write_failure(descriptor: Descriptor, error: UnlatchError) -> bytes:
-    """A ModelStreamInferResponse that says why the request of this descriptor failed."""
+    """Return a ModelStreamInferResponse that says why the request of this descriptor failed."""
     request = descriptor.request
     which = ModelInferResponse(model_name=request.kernel[:64], model_version=request.version[:64], id=request.id)
     message = f"{error.status}: {error.message}"
@@ -98,8 +98,11 @@ def write_failure(descriptor: Descriptor, error: UnlatchError) -> bytes:
 
 
 def _without_contents(header: bytes) -> tuple[bytes, list[bytes]]:
-    """A large header without its inputs' typed contents, and these. Raises InvalidArgument when it is large even so."""
-    rest, inputs = split(header, _INPUTS, MOST_TENSORS)
+    """Return a large header without its inputs' typed contents, and these.
+
+    Raises InvalidArgument when the header is large even so.
+    """
+    rest, inputs = split(header, _INPUTS, MAX_TENSORS)
     parts: list[Buffer] = [rest]
     contents: list[bytes] = []
     for entry in inputs:
@@ -107,8 +110,8 @@ def _without_contents(header: bytes) -> tuple[bytes, list[bytes]]:
         parts += bulk_entry(_INPUTS, len(tensor)), tensor
         contents.append(b"".join(typed))
     slim = b"".join(parts)
-    if len(slim) > MOST_DESCRIPTOR_BYTES:
-        raise too_much_said(slim)
+    if len(slim) > MAX_DESCRIPTOR_BYTES:
+        raise descriptor_too_large(slim)
     return slim, contents if any(contents) else []
 
 
@@ -135,7 +138,7 @@ _PACKED = {
 
 
 def _raw(tensor: Tensor, contents: bytes) -> bytes:
-    """A tensor's typed contents as raw bytes. Raises InvalidArgument."""
+    """Return a tensor's typed contents as raw bytes. Raises InvalidArgument."""
     name, datatype = tensor.name[:64], tensor.datatype
     known = _TYPED.get(datatype)
     if known is None:
@@ -145,12 +148,12 @@ def _raw(tensor: Tensor, contents: bytes) -> bytes:
     field, code = known
     try:
         if datatype in _PACKED:
-            rest, packed = split(contents, _PACKED[datatype], MOST_TENSORS)
+            rest, packed = split(contents, _PACKED[datatype], MAX_TENSORS)
             if not rest:
                 return b"".join(packed)
-        if len(contents) > MOST_DESCRIPTOR_BYTES:
+        if len(contents) > MAX_DESCRIPTOR_BYTES:
             raise InvalidArgument(
-                f"{name}: typed contents of {len(contents)} bytes; past {MOST_DESCRIPTOR_BYTES} send the bytes in "
+                f"{name}: typed contents of {len(contents)} bytes; past {MAX_DESCRIPTOR_BYTES} send the bytes in "
                 "raw_input_contents",
                 field=name,
             )

@@ -1,4 +1,4 @@
-"""What the protocol asks about server and kernels, answered from what the fleet serves and the metrics count."""
+"""The protocol's questions about server and kernels, answered from what the fleet serves and the metrics count."""
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -24,7 +24,7 @@ _ANY_LENGTH = -1
 Request = TypeVar("Request", bound=Message)
 
 
-class About:
+class OipMetadata:
     """The service's methods besides calls, each from bytes to bytes."""
 
     def __init__(self, fleet: Fleet, metrics: GatewayMetrics) -> None:
@@ -32,7 +32,7 @@ class About:
         self._metrics = metrics
 
     def methods(self) -> dict[str, Answer]:
-        """By name, as the gRPC server wants them."""
+        """Return the methods by name, as the gRPC server wants them."""
         return {
             "ServerLive": _answers(pb.ServerLiveRequest, self._server_live),
             "ServerReady": _answers(pb.ServerReadyRequest, self._server_ready),
@@ -127,7 +127,7 @@ class About:
 
 
 def _answers(kind: type[Request], answer: Callable[[Request], Message]) -> Answer:
-    """A method from bytes to bytes that a function of messages answers."""
+    """Return a method from bytes to bytes that a function of messages answers."""
 
     async def handle(message: bytes, _: Any, __: Tenant) -> bytes:
         try:
@@ -140,7 +140,7 @@ def _answers(kind: type[Request], answer: Callable[[Request], Message]) -> Answe
 
 
 def _shared_memory() -> dict[str, Answer]:
-    """The methods of regions, of which there are none."""
+    """Return the methods of shared memory, which a gateway does not offer: there are no regions."""
     methods: dict[str, Answer] = {}
     for kind in ("SystemSharedMemory", "CudaSharedMemory"):
         for verb in ("Status", "Unregister"):
@@ -169,7 +169,7 @@ def _metadata(array: Array) -> pb.ModelMetadataResponse.TensorMetadata:
 
 
 def _dtype(array: Array) -> str:
-    """The one dtype that the protocol has room for."""
+    """Return the one dtype that the protocol has room for."""
     return array.dtypes[0] if array.dtypes else "float64"
 
 

@@ -1,10 +1,11 @@
-"""Where RPCs come in: who calls is looked at first, and what it says is read only then, and for so long."""
+"""RpcGuard: authenticates the caller of an RPC before anything of its message is read, and bounds the wait for it."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from unlatch.common.errors import DeadlineExceeded, InvalidArgument
+from unlatch.common.errors import DeadlineExceeded, InvalidArgument, UnlatchError
+from unlatch.gateway.doors.fields import name_as_protocol
 from unlatch.gateway.tenants.authentication import Authentication
 from unlatch.gateway.tenants.quotas import Tenant
 from unlatch.gateway.tenants.tenants import Tenants
@@ -12,8 +13,8 @@ from unlatch.gateway.tenants.tenants import Tenants
 Answer = Callable[[bytes, Any, Tenant], Awaitable[bytes]]
 
 
-class Entrance:
-    """A message that takes longer than `message_seconds` to come is not waited for."""
+class RpcGuard:
+    """Guards the Open Inference Protocol's RPCs. A message must come whole within `message_seconds`."""
 
     def __init__(self, authentication: Authentication, tenants: Tenants, message_seconds: float) -> None:
         self._authentication = authentication
@@ -21,16 +22,20 @@ class Entrance:
         self._message_seconds = message_seconds
 
     def tenant(self, context: Any) -> Tenant:
-        """Whose an RPC is. Raises Unauthenticated, PermissionDenied."""
+        """Return the tenant of an RPC's caller. Raises Unauthenticated, PermissionDenied."""
         identity, _ = self._authentication.identify(context)
         return self._tenants.of(identity.name)
 
     def unary(self, answer: Answer) -> Callable[[Any, Any], Awaitable[bytes]]:
-        """A method of one message. To gRPC it is one of a stream, whose messages wait until they are asked for."""
+        """Return a method of one message. gRPC sees one of a stream, whose messages wait until they are asked for."""
 
         async def handle(_: Any, context: Any) -> bytes:
-            tenant = self.tenant(context)
-            return await answer(await self._message(context), context, tenant)
+            try:
+                tenant = self.tenant(context)
+                return await answer(await self._message(context), context, tenant)
+            except UnlatchError as error:
+                name_as_protocol(error)
+                raise
 
         return handle
 

@@ -22,8 +22,9 @@ import structlog
 
 from unlatch.common.backoff import Backoff
 from unlatch.common.lane.body import Body
-from unlatch.common.lane.caller import LaneCaller, Waiter
+from unlatch.common.lane.caller import LaneCaller
 from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, METHOD, ProtocolViolation
+from unlatch.common.lane.listener import ReplyListener
 from unlatch.common.net.rpc import options
 from unlatch.common.security.tls import ChannelSecurity
 from unlatch.common.telemetry.internal_errors import InternalErrors
@@ -60,7 +61,9 @@ class Lane(Protocol):
     finishing: bool
     ended: bool
 
-    def call(self, descriptor: Descriptor, body: Body, waiter: Waiter) -> int:
+    def call(
+        self, descriptor: Descriptor, body: Body, listener: ReplyListener, started: Callable[[], bool] | None = None
+    ) -> int:
         """Send a call; returns its number on this lane."""
 
     def cancel(self, number: int) -> None:
@@ -129,7 +132,7 @@ class Replica:
         """Send a call; returns the lane that it is on and its number there."""
         assert self._lane is not None
         call.descriptor.remaining_microseconds = call.remaining_microseconds()
-        number = self._lane.call(call.descriptor, call.body, call)
+        number = self._lane.call(call.descriptor, call.body, call, call.started)
         # Only now: a call that could not be sent takes no room.
         self.window.take(call.demand.size, call.estimate)
         return self._lane, number
@@ -172,7 +175,7 @@ class Replica:
                 while not self._retired:
                     lane = self._new_lane()
                     carrying = lanes.create_task(self._carry(lane))
-                    await self._security.until_another_is_wanted(lane, carrying)
+                    await self._security.until_another_is_wanted(lane.reopen_asked, carrying)
                     if lane.welcomed:
                         tries.succeeded()
                     if not carrying.done():
@@ -189,6 +192,7 @@ class Replica:
         lane = LaneCaller(
             lambda welcome: self._guarded("replica_welcome", self.welcomed, lane, welcome),
             lambda: self._guarded("replica_drains", self._drains, lane),
+            self._errors.caught,
             on_load=lambda load: self._guarded("replica_report", self.reported, lane, load),
         )
         return lane

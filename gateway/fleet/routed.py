@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from unlatch.common.errors import UnlatchError
 from unlatch.common.lane.body import Body
-from unlatch.common.lane.caller import Waiter
+from unlatch.common.lane.listener import ReplyListener
 from unlatch.common.waiting.demand import Demand, Estimate
 from unlatch.protos.unlatch_pb2 import Descriptor
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from unlatch.gateway.fleet.replica import Lane, Replica
 
 
-class Routed(Waiter, Protocol):
+class Routed(ReplyListener, Protocol):
     """A call that wants a replica. The fleet stands below the calls, and knows them by this."""
 
     descriptor: Descriptor
@@ -31,6 +31,9 @@ class Routed(Waiter, Protocol):
 
     def remaining_microseconds(self) -> int:
         """What is left of its time."""
+
+    def started(self) -> bool:
+        """Note that a worker has begun it, or is about to; returns whether the replica waits to hear that this is known."""
 
     def sent(self, replica: "Replica", lane: "Lane", number: int) -> None:
         """Take note that it is on that lane to that replica now, under that number."""

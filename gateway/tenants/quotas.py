@@ -87,7 +87,7 @@ class Tenant:
     def allow(self, request: Request) -> Priority.ValueType:
         """Hold what a call asks for against what is allowed; its priority. Raises PermissionDenied, InvalidArgument."""
         if not any(fnmatchcase(request.kernel, allowed) for allowed in self.limits.kernels):
-            raise PermissionDenied(f"{self._who} may not call kernel {request.kernel[:64]!r}", field="model_name")
+            raise PermissionDenied(f"{self._who} may not call kernel {request.kernel[:64]!r}", field="kernel")
         most = NAMES[self.limits.priority]
         asks = PARAMETER in request.parameters
         priority = take_priority(request)

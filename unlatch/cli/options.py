@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from unlatch.common.errors import Unauthenticated, Unavailable, near, no_kernel
+from unlatch.common.errors import NotFound, Unauthenticated, Unavailable, near
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.waiting.priority import NAMES
 from unlatch.security import TLS
@@ -123,5 +123,5 @@ def find(served: Iterable[KernelSpec], name: str) -> KernelSpec:
     if not kernels:
         raise Unavailable("the gateway has no ready replica")
     if name not in kernels:
-        raise no_kernel(name, "", {served.name: served.version for served in kernels.values()})
+        raise NotFound(f"there is no kernel {name[:64]!r}{near(name, kernels)}", field="model_name")
     return kernels[name]

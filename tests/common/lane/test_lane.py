@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.guards import unexpected
+from unlatch.common.errors import UnlatchError
 from unlatch.common.lane.body import WHOLE_BYTES, Body
 from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, ProtocolViolation, check_pieces, check_whole, unpack
 from unlatch.common.lane.outbox import MESSAGE_BYTES, PIECE_BYTES, Outbox
@@ -57,6 +59,15 @@ def no_calls() -> int:
     return 0
 
 
+def an_outbox() -> Outbox:
+    """An outbox of a lane without calls, on which nothing unexpected may happen."""
+
+    def lost(call: int, error: UnlatchError) -> None:
+        raise AssertionError(f"call {call} could not be sent") from error
+
+    return Outbox(no_calls, unexpected, lost)
+
+
 async def delivered(outbox: Outbox, peer: Peer) -> None:
     """Send all that is due."""
     running = asyncio.ensure_future(outbox.run(peer.take))
@@ -85,7 +96,7 @@ def test_calls_and_replies_arrive_as_they_were_sent(*, bodies: list[list[int]], 
     peer, sent = Peer(), {}
 
     async def send() -> None:
-        outbox = Outbox(no_calls)
+        outbox = an_outbox()
         outbox.welcome(Welcome(server="s"))
         for call, lengths in enumerate(bodies):
             sent[call] = [pattern(call + i, length) for i, length in enumerate(lengths)]
@@ -104,7 +115,7 @@ def test_calls_and_replies_arrive_as_they_were_sent(*, bodies: list[list[int]], 
 
 async def test_frames_without_bodies_hold_up_a_caller_who_reads_nothing() -> None:
     """Refusals weigh what they take: a server reads no more of a caller who takes none of them."""
-    outbox = Outbox(no_calls)
+    outbox = an_outbox()
     for number in range(1, 1001):
         outbox.reply(number, Reply(failure=Failure(code=3, message="m" * 500)), body())
     waiting = asyncio.ensure_future(outbox.relieved(100_000))
@@ -116,7 +127,7 @@ async def test_frames_without_bodies_hold_up_a_caller_who_reads_nothing() -> Non
 
 async def test_dropping_the_last_body_lets_go_of_who_waits() -> None:
     """Whoever waits until all is sent does not wait for a body that is not to be sent any more."""
-    outbox, peer = Outbox(no_calls), Peer()
+    outbox, peer = an_outbox(), Peer()
     outbox.reply(1, Reply(), Body([100_000]))
     running = asyncio.ensure_future(outbox.run(peer.take))
     try:
@@ -132,7 +143,7 @@ async def test_dropping_the_last_body_lets_go_of_who_waits() -> None:
 
 async def test_pieces_take_turns() -> None:
     """Two large bodies advance together; a small call meanwhile waits for neither, and makes their pieces smaller."""
-    outbox, peer = Outbox(no_calls), Peer()
+    outbox, peer = an_outbox(), Peer()
     large = 16 * PIECE_BYTES
     small_after: list[int] = []
 
@@ -161,7 +172,7 @@ async def test_pieces_take_turns() -> None:
 @pytest.mark.parametrize("size", [0, 1, KIBIBYTE, WHOLE_BYTES, WHOLE_BYTES + 1, 700 * KIBIBYTE])
 async def test_messages_are_bounded(size: int) -> None:
     """However much is due at once, no message carries more than its bound and one last entry."""
-    outbox = Outbox(no_calls)
+    outbox = an_outbox()
     peer = Peer(within_bytes=MESSAGE_BYTES + PIECE_BYTES + 64 * KIBIBYTE)
     for call in range(300 if size <= WHOLE_BYTES else 12):
         outbox.call(call, Descriptor(), body(pattern(call, size)))
@@ -171,7 +182,7 @@ async def test_messages_are_bounded(size: int) -> None:
 
 async def test_many_frames_are_bounded_too() -> None:
     """Descriptors that are large by themselves (long parameters) fill messages as bodies do."""
-    outbox, peer = Outbox(no_calls), Peer(within_bytes=MESSAGE_BYTES + 300 * KIBIBYTE)
+    outbox, peer = an_outbox(), Peer(within_bytes=MESSAGE_BYTES + 300 * KIBIBYTE)
     for call in range(30):
         descriptor = Descriptor(call=call)
         descriptor.request.parameters["label"].string_param = "x" * 200 * KIBIBYTE
@@ -183,7 +194,7 @@ async def test_many_frames_are_bounded_too() -> None:
 @pytest.mark.parametrize(("said", "draining"), [("draining, welcome", False), ("welcome, draining", True)])
 async def test_welcome_takes_back_that_no_calls_are_wanted(said: str, *, draining: bool) -> None:
     """What was said last holds, though both go out as one message, in which `draining` is applied last."""
-    outbox, peer = Outbox(no_calls), Peer()
+    outbox, peer = an_outbox(), Peer()
     for word in said.split(", "):
         if word == "draining":
             outbox.draining()
@@ -197,7 +208,7 @@ async def test_welcome_takes_back_that_no_calls_are_wanted(said: str, *, drainin
 
 async def test_body_that_still_arrives_is_passed_on() -> None:
     """Pieces leave as they come in, and the last of them ends the body."""
-    outbox, peer = Outbox(no_calls), Peer()
+    outbox, peer = an_outbox(), Peer()
     arriving = Body([5, 0, 3])
     outbox.call(1, Descriptor(), arriving)
     running = asyncio.ensure_future(outbox.run(peer.take))
@@ -214,7 +225,7 @@ async def test_body_that_still_arrives_is_passed_on() -> None:
 
 async def test_dropped_body_is_let_go_of() -> None:
     """After a cancel no more of a call's body is sent; after a drop of a reply its buffers are given back, once."""
-    outbox, peer = Outbox(no_calls), Peer()
+    outbox, peer = an_outbox(), Peer()
     given_back: list[int] = []
     outbox.call(1, Descriptor(), body(pattern(1, 4 * PIECE_BYTES)))
     outbox.cancel(1)
@@ -230,7 +241,7 @@ async def test_dropped_body_is_let_go_of() -> None:
 
 async def test_closed_outbox_gives_every_buffer_back() -> None:
     """A lane that is gone holds nobody's memory."""
-    outbox = Outbox(no_calls)
+    outbox = an_outbox()
     given_back: list[int] = []
     for call in (1, 2):
         outbox.reply(call, Reply(), body(bytes(2 * WHOLE_BYTES)), lambda call=call: given_back.append(call))  # type: ignore[misc]

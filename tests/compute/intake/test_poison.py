@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.guards import unexpected
 from tests.support.watching import until
 from unlatch.common.errors import FailedPrecondition, Unavailable
 from unlatch.common.kernel.spec import ArraySpec, KernelSpec, ScalarSpec
@@ -40,7 +41,7 @@ class Ward:
         self.queue = Queue(self.policy, 10_000, 0.1)
         self.suspects = Suspects(self.queue, poison_seconds)
         self._metrics = ComputeMetrics(Recorder(), ProcessWatch(), self.queue.__len__)
-        self._lane = LaneServer(lambda *_: None)
+        self._lane = LaneServer(lambda *_: None, unexpected)
 
     def sent(
         self,

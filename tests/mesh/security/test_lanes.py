@@ -17,6 +17,7 @@ from tests.conftest import StartMesh
 from tests.mesh.faults.conftest import gateway_to
 from tests.mesh.security.conftest import Guarded
 from tests.support.doors import LaneEnd, Oip, descriptor, refusal_of, request, vector
+from tests.support.guards import unexpected
 from tests.support.issuer import Issuer, bearer, ends
 from tests.support.watching import wait_until
 from unlatch import BlockingClient, Client
@@ -40,11 +41,13 @@ class Replica:
         self._kernels = [Kernel(name="identity", inputs=[array], outputs=[array])]
 
     async def serve(self, socket: Path, ready: threading.Event, ended: asyncio.Event) -> None:
-        lanes = Lanes(lambda: Welcome(server="spy", kernels=self._kernels, window_calls=64, window_bytes=1 << 20))
+        lanes = Lanes(
+            lambda: Welcome(server="spy", kernels=self._kernels, window_calls=64, window_bytes=1 << 20), unexpected
+        )
         server = grpc.aio.server(options=options(MAX_MESSAGE_BYTES))
 
         async def opened(_: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-            await lanes.carry(LaneServer(self._accept), context)
+            await lanes.carry(LaneServer(self._accept, unexpected), context)
 
         server.add_generic_rpc_handlers((handlers(SERVICE, streams={"Open": opened}),))
         server.add_insecure_port(f"unix:{socket}")
