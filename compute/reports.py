@@ -12,6 +12,7 @@ import math
 from typing import Protocol
 
 from unlatch.common.lane.lanes import Lanes
+from unlatch.common.rates import MovingMean
 from unlatch.compute.dispatch.queue import Queue
 from unlatch.compute.settings import ComputeSettings
 from unlatch.protos.unlatch_pb2 import Load
@@ -25,7 +26,7 @@ _CHANGED_TIMES = 1.5
 _IN_HAND = 2
 _WORKERS_A_LONG_CALL_AHEAD = 16
 # How much a look counts in what was busy of late.
-_NEWS = 0.05
+_WEIGHT = 0.05
 # What is told of a wait that has no end.
 _LONGEST_WAIT_SECONDS = 3600.0
 
@@ -49,7 +50,7 @@ class Reports:
         self._pool = pool
         self._queue = queue
         self._settings = settings
-        self._utilization = 0.0
+        self._utilization = MovingMean(_WEIGHT, start=0.0)
         self._told = self._wait_seconds
         # In the time of a report, and since the last one.
         self._looks = max(1, math.floor(settings.report_seconds / _LOOK_SECONDS))
@@ -65,7 +66,7 @@ class Reports:
             short_wait_microseconds=_microseconds(self._queue.wait_seconds(short=True)),
             waiting=len(self._queue),
             workers=workers,
-            utilization=self._utilization,
+            utilization=self._utilization.value,
             least_calls=_share(_IN_HAND * workers, lanes),
             window_microseconds=_microseconds(settings.ahead_seconds * workers / lanes),
             long_microseconds=_microseconds(settings.long_call_seconds),
@@ -80,7 +81,7 @@ class Reports:
 
     def is_due(self) -> bool:
         """Look at the pool: whether a report is to be made now."""
-        self._utilization += (self._pool.busy_ratio - self._utilization) * _NEWS
+        self._utilization.add(self._pool.busy_ratio)
         self._looked += 1
         if self._looked < self._looks and not self._has_changed():
             return False

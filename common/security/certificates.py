@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cryptography.x509 import Certificate, load_pem_x509_certificate, load_pem_x509_certificates
 
 from unlatch.common.errors import CertificateError
-from unlatch.common.security.files import LOOK_SECONDS, State, content, state
+from unlatch.common.security.files import LOOK_SECONDS, FileWatch, content
 
 # Not structlog: clients use this module too, and their program configures logging.
 _log = logging.getLogger(__name__)
@@ -68,20 +68,16 @@ class NotValidYet(CertificateError):
     valid_from = math.inf
 
 
-# States of the files at one time.
-_States = tuple[State | None, ...]
-
-
 class Certificates:
-    """One end's present certificates. `seen` is the files' state before they were read."""
+    """One end's present certificates. `watch` has seen the files as they were before they were read."""
 
-    def __init__(self, files: Files, contents: Contents, seen: _States) -> None:
+    def __init__(self, files: Files, contents: Contents, watch: FileWatch) -> None:
         self.files = files
         self.now = contents
         # Authorities that were trusted once but no longer are, by subject and key.
         self._removed: OrderedDict[bytes, Certificate] = OrderedDict()
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
-        self._seen = seen
+        self._watch = watch
         # From when the files' contents are valid, if they were read too early.
         self._valid_from = math.inf
         self._changed = asyncio.Event()
@@ -100,11 +96,9 @@ class Certificates:
 
     async def _refresh(self) -> bool:
         """Read the files again if they have changed or become valid. Returns whether new certificates are in use."""
-        states = _states(self.files)
-        if states == self._seen and time() < self._valid_from:
+        if not self._watch.has_changed() and time() < self._valid_from:
             return False
-        # Stored before reading, so that a change during the read is seen the next time.
-        self._seen, self._valid_from = states, math.inf
+        self._valid_from = math.inf
         try:
             contents = await asyncio.to_thread(_read, self.files)
         except CertificateError as error:
@@ -157,13 +151,10 @@ class _Peer:
 
 def load(files: Files) -> Certificates:
     """Read certificates from files. Raises CertificateError."""
-    # States come first, so that a change during the read is seen by the first look.
-    seen = _states(files)
-    return Certificates(files, _read(files), seen)
-
-
-def _states(files: Files) -> _States:
-    return tuple(map(state, files.paths.values()))
+    watch = FileWatch(*files.paths.values())
+    # Before the read, so that a change during it is seen by the first look.
+    watch.has_changed()
+    return Certificates(files, _read(files), watch)
 
 
 def _read(files: Files) -> Contents:

@@ -6,7 +6,7 @@ from typing import Never
 
 import structlog
 
-from unlatch.common.security.files import LOOK_SECONDS, State, content, state
+from unlatch.common.security.files import LOOK_SECONDS, FileWatch, content
 
 log = structlog.get_logger()
 
@@ -24,11 +24,11 @@ class WatchedFile:
     def __init__(self, path: str, take: Callable[[bytes], None]) -> None:
         self._path = path
         self._take = take
-        self._seen: State | None = None
+        self._watch = FileWatch(path)
 
     def load(self) -> None:
         """Read the file for the first time. Raises FileError."""
-        self._seen = state(self._path)
+        self._watch.has_changed()
         try:
             self._take(content(self._path, _MAX_BYTES))
         except (OSError, ValueError) as error:
@@ -42,18 +42,18 @@ class WatchedFile:
 
     def look(self) -> None:
         """Read the file again if it has changed."""
-        now = state(self._path)
-        if now == self._seen:
+        if not self._watch.has_changed():
             return
-        # Stored before reading, so that a change during the read is seen the next time.
-        self._seen = now
         try:
             self._take(content(self._path, _MAX_BYTES))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 (with any fault the file is read again when it changes)
             log.error("file not replaced, old content stays", path=self._path, message=_reason(error))
         else:
             log.info("file replaced", path=self._path)
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    # The text of any other exception may quote the file.
+    return str(error) if isinstance(error, ValueError) else type(error).__name__

@@ -7,27 +7,21 @@ Calls are refused by the forecast, and a refused call teaches it nothing. So one
 a few of the others, and each refusal lowers the expectation that it was based on, until a call may try again.
 """
 
-from dataclasses import dataclass
+from unlatch.common.rates import MovingMean
 
 # The weight of one run in what is expected next; the first few runs are averaged.
-_NEWS = 0.2
+_WEIGHT = 0.2
 # A run that took more than this many times the mean counts as if it had taken that.
 _MAX_TIMES_THE_MEAN = 4.0
 _LEAST_SECONDS = 0.001
 _DOUBT = 0.98
 
 
-@dataclass(slots=True)
-class _Learned:
-    seconds: float = 0.0
-    runs: int = 0
-
-
 class Forecast:
     """Expected run times. Their number is bounded by kernels x classes of size."""
 
     def __init__(self) -> None:
-        self._kernels: dict[str, dict[int, _Learned]] = {}
+        self._kernels: dict[str, dict[int, MovingMean]] = {}
 
     def expected(self, kernel: str, size: int) -> float:
         """Seconds that a run of `size` bytes is expected to take; 0 where nothing is known of the kernel."""
@@ -36,15 +30,18 @@ class Forecast:
             return 0.0
         own = size.bit_length()
         learned = classes.get(own) or classes[min(classes, key=lambda other: abs(other - own))]
-        return learned.seconds
+        return learned.value
 
     def learn(self, kernel: str, size: int, seconds: float) -> None:
         """Learn from a run that took `seconds` to its end."""
-        learned = self._kernels.setdefault(kernel, {}).setdefault(size.bit_length(), _Learned())
-        if learned.runs:
-            seconds = min(seconds, _MAX_TIMES_THE_MEAN * max(learned.seconds, _LEAST_SECONDS))
-        learned.runs += 1
-        learned.seconds += (seconds - learned.seconds) * max(_NEWS, 1 / learned.runs)
+        classes = self._kernels.setdefault(kernel, {})
+        own = size.bit_length()
+        learned = classes.get(own)
+        if learned is None:
+            learned = classes[own] = MovingMean(_WEIGHT)
+        else:
+            seconds = min(seconds, _MAX_TIMES_THE_MEAN * max(learned.value, _LEAST_SECONDS))
+        learned.add(seconds)
 
     def learn_at_least(self, kernel: str, size: int, seconds: float) -> None:
         """Learn from a run that was ended after `seconds`, before it was done."""
@@ -55,4 +52,4 @@ class Forecast:
         """Lower an expectation that a call was refused for."""
         learned = self._kernels.get(kernel, {}).get(size.bit_length())
         if learned is not None:
-            learned.seconds *= _DOUBT
+            learned.value *= _DOUBT

@@ -9,13 +9,14 @@ kind takes another's room:
     batched     of which several run as one: the same, where the least are full batches
 """
 
+from unlatch.common.rates import MovingMean
 from unlatch.common.waiting.demand import Estimate
 from unlatch.protos.unlatch_pb2 import Load, Welcome
 
 # Until the first report on a lane: a replica of a version that makes none has no window but its welcome's.
 _UNREPORTED = Load(workers=1, least_calls=2**32 - 1, long_calls=2**32 - 1)
 # The weight of one run in how fast a replica is thought to be; it counts for at most this many times the expectation.
-_NEWS, _MAX_TIMES = 0.05, 10.0
+_WEIGHT, _MAX_TIMES = 0.05, 10.0
 # Where all workers are busy, and nothing waits, a run has half of itself before it.
 _RESIDUAL = 0.5
 
@@ -25,13 +26,17 @@ class Window:
 
     def __init__(self) -> None:
         self.calls = 0
-        # What runs take there, divided by what they take on the mean of the fleet.
-        self.slowness = 1.0
+        self._slowness = MovingMean(_WEIGHT, start=1.0)
         self._granted = Welcome()
         self._short_calls = self._long_calls = self._batched_calls = self._bytes = 0
         # Expected seconds of its short calls, of its batched ones, and of all; and of all when it last reported.
         self._short_seconds = self._batched_seconds = self._seconds = self._seconds_reported = 0.0
         self.hear(None)
+
+    @property
+    def slowness(self) -> float:
+        """What runs take there, divided by what they take on the mean of the fleet."""
+        return self._slowness.value
 
     def grant(self, welcome: Welcome) -> None:
         """Take the calls and bytes that it grants from now on."""
@@ -62,18 +67,18 @@ class Window:
             return self._long_calls < self._most_long_calls
         else:
             least, calls, seconds = self._least_calls, self._short_calls, self._short_seconds
-        return calls < least or seconds * self.slowness < self._most_seconds
+        return calls < least or seconds * self._slowness.value < self._most_seconds
 
     def wait_seconds(self, *, long: bool = False) -> float:
         """Seconds that a new call would wait there: as reported, and by what has been sent and answered since."""
         reported = self._wait_seconds if long else self._short_wait_seconds
         if not reported and self.calls < self.workers:
             return 0.0
-        return max(0.0, reported + (self._seconds - self._seconds_reported) * self.slowness / self.workers)
+        return max(0.0, reported + (self._seconds - self._seconds_reported) * self._slowness.value / self.workers)
 
     def expected_seconds(self, estimate: Estimate) -> float:
         """Seconds until a call that is sent there now would be done, by which replicas are compared."""
-        run = estimate.seconds * self.slowness
+        run = estimate.seconds * self._slowness.value
         # Without its own calls since then, a gateway would send all that it has until the next report to one replica.
         busy = self.utilization + (self.calls - self._calls_reported) / self.workers
         return self.wait_seconds(long=estimate.long) + run * (1 + _RESIDUAL * min(max(busy, 0.0), 1.0))
@@ -92,7 +97,7 @@ class Window:
     def ran(self, expected_seconds: float, seconds: float) -> None:
         """Learn from a run that took `seconds`, and was expected to take others by what the whole fleet's runs take."""
         times = min(_MAX_TIMES, max(1 / _MAX_TIMES, seconds / expected_seconds))
-        self.slowness += (times - self.slowness) * _NEWS
+        self._slowness.add(times)
 
     def _count(self, sign: int, size: int, estimate: Estimate) -> None:
         seconds, long, together = estimate
