@@ -1,12 +1,12 @@
-"""Who is in the fleet: addresses as they were given, and those that names stand for now.
+"""Discovery of replicas: addresses as they were given, and the addresses that names stand for now.
 
     host:port, unix:/path               one replica each
     dns:///name:port                    every address of the name: a Kubernetes headless service's pods
     dns://server:port/name:port         the same, asked of that server and no other (gRPC's own form of it)
 
-gRPC looks a name up again only when its connection breaks, so that a pod which joins is never found. Here it is looked
-up every few seconds, by c-ares as in gRPC itself: over sockets of the event loop, without threads, with the search list
-of /etc/resolv.conf and what /etc/hosts has.
+gRPC looks a name up again only when its connection breaks, so that a pod which joins is never found. Here names are
+looked up every few seconds, by c-ares as in gRPC itself: over sockets of the event loop, without threads, with the
+search list of /etc/resolv.conf and what /etc/hosts has.
 """
 
 import asyncio
@@ -25,16 +25,17 @@ from unlatch.gateway.fleet.subset import subset
 log = structlog.get_logger()
 
 _NAME = re.compile(r"dns:(?://(?P<server>[^/]*)/)?(?P<name>[^/:\[\]]+):(?P<port>\d{1,5})")
-# One server's silence, before it is asked again, and all of a look-up.
+# The time for one server's answer, how often it is asked, and the time for a whole look-up.
 _ATTEMPT_SECONDS, _ATTEMPTS, _LOOK_UP_SECONDS = 1.0, 2, 10.0
-# Of a time between two look-ups: not all gateways ask at once.
+# The share by which the time between two look-ups varies, so that gateways do not all ask at once.
 _JITTER = 0.1
 
 
 class Discovery:
-    """The fleet's addresses, asked for anew every `seconds` where names stand for them.
+    """The fleet's addresses. Names are looked up again every `seconds`.
 
-    Of more than `most` a gateway of that name takes its own; where that is a bound, and not meant, it is logged.
+    Of more than `most` addresses the gateway takes its own subset, by its `name`. Where `most` is a `bound`, and no
+    subset was asked for, that is logged.
     """
 
     def __init__(self, targets: Iterable[str], seconds: float, most: int, *, name: str, bound: bool) -> None:
@@ -49,7 +50,7 @@ class Discovery:
         self._told: list[str] = []
 
     async def run(self, tell: Callable[[Sequence[str]], None]) -> NoReturn:
-        """Tell of every address at once, and of all of them again whenever they change, for ever."""
+        """Call `tell` with all addresses at once, and again whenever they change, for ever."""
         self._tell(tell)
         while True:
             await asyncio.gather(*(name.look_up() for name in self._names))
@@ -64,11 +65,11 @@ class Discovery:
         self._found = len(found)
         if chosen != self._told:
             self._told = chosen
-            tell(self._told)
+            tell(chosen)
 
 
 class Name:
-    """One name, and the addresses that it had when it was last looked up well."""
+    """One name, and the addresses that its last successful look-up gave."""
 
     def __init__(self, target: str) -> None:
         server, self._name, port = split_name(target)
@@ -79,8 +80,8 @@ class Name:
         self._fails = False
 
     async def look_up(self) -> None:
-        """Ask what it stands for now. Where that fails, or is nothing, what is known stays as it is."""
-        # A new one each time: one that is kept caches, by rules of its own, even that there is no address.
+        """Look the name up. Where that fails, or gives no address, the known addresses stay."""
+        # A new resolver each time: one that is kept caches, by rules of its own, even that there is no address.
         servers = [self._server] if self._server else None
         resolver = aiodns.DNSResolver(servers, timeout=_ATTEMPT_SECONDS, tries=_ATTEMPTS)
         try:
@@ -93,7 +94,7 @@ class Name:
             await resolver.close()
         addresses = [_address(node.addr[0], self._port) for node in found.nodes]
         if not addresses:
-            self._failed("it has no address")
+            self._failed("the name has no address")
             return
         self.addresses = sorted(set(addresses))
         if self._fails:
@@ -101,14 +102,14 @@ class Name:
             log.info("name is found again", name=self._target, addresses=len(addresses))
 
     def _failed(self, reason: str) -> None:
-        # Once, and not every few seconds.
+        # Logged once, and not every few seconds.
         if not self._fails:
             self._fails = True
             log.warning("name is not found", name=self._target, message=reason, known_addresses=len(self.addresses))
 
 
 def is_name(target: str) -> bool:
-    """Whether a target is to be looked up."""
+    """Whether a target is a name to look up, and no address."""
     return target.startswith("dns:")
 
 
@@ -118,7 +119,7 @@ def split_name(target: str) -> tuple[str, str, str]:
     if match is None or not 0 < int(match["port"]) < 65536:
         raise ValueError(f"a name of replicas is dns:///name:port or dns://server:port/name:port, not {target}")
     if match["server"]:
-        # A server to ask is an address: who would look its name up?
+        # The server must be an address: there is no other server to look its name up.
         ip_address(match["server"].rpartition(":")[0].strip("[]") or match["server"])
     return match["server"] or "", match["name"], match["port"]
 

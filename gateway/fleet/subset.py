@@ -1,7 +1,8 @@
-"""Which of many replicas are a gateway's own: those that rank first by a hash of its name and theirs.
+"""A gateway's own subset of many replicas: those that rank first by a hash of its name and theirs.
 
-Every gateway ranks them differently, so that each replica gets its share of gateways; and each ranks them alike every
-time, so that a replica which comes or goes changes one place, and a gateway that restarts finds the same again.
+Every gateway ranks the replicas differently, so that each replica gets its share of gateways. A gateway ranks them
+alike every time, so that a replica which comes or goes changes one place, and a gateway that restarts finds the same
+subset.
 (Rendezvous hashing, Thaler and Ravishankar 1998. Chance decides how many gateways a replica gets:
 docs/operations/capacity.md says how many gateways it takes that no replica is left out.)
 """
@@ -11,7 +12,7 @@ from hashlib import blake2b
 
 
 def subset(name: str, addresses: Sequence[str], size: int) -> list[str]:
-    """So many of them, in the order in which they were given; all where there are no more."""
+    """The first `size` addresses in the rank of this gateway, in the order given; all where there are no more."""
     if len(addresses) <= size:
         return list(addresses)
     first = set(sorted(addresses, key=lambda address: _rank(name, address))[:size])

@@ -14,8 +14,9 @@ from tests.support.doors import Oip, Refusal, request, vector
 from tests.support.mesh import Mesh
 from tests.support.watching import Scrape, wait_until
 from unlatch import BlockingClient
+from unlatch.common.rates import TokenBucket
 from unlatch.common.telemetry.recorder import OTHER
-from unlatch.gateway.tenants.quotas import Bucket, Limits, Tenant
+from unlatch.gateway.tenants.quotas import QuotaLimits, Tenant
 from unlatch.gateway.tenants.tenants import Tenants
 from unlatch.protos.inference_pb2 import ModelInferRequest, ModelStatisticsRequest, ModelStatisticsResponse
 
@@ -206,7 +207,7 @@ def test_nobody_takes_a_tables_name(tmp_path: Path) -> None:
 
 def test_bucket_comes_back_with_time() -> None:
     """At its rate, up to its most; what was overdrawn comes back first."""
-    bucket = Bucket(2.0, 4.0, now=100.0)
+    bucket = TokenBucket(2.0, 4.0, now=100.0)
     bucket.take(5.0, 100.0)
     assert bucket.left(100.0) == -1.0
     assert bucket.seconds_until(1.0, 100.0) == 1.0
@@ -216,10 +217,10 @@ def test_bucket_comes_back_with_time() -> None:
 
 def test_limits_that_stay_keep_what_was_used() -> None:
     """Reading the file again gives nobody a burst anew; other limits begin afresh."""
-    tenant = Tenant("a", "a", Limits(calls_per_second=1.0, burst_calls=1.0), now=0.0)
+    tenant = Tenant("a", "a", QuotaLimits(calls_per_second=1.0, burst_calls=1.0), now=0.0)
     tenant.admit(0.0)
-    tenant.limit(Limits(calls_per_second=1.0, burst_calls=1.0), now=0.0)
+    tenant.limit(QuotaLimits(calls_per_second=1.0, burst_calls=1.0), now=0.0)
     with pytest.raises(Exception, match="calls_per_second=1"):
         tenant.admit(0.0)
-    tenant.limit(Limits(calls_per_second=2.0), now=0.0)
+    tenant.limit(QuotaLimits(calls_per_second=2.0), now=0.0)
     tenant.admit(0.0)
