@@ -1,5 +1,6 @@
 # `make run` and `make test` install everything they need. Requirements: Linux, make, and Python 3.11 or newer with venv.
-# ARGS is passed to the program that a target starts: make run ARGS="--workers 2", make test ARGS="-k lane", make bench ARGS=--quick.
+# ARGS is passed to the program that a target starts: make run ARGS="--workers 2", make test ARGS="-k lane",
+# make bench ARGS=--quick.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -41,7 +42,7 @@ unit: setup ## run the tests that need no mesh, in less than a minute
 lint: setup ## check style, types and import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy . && $(BIN)/lint-imports
 
-check: lint ## lint, and stub drift, and what the docs say
+check: lint ## lint, and check stubs and docs
 	$(BIN)/python -m pytest -q tests/docs/test_docs.py tests/docs/test_readme.py tests/structure
 
 fmt: setup ## format the code, and fix what the linter can fix

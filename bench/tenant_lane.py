@@ -1,4 +1,4 @@
-"""A lane straight to a front, which believes whom its calls are said to come from."""
+"""A lane directly to a dispatcher, which trusts the tenant that each call names."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ from unlatch.protos.unlatch_pb2 import Reply, Welcome
 
 
 class TenantLane:
-    """Calls of any tenant's, of kernels that take no arrays and answer with one small one."""
+    """Calls for any tenant, of kernels that take no arrays and return a small one."""
 
     def __init__(self) -> None:
         self.caller = LaneCaller(self._welcomed, lambda: None)
@@ -26,7 +26,7 @@ class TenantLane:
         self._kernels: dict[str, KernelSpec] = {}
 
     async def call(self, kernel: str, tenant: str) -> Any:
-        """What the kernel gives. Raises UnlatchError."""
+        """Call a kernel and return its array. Raises UnlatchError."""
         descriptor, body = RequestBuilder(self._kernels[kernel], {}).request(())
         descriptor.tenant = tenant
         waiter = _Waiter()
@@ -43,11 +43,11 @@ class _Waiter:
         self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def started(self) -> bool:
-        """Nothing depends on it here."""
+        """Ignored: nothing here depends on the start of the run."""
         return False
 
     def replied(self, reply: Reply, whole: list[memoryview] | None) -> None:
-        """Small arrays come along with their reply."""
+        """Take the reply; small arrays come with it."""
         if reply.HasField("failure"):
             self.lost(raised(reply.failure))
         elif not self.result.done():
@@ -60,7 +60,7 @@ class _Waiter:
 
 @asynccontextmanager
 async def tenant_lane(target: str) -> AsyncIterator[TenantLane]:
-    """Such a lane, open."""
+    """Open such a lane."""
     async with grpc.aio.insecure_channel(target) as channel:
         lane = TenantLane()
         stream: Any = channel.stream_stream(METHOD)()

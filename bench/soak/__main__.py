@@ -1,9 +1,9 @@
-"""`python -m bench.soak --seconds 120`: a mesh at saturation, one of whose workers is killed at random every second.
+"""`python -m bench.soak --seconds 120`: a mesh at saturation, with a random worker killed every second.
 
-Callers in processes of their own call kernels of every kind and look at every reply (bench/soak/callers.py). A call
-ends once, with the right content or with a failure that the table in docs/architecture.md predicts. Meanwhile counters
-only grow. Every five seconds there is a lull, at whose end the services' memory is read; in a run of a minute or more
-it must not grow, as far as such a run can tell. Exit codes: 1 something was wrong, which is said; 2 it could not run.
+Callers in processes of their own call kernels of every kind and check every reply (bench/soak/callers.py). A call must
+end once, with the right content or with a failure that the table in docs/architecture.md predicts. Counters must only
+grow. Every five seconds there is a lull, and at its end the services' memory is read; in a run of a minute or more it
+must not grow, as far as such a run can tell. Exit codes: 1 a check failed, with a message; 2 the soak could not run.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from bench.subjects.subjects import Subject
 
 WORKERS = 2
 KILL_SECONDS = 1.0
-# Of the run; until then pools and allocators grow to what the load needs: the front for the better part of a minute.
+# The share of a run before which pools and allocators still grow to the load; the dispatcher takes most of a minute.
 WARM_SHARE = 0.5
-# From what length of a run on a slope says more than the calls that happen to be under way.
+# In a shorter run the slope depends on the calls that happen to be running.
 JUDGED_SECONDS = 60.0
 MOST_MIB_A_MINUTE = 1.0
 RESTORED_SECONDS = 10.0
@@ -43,7 +43,7 @@ SERVICES = ("gateway", "front")
 
 @dataclass(slots=True, kw_only=True)
 class Watched:
-    """What was seen of the mesh from outside."""
+    """Observations of the mesh from outside."""
 
     kills: int = 0
     # (seconds, bytes) of each service.
@@ -51,9 +51,9 @@ class Watched:
     wrong: list[str] = field(default_factory=list)
 
     def growth(self, service: str) -> tuple[float, float]:
-        """MiB a minute by least squares over what was read after the warm-up, and twice its standard error.
+        """MiB a minute, by least squares over the readings after the warm-up, and twice its standard error.
 
-        What malloc keeps for the next large call comes and goes by tens of MiB: a slope alone says nothing.
+        Memory that malloc keeps for the next large call varies by tens of MiB, so a slope alone has no meaning.
         """
         seen = self.memory[service][math.ceil(WARM_SHARE * len(self.memory[service])) :]
         if len(seen) < 3:
@@ -66,7 +66,7 @@ class Watched:
 
 
 def run(seconds: float, processes: int, seed: int, console: Console) -> list[str]:
-    """Soak a mesh for so long, and show what happened; what was wrong."""
+    """Soak a mesh, and print what happened. Returns what was wrong."""
     with ExitStack() as stack, console.status("starting") as status:
         subject = subjects.start(stack, "unlatch", workers=WORKERS, log="soak")
         subjects.await_ready(subject, oip.works()["identity_1k"])
@@ -96,7 +96,7 @@ def run(seconds: float, processes: int, seed: int, console: Console) -> list[str
 
 
 def watch(subject: Subject, began: float, seconds: float, dice: random.Random) -> Watched:
-    """Every second kill a worker and see that counters grow; at the end of each lull read the memory."""
+    """Kill a worker every second and check that counters grow; at the end of each lull read the memory."""
     watched = Watched()
     pids = {name: subject.pid(name) for name in SERVICES}
     last = {name: scrape(subject.metrics[name]) for name in SERVICES}
@@ -116,14 +116,14 @@ def watch(subject: Subject, began: float, seconds: float, dice: random.Random) -
 
 
 def _ticks(seconds: float) -> list[tuple[float, bool]]:
-    """When a worker is killed (True), and when the memory is read, which is a moment before a lull ends."""
+    """Times at which a worker is killed (True), and at which memory is read, just before the end of a lull."""
     kills = [(at * KILL_SECONDS, True) for at in range(1, math.ceil(seconds / KILL_SECONDS))]
     lulls = range(1, math.floor(seconds / LULL_EVERY_SECONDS) + 1)
     return sorted([*kills, *((at * LULL_EVERY_SECONDS - 0.1, False) for at in lulls)])
 
 
 def restored(subject: Subject, watched: Watched) -> dict[str, Scrape]:
-    """The last readings, once the mesh is what it was before: every worker up, no call anywhere, and no zombie."""
+    """The last readings, once every worker is up, no call is left, and no zombie is left."""
     deadline = time.monotonic() + RESTORED_SECONDS
     while True:
         after = {name: scrape(subject.metrics[name]) for name in SERVICES}
@@ -152,7 +152,7 @@ def _left(subject: Subject, after: dict[str, Scrape]) -> list[str]:
 def uncounted(
     doors: list[tuple[str, dict[str, Any]]], before: Mapping[str, Scrape], after: Mapping[str, Scrape], kills: int
 ) -> list[str]:
-    """Calls that ended more or less often than they began, by the callers' count and by the services' own."""
+    """Calls whose ends do not match their begins, by the callers' counts and by the services' own."""
     wrong = []
     for name, door in doors:
         begun, ended = sum(door["begun"].values()), sum(count for _, _, count in door["ended"])
@@ -160,7 +160,7 @@ def uncounted(
             wrong.append(f"{name}: {begun} calls began, and {ended} ended")
     through = [door for name, door in doors if name != "front"]
     begun = sum(sum(door["begun"].values()) for door in through)
-    # Who leaves at once has perhaps sent nothing.
+    # A caller that leaves at once may have sent nothing.
     left = sum(count for door in through for _, code, count in door["ended"] if code == LEFT)
     counted = _grown(before["gateway"], after["gateway"], "unlatch_calls_total")
     if not begun - left <= counted <= begun:
