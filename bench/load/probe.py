@@ -5,7 +5,6 @@ bad checks, not one. Each is timed from when it was due. The delay before sendin
 reported separately. The process has priority over all others if allowed (SCHED_FIFO), since Linux was seen to let a
 process that is rarely awake wait 0.1 s or more behind busy sessions. Controlled by JSON lines.
 """
-"""
 
 import argparse
 import asyncio
