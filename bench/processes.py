@@ -224,7 +224,7 @@ def _label(seen: Seen, by_pid: Mapping[int, Seen]) -> str:
         return "workers"
     if parent is None:
         return "supervisor" if "unlatch" in seen.command and " serve" in seen.command else "server"
-    for word, name in (("gateway", "gateway"), ("compute", "front")):
+    for word, name in (("gateway", "gateway"), ("compute", "dispatcher")):
         if word in seen.command:
             return name
     return "other"

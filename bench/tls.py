@@ -25,7 +25,7 @@ class Mesh(Subject):
 
     def cpu(self) -> dict[str, float]:
         gateway, replica = (labelled_cpu(process.pid) for process in (self.process, self.replica))
-        return {"gateway": gateway["server"], "front": replica.pop("server"), **replica}
+        return {"gateway": gateway["server"], "dispatcher": replica.pop("server"), **replica}
 
 
 def measure(works: dict[str, Work], *, rounds: int, seconds: float, on_step: Callable[[str], None]) -> list[Cell]:
@@ -72,5 +72,5 @@ def _start(
     argv = [str(UNLATCH), "gateway", "--listen", listen, "--metrics-listen", metrics, "--health-listen", health]
     argv += ["--replicas", others[0], *gateway, *to_replica]
     process = stack.enter_context(Process(f"{name}-gateway", argv))
-    served = {"gateway": ports[1], "front": ports[4]}
+    served = {"gateway": ports[1], "dispatcher": ports[4]}
     return Mesh(name=name, process=process, port=ports[0], health_port=ports[2], metrics=served, ca=ca, replica=behind)

@@ -95,12 +95,12 @@ async def short_beside_long(gateway: str, seconds: float, per_second: float, bes
     return {"milliseconds": [each * 1e3 for each in taken]}
 
 
-async def fair_share(front: str, seconds: float, light: str, heavy: str) -> Figures:
+async def fair_share(dispatcher: str, seconds: float, light: str, heavy: str) -> Figures:
     """Processor seconds that two tenants get from a pool that they keep busy.
 
     The heavy tenant has ten times as many waiting calls, and calls that are five times as long.
     """
-    async with tenant_lane(front) as lane:
+    async with tenant_lane(dispatcher) as lane:
         used = dict.fromkeys((light, heavy), 0.0)
         begin = time.monotonic() + seconds / 4
         end = begin + seconds

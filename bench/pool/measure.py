@@ -97,7 +97,9 @@ def replacement(asking: Asking) -> Figures:
 
 def cancel_to_next(asking: Asking) -> Figures:
     """cancel_to_next_ms: from when callers abandon endless loops on all workers until each core runs another call."""
-    found = asking.ask("cancel_to_next", metrics=asking.subject.metrics["front"], count=WORKERS, rounds=asking.times(7))
+    found = asking.ask(
+        "cancel_to_next", metrics=asking.subject.metrics["dispatcher"], count=WORKERS, rounds=asking.times(7)
+    )
     return _percentiles("cancel_to_next_ms", found["milliseconds"])
 
 
@@ -121,7 +123,7 @@ def fair_share(asking: Asking) -> Figures:
     for light in ("equal", "threefold"):
         found = asking.callers.ask(
             figure="fair_share",
-            front=asking.subject.front_target(),
+            dispatcher=asking.subject.dispatcher_target(),
             seconds=asking.rounds * asking.seconds / 2,
             light=light,
             heavy="heavy",
@@ -189,7 +191,7 @@ def map_cpu(asking: Asking) -> Figures:
             before = asking.subject.cpu()
             asking.ask(way, kernel=kernel, calls=calls)
             after = asking.subject.cpu()
-            cpu_us[way].append(sum(after[name] - before[name] for name in ("workers", "front")) / calls * 1e6)
+            cpu_us[way].append(sum(after[name] - before[name] for name in ("workers", "dispatcher")) / calls * 1e6)
         falls.append(cpu_us["one_by_one"][-1] / cpu_us["mapped"][-1])
     return {"map_cpu_fall": median(falls), **{f"map_cpu_us_{way}": median(each) for way, each in cpu_us.items()}}
 

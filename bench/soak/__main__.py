@@ -38,7 +38,7 @@ WARM_SHARE = 0.5
 JUDGED_SECONDS = 60.0
 MOST_MIB_A_MINUTE = 1.0
 RESTORED_SECONDS = 10.0
-SERVICES = ("gateway", "front")
+SERVICES = ("gateway", "dispatcher")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,7 +70,7 @@ def run(seconds: float, processes: int, seed: int, console: Console) -> list[str
     with ExitStack() as stack, console.status("starting") as status:
         subject = subjects.start(stack, "unlatch", workers=WORKERS, log="soak")
         subjects.await_ready(subject, oip.works()["identity_1k"])
-        targets = ("--gateway", f"127.0.0.1:{subject.port}", "--front", subject.front_target())
+        targets = ("--gateway", f"127.0.0.1:{subject.port}", "--dispatcher", subject.dispatcher_target())
         callers = [
             stack.enter_context(Child(f"soak-callers-{number}", "bench.soak.callers", *targets))
             for number in range(processes)
@@ -91,7 +91,7 @@ def run(seconds: float, processes: int, seed: int, console: Console) -> list[str
                 slope, unsure = watched.growth(name)
                 if slope - unsure >= MOST_MIB_A_MINUTE:
                     wrong.append(f"{name}: its memory grows by {slope:.1f} ± {unsure:.1f} MiB a minute")
-    show(doors, watched, total(after["front"], "unlatch_worker_restarts_total"), seconds, console)
+    show(doors, watched, total(after["dispatcher"], "unlatch_worker_restarts_total"), seconds, console)
     return wrong
 
 
@@ -136,13 +136,13 @@ def restored(subject: Subject, watched: Watched) -> dict[str, Scrape]:
 
 def _left(subject: Subject, after: dict[str, Scrape]) -> list[str]:
     left = []
-    if (up := total(after["front"], "unlatch_worker_up")) != WORKERS:
+    if (up := total(after["dispatcher"], "unlatch_worker_up")) != WORKERS:
         left.append(f"{up:.0f} of {WORKERS} workers are up")
     if calls := total(after["gateway"], "unlatch_calls_in_flight"):
         left.append(f"the gateway holds {calls:.0f} calls")
-    if calls := total(after["front"], "unlatch_queue_depth"):
-        left.append(f"{calls:.0f} calls wait in the front")
-    if any(name == "unlatch_worker_running_seconds" for name, _ in after["front"]):
+    if calls := total(after["dispatcher"], "unlatch_queue_depth"):
+        left.append(f"{calls:.0f} calls wait in the dispatcher")
+    if any(name == "unlatch_worker_running_seconds" for name, _ in after["dispatcher"]):
         left.append("a worker runs a call")
     if dead := zombies(subject.process.pid):
         left.append(f"{len(dead)} processes are zombies")
@@ -158,16 +158,16 @@ def uncounted(
         begun, ended = sum(door["begun"].values()), sum(count for _, _, count in door["ended"])
         if begun != ended:
             wrong.append(f"{name}: {begun} calls began, and {ended} ended")
-    through = [door for name, door in doors if name != "front"]
+    through = [door for name, door in doors if name != "dispatcher"]
     begun = sum(sum(door["begun"].values()) for door in through)
     # A caller that leaves at once may have sent nothing.
     left = sum(count for door in through for _, code, count in door["ended"] if code == LEFT)
     counted = _grown(before["gateway"], after["gateway"], "unlatch_calls_total")
     if not begun - left <= counted <= begun:
         wrong.append(f"gateway: {counted:.0f} calls ended there, where {begun - left} to {begun} were sent")
-    replaced = _grown(before["front"], after["front"], "unlatch_worker_replacement_seconds_count")
+    replaced = _grown(before["dispatcher"], after["dispatcher"], "unlatch_worker_replacement_seconds_count")
     if replaced < kills:
-        wrong.append(f"front: {replaced:.0f} workers were replaced, where {kills} were killed")
+        wrong.append(f"dispatcher: {replaced:.0f} workers were replaced, where {kills} were killed")
     return wrong
 
 

@@ -145,17 +145,17 @@ async def unary(target: str, arguments: dict[str, str], stack: AsyncExitStack) -
     return call
 
 
-async def soak(gateway: str, front: str, began: float, seconds: float, seed: int) -> dict[str, Any]:
+async def soak(gateway: str, dispatcher: str, began: float, seconds: float, seed: int) -> dict[str, Any]:
     """Call by every interface until the time is up and the last call has ended; lulls are timed from `began`."""
     async with AsyncExitStack() as stack:
         to_gateway, gateway_answers = await stack.enter_async_context(linked(gateway))
-        to_front, front_answers = await stack.enter_async_context(linked(front))
+        to_dispatcher, dispatcher_answers = await stack.enter_async_context(linked(dispatcher))
         arguments = {name: spec.inputs[0].name for name, spec in to_gateway.kernels.items() if spec.inputs}
         doors = {
             "client": await client(gateway, stack),
             "lane": lane(to_gateway),
             "unary": await unary(gateway, arguments, stack),
-            "front": lane(to_front),
+            "dispatcher": lane(to_dispatcher),
         }
         tallies = {name: Tally() for name in doors}
         noise = np.random.default_rng(seed).random(NOISE_DOUBLES)
@@ -166,7 +166,7 @@ async def soak(gateway: str, front: str, began: float, seconds: float, seed: int
                 for number in range(CALLERS_A_DOOR)
             )
         )
-        for name, answers in (("lane", gateway_answers), ("front", front_answers)):
+        for name, answers in (("lane", gateway_answers), ("dispatcher", dispatcher_answers)):
             tally = tallies[name]
             tally.wrong += [wrong for counted in answers for wrong in counted.wrong]
             _count(tally, answers)
@@ -189,19 +189,19 @@ def _count(tally: Tally, answers: list[Answers]) -> None:
         tally.tell(f"{came} calls were answered on a lane, but {answered} to {answered + unsure} ended with an answer")
 
 
-async def _asked(gateway: str, front: str) -> None:
+async def _asked(gateway: str, dispatcher: str) -> None:
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
-        print(json.dumps(await soak(gateway, front, **json.loads(line))), flush=True)
+        print(json.dumps(await soak(gateway, dispatcher, **json.loads(line))), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.soak.callers", description=__doc__)
     parser.add_argument("--gateway", required=True)
-    parser.add_argument("--front", required=True)
+    parser.add_argument("--dispatcher", required=True)
     args = parser.parse_args()
     with suppress(KeyboardInterrupt):
-        uvloop.run(_asked(args.gateway, args.front))
+        uvloop.run(_asked(args.gateway, args.dispatcher))
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ class Subject:
         """The pid of the gateway or the dispatcher."""
         return next(pid for pid, found in label(tree(self.process.pid)).items() if found == name)
 
-    def front_target(self) -> str:
+    def dispatcher_target(self) -> str:
         """The address of the dispatcher's lanes, from its command line."""
-        command = next(seen.command for seen in tree(self.process.pid) if seen.pid == self.pid("front"))
+        command = next(seen.command for seen in tree(self.process.pid) if seen.pid == self.pid("dispatcher"))
         return command.partition("--listen ")[2].split()[0]
 
 
@@ -64,15 +64,15 @@ def start(
         return Subject(name=name, process=process, port=port, health_port=port, metrics={})
     if not UNLATCH.exists():
         raise BenchError(f"{UNLATCH} does not exist; `make setup` installs it")
-    health, gateway, front = free_port(), free_port(), free_port()
+    health, gateway, dispatcher = free_port(), free_port(), free_port()
     argv = [str(UNLATCH), "serve", "--listen", f"127.0.0.1:{port}", "--health-listen", f"127.0.0.1:{health}"]
-    argv += ["--metrics-listen", f"127.0.0.1:{gateway}", "--compute-metrics-listen", f"127.0.0.1:{front}"]
+    argv += ["--metrics-listen", f"127.0.0.1:{gateway}", "--compute-metrics-listen", f"127.0.0.1:{dispatcher}"]
     argv += ["--compute-health-listen", "127.0.0.1:0"]
     argv += ["--workers", str(workers), "--kernels", "bench/subjects/kernels.py"]
     # The cost of calls is measured with identical calls, so these must not share runs.
     variables = {"UNLATCH_COALESCING": "false", **(settings or {})}
     process = stack.enter_context(Process(log, argv, cpus=bound, variables=variables))
-    ports = {"gateway": gateway, "front": front}
+    ports = {"gateway": gateway, "dispatcher": dispatcher}
     return Subject(name=name, process=process, port=port, health_port=health, metrics=ports)
 
 
