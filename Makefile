@@ -1,14 +1,15 @@
-# `make run` and `make test` set everything up themselves: Linux, Python 3.11 or newer with venv, and make are enough.
-# ARGS goes to what a target starts: make run ARGS="--workers 2", make test ARGS="-k lane", make bench ARGS=--quick.
+# `make run` and `make test` install everything they need. Requirements: Linux, make, and Python 3.11 or newer with venv.
+# ARGS is passed to the program that a target starts: make run ARGS="--workers 2", make test ARGS="-k lane",
+# make bench ARGS=--quick.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
-# What only compute and the command line need: the gateway's image is made without it.
+# Packages that only compute and the command line need, which the gateway's image leaves out.
 NOT_OF_THE_GATEWAY := numpy jaxtyping wadler-lindig threadpoolctl msgspec watchfiles anyio idna shtab
-# protoc finds its plugins for typed stubs by PATH.
+# protoc finds its plugins for typed stubs through PATH.
 protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) \
 	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) unlatch/protos/inference.proto unlatch/protos/unlatch.proto
 
@@ -24,45 +25,45 @@ build_image = $(CONTAINER) build --file deploy/docker/Dockerfile --target $(1) -
 .PHONY: help setup run test unit lint check fmt protos rules dashboards bench soak demo image lock clean
 .DEFAULT_GOAL := help
 
-help: ## this list
+help: ## print this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name says; do printf '  %-11s%s\n' "$$name" "$$says"; done
 
-setup: $(READY) ## make .venv with everything in it, at the versions that the lock names
+setup: $(READY) ## create .venv with the versions in the lock file
 
-run: setup ## serve on this machine: gateway and compute, all cores
+run: setup ## serve on this machine: gateway and compute, on all cores
 	@$(BIN)/unlatch serve $(ARGS)
 
-test: setup ## run the tests, two files beside one another; ARGS="-n 0" for one after the other
+test: setup ## run the tests, two files at a time; ARGS="-n 0" for one at a time
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-unit: setup ## run the tests that start no mesh, in less than a minute
+unit: setup ## run the tests that need no mesh, in less than a minute
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/common tests/compute tests/gateway tests/structure $(ARGS)
 
-lint: setup ## style, types, import contracts
+lint: setup ## check style, types and import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy . && $(BIN)/lint-imports
 
-check: lint ## lint, and stub drift, and what the docs say
+check: lint ## lint, and check stubs and docs
 	$(BIN)/python -m pytest -q tests/docs/test_docs.py tests/docs/test_readme.py tests/structure
 
-fmt: setup ## format, and mend what the linter can mend
+fmt: setup ## format the code, and fix what the linter can fix
 	$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
 
-protos: setup ## generate the stubs from protos/*.proto, and what Envoy knows them by
+protos: setup ## generate the stubs of protos/*.proto, and Envoy's descriptor set
 	$(call protoc,$(or $(OUT),.))
 	@mkdir -p $(or $(OUT),.)/deploy/envoy
 	$(BIN)/python -m grpc_tools.protoc -I. -I "$$(echo .venv/lib/python3*/site-packages)" --include_imports \
 		--descriptor_set_out=$(or $(OUT),.)/deploy/envoy/inference.binpb protos/inference.proto google/rpc/error_details.proto
 
-rules: ## make the operator's PrometheusRule of Prometheus' rules
+rules: ## generate the operator's PrometheusRule from Prometheus' rules
 	@sed -i '/^spec:/q' $(OPERATORS_RULES) && sed -n '/^groups:/,$$ { s/^./  &/; p }' $(RULES) >> $(OPERATORS_RULES)
 
 dashboards: setup ## generate Grafana's boards from deploy/dashboards
 	@$(BIN)/python -m deploy.dashboards $(or $(OUT),deploy/k8s/components/monitoring/dashboards)
 
-bench: setup ## measure everything; ARGS=--quick for a minute's worth
+bench: setup ## run all benchmarks; ARGS=--quick takes a minute
 	@$(BIN)/python -m bench $(ARGS)
 
-soak: setup ## kill a worker a second under load, look at every reply; ARGS="--seconds 600", or "--fleet" to kill replicas
+soak: setup ## kill a worker every second under load and check all replies; ARGS="--seconds 600", or "--fleet" to kill replicas
 	@$(BIN)/python -m bench.soak $(ARGS)
 
 demo: setup ## blur a photograph and find its edges on all workers; pictures in demo/
@@ -71,13 +72,13 @@ demo: setup ## blur a photograph and find its edges on all workers; pictures in 
 image: ## build both images; CONTAINER=docker or podman, BASE_IMAGE=…, ARGS for its build
 	for target in gateway compute; do $(call build_image,$$target) || exit; done
 
-lock: setup ## resolve the dependencies anew into all locks; ARGS=--upgrade for the newest
+lock: setup ## resolve dependencies and write all lock files; ARGS=--upgrade for the newest versions
 	$(LOCK) $(ARGS) pyproject.toml --extra dev -o requirements-dev.lock
 	$(LOCK) -c requirements-dev.lock pyproject.toml --extra otel -o requirements.lock
 	$(LOCK) -c requirements.lock pyproject.toml --extra otel $(NOT_OF_THE_GATEWAY:%=--no-emit-package %) -o deploy/docker/gateway.lock
 	echo hatchling | $(LOCK) -c requirements-dev.lock - -o deploy/docker/build.lock
 
-clean: ## remove everything that is generated, .venv too
+clean: ## remove all generated files, .venv too
 	rm -rf .venv .*_cache .hypothesis .coverage* bench/out demo dist
 
 $(READY): requirements-dev.lock pyproject.toml

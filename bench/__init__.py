@@ -1,1 +1,1 @@
-"""`make bench`: Unlatch beside what it replaces, in one run, loaded by one generator with the same bytes."""
+"""`make bench`: Unlatch compared with what it replaces, in one run, with the same load generator and the same bytes."""

@@ -1,8 +1,8 @@
-"""`python -m bench`: everything in one run of some ten minutes; `--quick` in one, with figures to match.
+"""`python -m bench`: run all benchmarks in some ten minutes; with `--quick` in one, with less exact figures.
 
-`--only NAME` (repeatable) narrows it: a part (throughput, client, responsive, beside, gil, pool, fleet, tls, waiting),
-a subject (echo, recipe, unlatch, bare, inline, threads), a work (identity_1k, spin10, …) or a figure of the pool's
-(short_call, goodput, …). Exit codes: 1 calls failed, 2 could not measure.
+`--only NAME` (repeatable) selects a part (throughput, client, responsive, beside, gil, pool, fleet, tls, waiting), a
+subject (echo, recipe, unlatch, bare, inline, threads), a work (identity_1k, spin10, …) or a figure of the pool
+(short_call, goodput, …). Exit codes: 1 calls failed, 2 the bench could not measure.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from bench.waiting import measure as waiting
 PARTS = frozenset({"throughput", "client", "responsive", "beside", "gil", "pool", "fleet", "tls", "waiting"})
 SUBJECTS = frozenset({"echo", "recipe", "unlatch", "bare", "inline", "threads"})
 WORKS = frozenset(work for work, _ in throughput.CASES)
-# Rounds and seconds of each part; of the last, calls.
+# Rounds and seconds of each part; for the last part, calls.
 FULL = {
     "throughput": (5, 2.0), "client": (5, 1.5), "gil": (2, 2.0), "responsive": (1, 18.0), "beside": (5, 1.0),
     "pool": (3, 2.5), "fleet": (3, 2.0), "tls": (5, 1.5), "waiting": (10_000, 0.0),
@@ -40,7 +40,7 @@ QUICK = {
 
 
 def run(only: frozenset[str], quick: bool, console: Console) -> Findings:
-    """Measure what was asked for."""
+    """Measure the selected parts."""
     plan = QUICK if quick else FULL
     names, works_asked, of_pool = only & SUBJECTS or SUBJECTS, only & WORKS, only & pool.FIGURES
     implied = {part for part, named in (("throughput", works_asked), ("pool", of_pool)) if named}
@@ -91,7 +91,7 @@ def _measure_apart(
     of_pool: frozenset[str],
     on_step: Callable[[str], None],
 ) -> None:
-    """The parts that start servers of their own, once the others' have ended."""
+    """Measure the parts that start servers of their own, after the others' servers have ended."""
     if "gil" in parts:
         rounds, seconds = plan["gil"]
         findings.gil, findings.gil_idle = gil.measure(

@@ -1,4 +1,4 @@
-"""Figures, and what they may be."""
+"""Figures, and the bounds that they must keep."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """A figure, in the unit that its name ends with, and what it may be."""
+    """A bound of a figure, in the unit at the end of the figure's name."""
 
     name: str
     at_most: float | None = None
@@ -20,7 +20,7 @@ class Bound:
 
 
 def judged(found: Mapping[str, float], bounds: Sequence[Bound]) -> dict[str, dict[str, Any]]:
-    """The figures that have a bound, measured or not, and whether they keep it."""
+    """Figures with a bound, measured or not, and whether they keep it."""
     return {
         bound.name: {
             "value": (value := found.get(bound.name)),

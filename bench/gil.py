@@ -1,9 +1,9 @@
-"""The reason Unlatch exists: the same work inline on the loop, in a thread pool, and through Unlatch, on 1 and 2 cores.
+"""The reason for Unlatch: the same work on the event loop, in a thread pool, and through Unlatch, on 1 and 2 cores.
 
-CPU-bound: a pure-Python loop of about 10 ms that holds the GIL. Waiting: 10 ms of it. A kernel that waits occupies a
-worker in Unlatch, just as one that computes, so its throughput there is workers / 10 ms, and an async handler or a
-thread pool does it better; the table says so. What waits for nothing in Unlatch is the caller: the last row has 500
-calls waiting at once, and shows what that costs the gateway and the health check.
+CPU-bound work is a pure-Python loop of about 10 ms that holds the GIL. Waiting work waits 10 ms. In Unlatch a kernel
+that waits occupies a worker like any other, so its throughput is workers / 10 ms, and an async handler or a thread pool
+does better; the table says so. Callers, however, may wait in large numbers: the last row has 500 calls waiting at once,
+and shows what that costs the gateway and the health check.
 """
 
 import time
@@ -25,7 +25,7 @@ AWAITED = "awaited"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One row: a work, done one way."""
+    """One row of the table: one work, done in one way."""
 
     name: str
     subject: str
@@ -52,7 +52,7 @@ WAYS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way on so many cores, over all rounds."""
+    """Results of one way on a number of cores, over all rounds."""
 
     way: Way
     cores: int
@@ -73,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Idle:
-    """The health check's p99 with no load: what the prober and the machine add by themselves."""
+    """The p99 of the health check without load: the share of the prober and the machine."""
 
     subject: str
     cores: int
@@ -83,7 +83,7 @@ class Idle:
 def measure(
     works: dict[str, Work], *, rounds: int, seconds: float, on_step: Callable[[str], None], names: frozenset[str]
 ) -> tuple[list[Row], list[Idle]]:
-    """All the ways whose subject is in `names`, first bound to one core (not the generator's), then to two."""
+    """Measure all ways whose subject is in `names`, on one core (not the load generator's), then on two."""
     rows: list[Row] = []
     idle: list[Idle] = []
     for count in sorted({1, min(2, len(cores()))}):

@@ -1,4 +1,4 @@
-"""Two pictures: what holding the GIL does to a server, and Unlatch's throughput against what it replaces."""
+"""Two plots: the effect of the GIL on a server, and Unlatch's throughput compared with what it replaces."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ UNLATCH, OTHER, LIGHT, INK, GRID = "#1f6f8b", "#b9c4cc", "#7fb3c8", "#22303a", "
 
 
 def plot_gil(rows: Sequence[Row]) -> Path:
-    """Left throughput, right the health check's p99 (log scale); a pair of bars (1 and 2 cores) for each way."""
+    """Plot throughput (left) and the health check's p99 (right, log scale), with bars for 1 and 2 cores."""
     names = list(dict.fromkeys(row.way.name for row in rows))
     says = {row.way.name: row.way.says for row in rows}
     counts = sorted({row.cores for row in rows})
@@ -57,7 +57,7 @@ def plot_gil(rows: Sequence[Row]) -> Path:
 
 
 def plot_ratios(ratios: dict[str, dict[str, Any]]) -> Path:
-    """Every ratio that has a floor, as a bar over the line of 1, with its spread, floor and aim."""
+    """Plot every ratio that has a floor as a bar from the line of 1, with its spread, floor and aim."""
     shown = {name: ratio for name, ratio in ratios.items() if ratio["value"] is not None and ratio["floor"] is not None}
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(11, 0.62 * len(shown) + 1.9), layout="constrained")

@@ -1,7 +1,7 @@
-"""Processes that the bench starts: begun, watched from outside, ended by pid.
+"""Processes that the bench starts, measures from outside, and ends by pid.
 
-CPU time is the scheduler's own nanosecond count of each process (a per-process POSIX clock), the same for all
-subjects and independent of what any of them says about itself.
+CPU time is the scheduler's nanosecond count for each process (a per-process POSIX clock). It is measured in the same
+way for all subjects, and does not depend on what they report.
 """
 
 import json
@@ -25,12 +25,12 @@ STOP_SECONDS = 8.0
 
 
 class BenchError(Exception):
-    """The bench cannot go on; the message tells the user why."""
+    """An error that stops the bench; the message tells the user why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """One process of a tree, as /proc showed it."""
+    """One process of a tree, as read from /proc."""
 
     pid: int
     parent: int
@@ -38,10 +38,10 @@ class Seen:
 
 
 class Process:
-    """One child in a process group of its own, so Ctrl-C reaches the bench first. It ends with the bench.
+    """One child in a process group of its own, so that Ctrl-C reaches the bench first. The child ends with the bench.
 
-    Callers, servers and workers are of one session, where what is nice gives way: between sessions cores are shared
-    whatever runs there, and callers were found to wait for 60 ms while a worker had theirs (docs/decisions/0007).
+    Callers, servers and workers share one session, in which niceness has an effect. Between sessions the system divides
+    cores whatever runs there, and callers were seen to wait 60 ms while a worker had their core (docs/decisions/0007).
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Process:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
     def stop(self) -> None:
-        """SIGTERM to the root, then SIGKILL to whatever of its tree is still there."""
+        """Send SIGTERM to the root, then SIGKILL to all of its tree that is left."""
         before = tree(self.pid)
         if self.child.poll() is None:
             self.child.terminate()
@@ -104,7 +104,7 @@ class Process:
 
 
 class Child(Process):
-    """A Python child that answers JSON lines: one question, one answer."""
+    """A Python child that answers JSON lines: one answer to each question."""
 
     def __init__(self, name: str, module: str, *args: str, cpus: Iterable[int] | None = None) -> None:
         super().__init__(name, [PYTHON, "-m", module, *args], cpus=cpus, piped=True)
@@ -131,7 +131,7 @@ class Child(Process):
 
 
 def environment() -> dict[str, str]:
-    """The same for every subject: this process's own, with one BLAS thread and the repository importable."""
+    """The environment for every subject: this process's own, with one BLAS thread and the repository importable."""
     one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {**os.environ, **one_thread, "PYTHONPATH": str(ROOT)}
 
@@ -141,7 +141,7 @@ def cores() -> list[int]:
 
 
 def load_core() -> int:
-    """The one core that every load generator is pinned to."""
+    """The core to which every load generator is pinned."""
     return cores()[-1]
 
 
@@ -153,7 +153,7 @@ def free_port() -> int:
 
 
 def tree(root: int) -> list[Seen]:
-    """`root` and everything that descends from it."""
+    """`root` and all of its descendants."""
     children: defaultdict[int, list[int]] = defaultdict(list)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (parent := _parent(int(entry.name))) is not None:
@@ -169,11 +169,11 @@ def tree(root: int) -> list[Seen]:
 
 
 def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
-    """CPU seconds of each process (all threads), to the nanosecond; one that has ended is left out."""
+    """CPU seconds of each process (all threads), to the nanosecond; processes that have ended are left out."""
     seconds: dict[int, float] = {}
     for pid in pids:
         try:
-            # The kernel's MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED).
+            # As computed by the kernel's MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED).
             seconds[pid] = time.clock_gettime((~pid << 3) | 2)
         except OSError:
             continue
@@ -181,7 +181,7 @@ def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
 
 
 def labelled_cpu(root: int) -> dict[str, float]:
-    """CPU seconds so far of the tree under `root`, by what each process is; alike ones (workers) are summed."""
+    """CPU seconds so far of the tree under `root`, by kind of process; workers are summed."""
     processes = tree(root)
     labels = label(processes)
     total: defaultdict[str, float] = defaultdict(float)
@@ -191,7 +191,7 @@ def labelled_cpu(root: int) -> dict[str, float]:
 
 
 def zombies(root: int) -> list[int]:
-    """What of the tree under `root` has ended, and nobody has waited for."""
+    """Processes of the tree under `root` that have ended but were not reaped."""
     parents = {seen.pid for seen in tree(root)}
     seen = {int(entry.name): _stat(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
     return [pid for pid, fields in seen.items() if fields and fields[0] == "Z" and int(fields[1]) in parents]
@@ -203,13 +203,13 @@ def workers(root: int) -> list[int]:
 
 
 def rss_anon_bytes(pid: int) -> int:
-    """What of a process is in memory and its own alone."""
+    """Bytes in memory that belong to this process alone."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
 def label(processes: Sequence[Seen]) -> dict[int, str]:
-    """What each process is, by its command line and its parent. Forked workers keep their forkserver's command line."""
+    """The kind of each process, by command line and parent. Forked workers keep their forkserver's command line."""
     by_pid = {seen.pid: seen for seen in processes}
     return {seen.pid: _label(seen, by_pid) for seen in processes}
 
@@ -224,7 +224,7 @@ def _label(seen: Seen, by_pid: Mapping[int, Seen]) -> str:
         return "workers"
     if parent is None:
         return "supervisor" if "unlatch" in seen.command and " serve" in seen.command else "server"
-    for word, name in (("gateway", "gateway"), ("compute", "front")):
+    for word, name in (("gateway", "gateway"), ("compute", "dispatcher")):
         if word in seen.command:
             return name
     return "other"
@@ -236,7 +236,7 @@ def _parent(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/pid/stat from its state on; none once it is gone."""
+    """The fields of /proc/pid/stat from the state on; none once the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""What was found: ratios against their floors and aims, tables for the reader, one JSON file with stable names."""
+"""Results: ratios with their floors and aims, tables for the reader, and one JSON file with stable names."""
 
 import importlib.metadata
 import json
@@ -26,7 +26,7 @@ from bench.waiting import measure as waiting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A ratio of two cells' rates in one run, with what is asked of it."""
+    """A ratio of two cells' rates in one run, and its required value."""
 
     name: str
     over: tuple[str, str]
@@ -63,7 +63,7 @@ WANTED = (
     Wanted(name="tls_1k_c32_vs_plaintext", over=("identity_1k_c32", "tls"), under=("identity_1k_c32", "plaintext")),
     Wanted(name="tls_1m_c32_vs_plaintext", over=("identity_1m_c32", "tls"), under=("identity_1m_c32", "plaintext")),
 )
-# Milliseconds at most.
+# Maximum milliseconds.
 BOUNDS_MS = {
     "health_p99_ms": 20.0,
     "serverlive_p99_ms": 20.0,
@@ -76,7 +76,7 @@ PACKAGES = ("unlatch", "grpcio", "protobuf", "uvloop", "numpy")
 
 @dataclass(slots=True, kw_only=True)
 class Findings:
-    """Everything one run measured; parts that were not asked for stay empty."""
+    """All results of one run. Parts that were not selected stay empty."""
 
     settings: dict[str, Any]
     cells: list[Cell] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Findings:
 
 
 def ratios(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
-    """Each ratio is taken within a round, where both sides met the same machine; the median of rounds is the figure."""
+    """Take each ratio within a round, when the machine was equal for both sides; return the median of rounds."""
     by_key = {(cell.case, cell.subject): cell for cell in cells}
     found: dict[str, dict[str, Any]] = {}
     for wanted in WANTED:
@@ -112,7 +112,7 @@ def ratios(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
 
 
 def bounds(findings: Findings) -> dict[str, dict[str, Any]]:
-    """The figures that have an upper bound."""
+    """Figures that have an upper bound."""
     values: dict[str, float | None] = {name: findings.responsive.get(name) for name in BOUNDS_MS}
     if findings.beside:
         values["small_beside_64mib_delay_ms"] = max(passed["delay_ms"] for passed in findings.beside)
@@ -127,7 +127,7 @@ def bounds(findings: Findings) -> dict[str, dict[str, Any]]:
 
 
 def document(findings: Findings) -> dict[str, Any]:
-    """All of it, under names that stay."""
+    """All results, under stable names."""
     limits = bounds(findings)
     return {
         "schema": 1,
@@ -216,7 +216,7 @@ def show(findings: Findings, console: Console) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine on which the figures were measured."""
     model = next(
         (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
     )
@@ -388,7 +388,7 @@ def _version(package: str) -> str | None:
 
 
 def _said_by(*command: str) -> str | None:
-    """What a command prints, where it is on this machine and has something to say."""
+    """The output of a command; None if it is not installed or prints nothing."""
     try:
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:

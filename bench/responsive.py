@@ -1,4 +1,4 @@
-"""Is the server still there while it computes? Health checks, ServerLive and loop lag beside 64 calls of spin10."""
+"""Responsiveness under load: health checks, ServerLive and loop lag beside 64 calls of spin10."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Buckets = dict[float, float]
 def measure(
     subject: Subject, work: Work, *, rounds: int, seconds: float, on_step: Callable[[str], None]
 ) -> dict[str, float | None]:
-    """Latencies and loop lag at p99, in milliseconds: the median of several stretches of load; failures are summed."""
+    """Latencies and loop lag at p99 in milliseconds, as medians over several stretches of load; failures are summed."""
     figures = []
     for number in range(rounds):
         on_step(f"{IN_FLIGHT} calls of {work.name} in flight: health, ServerLive, loop lag · {number + 1}/{rounds}")
@@ -66,7 +66,7 @@ def _once(subject: Subject, work: Work, seconds: float) -> dict[str, float | Non
 
 
 def lag_buckets(port: int, process: str) -> Buckets:
-    """The lag histogram's cumulative buckets, of the series that says it is of `process` (or says nothing)."""
+    """Cumulative buckets of the lag histogram, from the series of `process` or the series without that label."""
     buckets: Buckets = {}
     for (name, labels), value in scrape(port).items():
         said = dict(labels)
@@ -77,7 +77,7 @@ def lag_buckets(port: int, process: str) -> Buckets:
 
 
 def p99_seconds(before: Mapping[float, float], after: Mapping[float, float]) -> float | None:
-    """The 99th percentile of what was added between two scrapes, linear within its bucket as Prometheus has it."""
+    """The 99th percentile of observations between two scrapes, linear within its bucket as Prometheus estimates it."""
     grown = sorted((bound, count - before.get(bound, 0.0)) for bound, count in after.items())
     if not grown or grown[-1][1] <= 0:
         return None

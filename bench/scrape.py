@@ -1,18 +1,18 @@
-"""What a /metrics says."""
+"""Reading of a /metrics."""
 
 import urllib.request
 from collections.abc import Mapping
 
 from prometheus_client.parser import text_string_to_metric_families
 
-# A series by its sample's name and its labels.
+# Values by series: a sample's name and its labels.
 Scrape = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 
 _GROWING = ("_total", "_count", "_bucket")
 
 
 def scrape(port: int) -> Scrape:
-    """Every series as it stands."""
+    """Read all series."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5.0) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     samples = (sample for family in families for sample in family.samples)
@@ -20,12 +20,12 @@ def scrape(port: int) -> Scrape:
 
 
 def total(seen: Scrape, name: str) -> float:
-    """The sum of all series of a name."""
+    """The sum of all series of one name."""
     return sum(value for (found, _), value in seen.items() if found == name)
 
 
 def fallen(before: Scrape, after: Scrape) -> list[str]:
-    """What only grows, and yet has fallen, or is gone."""
+    """Counters that have fallen or disappeared."""
     return [
         f"{name}{dict(labels)}: {value} -> {after.get((name, labels))}"
         for (name, labels), value in before.items()

@@ -1,4 +1,4 @@
-"""A lane straight to a front, which believes whom its calls are said to come from."""
+"""A lane directly to a dispatcher, which trusts the tenant that each call names."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -20,7 +20,7 @@ from unlatch.protos.unlatch_pb2 import Reply, Welcome
 
 
 class TenantLane:
-    """Calls of any tenant's, of kernels that take no arrays and answer with one small one."""
+    """Calls for any tenant, of kernels that take no arrays and return a small one."""
 
     def __init__(self) -> None:
         self.caller = LaneCaller(self._welcomed, lambda: None, InternalErrors(Recorder()).caught)
@@ -28,7 +28,7 @@ class TenantLane:
         self._kernels: dict[str, KernelSpec] = {}
 
     async def call(self, kernel: str, tenant: str) -> Any:
-        """What the kernel gives. Raises UnlatchError."""
+        """Call a kernel and return its array. Raises UnlatchError."""
         descriptor, body = RequestBuilder(self._kernels[kernel], {}).request(())
         descriptor.tenant = tenant
         answer = _Answer()
@@ -45,7 +45,7 @@ class _Answer:
         self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def replied(self, reply: Reply, body: Body) -> None:
-        """Take a small array, which comes along with its reply."""
+        """Take the reply; small arrays come with it."""
         if not self.result.done():
             self.result.set_result(arrays(reply.response.tensors, list(map(bytearray, body.buffers)))[0])
 
@@ -56,7 +56,7 @@ class _Answer:
 
 @asynccontextmanager
 async def tenant_lane(target: str) -> AsyncIterator[TenantLane]:
-    """Such a lane, open."""
+    """Open such a lane."""
     async with grpc.aio.insecure_channel(target) as channel:
         lane = TenantLane()
         stream: Any = channel.stream_stream(METHOD)()

@@ -1,4 +1,4 @@
-"""Calls a second and CPU a call, for every work and subject, interleaved: each round visits every cell once."""
+"""Calls a second and CPU time of each call, for every work and subject. Each round measures every cell once."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from bench.subjects.subjects import Bare, Subject, await_ready, check
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One work at one number of calls in flight, on one subject, over all rounds."""
+    """Results of one work with one number of calls in flight, on one subject, over all rounds."""
 
     work: str
     in_flight: int
@@ -30,7 +30,7 @@ class Cell:
         return median(self.rates)
 
     def cpu(self) -> dict[str, float]:
-        """Median CPU µs a call, by process."""
+        """Median CPU microseconds of a call, by process."""
         names = dict.fromkeys(name for once in self.cpu_us for name in once)
         return {name: median(once.get(name, 0.0) for once in self.cpu_us) for name in names}
 
@@ -58,7 +58,7 @@ def measure(
     on_step: Callable[[str], None],
     only_works: frozenset[str],
 ) -> list[Cell]:
-    """Run all the cells that these subjects allow."""
+    """Run all cells that these subjects allow."""
     cells = [
         Cell(work=name, in_flight=in_flight, subject=subject)
         for (name, in_flight), wanted in CASES.items()
@@ -70,7 +70,7 @@ def measure(
         await_ready(subject, works["identity_1k"])
     replies = dict(_checked(works, subjects, cells))
     rates: dict[tuple[str, str], float] = {}
-    for number in range(rounds + 1):  # round 0 warms up, and tells how many calls fill the time
+    for number in range(rounds + 1):  # round 0 warms up, and shows how many calls fill the time
         for cell in cells:
             on_step(f"round {number}/{rounds} · {cell.case} · {cell.subject}")
             if cell.subject == "bare":
@@ -97,7 +97,7 @@ def measure(
 def loaded_with_cpu(
     subject: Subject, work: Work, calls: int, in_flight: int, reply_bytes: int
 ) -> tuple[Load, dict[str, float]]:
-    """One stretch of load, and the CPU µs a call that each of the subject's processes spent on it."""
+    """Measure one stretch of load, and the CPU microseconds a call of each of the subject's processes."""
     body = work.body()
     before = subject.cpu()
     loaded = load(subject.port, body, calls=calls, in_flight=in_flight, reply_bytes=reply_bytes, tls=bool(subject.ca))

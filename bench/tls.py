@@ -1,4 +1,4 @@
-"""What TLS costs: the same calls through a gateway to a replica, by TLS on both hops and in plaintext, by turns."""
+"""The cost of TLS: the same calls through a gateway to a replica, alternately with TLS on both hops and without."""
 
 import tempfile
 from collections.abc import Callable
@@ -25,17 +25,17 @@ class Mesh(Subject):
 
     def cpu(self) -> dict[str, float]:
         gateway, replica = (labelled_cpu(process.pid) for process in (self.process, self.replica))
-        return {"gateway": gateway["server"], "front": replica.pop("server"), **replica}
+        return {"gateway": gateway["server"], "dispatcher": replica.pop("server"), **replica}
 
 
 def measure(works: dict[str, Work], *, rounds: int, seconds: float, on_step: Callable[[str], None]) -> list[Cell]:
-    """Both meshes' cells, as those of throughput are measured."""
+    """Measure the cells of both meshes, in the same way as throughput."""
     with ExitStack() as stack:
         on_step("tls · starting two meshes")
         ca, files = _certificates(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-tls-"))))
         meshes: dict[str, Subject] = {
             "plaintext": _start(stack, "plaintext", (), (), b""),
-            # h2load shows no certificate; the replica asks for the gateway's.
+            # h2load shows no certificate; the replica requires the gateway's.
             "tls": _start(stack, "tls", files("tls"), (*files("tls"), "--tls-client-ca", str(ca)), ca.read_bytes(),
                           to_replica=("--replica-ca", str(ca), *files("replica"))),
         }  # fmt: skip
@@ -45,7 +45,7 @@ def measure(works: dict[str, Work], *, rounds: int, seconds: float, on_step: Cal
 
 
 def _certificates(directory: Path) -> tuple[Path, Callable[[str], tuple[str, ...]]]:
-    """An authority's file, and the flags that show a certificate of its, by what they begin with."""
+    """The path of an authority's file, and the flags for a certificate from it, by the flags' prefix."""
     authority = trustme.CA()
     issued = authority.issue_cert(HERE)
     ca, cert, key = (directory / name for name in ("ca.crt", "tls.crt", "tls.key"))
@@ -72,5 +72,5 @@ def _start(
     argv = [str(UNLATCH), "gateway", "--listen", listen, "--metrics-listen", metrics, "--health-listen", health]
     argv += ["--replicas", others[0], *gateway, *to_replica]
     process = stack.enter_context(Process(f"{name}-gateway", argv))
-    served = {"gateway": ports[1], "front": ports[4]}
+    served = {"gateway": ports[1], "dispatcher": ports[4]}
     return Mesh(name=name, process=process, port=ports[0], health_port=ports[2], metrics=served, ca=ca, replica=behind)

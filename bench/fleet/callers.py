@@ -1,6 +1,6 @@
-"""The callers of the figures of the fleet, in a process of their own. Asked in JSON lines: whom, how many, how long.
+"""The callers for the figures of the fleet, in a process of their own. JSON lines tell targets, number and duration.
 
-They speak the Open Inference Protocol, so that gRPC's own balancer can choose among several servers.
+They use the Open Inference Protocol, so that gRPC's own balancer can choose among several servers.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ _ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
 
 async def load(targets: list[str], callers: int, seconds: float) -> dict[str, Any]:
-    """Calls a second and their 95th percentile in milliseconds, each caller's next when its last is answered."""
+    """Measure calls a second and their p95 in milliseconds; each caller calls again when its last call is answered."""
     options = [("grpc.service_config", _ROUND_ROBIN), ("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(f"ipv4:{','.join(targets)}", options=options) as channel:
         infer: Any = channel.unary_unary(METHOD)

@@ -1,4 +1,4 @@
-"""Work for the fleet's figures: it takes time and no core, so that three replicas fit on any machine."""
+"""Work for the fleet's figures: it takes time but no core, so that three replicas fit on any machine."""
 
 import time
 
@@ -12,6 +12,6 @@ SECONDS = 0.01
 
 @kernel(pure=True)
 def nap(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
-    """Keep a worker for 10 ms."""
+    """Occupy a worker for 10 ms."""
     time.sleep(SECONDS)
     return x

@@ -1,7 +1,7 @@
-"""What a gateway makes of three replicas of which one is four times slower, and of one that stands still.
+"""A gateway's throughput with three replicas of which one is four times slower, and its reaction to a frozen replica.
 
-Beside the gateway of all three stand one of the two fast ones, and one of each: what each can do alone is measured
-there, and gRPC's own `round_robin` goes over those three.
+Besides the gateway of all three, one gateway has a fast replica and one has one of each kind. With them each replica's
+own throughput is measured, and gRPC's `round_robin` is tried over all three.
 """
 
 import os
@@ -19,7 +19,7 @@ from bench.scrape import scrape
 from bench.subjects.subjects import UNLATCH
 
 WORKERS = 2
-# As many as keep the three busy, and a few to wait.
+# Enough callers to keep all three busy, and a few that wait.
 CALLERS = 48
 CALLERS_OF_ONE = 16
 FAST, SLOW = "bench/fleet/kernels.py", "bench/fleet/slow_kernels.py"
@@ -47,7 +47,7 @@ class _Gateway:
 
 
 def measure(*, rounds: int, seconds: float, on_step: Callable[[str], None]) -> Figures:
-    """Every figure of the fleet. Raises BenchError where it does not start."""
+    """Measure every figure of the fleet. Raises BenchError if it does not start."""
     with ExitStack() as stack:
         on_step("fleet · starting three replicas and five gateways")
         slow_last = [_replica(stack, number, kernels) for number, kernels in enumerate((FAST, FAST, SLOW))]
@@ -58,7 +58,7 @@ def measure(*, rounds: int, seconds: float, on_step: Callable[[str], None]) -> F
         callers = stack.enter_context(Child("fleet-callers", "bench.fleet.callers", cpus=[load_core()]))
         for gateway in (everyone, fast, *each):
             _await_up(gateway)
-            # What a kernel takes is learned of its runs.
+            # The gateway learns from runs how long a kernel takes.
             _ask(callers, [gateway], CALLERS_OF_ONE, seconds / 2)
         found = [_round(callers, everyone, fast, each, seconds, on_step) for _ in range(rounds)]
         figures = {name: median(once[name] for once in found) for name in found[0]}
@@ -96,7 +96,7 @@ def _round(
 
 
 def _frozen(gateway: _Gateway, replica: _Replica) -> float:
-    """How long after a replica's SIGSTOP the gateway takes it for gone."""
+    """Seconds from a replica's SIGSTOP until the gateway takes it for gone."""
     os.kill(replica.process.pid, signal.SIGSTOP)
     stopped = time.monotonic()
     try:
@@ -126,7 +126,7 @@ def _gateway(stack: ExitStack, replicas: list[str]) -> _Gateway:
     argv = [str(UNLATCH), "gateway", "--listen", target, "--replicas", ",".join(replicas)]
     argv += ["--metrics-listen", f"127.0.0.1:{metrics}", "--health-listen", "127.0.0.1:0"]
     name = "-".join(replica.rpartition(":")[2] for replica in replicas)
-    # All calls are alike, and each is to be run.
+    # All calls are identical, and each must be run.
     process = Process(f"fleet-gateway-{name}", argv, variables={"UNLATCH_COALESCING": "false"})
     return _Gateway(process=stack.enter_context(process), target=target, metrics=metrics)
 
@@ -136,7 +136,7 @@ def _is_up(gateway: _Gateway, target: str) -> bool:
 
 
 def _await_up(gateway: _Gateway) -> None:
-    """Until every replica of a gateway takes calls."""
+    """Wait until every replica of a gateway takes calls."""
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:

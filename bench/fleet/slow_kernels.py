@@ -1,4 +1,4 @@
-"""The same work where machines are four times slower."""
+"""The same work, as on a machine that is four times slower."""
 
 import time
 
@@ -11,6 +11,6 @@ from unlatch import kernel
 
 @kernel(pure=True)
 def nap(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
-    """Keep a worker for 40 ms."""
+    """Occupy a worker for 40 ms."""
     time.sleep(4 * SECONDS)
     return x

@@ -1,8 +1,8 @@
-"""`python -m bench.kernels`: each built-in kernel beside what does the same elsewhere, into docs/kernels.md.
+"""`python -m bench.kernels`: compare each built-in kernel with another library's, and write docs/kernels.md.
 
-One thread each, memory kept as a worker keeps it, both by turns: what a round's noise does to one it does to the other.
-The figures are medians over rounds, and the ratio is the median of the rounds' own. `--only NAME` prints one kernel's
-rows and writes nothing.
+Both run alternately on one thread, with memory kept as in a worker, so that noise in a round affects both. Figures are
+medians over rounds, and the ratio is the median of each round's ratio. `--only NAME` prints one kernel's rows and
+writes nothing.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _MIB = 2**20
 
 
 def measure(case: Case) -> tuple[float, float | None, float | None]:
-    """Our milliseconds, the reference's, and ours over theirs."""
+    """Measure our milliseconds, the reference's, and the ratio of ours to theirs."""
     if case.theirs is None:
         repeats = _repeats(case.ours)
         return statistics.median(_milliseconds(case.ours, repeats) for _ in range(_ROUNDS)), None, None
@@ -48,7 +48,7 @@ def measure(case: Case) -> tuple[float, float | None, float | None]:
 
 
 def row(case: Case, spec: KernelSpec, figures: tuple[float, float | None, float | None]) -> str:
-    """A line of the table; a variant's first cells say only what differs."""
+    """A row of the table. A variant's first cells have only what differs."""
     mine, other, ratio = figures
     name, does = (f"… {case.variant}", "") if case.variant else (f"`{_signature(spec)}`", _sentence(spec.doc))
     beside = (case.reference, _shown(other), f"{ratio:.2f}") if other is not None and ratio else ("—", "—", "—")
@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME", help="print this kernel's rows, and write nothing")
     only = parser.parse_args().only
     keep_freed(largest_bytes=512 * _MIB, most_bytes=512 * _MIB, step_bytes=64 * _MIB)
-    warnings.simplefilter("ignore")  # a reference may warn of what does not concern its time
+    warnings.simplefilter("ignore")  # a reference may warn about things that do not affect its time
     specs = load(()).specs
     rows = []
     with threadpool_limits(1):

@@ -1,4 +1,4 @@
-"""What `bench.kernels` measures: each built-in kernel on one size, and who else does the same."""
+"""Cases of `bench.kernels`: each built-in kernel with one size of input, and another library that does the same."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Case(NamedTuple):
-    """One kernel on one size. `variant` tells a further case of a kernel from its first."""
+    """One kernel with one size of input. `variant` distinguishes further cases of a kernel."""
 
     kernel: str
     size: str
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """All of them; a second's work to make."""
+    """Make all cases, which takes a second."""
     random = np.random.default_rng(1)
     return [*_linear(random), *_decompositions(random), *_signals(random), *_pictures(random), *_tables(random)]
 

@@ -1,4 +1,4 @@
-"""One Python client's process, of one kind; all kinds are equal but for how they call. Asked in JSON lines.
+"""One process of one kind of Python client; kinds differ only in how they call. Controlled by JSON lines.
 
 - `map`: `Client.map`, in order, 64 in flight
 - `call`: `Client.call`, each awaited before the next
@@ -35,7 +35,7 @@ Call = Callable[[Array], Awaitable[Array]]
 
 
 class Until:
-    """Counts calls until its time is up, and looks at every 64th result whole."""
+    """Counts calls until the time is up, and checks every 64th result."""
 
     def __init__(self, seconds: float, x: Array) -> None:
         self._begun = time.perf_counter()
@@ -84,7 +84,7 @@ def unary(stub: Any) -> Call:
 
 
 async def beside(mesh: Any, x: Array, seconds: float) -> dict[str, Any]:
-    """Latencies of 1 KiB calls alone and beside a 64 MiB call; each timed from when it was due."""
+    """Latencies of 1 KiB calls, alone and beside a 64 MiB call; each is timed from when it was due."""
     large = np.random.default_rng(3).random(LARGE_BYTES // 8)
 
     async def small(due: float) -> float:
@@ -136,7 +136,7 @@ async def client(kind: str, gateway: str) -> None:
             return {"calls": until.calls, "calls_per_second": until.calls / took, "client_cpu_us": cpu_us}
 
         await stretch(WARM_SECONDS)
-        # A full collection of all that this process has imported would delay a call by tens of milliseconds.
+        # A full collection of all imported objects would delay a call by tens of milliseconds.
         gc.collect()
         gc.freeze()
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""The Python client's ways of calling, by turns; and 1 KiB calls beside a 64 MiB one."""
+"""The ways to call from Python, measured alternately; and 1 KiB calls beside a 64 MiB one."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ IN_FLIGHT = {"map": 64, "call": 1, "gathered": 32, "unary": 32}
 
 
 def measure(subject: Subject, *, rounds: int, seconds: float, on_step: Callable[[str], None]) -> list[Cell]:
-    """One cell a kind. Each kind has a process of its own, pinned where the load generator is otherwise."""
+    """Measure one cell for each kind. Each kind has a process of its own, on the load generator's core."""
     cells = {kind: Cell(work="client_1k", in_flight=IN_FLIGHT[kind], subject=kind) for kind in KINDS}
     with ExitStack() as stack:
         children = {kind: stack.enter_context(_child(kind, subject)) for kind in KINDS}
@@ -34,7 +34,7 @@ def measure(subject: Subject, *, rounds: int, seconds: float, on_step: Callable[
 def beside_64mib(
     subject: Subject, *, passes: int, seconds: float, on_step: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Each pass: 1 KiB calls alone for `seconds`, then beside one 64 MiB call on the same lane."""
+    """Measure 1 KiB calls alone for `seconds`, then beside one 64 MiB call on the same lane; repeated in each pass."""
     with _child("beside", subject) as child:
         child.answer()
         passed = []

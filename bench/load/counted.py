@@ -1,6 +1,6 @@
-"""A channel whose lanes count the answers that come on them, call by call, beneath whoever waits for them.
+"""A channel whose lanes count the answers to each call.
 
-A lane's caller looks at a call's first answer and ignores whatever follows. Here a second one is seen.
+A lane's caller takes a call's first answer and ignores any that follow. Here a second answer is noticed.
 """
 
 from collections.abc import Awaitable, Callable
@@ -16,11 +16,11 @@ _MOST_TOLD = 20
 class Answers:
     """The answers on one lane.
 
-    A call has one: a response with all its bytes, or a failure, or a response and a failure before its last byte.
+    A call has one answer: a response with all bytes, or a failure, or a response and a failure before its last byte.
     """
 
     def __init__(self) -> None:
-        # Bytes that a call's response still wants, by the call's number; None once it has failed.
+        # Missing bytes of a call's response, by the call's number; None once the call has failed.
         self._wanted: dict[int, int | None] = {}
         self.wrong: list[str] = []
 
@@ -28,7 +28,7 @@ class Answers:
         return len(self._wanted)
 
     def note(self, message: bytes) -> None:
-        """Look at a message that came."""
+        """Count the answers in a message."""
         frames, payload = unpack(message)
         at = 0
         for reply in frames.replies:
@@ -53,18 +53,18 @@ class Answers:
 
 
 class CountedChannel:
-    """What opens a lane and closes, and nothing else of a channel."""
+    """The part of a channel that opens a lane and closes."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
         self.answers: list[Answers] = []
 
     async def close(self) -> None:
-        """Close it."""
+        """Close the channel."""
         await self._channel.close()
 
     def stream_stream(self, method: str) -> Callable[..., "CountedStream"]:
-        """A lane's stream, with a count of its own: calls are numbered on each lane anew."""
+        """Open a lane's stream with a count of its own, since calls are numbered anew on each lane."""
         opening: Any = self._channel.stream_stream(method)
 
         def opened(**options: Any) -> CountedStream:

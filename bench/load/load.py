@@ -1,8 +1,8 @@
-"""The load generator, the same for all: h2load, pinned to one core, a fixed number of calls.
+"""The load generator for all subjects: h2load, pinned to one core, with a fixed number of calls.
 
-h2load counts HTTP statuses only, and a failed gRPC call is HTTP 200 too. A failure, though, carries no message: so the
-DATA bytes received must be exactly those of as many good replies, and every shortfall counts as failed calls. That
-needs a fixed number of calls (-n), not a duration, at whose end replies are cut off.
+h2load counts only HTTP statuses, and a failed gRPC call is HTTP 200 too. But a failure carries no message. So the DATA
+bytes received must be exactly those of as many good replies, and any difference counts as failed calls. This needs a
+fixed number of calls (-n): with a duration, replies would be cut off at the end.
 """
 
 import math
@@ -23,7 +23,7 @@ _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """How one measured stretch went."""
+    """Results of one measured stretch."""
 
     calls: int
     failed_calls: int
@@ -43,18 +43,18 @@ def require_h2load() -> None:
 
 
 def connections(in_flight: int) -> tuple[int, int]:
-    """(connections, streams on each) for so many calls in flight: up to 8 on a connection, as several clients make."""
+    """(connections, streams on each) for a number of calls in flight: up to 8 a connection, as with several clients."""
     clients = math.ceil(in_flight / 8)
     return clients, math.ceil(in_flight / clients)
 
 
 def calls_for(seconds: float, rate: float, in_flight: int) -> int:
-    """A whole number of rounds of `in_flight` calls that takes about `seconds`."""
+    """A number of calls, a multiple of `in_flight`, that takes about `seconds`."""
     return min(MAX_CALLS, max(2, round(seconds * rate / in_flight)) * in_flight)
 
 
 def load(port: int, body: Path, *, calls: int, in_flight: int, reply_bytes: int, tls: bool = False) -> Load:
-    """Send `body` `calls` times, `in_flight` at a time; `reply_bytes` is what one good reply's message measures."""
+    """Send `body` `calls` times, `in_flight` at a time; `reply_bytes` is the size of one good reply's message."""
     clients, streams = connections(in_flight)
     scheme = "https" if tls else "http"
     argv = ["taskset", "--cpu-list", str(load_core()), "h2load"]
@@ -75,7 +75,7 @@ def load(port: int, body: Path, *, calls: int, in_flight: int, reply_bytes: int,
 
 
 def parse(output: str, *, calls: int, reply_bytes: int, cpu_seconds: float = 0.0) -> Load:
-    """Read h2load's report; `reply_bytes` with the message's five bytes of framing."""
+    """Parse h2load's report; `reply_bytes` includes the message's five bytes of framing."""
     rate = _find(r"finished in [^,]+, ([\d.]+) req/s", output)
     succeeded = int(_find(r"(\d+) succeeded", output))
     received = int(_find(r"\), [^\s]+ \((\d+)\) data", output))

@@ -1,9 +1,9 @@
-"""A process that asks "are you well?" every 20 ms and notes how long the answer took.
+"""A process that sends a health check every 20 ms and measures the time until the answer.
 
-Checks leave on a fixed schedule whether or not the last one is back: a server that stalls for a second shows fifty bad
-checks, not one. Each is timed from when it was due; how late it left is this process's own lag, and told beside. It
-runs before all others, where it may (SCHED_FIFO): Linux was seen to let one that is hardly ever awake wait for 0.1 s
-and more behind sessions that are busy. Asked and answered in JSON lines.
+Checks are sent on a fixed schedule, even if the last one is not answered: a server that stalls for a second shows fifty
+bad checks, not one. Each is timed from when it was due. The delay before sending is this process's own lag, and is
+reported separately. The process has priority over all others if allowed (SCHED_FIFO), since Linux was seen to let a
+process that is rarely awake wait 0.1 s or more behind busy sessions. Controlled by JSON lines.
 """
 
 import argparse
@@ -31,7 +31,7 @@ Ask = Callable[[], Awaitable[object]]
 
 
 class Probe:
-    """One question on its schedule."""
+    """One kind of check on its schedule."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
@@ -56,7 +56,7 @@ class Probe:
         try:
             await self._ask()
         except grpc.aio.AioRpcError:
-            self._failed += 1  # a check that got no answer is as bad as the longest wait
+            self._failed += 1  # a check without an answer is as bad as the longest wait
         self._seconds.append(time.perf_counter() - due)
 
     def answer(self) -> dict[str, float]:
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def _go_first() -> None:
-    """Be on time, whoever else is busy, where that is allowed: it is the server whose time is taken."""
+    """Get priority over other processes if allowed, since the server's time is to be measured, not this process's."""
     with suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 

@@ -1,6 +1,6 @@
-"""The callers of the figures of the pool, in a process of their own. Asked in JSON lines: a figure's name, and how.
+"""The callers for the figures of the pool, in a process of their own. JSON lines tell the figure and its parameters.
 
-All times are by the machine's monotonic clock, which kernels read too.
+All times are of the machine's monotonic clock, which kernels read too.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ Figures = dict[str, Any]
 
 
 async def replacement(gateway: str, root: int, kills: int) -> Figures:
-    """From the SIGKILL of the only worker until its replacement runs the call that was made then."""
+    """Time from the SIGKILL of the only worker until its replacement runs a call that was made then."""
     milliseconds = []
     async with Client(gateway, timeout=10.0) as mesh:
         for _ in range(kills):
@@ -44,7 +44,7 @@ async def replacement(gateway: str, root: int, kills: int) -> Figures:
 
 
 async def cancel_to_next(gateway: str, metrics: int, count: int, rounds: int) -> Figures:
-    """From the moment that callers leave loops that never yield until each core runs somebody else's call."""
+    """Time from when callers abandon endless loops until each core runs another caller's call."""
     milliseconds: list[float] = []
     async with Client(gateway, timeout=30.0) as mesh, Client(gateway) as leaver:
         for _ in range(rounds):
@@ -67,14 +67,14 @@ async def cancel_to_next(gateway: str, metrics: int, count: int, rounds: int) ->
 
 
 def _running(metrics: int) -> int:
-    """How many workers run a call."""
+    """The number of workers that run a call."""
     return sum(name == "unlatch_worker_running_seconds" for name, _ in scrape(metrics))
 
 
 async def short_beside_long(gateway: str, seconds: float, per_second: float, beside: int) -> Figures:
-    """How long calls of 1 ms take from when they are due, so many a second, beside an excess of long ones."""
+    """Latency of 1 ms calls, from when they are due, at a fixed rate beside an excess of long calls."""
     async with Client(gateway, timeout=60.0) as mesh, Client(gateway) as background:
-        # What is long, and what is not, is learned of runs.
+        # The service learns from runs which calls are long.
         await asyncio.gather(mesh.burns_500ms(), *(mesh.burns_1ms() for _ in range(20)))
 
         async def long() -> None:
@@ -95,12 +95,12 @@ async def short_beside_long(gateway: str, seconds: float, per_second: float, bes
     return {"milliseconds": [each * 1e3 for each in taken]}
 
 
-async def fair_share(front: str, seconds: float, light: str, heavy: str) -> Figures:
-    """Processor seconds that two tenants get of a pool that neither leaves idle.
+async def fair_share(dispatcher: str, seconds: float, light: str, heavy: str) -> Figures:
+    """Processor seconds that two tenants get from a pool that they keep busy.
 
-    The heavy one has ten times as many calls waiting, and five times as long ones.
+    The heavy tenant has ten times as many waiting calls, and calls that are five times as long.
     """
-    async with tenant_lane(front) as lane:
+    async with tenant_lane(dispatcher) as lane:
         used = dict.fromkeys((light, heavy), 0.0)
         begin = time.monotonic() + seconds / 4
         end = begin + seconds
@@ -120,25 +120,25 @@ async def fair_share(front: str, seconds: float, light: str, heavy: str) -> Figu
         for ended in await asyncio.gather(*callers, return_exceptions=True):
             if isinstance(ended, Exception):
                 raise ended
-    # With the next report the gateway hears that all of them have gone.
+    # With the next report the gateway learns that all calls are gone.
     await asyncio.sleep(0.5)
     return {"light": used[light], "heavy": used[heavy]}
 
 
 async def warm(lane: TenantLane) -> None:
-    """Let the front learn what the calls of `fair_share` take."""
+    """Let the dispatcher learn how long the calls of `fair_share` take."""
     for kernel in ("burns_4ms", "burns_20ms"):
         await lane.call(kernel, "")
 
 
 async def capacity(gateway: str, seconds: float) -> Figures:
-    """Calls of 10 ms a second, by as many callers as keep the pool busy, without deadlines."""
+    """Measure 10 ms calls a second, with enough callers without deadlines to keep the pool busy."""
     async with Client(gateway, timeout=30.0) as mesh:
         return {"per_second": await rate(mesh.burns_10ms, CAPACITY_IN_FLIGHT, seconds)}
 
 
 async def overload(gateway: str, seconds: float, per_second: float, seed: int) -> Figures:
-    """Calls of 10 ms that may take 100, so many a second, at random (Poisson): what is answered, what refused when."""
+    """Send 10 ms calls with a deadline of 100 ms, at a rate with random times (Poisson); count answers and refusals."""
     dice = random.Random(seed)
     due, at = [], 0.0
     while (at := at + dice.expovariate(per_second)) < seconds:
@@ -162,13 +162,13 @@ async def overload(gateway: str, seconds: float, per_second: float, seed: int) -
 
 
 async def rows(gateway: str, kernel: str, callers: int, seconds: float) -> Figures:
-    """Calls of one row a second, by so many callers."""
+    """Calls of one row a second, from a number of callers."""
     async with Client(gateway, timeout=30.0) as mesh:
         return {"per_second": await rate(lambda: mesh.call(kernel, ROW), callers, seconds)}
 
 
 async def alone(gateway: str, kernels: list[str], seconds: float) -> Figures:
-    """How long one caller's calls of one row take, of each kernel by turns."""
+    """Latency of one caller's calls of one row, with each kernel in turn."""
     taken: dict[str, list[float]] = {kernel: [] for kernel in kernels}
     async with Client(gateway, timeout=30.0) as mesh:
         end = time.monotonic() + seconds
@@ -181,7 +181,7 @@ async def alone(gateway: str, kernels: list[str], seconds: float) -> Figures:
 
 
 async def one_by_one(gateway: str, kernel: str, calls: int) -> Figures:
-    """So many calls of one row, each awaited before the next."""
+    """Make calls of one row, each awaited before the next."""
     async with Client(gateway, timeout=30.0) as mesh:
         for _ in range(calls):
             await mesh.call(kernel, ROW)
@@ -189,7 +189,7 @@ async def one_by_one(gateway: str, kernel: str, calls: int) -> Figures:
 
 
 async def mapped(gateway: str, kernel: str, calls: int) -> Figures:
-    """So many calls of one row, by `map`."""
+    """Make calls of one row with `map`."""
     async with Client(gateway, timeout=30.0) as mesh:
         async for _ in mesh.map(kernel, (ROW for _ in range(calls)), in_flight=MAP_IN_FLIGHT):
             pass
@@ -197,7 +197,7 @@ async def mapped(gateway: str, kernel: str, calls: int) -> Figures:
 
 
 async def rate(call: Callable[[], Awaitable[Any]], callers: int, seconds: float) -> float:
-    """Calls a second, each caller's next when its last is answered; from when all are under way."""
+    """Calls a second once all callers are active; each makes its next call when its last is answered."""
     begin = time.monotonic() + seconds / 4
     end, answered = begin + seconds, 0
 
@@ -212,7 +212,7 @@ async def rate(call: Callable[[], Awaitable[Any]], callers: int, seconds: float)
 
 
 async def open_loop(call: Callable[[float], Awaitable[None]], due: Any) -> None:
-    """Make each call when it is due, in seconds from now, whatever has become of those before; wait for the last."""
+    """Make each call when it is due (seconds from now), even if earlier ones have not ended; wait for the last."""
     began, calls = time.monotonic(), []
     for at in due:
         await asyncio.sleep(max(0.0, began + at - time.monotonic()))

@@ -1,4 +1,4 @@
-"""What the pool does when it is hurt, crowded, or asked for many small things: replacement, cancel, order, batches."""
+"""Figures of the pool under faults, overload and many small calls: replacement, cancel, order, batches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,14 +19,14 @@ LONG_BESIDE = 8
 OVERLOAD = 2.0
 BATCH_CALLERS = 256
 MAP_CALLS_A_SECOND = 2000
-# Tenants by their weights. The heavy one sends ten times as many calls as either of the others.
+# Weights of tenants. The heavy one sends ten times as many calls as either of the others.
 WEIGHTS = {"heavy": 1.0, "equal": 1.0, "threefold": 3.0}
 
 
 BOUNDS = (
     Bound(name="replacement_ms_p50", at_most=20.0),
     Bound(name="replacement_ms_p99", at_most=100.0),
-    # The grace that a run gets when nobody waits for it any more, and 50 ms.
+    # The grace period of a cancelled run, and 50 ms.
     Bound(name="cancel_to_next_ms_p50", at_most=300.0),
     Bound(name="cancel_to_next_ms_p99", at_most=300.0),
     Bound(name="short_call_p99_ms", at_most=10.0),
@@ -41,7 +41,7 @@ BOUNDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asking:
-    """A mesh, its callers, and how long to ask."""
+    """A mesh, its callers, and the duration of a measurement."""
 
     subject: Subject
     callers: Child
@@ -49,18 +49,18 @@ class Asking:
     seconds: float
 
     def times(self, a_second: float) -> int:
-        """How often something is done that is done so often a second."""
+        """The number of repetitions at this rate."""
         return round(a_second * self.rounds * self.seconds)
 
     def ask(self, figure: str, **how: Any) -> dict[str, Any]:
-        """Have the callers call through the gateway."""
+        """Have the callers measure a figure through the gateway."""
         return self.callers.ask(figure=figure, gateway=f"127.0.0.1:{self.subject.port}", **how)
 
 
 def measure(
     work: Work, *, rounds: int, seconds: float, on_step: Callable[[str], None], only: frozenset[str] = frozenset()
 ) -> Figures:
-    """Every figure of the pool, or those named, each on a mesh that has the workers and settings that it wants."""
+    """Measure all figures of the pool, or the named ones, each on a mesh with the workers and settings it needs."""
     found: Figures = {}
     for workers, settings, figures in _meshes():
         wanted = [figure for figure in figures if not only or figure.__name__ in only]
@@ -78,7 +78,7 @@ def measure(
 
 
 def _meshes() -> Iterator[tuple[int, dict[str, str], tuple[Callable[[Asking], Figures], ...]]]:
-    """Workers, settings, and what is measured there."""
+    """Numbers of workers, settings, and the figures to measure with them."""
     weights = ",".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
     yield 1, {}, (replacement, goodput_to_spare)
     yield WORKERS, {"UNLATCH_RESERVED_WORKERS": "1"}, (short_call,)
@@ -96,15 +96,17 @@ def replacement(asking: Asking) -> Figures:
 
 
 def cancel_to_next(asking: Asking) -> Figures:
-    """cancel_to_next_ms: from callers leaving endless loops on all workers until each core runs another's call."""
-    found = asking.ask("cancel_to_next", metrics=asking.subject.metrics["front"], count=WORKERS, rounds=asking.times(7))
+    """cancel_to_next_ms: from when callers abandon endless loops on all workers until each core runs another call."""
+    found = asking.ask(
+        "cancel_to_next", metrics=asking.subject.metrics["dispatcher"], count=WORKERS, rounds=asking.times(7)
+    )
     return _percentiles("cancel_to_next_ms", found["milliseconds"])
 
 
 def short_call(asking: Asking) -> Figures:
-    """short_call_p99_ms: 200 calls of 1 ms a second, from when they are due, beside 500 ms background calls in excess.
+    """short_call_p99_ms: latency of 200 calls of 1 ms a second, from when they are due, beside too many 500 ms calls.
 
-    One of the two workers is reserved for what is not long.
+    The long calls have background priority. One of the two workers is reserved for calls that are not long.
     """
     seconds = asking.rounds * asking.seconds
     found = asking.ask("short_beside_long", seconds=seconds, per_second=SHORT_PER_SECOND, beside=LONG_BESIDE)
@@ -112,16 +114,16 @@ def short_call(asking: Asking) -> Figures:
 
 
 def fair_share(asking: Asking) -> Figures:
-    """fair_share_error: how far, in percent, the processor time of a tenant is from its weighted share, at the worst.
+    """fair_share_error: the largest deviation, in percent, of a tenant's processor time from its weighted share.
 
-    Of two tenants one has ten times as many calls waiting as the other, and five times as long ones; once they weigh
-    the same, once the lighter one weighs three times as much.
+    One of two tenants has ten times as many waiting calls as the other, each five times as long. Measured once with
+    equal weights, and once with three times the weight for the lighter tenant.
     """
     errors = {}
     for light in ("equal", "threefold"):
         found = asking.callers.ask(
             figure="fair_share",
-            front=asking.subject.front_target(),
+            dispatcher=asking.subject.dispatcher_target(),
             seconds=asking.rounds * asking.seconds / 2,
             light=light,
             heavy="heavy",
@@ -131,20 +133,20 @@ def fair_share(asking: Asking) -> Figures:
 
 
 def share_error(used: dict[str, float]) -> float:
-    """The largest distance of a tenant's part from its weighted share, in percent of that share."""
+    """The largest deviation of a tenant's part from its weighted share, in percent of that share."""
     weights, total = sum(WEIGHTS[name] for name in used), sum(used.values())
     return max(abs(seconds / total / (WEIGHTS[name] / weights) - 1) for name, seconds in used.items()) * 100
 
 
 def goodput_to_spare(asking: Asking) -> Figures:
-    """The same with a core that no worker has: what refusing costs is not taken from what is computed."""
+    """The same with a core to spare, so that refusing takes no time from computing."""
     return {f"{name}_core_to_spare": value for name, value in goodput(asking).items()}
 
 
 def goodput(asking: Asking) -> Figures:
-    """goodput_ratio: calls of 10 ms answered within 100 ms at twice what the pool can do, over what it can do.
+    """goodput_ratio: calls of 10 ms answered within 100 ms at twice the pool's capacity, divided by its capacity.
 
-    What it can do is measured before and after, by callers that wait. refusal_ms: from sending a call to its refusal.
+    Capacity is measured before and after, by callers that wait. refusal_ms: from sending a call to its refusal.
     """
     before = asking.ask("capacity", seconds=asking.seconds)["per_second"]
     seconds = 2 * asking.seconds
@@ -161,7 +163,7 @@ def goodput(asking: Asking) -> Figures:
 
 
 def batch(asking: Asking) -> Figures:
-    """batch_gain: 256 callers' rate of 1 ms and 10 µs a row as a batch, over the same kernel's a call at a time."""
+    """batch_gain: 256 callers' rate of a kernel of 1 ms plus 10 µs a row, batched, over the same unbatched."""
     gains = []
     for _ in range(asking.rounds):
         rates = [
@@ -180,7 +182,7 @@ def batch_alone(asking: Asking) -> Figures:
 
 
 def map_cpu(asking: Asking) -> Figures:
-    """map_cpu_fall: worker and front CPU a call of 20 µs, one after another unbatched, over `map` of it batched."""
+    """map_cpu_fall: CPU of worker and dispatcher for 20 µs calls made one by one unbatched, over a batched `map`."""
     calls = round(MAP_CALLS_A_SECOND * asking.seconds / 2)
     falls: list[float] = []
     cpu_us: dict[str, list[float]] = {"one_by_one": [], "mapped": []}
@@ -189,7 +191,7 @@ def map_cpu(asking: Asking) -> Figures:
             before = asking.subject.cpu()
             asking.ask(way, kernel=kernel, calls=calls)
             after = asking.subject.cpu()
-            cpu_us[way].append(sum(after[name] - before[name] for name in ("workers", "front")) / calls * 1e6)
+            cpu_us[way].append(sum(after[name] - before[name] for name in ("workers", "dispatcher")) / calls * 1e6)
         falls.append(cpu_us["one_by_one"][-1] / cpu_us["mapped"][-1])
     return {"map_cpu_fall": median(falls), **{f"map_cpu_us_{way}": median(each) for way, each in cpu_us.items()}}
 
@@ -198,5 +200,5 @@ def _percentiles(name: str, values: list[float]) -> Figures:
     return {f"{name}_p{p}": float(np.percentile(values, p)) for p in (50, 99)}
 
 
-# What can be asked for by name.
+# Figures that can be selected by name.
 FIGURES = frozenset(figure.__name__ for _, _, figures in _meshes() for figure in figures)

@@ -1,8 +1,8 @@
-"""`python -m bench.simulation`: a hundred replicas of sixteen workers under bursts, by three ways to share calls out.
+"""`python -m bench.simulation`: a hundred replicas of sixteen workers under bursts, with three ways to balance calls.
 
-The gateways' way is the gateway's own code (world.py says what is), by a clock of its own; round robin and
-least connections send at once, to replicas that are the same. Calls take what docs/kernels.md has measured of the
-built-in kernels, times how much larger their inputs are, which is heavy-tailed. The same seed gives the same figures.
+The gateways' way is the gateway's own code (world.py lists it), on a simulated clock. Round robin and least connections
+send at once, to the same replicas. A call takes the time that docs/kernels.md gives for its built-in kernel, times the
+size of its input, whose distribution is heavy-tailed. The same seed gives the same figures.
 
 Without `--quick`, docs/images/balancing.png and the table in docs/operations/capacity.md are written. With it, the
 table of a small simulation is printed.
@@ -50,14 +50,15 @@ CAPACITY = ROOT / "docs" / "operations" / "capacity.md"
 PICTURE = ROOT / "docs" / "images" / "balancing.png"
 _KERNEL = re.compile(r"^\| `(\w+)\(.*?\)` \| [^|]* \| [^|]* \| ([\d.]+) \|", re.MULTILINE)
 _TABLE = re.compile(r"(<!-- bench/simulation/__main__.py writes this -->\n).*?(<!-- to here -->)", re.DOTALL)
-# Shorter ones are better called where their callers are (docs/limits.md).
+# Shorter kernels are better called in the caller's own process (docs/limits.md).
 _SHORTEST_SECONDS = 0.0005
-# How much larger inputs are than docs/kernels.md's: Pareto's distribution, cut off.
+# Size of inputs relative to those of docs/kernels.md: a truncated Pareto distribution.
 _LEAST_TIMES, _MOST_TIMES, _TAIL = 4.0, 2000.0, 1.2
-# What inputs of one size take differs by.
+# Variation of the time for inputs of one size.
 _NOISE = 0.25
 _LOOK_SECONDS = 0.01
-# Of a gateway's time, and the rate then over the rate else. Both last for exponentially distributed times.
+# Share of a gateway's time in bursts, their mean duration, and their rate relative to other times. Durations are
+# exponentially distributed.
 _BURST_SHARE, _BURST_SECONDS, _BURST_TIMES = 0.2, 0.2, 4.0
 
 WAYS = {"unlatch": "Unlatch", "least": "least connections", "robin": "round robin", "one": "one queue for all"}
@@ -65,14 +66,14 @@ WAYS = {"unlatch": "Unlatch", "least": "least connections", "robin": "round robi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """One run's."""
+    """Parameters of one run."""
 
     way: str = "unlatch"
     load: float = 0.7
     replicas: int = 100
     workers: int = 16
     gateways: int = 8
-    slow: float = 0.0  # the part of the replicas that takes twice as long
+    slow: float = 0.0  # the share of replicas that take twice as long
     subset: int = 0
     seconds: float = 3.0
     warm_seconds: float = 0.5
@@ -81,7 +82,7 @@ class World:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What came of it, of calls that came after the warm-up."""
+    """Results of one run, for calls that came after the warm-up."""
 
     world: World
     calls: int
@@ -89,11 +90,11 @@ class Figures:
     p50_seconds: float
     p95_seconds: float
     p99_seconds: float
-    wait_p95_seconds: float  # beyond a run of full speed, and the way there and back
+    wait_p95_seconds: float  # beyond a run at full speed, and the hops
     rate: float
     offered_rate: float
-    imbalance: float  # the part of all workers that is idle while calls wait somewhere
-    # What must agree: what workers did and what there was to do, calls in the system and how long each was.
+    imbalance: float  # the share of all workers that are idle while calls wait somewhere
+    # Pairs that must agree: work done by workers and work of calls; calls in the system and durations of calls.
     busy_seconds: float
     work_seconds: float
     in_system_seconds: float
@@ -101,19 +102,19 @@ class Figures:
 
 
 def kernels() -> dict[str, float]:
-    """The built-in kernels' measured times, in seconds, as docs/kernels.md has them."""
+    """Measured times of built-in kernels, in seconds, from docs/kernels.md."""
     written = {name: float(ms) / 1e3 for name, ms in _KERNEL.findall((ROOT / "docs" / "kernels.md").read_text())}
     return {name: seconds for name, seconds in written.items() if seconds >= _SHORTEST_SECONDS}
 
 
 def slowness(world: World) -> list[float]:
-    """How long each replica's workers take over a worker of full speed."""
+    """The time that each replica's workers take, relative to a worker of full speed."""
     slow = round(world.slow * world.replicas)
     return [2.0] * slow + [1.0] * (world.replicas - slow)
 
 
 def arrivals(world: World) -> list[Arrival]:
-    """Every call of a run, in the order of their coming: the same whatever the way."""
+    """All calls of a run in order of arrival; the same for every way to balance."""
     dice = random.Random(world.seed)
     names = kernels()
     capacity = world.workers * sum(1 / each for each in slowness(world)) / _mean_seconds(names)
@@ -127,7 +128,7 @@ def arrivals(world: World) -> list[Arrival]:
 
 
 def run(world: World) -> Figures:
-    """One world, from its first call to its last answer."""
+    """Simulate one world, from its first call to its last answer."""
     coming = arrivals(world)
     if world.way == "one":
         return _figures(world, coming, 0.0, _one_queue(world, coming), math.nan)
@@ -135,7 +136,7 @@ def run(world: World) -> Figures:
 
 
 async def _run(world: World, coming: Sequence[Arrival]) -> Figures:
-    # The fleet's own chance is the module's.
+    # The fleet uses the random module's own generator.
     random.seed(world.seed)
     dice, clock = random.Random(world.seed + 1), Clock()
     fronts = [Front(clock, world.workers, each, dice.random()) for each in slowness(world)]
@@ -154,7 +155,7 @@ async def _run(world: World, coming: Sequence[Arrival]) -> Figures:
 
 
 class _Seen:
-    """What is counted while a world runs."""
+    """Counts while a world runs."""
 
     def __init__(self, world: World, clock: Clock, fronts: Sequence[Front], ways: Sequence[Gateway]) -> None:
         self.ended = 0
@@ -198,7 +199,7 @@ def _way(world: World, number: int, fronts: Sequence[Front], dice: random.Random
 
 
 def _one_queue(world: World, coming: Sequence[Arrival]) -> float:
-    """All workers behind one queue, known to everybody at once; what they have done, in seconds."""
+    """All workers behind one queue with perfect knowledge; the work that they have done, in seconds."""
     free = [(0.0, worker, each) for worker, each in enumerate(slowness(world) * world.workers)]
     heapq.heapify(free)
     busy = 0.0
@@ -244,7 +245,7 @@ def _arrival(at: float, gateway: int, dice: random.Random, names: Mapping[str, f
 
 
 def _times(chance: float) -> float:
-    """Pareto's distribution between its bounds, by the inverse of its distribution function."""
+    """Invert the distribution function of Pareto's distribution between its bounds."""
     most = 1 - (_LEAST_TIMES / _MOST_TIMES) ** _TAIL
     times: float = _LEAST_TIMES * (1 - chance * most) ** (-1 / _TAIL)
     return times
@@ -257,7 +258,7 @@ def _mean_seconds(names: Mapping[str, float]) -> float:
 
 
 def _bursts(rate: float, seconds: float, dice: random.Random) -> Iterator[float]:
-    """When calls come to one gateway: a Poisson process whose rate is now one, now the other."""
+    """Arrival times at one gateway: a Poisson process that alternates between two rates."""
     calm = rate / (1 - _BURST_SHARE + _BURST_SHARE * _BURST_TIMES)
     at, bursting, until = 0.0, False, 0.0
     while at < seconds:
@@ -275,7 +276,7 @@ def _bursts(rate: float, seconds: float, dice: random.Random) -> Iterator[float]
 
 
 def worlds(*, quick: bool) -> tuple[list[World], list[World]]:
-    """Those of the ways, by load; and those of subsets, by size and gateways. Of the second each is the first's way."""
+    """Worlds for the ways, by load; and worlds for subsets, by size and gateways, with the first way."""
     base = World(replicas=10, workers=4, gateways=4, seconds=2.0) if quick else World()
     ways = [
         replace(base, way=way, load=load, slow=0.1)
@@ -292,7 +293,7 @@ def worlds(*, quick: bool) -> tuple[list[World], list[World]]:
 
 
 def table(ways: Sequence[Figures], subsets: Sequence[Figures]) -> str:
-    """Both as markdown."""
+    """Both tables, in markdown."""
     columns = "p50 | p95 | p99 | p95 of waiting | calls/s | idle while calls wait"
     rows = [f"| load | shared out by | {columns} |"]
     rows.append("|---|---|---|---|---|---|---|---|")
@@ -313,14 +314,14 @@ def _cells(found: Figures) -> str:
 
 
 def _left_out(world: World) -> int:
-    """How many replicas are in no gateway's subset."""
+    """The number of replicas that are in no gateway's subset."""
     addresses = addresses_of(world.replicas)
     own = [subset(f"gateway-{number}", addresses, world.subset or world.replicas) for number in range(world.gateways)]
     return world.replicas - len(set().union(*own))
 
 
 def plot(ways: Sequence[Figures], subsets: Sequence[Figures], path: Path) -> None:
-    """Left what calls wait by load, for each way; right the same by the size of subsets."""
+    """Plot the waits of calls, by load for each way (left), and by size of subset (right)."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
         for way, colour in zip(WAYS, (UNLATCH, INK, "#c0563b", OTHER), strict=True):
@@ -337,7 +338,7 @@ def plot(ways: Sequence[Figures], subsets: Sequence[Figures], path: Path) -> Non
         right.set_title(f"A subset of {world.replicas} replicas for each gateway, load 85 %", loc="left")
         right.set_xlabel("replicas of each gateway")
         for axis in (left, right):
-            # What nobody waits for is on it too.
+            # The scale includes zero.
             axis.set_yscale("symlog", linthresh=10)
             axis.set_ylim(bottom=-1)
             axis.set_yticks([0, 5, 10, 20, 50, 100, 200, 500], ["0", "5", "10", "20", "50", "100", "200", "500"])
@@ -353,7 +354,7 @@ def _line(axis: Any, across: Sequence[float], found: Sequence[Figures], label: s
 
 
 def _warnings_only() -> None:
-    """Replicas that come and go say so."""
+    """Silence the log entries of replicas that come and go."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 

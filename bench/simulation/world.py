@@ -36,13 +36,13 @@ from unlatch.gateway.fleet.replica import Replica, ReplicaEvents
 from unlatch.gateway.fleet.routed import Routed
 from unlatch.protos.unlatch_pb2 import Descriptor, Kernel, Welcome
 
-# Loops, gathering and network together, one way.
+# One way, with event loops, batching and network.
 HOP_SECONDS = 0.001
 _MOST_IN_HAND = 2
 
 
 class Clock:
-    """What happens next, and when that is."""
+    """A simulated clock with its future events."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -50,11 +50,11 @@ class Clock:
         self._numbers = count()
 
     def after(self, seconds: float, what: Callable[[], None]) -> None:
-        """Have something happen so much later."""
+        """Schedule a function."""
         heapq.heappush(self._due, (self.now + seconds, next(self._numbers), what))
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Let it all happen, in its order, until that holds."""
+        """Run all events in order until a condition holds."""
         while not until():
             self.now, _, what = heapq.heappop(self._due)
             what()
@@ -62,7 +62,7 @@ class Clock:
 
 @dataclass(eq=False, slots=True)
 class Arrival:
-    """A call that comes to a gateway at a time, and what it will take on a worker of full speed."""
+    """A call that arrives at a gateway, and the time that it takes on a worker of full speed."""
 
     at: float
     gateway: int
@@ -80,7 +80,7 @@ class _Spec:
 
 @dataclass(eq=False, slots=True)
 class _Landed:
-    """A call in a replica's queue, which knows it by what compute's own calls are known by."""
+    """A call in a replica's queue, with the attributes of compute's own calls."""
 
     arrival: Arrival
     gateway: int
@@ -104,7 +104,7 @@ class Pool:
         self._clock = clock
         self._long_call_seconds = settings.long_call_seconds
         self._reserved = settings.workers_reserved
-        # Others come all the time.
+        # Other calls arrive all the time.
         self.keeps_some_free = self._reserved > 0
         self._hands: list[deque[_Landed]] = [deque() for _ in range(workers)]
 
@@ -114,12 +114,12 @@ class Pool:
 
     @property
     def idle(self) -> int:
-        """How many workers have nothing to do."""
+        """The number of workers without work."""
         return self.workers - sum(map(bool, self._hands))
 
     @property
     def waiting(self) -> int:
-        """How many calls wait here: in the queue, or staged."""
+        """The number of calls that wait here: queued or staged."""
         return len(self.queue) + sum(max(0, len(hand) - 1) for hand in self._hands)
 
     def has_room(self, *, long: bool) -> bool:
@@ -148,7 +148,7 @@ class Pool:
             self._begin(hand)
 
     def abandon(self, call: FrontCall) -> None:
-        raise NotImplementedError  # nobody leaves here
+        raise NotImplementedError  # no caller leaves in a simulation
 
     def _takes_one(self, hand: deque[_Landed]) -> bool:
         if not hand:
@@ -181,12 +181,12 @@ class Front:
         self.listeners: list[Callable[[Any], None]] = []
         self._reports = Reports(self.pool, self.pool.queue, settings)
         self._clock = clock
-        # How many calls of each gateway it has: those that have none share no window.
+        # Number of calls of each gateway. Gateways without calls share no window.
         self._calls: dict[int, int] = {}
         clock.after(phase * self._reports.look_seconds, self._look)
 
     def send(self, arrival: Arrival, answered: Callable[[float], None]) -> None:
-        """A gateway sends it a call; the answer comes with what its run took."""
+        """Take a call from a gateway; the answer has the duration of its run."""
         gateway = arrival.gateway
         self._calls[gateway] = self._calls.get(gateway, 0) + 1
 
@@ -205,7 +205,7 @@ class Front:
         self._clock.after(HOP_SECONDS, land)
 
     def report(self) -> Any:
-        """What it says of itself now."""
+        """The replica's present report."""
         return self._reports.load(max(1, sum(map(bool, self._calls.values()))))
 
     def _look(self) -> None:
@@ -220,17 +220,17 @@ class Front:
 
 
 class Gateway(Protocol):
-    """A way to share calls out. `held` are those that it has sent nowhere yet."""
+    """A way to balance calls. `held` are the calls that have not been sent yet."""
 
     @property
     def held(self) -> int: ...
 
     def route(self, arrival: Arrival, ended: Callable[[Arrival], None]) -> None:
-        """Have a call run somewhere."""
+        """Have a call run on some replica."""
 
 
 class RoundRobin:
-    """Each replica in turn, whatever it has to do."""
+    """Each replica in turn, whatever its load."""
 
     held = 0
 
@@ -244,7 +244,7 @@ class RoundRobin:
 
 
 class LeastCalls:
-    """The replica that has fewest of this gateway's calls: what most proxies call least connections, or requests."""
+    """The replica with the fewest of this gateway's calls: the least connections, or requests, of most proxies."""
 
     held = 0
 
@@ -266,7 +266,7 @@ class LeastCalls:
 
 
 class _SimulatedReplica(Replica):
-    """A gateway's own end of a replica, of which only the lane is not real."""
+    """A gateway's own end of a replica, with a simulated lane."""
 
     def __init__(self, target: str, events: ReplicaEvents, front: Front, kernels: Iterable[str]) -> None:
         super().__init__(target, events, ChannelSecurity(None, ""), 0.0, InternalErrors(Recorder()))
@@ -280,12 +280,12 @@ class _SimulatedReplica(Replica):
         self.reported(lane, self._front.report())
         self.welcomed(lane, Welcome(server=self.target, version="1", kernels=self._kernels, **window))
         self._front.listeners.append(lambda load: self.reported(lane, load))
-        # Until the fleet is closed.
+        # Runs until the fleet is closed.
         await asyncio.Event().wait()
 
 
 class _Lane:
-    """A lane on which a call arrives a hop later."""
+    """A lane on which a call arrives one hop later."""
 
     def __init__(self, front: Front) -> None:
         self.finishing = self.ended = False
@@ -296,7 +296,7 @@ class _Lane:
         return 0
 
     def cancel(self, number: int) -> None:
-        raise NotImplementedError  # nobody leaves here
+        raise NotImplementedError  # no caller leaves in a simulation
 
     def finish(self) -> None:
         self.finishing = True
@@ -309,7 +309,7 @@ class _Sized:
 
 @dataclass(eq=False, slots=True)
 class _Routed:
-    """A call as a gateway's fleet knows it. It has no deadline, so that none is refused."""
+    """A call in a gateway's fleet, without a deadline, so that it is never refused."""
 
     fleet: Fleet
     arrival: Arrival
@@ -341,7 +341,7 @@ class _Routed:
 
 @dataclass(eq=False, slots=True)
 class Unlatch:
-    """The gateway's own fleet, its replicas found by its own discovery: all of them, or a subset by its name."""
+    """The gateway's own fleet, with replicas found by its own discovery: all of them, or a subset by its name."""
 
     name: str
     fronts: Sequence[Front]
@@ -375,7 +375,7 @@ class Unlatch:
         return self._fleet.held
 
     async def close(self) -> None:
-        """Know none any more."""
+        """Drop all replicas."""
         await self._fleet.close()
 
     def route(self, arrival: Arrival, ended: Callable[[Arrival], None]) -> None:
@@ -385,7 +385,7 @@ class Unlatch:
 
 
 def addresses_of(replicas: int) -> list[str]:
-    """What gateways know so many of them by."""
+    """The addresses by which gateways know the replicas."""
     return [f"replica-{number}:8011" for number in range(replicas)]
 
 

@@ -1,9 +1,9 @@
-"""`python -m bench.soak --seconds 120`: a mesh at saturation, one of whose workers is killed at random every second.
+"""`python -m bench.soak --seconds 120`: a mesh at saturation, with a random worker killed every second.
 
-Callers in processes of their own call kernels of every kind and look at every reply (bench/soak/callers.py). A call
-ends once, with the right content or with a failure that the table in docs/architecture.md predicts. Meanwhile counters
-only grow. Every five seconds there is a lull, at whose end the services' memory is read; in a run of a minute or more
-it must not grow, as far as such a run can tell. Exit codes: 1 something was wrong, which is said; 2 it could not run.
+Callers in processes of their own call kernels of every kind and check every reply (bench/soak/callers.py). A call must
+end once, with the right content or with a failure that the table in docs/architecture.md predicts. Counters must only
+grow. Every five seconds there is a lull, and at its end the services' memory is read; in a run of a minute or more it
+must not grow, as far as such a run can tell. Exit codes: 1 a check failed, with a message; 2 the soak could not run.
 """
 
 import argparse
@@ -32,18 +32,18 @@ from bench.subjects.subjects import Subject
 
 WORKERS = 2
 KILL_SECONDS = 1.0
-# Of the run; until then pools and allocators grow to what the load needs: the front for the better part of a minute.
+# The share of a run before which pools and allocators still grow to the load; the dispatcher takes most of a minute.
 WARM_SHARE = 0.5
-# From what length of a run on a slope says more than the calls that happen to be under way.
+# In a shorter run the slope depends on the calls that happen to be running.
 JUDGED_SECONDS = 60.0
 MOST_MIB_A_MINUTE = 1.0
 RESTORED_SECONDS = 10.0
-SERVICES = ("gateway", "front")
+SERVICES = ("gateway", "dispatcher")
 
 
 @dataclass(slots=True, kw_only=True)
 class Watched:
-    """What was seen of the mesh from outside."""
+    """Observations of the mesh from outside."""
 
     kills: int = 0
     # (seconds, bytes) of each service.
@@ -51,9 +51,9 @@ class Watched:
     wrong: list[str] = field(default_factory=list)
 
     def growth(self, service: str) -> tuple[float, float]:
-        """MiB a minute by least squares over what was read after the warm-up, and twice its standard error.
+        """MiB a minute, by least squares over the readings after the warm-up, and twice its standard error.
 
-        What malloc keeps for the next large call comes and goes by tens of MiB: a slope alone says nothing.
+        Memory that malloc keeps for the next large call varies by tens of MiB, so a slope alone has no meaning.
         """
         seen = self.memory[service][math.ceil(WARM_SHARE * len(self.memory[service])) :]
         if len(seen) < 3:
@@ -66,11 +66,11 @@ class Watched:
 
 
 def run(seconds: float, processes: int, seed: int, console: Console) -> list[str]:
-    """Soak a mesh for so long, and show what happened; what was wrong."""
+    """Soak a mesh, and print what happened. Returns what was wrong."""
     with ExitStack() as stack, console.status("starting") as status:
         subject = subjects.start(stack, "unlatch", workers=WORKERS, log="soak")
         subjects.await_ready(subject, oip.works()["identity_1k"])
-        targets = ("--gateway", f"127.0.0.1:{subject.port}", "--front", subject.front_target())
+        targets = ("--gateway", f"127.0.0.1:{subject.port}", "--dispatcher", subject.dispatcher_target())
         callers = [
             stack.enter_context(Child(f"soak-callers-{number}", "bench.soak.callers", *targets))
             for number in range(processes)
@@ -91,12 +91,12 @@ def run(seconds: float, processes: int, seed: int, console: Console) -> list[str
                 slope, unsure = watched.growth(name)
                 if slope - unsure >= MOST_MIB_A_MINUTE:
                     wrong.append(f"{name}: its memory grows by {slope:.1f} ± {unsure:.1f} MiB a minute")
-    show(doors, watched, total(after["front"], "unlatch_worker_restarts_total"), seconds, console)
+    show(doors, watched, total(after["dispatcher"], "unlatch_worker_restarts_total"), seconds, console)
     return wrong
 
 
 def watch(subject: Subject, began: float, seconds: float, dice: random.Random) -> Watched:
-    """Every second kill a worker and see that counters grow; at the end of each lull read the memory."""
+    """Kill a worker every second and check that counters grow; at the end of each lull read the memory."""
     watched = Watched()
     pids = {name: subject.pid(name) for name in SERVICES}
     last = {name: scrape(subject.metrics[name]) for name in SERVICES}
@@ -116,14 +116,14 @@ def watch(subject: Subject, began: float, seconds: float, dice: random.Random) -
 
 
 def _ticks(seconds: float) -> list[tuple[float, bool]]:
-    """When a worker is killed (True), and when the memory is read, which is a moment before a lull ends."""
+    """Times at which a worker is killed (True), and at which memory is read, just before the end of a lull."""
     kills = [(at * KILL_SECONDS, True) for at in range(1, math.ceil(seconds / KILL_SECONDS))]
     lulls = range(1, math.floor(seconds / LULL_EVERY_SECONDS) + 1)
     return sorted([*kills, *((at * LULL_EVERY_SECONDS - 0.1, False) for at in lulls)])
 
 
 def restored(subject: Subject, watched: Watched) -> dict[str, Scrape]:
-    """The last readings, once the mesh is what it was before: every worker up, no call anywhere, and no zombie."""
+    """The last readings, once every worker is up, no call is left, and no zombie is left."""
     deadline = time.monotonic() + RESTORED_SECONDS
     while True:
         after = {name: scrape(subject.metrics[name]) for name in SERVICES}
@@ -136,13 +136,13 @@ def restored(subject: Subject, watched: Watched) -> dict[str, Scrape]:
 
 def _left(subject: Subject, after: dict[str, Scrape]) -> list[str]:
     left = []
-    if (up := total(after["front"], "unlatch_worker_up")) != WORKERS:
+    if (up := total(after["dispatcher"], "unlatch_worker_up")) != WORKERS:
         left.append(f"{up:.0f} of {WORKERS} workers are up")
     if calls := total(after["gateway"], "unlatch_calls_in_flight"):
         left.append(f"the gateway holds {calls:.0f} calls")
-    if calls := total(after["front"], "unlatch_queue_depth"):
-        left.append(f"{calls:.0f} calls wait in the front")
-    if any(name == "unlatch_worker_running_seconds" for name, _ in after["front"]):
+    if calls := total(after["dispatcher"], "unlatch_queue_depth"):
+        left.append(f"{calls:.0f} calls wait in the dispatcher")
+    if any(name == "unlatch_worker_running_seconds" for name, _ in after["dispatcher"]):
         left.append("a worker runs a call")
     if dead := zombies(subject.process.pid):
         left.append(f"{len(dead)} processes are zombies")
@@ -152,22 +152,22 @@ def _left(subject: Subject, after: dict[str, Scrape]) -> list[str]:
 def uncounted(
     doors: list[tuple[str, dict[str, Any]]], before: Mapping[str, Scrape], after: Mapping[str, Scrape], kills: int
 ) -> list[str]:
-    """Calls that ended more or less often than they began, by the callers' count and by the services' own."""
+    """Calls whose ends do not match their begins, by the callers' counts and by the services' own."""
     wrong = []
     for name, door in doors:
         begun, ended = sum(door["begun"].values()), sum(count for _, _, count in door["ended"])
         if begun != ended:
             wrong.append(f"{name}: {begun} calls began, and {ended} ended")
-    through = [door for name, door in doors if name != "front"]
+    through = [door for name, door in doors if name != "dispatcher"]
     begun = sum(sum(door["begun"].values()) for door in through)
-    # Who leaves at once has perhaps sent nothing.
+    # A caller that leaves at once may have sent nothing.
     left = sum(count for door in through for _, code, count in door["ended"] if code == LEFT)
     counted = _grown(before["gateway"], after["gateway"], "unlatch_calls_total")
     if not begun - left <= counted <= begun:
         wrong.append(f"gateway: {counted:.0f} calls ended there, where {begun - left} to {begun} were sent")
-    replaced = _grown(before["front"], after["front"], "unlatch_worker_replacement_seconds_count")
+    replaced = _grown(before["dispatcher"], after["dispatcher"], "unlatch_worker_replacement_seconds_count")
     if replaced < kills:
-        wrong.append(f"front: {replaced:.0f} workers were replaced, where {kills} were killed")
+        wrong.append(f"dispatcher: {replaced:.0f} workers were replaced, where {kills} were killed")
     return wrong
 
 

@@ -1,7 +1,7 @@
-"""One process of the soak's callers. Asked in a JSON line to call for so many seconds, it says how every call ended.
+"""One process of the soak's callers. A JSON line tells how long to call; the answer tells how every call ended.
 
-They call by all doors at once: a Client's lane, a lane whose answers are counted, unary RPCs of the Open Inference
-Protocol, and a counted lane straight to the front.
+They use all interfaces at once: a Client's lane, a lane whose answers are counted, unary RPCs of the Open Inference
+Protocol, and a counted lane directly to the dispatcher.
 """
 
 import argparse
@@ -27,19 +27,19 @@ from unlatch.protos import inference_pb2 as pb
 from unlatch.protos import inference_pb2_grpc as pb_grpc
 
 CALLERS_A_DOOR = 8
-# What a call may take beyond its own limit before it counts as one that nobody ends.
+# A call that takes this much longer than its own limit counts as never ended.
 LATE_SECONDS = 3.0
 NOISE_DOUBLES = 2 << 20
 MOST_TOLD = 20
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 DATATYPES = {"float64": "FP64", "int64": "INT64"}
 
-# Calls a kernel with one array, within so many seconds.
+# Calls a kernel with one array, within a number of seconds.
 Door = Callable[[str, Array, float], Awaitable[Array]]
 
 
 class Tally:
-    """Calls that were begun, by kind, and how they ended."""
+    """Counts of begun calls, by kind, and of how they ended."""
 
     def __init__(self) -> None:
         self.begun: Counter[str] = Counter()
@@ -47,7 +47,7 @@ class Tally:
         self.wrong: list[str] = []
 
     def note(self, kind: Kind, x: Array, code: str, said: str | Array) -> None:
-        """A call has ended."""
+        """Count the end of a call."""
         self.ended[kind.name, code] += 1
         if (wrong := kind.wrong(x, code, said)) is not None:
             self.tell(wrong)
@@ -60,7 +60,7 @@ class Tally:
 async def caller(
     door: Door, random: np.random.Generator, noise: Array, tally: Tally, began: float, until: float
 ) -> None:
-    """One call after another, of any kind, but for the lulls."""
+    """Make one call after another, of random kinds, except during lulls."""
     shares = np.array([kind.share for kind in KINDS])
     while (now := time.monotonic()) < until:
         left = LULL_EVERY_SECONDS - (now - began) % LULL_EVERY_SECONDS
@@ -76,7 +76,7 @@ async def caller(
 
 
 async def ended(door: Door, kind: Kind, x: Array, leaves: float) -> tuple[str, str | Array]:
-    """How a call ends: with its content, a failure's status and message, or its caller who leaves."""
+    """The end of a call: its content, a failure's status and message, or its caller that left."""
     call = asyncio.ensure_future(door(kind.kernel, x, kind.seconds))
     await asyncio.wait((call,), timeout=leaves)
     if not call.done():
@@ -94,7 +94,7 @@ async def ended(door: Door, kind: Kind, x: Array, leaves: float) -> tuple[str, s
 
 
 async def client(target: str, stack: AsyncExitStack) -> Door:
-    """A Client's lane."""
+    """Call on a Client's lane."""
     mesh = await stack.enter_async_context(Client(target))
 
     async def call(kernel: str, x: Array, seconds: float) -> Array:
@@ -105,7 +105,7 @@ async def client(target: str, stack: AsyncExitStack) -> Door:
 
 @asynccontextmanager
 async def linked(target: str) -> AsyncIterator[tuple[Link, list[Answers]]]:
-    """A lane whose answers are counted."""
+    """Open a lane whose answers are counted."""
     async with grpc.aio.insecure_channel(target, options=UNLIMITED) as channel:
         counted = CountedChannel(channel)
         link = Link(cast("grpc.aio.Channel", counted), target)
@@ -115,7 +115,7 @@ async def linked(target: str) -> AsyncIterator[tuple[Link, list[Answers]]]:
 
 
 def lane(link: Link) -> Door:
-    """Calls on such a lane, as a Client makes them."""
+    """Make calls on such a lane, as a Client does."""
 
     async def call(kernel: str, x: Array, seconds: float) -> Array:
         await link.room()
@@ -129,7 +129,7 @@ def lane(link: Link) -> Door:
 
 
 async def unary(target: str, arguments: dict[str, str], stack: AsyncExitStack) -> Door:
-    """ModelInfer."""
+    """Call by ModelInfer."""
     channel = await stack.enter_async_context(grpc.aio.insecure_channel(target, options=UNLIMITED))
     stub: Any = pb_grpc.GRPCInferenceServiceStub(channel)
 
@@ -145,17 +145,17 @@ async def unary(target: str, arguments: dict[str, str], stack: AsyncExitStack) -
     return call
 
 
-async def soak(gateway: str, front: str, began: float, seconds: float, seed: int) -> dict[str, Any]:
-    """Call by every door until the time is up and the last call has ended; `began` is what lulls go by."""
+async def soak(gateway: str, dispatcher: str, began: float, seconds: float, seed: int) -> dict[str, Any]:
+    """Call by every interface until the time is up and the last call has ended; lulls are timed from `began`."""
     async with AsyncExitStack() as stack:
         to_gateway, gateway_answers = await stack.enter_async_context(linked(gateway))
-        to_front, front_answers = await stack.enter_async_context(linked(front))
+        to_dispatcher, dispatcher_answers = await stack.enter_async_context(linked(dispatcher))
         arguments = {name: spec.inputs[0].name for name, spec in to_gateway.kernels.items() if spec.inputs}
         doors = {
             "client": await client(gateway, stack),
             "lane": lane(to_gateway),
             "unary": await unary(gateway, arguments, stack),
-            "front": lane(to_front),
+            "dispatcher": lane(to_dispatcher),
         }
         tallies = {name: Tally() for name in doors}
         noise = np.random.default_rng(seed).random(NOISE_DOUBLES)
@@ -166,7 +166,7 @@ async def soak(gateway: str, front: str, began: float, seconds: float, seed: int
                 for number in range(CALLERS_A_DOOR)
             )
         )
-        for name, answers in (("lane", gateway_answers), ("front", front_answers)):
+        for name, answers in (("lane", gateway_answers), ("dispatcher", dispatcher_answers)):
             tally = tallies[name]
             tally.wrong += [wrong for counted in answers for wrong in counted.wrong]
             _count(tally, answers)
@@ -181,27 +181,27 @@ async def soak(gateway: str, front: str, began: float, seconds: float, seed: int
 
 
 def _count(tally: Tally, answers: list[Answers]) -> None:
-    """Hold the answers that came on a lane against the calls that ended with one."""
-    # A caller's own limit ends its call whether or not an answer comes in time.
+    """Compare the answers that came on a lane with the calls that ended with an answer."""
+    # A caller's own limit ends its call, whether or not an answer comes in time.
     unsure = sum(count for (_, code), count in tally.ended.items() if code in (LEFT, "DEADLINE_EXCEEDED"))
     came, answered = sum(map(len, answers)), sum(tally.ended.values()) - unsure
     if not answered <= came <= answered + unsure:
         tally.tell(f"{came} calls were answered on a lane, but {answered} to {answered + unsure} ended with an answer")
 
 
-async def _asked(gateway: str, front: str) -> None:
+async def _asked(gateway: str, dispatcher: str) -> None:
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
-        print(json.dumps(await soak(gateway, front, **json.loads(line))), flush=True)
+        print(json.dumps(await soak(gateway, dispatcher, **json.loads(line))), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.soak.callers", description=__doc__)
     parser.add_argument("--gateway", required=True)
-    parser.add_argument("--front", required=True)
+    parser.add_argument("--dispatcher", required=True)
     args = parser.parse_args()
     with suppress(KeyboardInterrupt):
-        uvloop.run(_asked(args.gateway, args.front))
+        uvloop.run(_asked(args.gateway, args.dispatcher))
 
 
 if __name__ == "__main__":

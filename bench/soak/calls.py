@@ -1,4 +1,4 @@
-"""What the soak's callers call, and which ends of a call the table of what can fail (docs/architecture.md) allows."""
+"""Calls of the soak, and the ends that the failure table in docs/architecture.md allows for each."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,24 +13,24 @@ Array = np.ndarray[Any, Any]
 
 OK = "OK"
 LEFT = "left"
-# What a caller waits for an answer, unless it is in a hurry: longer than any call takes here, so none may exceed it.
+# Limit of a patient caller: longer than any call takes here, so that no call may exceed it.
 PATIENT_SECONDS = 30.0
 
-# So often, for so long, no call is begun: what the services then hold is what they keep.
+# Interval and length of lulls, in which no call is begun: memory that services then hold is what they keep.
 LULL_EVERY_SECONDS, LULL_SECONDS = 5.0, 1.0
 
 _DIED = {"UNAVAILABLE": r"worker \d+ ended while it ran the call: \S"}
 _DIED_TWICE = {"FAILED_PRECONDITION": r"\d+ workers ended while they ran this call"}
-# Its own limit; or it was refused at arrival, since it could not have been answered within it.
+# The call's own limit passed; or it was refused on arrival, since it could not have been answered in time.
 _TOO_LATE = {"DEADLINE_EXCEEDED": "", "RESOURCE_EXHAUSTED": ""}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """One kind of call: vectors of `doubles` values from the least to the most, or so many rows of `columns`.
+    """One kind of call: vectors of a random length from `doubles`, or as many rows of `columns`.
 
-    `may` are the failures that are none of ours: a status, and what its message must hold. A caller that `leaves` does
-    so after up to that many seconds. `refusal` is what the kernel says to a vector that it does not take.
+    `may` has the failures that are not our fault: a status, and text that its message must contain. A caller that
+    `leaves` does so after up to that many seconds. `refusal` is the kernel's error for a vector that it refuses.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Kind:
     refuses: bool = False
 
     def arguments(self, random: np.random.Generator, noise: Array) -> Array:
-        """A vector, or rows, cut out of the noise: hardly one call is the same as another."""
+        """A vector, or rows, cut out of the noise, so that two calls are rarely identical."""
         if self.kernel == "python_loop":
             return random.integers(10**10, 10**11, 1)
         length = int(random.integers(*self.doubles, endpoint=True))
@@ -54,7 +54,7 @@ class Kind:
         return x[: length - length % self.columns].reshape(-1, self.columns) if self.columns else x
 
     def wrong(self, x: Array, code: str, said: str | Array) -> str | None:
-        """What is wrong with how a call ended, or nothing."""
+        """The fault in how a call ended; None if there is none."""
         if code == OK and not self.refuses:
             y, expected = said, self.function(x)
             right = isinstance(y, np.ndarray) and y.dtype == expected.dtype and np.array_equal(y, expected)
@@ -108,7 +108,7 @@ KINDS = (
         may=_DIED | _TOO_LATE,
         seconds=0.3,
     ),
-    # It never ends and asks nobody: its worker is killed for it.
+    # This kernel never ends and never asks whether it is cancelled, so its worker is killed.
     Kind(
         name="endless, caller leaves",
         kernel="python_loop",

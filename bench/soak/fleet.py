@@ -1,7 +1,7 @@
 """`python -m bench.soak --fleet`: three replicas at saturation, one killed every two seconds, then each restarted.
 
-Callers look at every reply. No call of a pure kernel may fail. Others may be UNAVAILABLE, while replicas are killed and
-not while they are restarted, and the gateway has counted each. What is sent again keeps to its budget.
+Callers check every reply. No call of a pure kernel may fail. Other calls may be UNAVAILABLE while replicas are killed,
+but not while they are restarted, and the gateway must count each. Retries must keep to their budget.
 """
 
 import asyncio
@@ -29,20 +29,20 @@ CALLERS = 8
 START_SECONDS = 30.0
 PURE = ("doubled", "doubled_slowly")
 OTHER = ("negated", "negated_slowly")
-# As decision 14 has it.
+# As in decision 14.
 _SHARE = 0.1
 
 
 @dataclass(slots=True)
 class Ended:
-    """How calls ended: by kernel and status; and what was wrong with any."""
+    """How calls ended, by kernel and status; and the faults of any."""
 
     codes: Counter[tuple[str, str]] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
 
 class Fleet:
-    """A gateway and its replicas, each a process that may be ended and started again."""
+    """A gateway and its replicas, each a process that can be ended and started again."""
 
     def __init__(self, stack: ExitStack, directory: Path) -> None:
         self._stack = stack
@@ -55,18 +55,18 @@ class Fleet:
         self._gateway = stack.enter_context(Process("fleet-gateway", argv))
 
     def total(self, name: str) -> float:
-        """A metric's sum in the gateway."""
+        """The sum of a metric in the gateway."""
         return total(scrape(self.metrics_port), name)
 
     async def up(self, count: int) -> None:
-        """Wait until the gateway has a lane to so many."""
+        """Wait until the gateway has a lane to `count` replicas."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             try:
                 if await asyncio.to_thread(self.total, "unlatch_replica_up") >= count:
                     return
             except OSError:
-                pass  # it does not listen yet
+                pass  # the gateway does not listen yet
             await asyncio.sleep(0.05)
         raise BenchError(f"{count} replicas are not up after {START_SECONDS:.0f} s\n{self._gateway.tail()}")
 
@@ -75,7 +75,7 @@ class Fleet:
         await self._end(number, signal.SIGKILL)
 
     async def restart(self, number: int) -> None:
-        """End a replica by SIGTERM, and start it again once it has drained; wait until it serves."""
+        """End a replica by SIGTERM, start it again once it has drained, and wait until it serves."""
         await self._end(number, signal.SIGTERM)
         await self.up(REPLICAS)
 
@@ -102,7 +102,7 @@ class Fleet:
 
 
 def run(seconds: float, seed: int, console: Console) -> list[str]:
-    """Kill replicas for so long, then restart each, and show what happened; what was wrong."""
+    """Kill replicas for some time, then restart each, and print what happened. Returns what was wrong."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack, console.status("soaking a fleet"):
         fleet = Fleet(stack, Path(directory))
         return asyncio.run(_run(fleet, seconds, random.Random(seed), console))
@@ -119,7 +119,7 @@ async def _run(fleet: Fleet, seconds: float, dice: random.Random, console: Conso
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             await asyncio.sleep(KILL_SECONDS)
-            # Of those that are up one is left, at least: nobody can serve with none.
+            # At least one of the others stays up, since calls need a replica.
             await fleet.up(2)
             await fleet.kill(dice.randrange(REPLICAS))
             kills += 1
@@ -148,7 +148,7 @@ async def _run(fleet: Fleet, seconds: float, dice: random.Random, console: Conso
 
 
 async def _call(client: Client, kernel: str, noise: np.random.Generator, ended: Ended, stop: asyncio.Event) -> None:
-    """Call one kernel again and again, each time with other values."""
+    """Call one kernel repeatedly, each time with other values."""
     while not stop.is_set():
         x = noise.standard_normal(int(noise.integers(16, 1024)))
         try:

@@ -1,1 +1,1 @@
-"""The servers that the benchmark measures, and the work that they do."""
+"""The servers that the benchmark measures, and their work."""

@@ -1,10 +1,10 @@
-"""The servers that Unlatch is measured against. They import nothing of Unlatch's.
+"""The servers with which Unlatch is compared. They import nothing from Unlatch.
 
-- `echo`: a bare grpc.aio server on uvloop that answers each request with its own bytes: the ceiling of grpcio here.
+- `echo`: a bare grpc.aio server on uvloop that answers each request with its own bytes: the limit of grpcio here.
 - `recipe`: the usual recipe at its best: generated stubs, tensors as bytes, a warm process pool, one service.
-- `inline`, `threads`: the usual shortcuts, the kernel run on the event loop or in a thread pool.
+- `inline`, `threads`: the usual shortcuts: the kernel runs on the event loop or in a thread pool.
 
-Every one of them serves grpc.health.v1 beside the calls, on the same loop.
+All of them serve grpc.health.v1 beside the calls, on the same loop.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Recipe(pb_grpc.GRPCInferenceServiceServicer):
 
 
 class Inline(pb_grpc.GRPCInferenceServiceServicer):
-    """ModelInfer on the event loop itself. `awaited_wait` is the wait as an async library would do it."""
+    """ModelInfer on the event loop itself. `awaited_wait` waits in the way of an async library."""
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         if request.model_name == "wait10" and request.id == "awaited":
@@ -70,7 +70,7 @@ def add_echo(server: grpc.aio.Server) -> None:
 
 
 def warm_pool() -> ProcessPoolExecutor:
-    """Two processes forked from a server that has NumPy and the kernels loaded, both up before the first call."""
+    """Two processes, forked from a server that has NumPy and the kernels loaded, both up before the first call."""
     forkserver = get_context("forkserver")
     forkserver.set_forkserver_preload(["bench.subjects.pool_work"])
     pool = ProcessPoolExecutor(WORKERS, mp_context=forkserver)
@@ -93,7 +93,7 @@ async def serve(kind: str, port: int) -> None:
     if kind == "echo":
         add_echo(server)
     else:
-        # The stubs declare every RPC abstract; the load sends ModelInfer alone.
+        # The stubs declare every RPC abstract; the load uses ModelInfer only.
         servicer = Inline() if kind == "inline" else Recipe(executor)  # type: ignore[abstract]
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     checks = health.aio.HealthServicer()

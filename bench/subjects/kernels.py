@@ -8,7 +8,7 @@ from unlatch import KernelError, kernel
 
 Vector = Float64[np.ndarray, "n"]
 Rows = Float64[np.ndarray, "rows columns"]
-# When it began, the processor time that it used, and the worker's pid.
+# The start time, the processor time used, and the worker's pid.
 Stamp = Float64[np.ndarray, "3"]
 
 spin10 = kernel(pure=True)(work.spin10)
@@ -17,12 +17,12 @@ python_loop = kernel(pure=True)(work.python_loop)
 wait10 = kernel(pure=True)(work.wait10)
 
 
-# A kernel for each length, since a kernel's run time is what is learned of it.
+# One kernel for each duration, since a kernel's run time is learned.
 
 
 @kernel(pure=True)
 def burns_0ms() -> Stamp:
-    """Say that a worker has come this far."""
+    """Report that a worker has run this."""
     return work.burnt(0.0)
 
 
@@ -56,63 +56,63 @@ def burns_500ms() -> Stamp:
     return work.burnt(500.0)
 
 
-# The same work one call at a time, and as a batch.
+# The same work, one call at a time and as a batch.
 
 
 @kernel(pure=True)
 def costly_alone(x: Rows) -> Rows:
-    """`work.costly`, a run for each call."""
+    """`work.costly`, with one call in each run."""
     return work.costly(x)
 
 
 @kernel(pure=True, batch=True)
 def costly_together(x: Rows) -> Rows:
-    """`work.costly`, many calls a run."""
+    """`work.costly`, with many calls in each run."""
     return work.costly(x)
 
 
 @kernel(pure=True)
 def light_alone(x: Rows) -> Rows:
-    """`work.light`, a run for each call."""
+    """`work.light`, with one call in each run."""
     return work.light(x)
 
 
 @kernel(pure=True, batch=True)
 def light_together(x: Rows) -> Rows:
-    """`work.light`, many calls a run."""
+    """`work.light`, with many calls in each run."""
     return work.light(x)
 
 
-# What the soak calls besides: of each kind one that may be run again and one that may not.
+# Further kernels of the soak: of each kind one that may be run again and one that may not.
 
 
 @kernel(pure=True)
 def doubled(x: Vector) -> Vector:
-    """Twice the vector."""
+    """Double a vector."""
     return x * 2.0
 
 
 @kernel
 def negated(x: Vector) -> Vector:
-    """The vector's negative, which nobody may compute again by himself."""
+    """Negate a vector, by a kernel that is not pure."""
     return -x
 
 
 @kernel(pure=True)
 def doubled_slowly(x: Vector) -> Vector:
-    """Twice the vector, for 50 ms of processor time."""
+    """Double a vector, using 50 ms of processor time."""
     work.burnt(50.0)
     return x * 2.0
 
 
 @kernel
 def negated_slowly(x: Vector) -> Vector:
-    """The vector's negative, for 50 ms of processor time."""
+    """Negate a vector, using 50 ms of processor time."""
     work.burnt(50.0)
     return -x
 
 
 @kernel
 def refused(x: Vector) -> Vector:
-    """Nothing: it has an objection to each vector."""
+    """Refuse every vector."""
     raise KernelError(f"the first value is {x[0]!r}")

@@ -1,4 +1,4 @@
-"""The bytes that every subject is sent, and what their replies must hold."""
+"""The request bytes that all subjects get, and the expected content of replies."""
 
 import struct
 import time
@@ -20,7 +20,7 @@ TARGET_SECONDS = 0.010
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One kernel with one input: the request's bytes, and the array that must come back."""
+    """One kernel with one input: the request's bytes, and the expected array."""
 
     name: str
     kernel: str
@@ -47,7 +47,7 @@ class Work:
         return path
 
     def wrong(self, reply: bytes) -> str | None:
-        """What is wrong with a reply, or None."""
+        """The fault of a reply; None if it is right."""
         message = pb.ModelInferResponse.FromString(reply)
         if len(message.outputs) != 1 or len(message.raw_output_contents) != 1:
             return f"{self.name}: wanted one raw output, got {len(message.raw_output_contents)}"
@@ -58,7 +58,7 @@ class Work:
 
 
 def works() -> dict[str, Work]:
-    """All the work, calibrated on this machine now; small inputs, so that arrays need not travel with it."""
+    """Make all works, calibrated on this machine now. Inputs are small, so that transfers are not measured."""
     random = np.random.default_rng(7)
     spin_rounds = _calibrate(work.spin10, 300)
     loop_rounds = _calibrate(work.python_loop, 100_000)
@@ -80,7 +80,7 @@ def _work(
 
 
 def _calibrate(function: Callable[[Any], object], rounds: int) -> int:
-    """How many rounds take TARGET_SECONDS of this thread's CPU time; the best of several runs, undisturbed ones."""
+    """The number of rounds that take TARGET_SECONDS of this thread's CPU time, by the best of several runs."""
     best = float("inf")
     for _ in range(12):
         start = time.thread_time()

@@ -1,4 +1,4 @@
-"""What the baselines' processes and threads run: kernels on raw bytes. No grpc here, as workers load it."""
+"""The work of the baselines' processes and threads: kernels on raw bytes. No grpc here, since workers load it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ Tensor = tuple[str, tuple[int, ...], bytes]
 
 
 def run(kernel: str, tensors: list[Tensor]) -> Tensor:
-    """One kernel on raw tensors: no copy in, one copy out. Runs in the pool, where only bytes are pickled."""
+    """Run one kernel on raw tensors, with no copy in and one copy out. In the pool only bytes are pickled."""
     arrays = [np.frombuffer(raw, DTYPES[datatype]).reshape(shape) for datatype, shape, raw in tensors]
     out = KERNELS[kernel](*arrays)
     return DATATYPES[out.dtype], out.shape, out.tobytes()

@@ -1,4 +1,4 @@
-"""What is measured: each a server with a port for calls and one for health checks, and a process tree to watch."""
+"""The subjects: servers with a port for calls, a port for health checks, and a process tree to measure."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -17,9 +17,9 @@ START_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A running server. `metrics` are the ports of gateway and front, where there are such.
+    """A running server. `metrics` has the ports of gateway and dispatcher, if there are any.
 
-    `ca` is the authority that vouches for it, where it speaks TLS.
+    `ca` is the authority of its certificate, if it speaks TLS.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Subject:
         return labelled_cpu(self.process.pid)
 
     def pid(self, name: str) -> int:
-        """Of the process that is the gateway, or the front."""
+        """The pid of the gateway or the dispatcher."""
         return next(pid for pid, found in label(tree(self.process.pid)).items() if found == name)
 
-    def front_target(self) -> str:
-        """Where the front takes lanes: the supervisor has told it so."""
-        command = next(seen.command for seen in tree(self.process.pid) if seen.pid == self.pid("front"))
+    def dispatcher_target(self) -> str:
+        """The address of the dispatcher's lanes, from its command line."""
+        command = next(seen.command for seen in tree(self.process.pid) if seen.pid == self.pid("dispatcher"))
         return command.partition("--listen ")[2].split()[0]
 
 
@@ -51,9 +51,9 @@ def start(
     log: str = "",
     settings: Mapping[str, str] | None = None,
 ) -> Subject:
-    """Start `name`, bound to `cpus` with its whole tree if given; `stack` ends it.
+    """Start `name`, with its whole tree bound to `cpus` if given; `stack` ends it.
 
-    `settings` are Unlatch's, by their variables' names.
+    `settings` are Unlatch's, by the names of their variables.
     """
     bound = None if cpus is None else list(cpus)
     log = log or (name if bound is None else f"{name}-{len(bound)}-cores")
@@ -64,20 +64,20 @@ def start(
         return Subject(name=name, process=process, port=port, health_port=port, metrics={})
     if not UNLATCH.exists():
         raise BenchError(f"{UNLATCH} does not exist; `make setup` installs it")
-    health, gateway, front = free_port(), free_port(), free_port()
+    health, gateway, dispatcher = free_port(), free_port(), free_port()
     argv = [str(UNLATCH), "serve", "--listen", f"127.0.0.1:{port}", "--health-listen", f"127.0.0.1:{health}"]
-    argv += ["--metrics-listen", f"127.0.0.1:{gateway}", "--compute-metrics-listen", f"127.0.0.1:{front}"]
+    argv += ["--metrics-listen", f"127.0.0.1:{gateway}", "--compute-metrics-listen", f"127.0.0.1:{dispatcher}"]
     argv += ["--compute-health-listen", "127.0.0.1:0"]
     argv += ["--workers", str(workers), "--kernels", "bench/subjects/kernels.py"]
-    # What is measured is what calls cost, and the load is the same call again and again.
+    # The cost of calls is measured with identical calls, so these must not share runs.
     variables = {"UNLATCH_COALESCING": "false", **(settings or {})}
     process = stack.enter_context(Process(log, argv, cpus=bound, variables=variables))
-    ports = {"gateway": gateway, "front": front}
+    ports = {"gateway": gateway, "dispatcher": dispatcher}
     return Subject(name=name, process=process, port=port, health_port=health, metrics=ports)
 
 
 def await_ready(subject: Subject, work: Work) -> None:
-    """Until a first call is answered; whatever keeps it from that is shown with the end of its log."""
+    """Wait until a first call is answered. An error shows the end of the server's log."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -92,7 +92,7 @@ def await_ready(subject: Subject, work: Work) -> None:
 
 
 def check(subject: Subject, work: Work) -> int:
-    """Send what the generator will send, look at what comes back; the length that every good reply has."""
+    """Send one request of the load generator, check the reply, and return the length of a good reply."""
     sent = work.request()
     options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
     with _channel(subject, options) as channel:
@@ -119,7 +119,7 @@ def _channel(subject: Subject, options: list[tuple[str, int]]) -> grpc.Channel:
 
 
 class Bare:
-    """Two processes with no RPC, each calling the kernel's function in a loop: what the cores can give."""
+    """Two processes without RPC, each calling the kernel's function in a loop: the limit of the cores."""
 
     def __init__(self, stack: ExitStack, count: int = 2) -> None:
         self._children = [
@@ -128,7 +128,7 @@ class Bare:
         ]
 
     def run(self, work: Work, seconds: float) -> tuple[float, float]:
-        """(calls per second of all together, CPU µs a call)."""
+        """(calls a second of both together, CPU microseconds of a call)."""
         question = {"kernel": work.kernel, "input": work.array.tolist(), "seconds": seconds}
         for child in self._children:
             child.tell(**question)

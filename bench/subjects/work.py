@@ -1,6 +1,6 @@
-"""The work itself, as plain functions: every subject runs these very ones.
+"""The work itself, as plain functions that all subjects run.
 
-How much there is to do comes in as an array, so one calibration (in the bench's own process) holds for all subjects.
+The amount of work is an input array, so one calibration (in the bench's own process) holds for all subjects.
 """
 
 import os
@@ -9,13 +9,14 @@ import time
 import numpy as np
 from jaxtyping import Float64, Int64
 
-# 64 KiB of doubles: in the L2 cache, below malloc's mmap threshold, so neither memory nor the allocator is measured.
+# 64 KiB of doubles: in the L2 cache, and below malloc's mmap threshold, so that neither memory nor the allocator is
+# measured.
 SPIN_DOUBLES = 8_192
 CHAIN_DOUBLES = 200_000
 
 
 def spin10(rounds: Int64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
-    """`rounds` cosines over an array that stays in cache: one core, no BLAS; about 10 ms when calibrated."""
+    """`rounds` cosines over an array that stays in the cache: one core, no BLAS; about 10 ms when calibrated."""
     x = np.linspace(0.0, 1.0, SPIN_DOUBLES)
     for _ in range(int(rounds[0])):
         np.cos(x, out=x)
@@ -23,10 +24,10 @@ def spin10(rounds: Int64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
 
 
 def elementwise(seed: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "m"]:
-    """About 10 ms (default malloc) of plain arithmetic over 200,000 doubles, a named array a line, as people write it.
+    """Do about 10 ms (default malloc) of plain arithmetic over 200,000 doubles, one named array a line.
 
-    The names live until the function returns, so glibc then gives their memory back and the next call faults it in
-    again (some 5,000 page faults a call). Code whose temporaries malloc happens to reuse has nothing to gain here.
+    The names live until the function returns, so glibc then returns their memory to the system and the next call faults
+    it in again (some 5,000 page faults a call). Code whose temporary arrays malloc reuses would gain nothing here.
     """
     time_ = np.arange(CHAIN_DOUBLES) * 1e-5
     position = time_ + seed[0]
@@ -50,7 +51,7 @@ def elementwise(seed: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "m"]:
 
 
 def python_loop(rounds: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
-    """`rounds` turns of a pure-Python loop that never lets go of the GIL; about 10 ms when calibrated."""
+    """`rounds` turns of a pure-Python loop that never releases the GIL; about 10 ms when calibrated."""
     total = 0
     for i in range(int(rounds[0])):
         total = (total * 31 + i) & 0xFFFFFFFF
@@ -58,15 +59,15 @@ def python_loop(rounds: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
 
 
 def wait10(milliseconds: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
-    """A blocking wait, as for a disk or another service."""
+    """Wait without releasing the worker, as for a disk or another service."""
     time.sleep(float(milliseconds[0]) / 1e3)
     return milliseconds.copy()
 
 
 def burnt(milliseconds: float) -> Float64[np.ndarray, "3"]:
-    """Use that much processor time.
+    """Use `milliseconds` of processor time.
 
-    When it began by the machine's monotonic clock, what it used, both in seconds, and the process that it ran in.
+    Returns the start on the machine's monotonic clock and the time used, both in seconds, and the process id.
     """
     began, cpu = time.monotonic(), time.thread_time()
     while (used := time.thread_time() - cpu) < milliseconds / 1e3:
@@ -75,15 +76,15 @@ def burnt(milliseconds: float) -> Float64[np.ndarray, "3"]:
 
 
 def costly(x: Float64[np.ndarray, "rows columns"]) -> Float64[np.ndarray, "rows columns"]:
-    """Twice the rows, for 1 ms of processor time however many they are, and 10 µs for each."""
+    """Double the rows, using 1 ms of processor time for any number of rows, and 10 µs for each."""
     burnt(1.0 + 0.01 * len(x))
     return x * 2.0
 
 
 def light(x: Float64[np.ndarray, "rows columns"]) -> Float64[np.ndarray, "rows columns"]:
-    """Some thirty plain steps over small rows: about 20 µs for one of them, and hardly more for many.
+    """Some thirty plain steps over small rows: about 20 µs for one row, and hardly more for many.
 
-    Every step is rounded alike wherever a row lies, so a row's result is the same to the bit in any batch.
+    Every step rounds equally wherever a row lies, so a row's result is the same to the bit in any batch.
     """
     y = x + 1.0
     for _ in range(6):

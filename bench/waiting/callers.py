@@ -1,6 +1,6 @@
 """The callers of the part `waiting`, in a process of their own: many calls at once, each with a result of its own.
 
-Asked in JSON lines: which door, how many calls, and where to see how far they are.
+JSON lines tell the interface, the number of calls, and where to read how many have arrived.
 """
 
 import asyncio
@@ -20,9 +20,9 @@ from bench.scrape import scrape, total
 from unlatch import Client
 from unlatch.protos import inference_pb2_grpc as pb_grpc
 
-# A lane's window is 1,024 calls.
+# The window of a lane is 1,024 calls.
 CALLERS = 10
-# Long calls that keep every worker from the others until all of those wait.
+# Long calls that occupy every worker until all others wait.
 BUSY = 24
 
 Array = np.ndarray[Any, Any]
@@ -30,13 +30,13 @@ Call = Callable[[Array], Awaitable[Array]]
 
 
 async def wait_and_be_answered(door: str, gateway: str, metrics: int, pid: int, calls: int) -> dict[str, Any]:
-    """Memory of the gateway before and while all of them wait, and how many got another result than their own."""
+    """Memory of the gateway before and while all calls wait, and the number of calls with a wrong result."""
     async with AsyncExitStack() as stack:
         callers = [await _caller(door, gateway, stack) for _ in range(CALLERS)]
         for call in callers:
             await call(np.zeros(1))
         mesh = await stack.enter_async_context(Client(gateway))
-        # They are first, whoever has come meanwhile.
+        # Priority puts these first, whatever has arrived meanwhile.
         held = [asyncio.ensure_future(mesh.burns_500ms(priority="interactive")) for _ in range(BUSY)]
         await asyncio.sleep(0.2)
         before = _anonymous_bytes(pid)

@@ -1,4 +1,4 @@
-"""Ten thousand calls in flight at once on one gateway, by either door, behind workers that are busy."""
+"""Ten thousand calls in flight at once on one gateway, by either interface, behind busy workers."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +22,7 @@ Figures = dict[str, float]
 
 
 def measure(work: Work, *, calls: int, on_step: Callable[[str], None]) -> Figures:
-    """By each door: the gateway's memory a waiting call, its loop's lag, the worst health check; each on a new mesh."""
+    """For each interface: gateway memory of a waiting call, loop lag, and the worst health check, on a new mesh."""
     found: Figures = {}
     for door in DOORS:
         with ExitStack() as stack:
@@ -49,7 +49,7 @@ def _once(stack: ExitStack, subject: Subject, door: str, calls: int) -> Figures:
         "kib_a_call": found["bytes_a_call"] / 1024,
         "loop_lag_p99_ms": (lag or 0.0) * 1e3,
         "health_worst_ms": health["max_ms"],
-        # How late the checks themselves left: beyond that the gateway is not to blame.
+        # How late the checks themselves were sent, for which the gateway is not to blame.
         "probe_late_p99_ms": health["late_p99_ms"],
         "failed": float(found["failed"] + health["failed"]),
         "most_in_flight": found["most_in_flight"],

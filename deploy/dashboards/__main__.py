@@ -1,4 +1,4 @@
-"""`python -m deploy.dashboards DIRECTORY` writes each board to a file of its uid's name."""
+"""`python -m deploy.dashboards DIRECTORY` writes each board to a file named after its uid."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ BOARDS = (mesh.BOARD, processes.BOARD, tenants.BOARD)
 
 
 def write(directory: Path) -> None:
-    """Write all boards, and nothing else."""
+    """Write all boards to a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     for board in BOARDS:
         text = json.dumps(board.build(), cls=JSONEncoder, indent=2, sort_keys=True, ensure_ascii=False)

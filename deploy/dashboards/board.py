@@ -1,4 +1,4 @@
-"""A board: its variables, its panels laid out row by row, and the ways from it to the others."""
+"""A board: its variables, its panels laid out row by row, and links to the other boards."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ TITLES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variable:
-    """What its reader chooses: values of a label, all of them unless told otherwise."""
+    """A choice for the reader: values of a label, by default all."""
 
     name: str
     title: str
@@ -42,7 +42,7 @@ class Variable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Board:
-    """`top` is what is seen first; below it come rows, by their titles."""
+    """One board. `top` holds the first panels; below them come rows, by title."""
 
     uid: str
     says: str
@@ -51,7 +51,7 @@ class Board:
     rows: Mapping[str, Sequence[Panel]]
 
     def build(self) -> Dashboard:
-        """The board as Grafana reads it."""
+        """Build the board for Grafana."""
         made = (
             dashboard.Dashboard(TITLES[self.uid])
             .uid(self.uid)
@@ -75,7 +75,7 @@ class Board:
 
 
 def _lay_out(panels: Sequence[Panel], top: int) -> int:
-    """Put panels beside one another, below where there is no room; says where the next may begin."""
+    """Place panels from left to right and from top to bottom. Returns the first free line below them."""
     left, bottom = 0, top
     for panel in panels:
         assert panel.grid_pos is not None
@@ -88,7 +88,7 @@ def _lay_out(panels: Sequence[Panel], top: int) -> int:
 
 
 def _row(title: str, panels: Sequence[Panel], top: int) -> RowPanel:
-    """A row's headline. Its panels' numbers are of one ten, and it has that ten's first."""
+    """A row's headline. Its number is the first of the ten that its panels' numbers belong to."""
     first = panels[0].id_val
     assert first is not None
     return RowPanel(id_val=first - first % 10, title=title, grid_pos=GridPos(x=0, y=top, w=WHOLE, h=1))
@@ -104,7 +104,7 @@ def _chosen(variable: Variable) -> cogbuilder.Builder[VariableModel]:
         .sort(VariableSort.NATURAL_ASC)
         .multi(multi=True)
         .include_all(include_all=True)
-        # Not all values one after another: so it holds where a label is missing, and URLs stay short.
+        # A pattern rather than a list of values: it also matches a missing label, and URLs stay short.
         .all_value(".*")
         .current(VariableOption(selected=True, text="All", value="$__all"))
     )
@@ -115,12 +115,12 @@ def _datasource() -> cogbuilder.Builder[VariableModel]:
 
 
 def _to(uid: str) -> cogbuilder.Builder[DashboardLink]:
-    """A way to another board, with the time and whatever has been chosen here that it knows."""
+    """A link to another board that keeps the time range and the choices that both boards have."""
     link = dashboard.DashboardLink(TITLES[uid]).type(DashboardLinkType.LINK).url(f"/d/{uid}")
     return link.keep_time(keep_time=True).include_vars(include_vars=True)
 
 
-# Whenever an alert fires, every panel shows since when.
+# All panels mark the time at which an alert began to fire.
 _ALERTS = AnnotationQuery(
     name="Alerts",
     datasource=DATASOURCE,

@@ -1,8 +1,8 @@
-"""One thing has one colour on every board: by what a series is called there."""
+"""Colours by series name, so that a thing has the same colour on every board."""
 
 from collections.abc import Mapping
 
-# A regular expression of a series' name -> its colour; "shades of" one where there are many.
+# A regular expression for a series' name -> its colour, or "shades of" it for many series.
 Colours = Mapping[str, str]
 _MANY = "shades of "
 
@@ -32,7 +32,7 @@ STATES: Colours = {
 
 
 def overrides(colours: Colours) -> list[tuple[str, dict[str, str]]]:
-    """Grafana's matchers (`/…/`), and what it calls those colours."""
+    """Grafana's matchers (`/…/`), with the colours in Grafana's form."""
     return [
         (
             f"/{pattern}/",

@@ -1,4 +1,4 @@
-"""Mesh: whether callers get what they ask for, and if not, where along a call's path it is lost."""
+"""The board of the mesh: whether calls succeed, and if not, where on their path they fail."""
 
 from deploy.dashboards import colours
 from deploy.dashboards.board import Board, Variable
@@ -19,15 +19,15 @@ _TOP = (
     figure(
         1,
         "Calls",
-        "Calls that ended, of every status. If it has fallen and nothing else has changed, look at who calls.",
+        "Calls that ended, with any status. If the rate fell and nothing else changed, check the callers.",
         "reqps",
         rate(CALLS, KERNEL),
     ),
     figure(
         2,
-        "Failed by our fault",
+        "Failed by a fault",
         "Share of calls that ended DEADLINE_EXCEEDED, INTERNAL or UNAVAILABLE. Above 0.1 %: see the failed calls by "
-        "kernel below. One kernel alone is that kernel's fault, all kernels are the fleet's.",
+        "kernel below. If a single kernel fails, the fault is in that kernel; if all fail, in the fleet.",
         "percentunit",
         f"{rate(CALLS, FAULTY)} / {rate(CALLS, KERNEL)}",
         limits=((0.001, "orange"), (0.01, "red")),
@@ -35,16 +35,16 @@ _TOP = (
     figure(
         3,
         "Latency, p99",
-        "Of calls that succeeded, from their coming to their answer. Where the time goes is told below: queue means "
-        "too few workers, run the kernel itself, transfer large tensors or a busy gateway.",
+        "Of calls that succeeded, from arrival to answer. The panels below show where the time goes: queue means "
+        "too few workers, run means the kernel itself, transfer means large tensors or a busy gateway.",
         "s",
         quantile(0.99, TIMES, SUCCEEDED),
     ),
     figure(
         4,
         "Workers busy",
-        "Share of all workers' time in which they ran kernels. Near 1 calls wait for workers: more replicas, or more "
-        "workers where there are cores to spare.",
+        "Share of all workers' time in which they ran kernels. Near 1, calls wait for workers: add replicas, or "
+        "workers if cores are free.",
         "percentunit",
         f"avg(rate(unlatch_worker_busy_seconds_total{{{COMPUTE}}}[$__rate_interval]))",
         limits=((0.8, "orange"), (0.95, "red")),
@@ -52,17 +52,17 @@ _TOP = (
     figure(
         5,
         "Wait for a worker, p99",
-        "At the replicas, from a call's bytes being there until its run. It grows before latency does: add replicas "
-        "while it is still less than callers' deadlines.",
+        "At the replicas, from the arrival of a call's bytes until its run. It grows before latency does: add "
+        "replicas while it is still less than callers' deadlines.",
         "s",
         quantile(0.99, "unlatch_queue_wait_seconds", COMPUTE),
         limits=((0.5, "orange"), (2, "red")),
     ),
     figure(
         6,
-        "Calls that wait",
-        "At the gateways, for a replica that has room; at the replicas, for a worker. Thousands mean that refusals "
-        "are near: see saturation below.",
+        "Waiting calls",
+        "At the gateways for a replica with room, at the replicas for a worker. With thousands of them, refusals are "
+        "near: see saturation below.",
         "short",
         f"sum(unlatch_queue_depth{{{GATEWAY}}}) + sum(unlatch_queue_depth{{{COMPUTE}}})",
         limits=((1000, "orange"), (10000, "red")),
@@ -70,17 +70,17 @@ _TOP = (
     figure(
         7,
         "Replicas that take calls",
-        "As the gateway sees it that sees fewest. 0: nobody is served; see the fleet's states below, and the log of a "
-        "replica for `replica takes no calls`.",
+        "The lowest number that any gateway sees. At 0 no call is served: see the states of the fleet below, and a "
+        "replica's log for `replica takes no calls`.",
         "short",
         f"min(sum by (namespace, pod) (unlatch_replica_up{{{GATEWAY}}}))",
         limits=((0, "red"), (1, "orange"), (2, "green")),
     ),
     figure(
         8,
-        "Workers in place",
-        "Share of the workers' slots that a process fills which takes calls. Below 1 for long: a kernel kills its "
-        "workers, or does not load. See restarts by reason on the board of processes.",
+        "Workers up",
+        "Share of workers' slots whose process takes calls. If it stays below 1, a kernel kills its workers or does "
+        "not load: see restarts by reason on the board of processes.",
         "percentunit",
         f"avg(unlatch_worker_up{{{COMPUTE}}})",
         limits=((0, "red"), (0.5, "orange"), (0.999, "green")),
@@ -91,8 +91,8 @@ _CALLS = (
     lines(
         11,
         "Calls by status",
-        "Each status that callers got. Red is ours or a kernel's fault, yellow a bound that was reached (the message "
-        "that callers get names it), blue their own.",
+        "Each status that callers got. Red is a fault of Unlatch or of a kernel; yellow is a limit, which the error "
+        "names; blue is an error of the caller.",
         "reqps",
         Query(rate(CALLS, KERNEL, "code"), "{{code}}"),
         width=HALF,
@@ -102,8 +102,8 @@ _CALLS = (
     lines(
         12,
         "Failed calls by kernel and status",
-        "All that did not end OK. INTERNAL of one kernel: the dispatcher's log has its traceback, by the id that the "
-        "caller was told. UNAVAILABLE of all: replicas are lost.",
+        "Calls that did not end OK. INTERNAL of one kernel: the dispatcher's log has the traceback, under the id in "
+        "the caller's error. UNAVAILABLE of all kernels: replicas are lost.",
         "reqps",
         Query(rate(CALLS, f'{KERNEL}, code!="OK"', "kernel, code"), "{{kernel}} {{code}}"),
         width=HALF,
@@ -115,7 +115,7 @@ _LATENCY = (
     lines(
         21,
         "Latency of calls that succeeded",
-        "From a call's coming to its answer, all kernels. If p99 alone is high some calls wait behind long ones: see "
+        "From arrival to answer, all kernels. If only p99 is high, some calls wait behind long ones: see "
         "docs/operations/scheduling.md.",
         "s",
         *(Query(quantile(q, TIMES, SUCCEEDED), f"p{q * 100:g}") for q in (0.5, 0.9, 0.99)),
@@ -124,15 +124,15 @@ _LATENCY = (
     lines(
         22,
         "Latency by kernel, p99",
-        "Which kernel is slow. One alone: its inputs have grown, or it has. All of them: they wait, see saturation.",
+        "If a single kernel is slow, its inputs or its work have grown. If all are slow, calls wait: see saturation.",
         "s",
         Query(quantile(0.99, TIMES, SUCCEEDED, "kernel"), "{{kernel}}"),
     ),
     lines(
         23,
         "Where the time of a call goes",
-        "Mean of a call that succeeded: its wait for a worker, its run, and all else (transfer). Queue: more "
-        "replicas. Run: the kernel. Transfer: tensors' bytes, or a gateway near a whole core.",
+        "Mean of a call that succeeded: its wait for a worker (queue), its run, and the rest (transfer). For queue, "
+        "add replicas; for run, look at the kernel; for transfer, at large tensors or a gateway near a whole core.",
         "s",
         Query(mean(TIMES, f'{KERNEL}, stage=~"transfer|queue|run"', "stage"), "{{stage}}"),
         coloured=colours.STAGES,
@@ -141,7 +141,7 @@ _LATENCY = (
     heat(
         24,
         "Latency, all calls that succeeded",
-        "How many calls took how long. Two bands are two kinds of calls; a band that climbs is a queue that grows.",
+        "Number of calls by latency. Two bands are two kinds of calls; a rising band is a growing queue.",
         "s",
         Query(rate(f"{TIMES}_bucket", SUCCEEDED, "le"), "{{le}}"),
         buckets=True,
@@ -150,8 +150,8 @@ _LATENCY = (
     lines(
         25,
         "Time until calls failed, p99",
-        "From coming to error. As long as deadlines: calls wait and are not begun. Short: they are refused or break "
-        "at once, which costs nobody's time.",
+        "From arrival to error. If it is as long as deadlines, calls wait and are never begun. If it is short, they "
+        "are refused or fail at once.",
         "s",
         Query(quantile(0.99, TIMES, f'{KERNEL}, stage="failed"', "kernel"), "{{kernel}}"),
         width=HALF,
@@ -162,8 +162,8 @@ _SATURATION = (
     lines(
         31,
         "Workers busy, by replica",
-        "Share of time in which a replica's workers ran kernels. All near 1: more replicas. One above the others: see "
-        "the fleet.",
+        "Share of time in which a replica's workers ran kernels. If all are near 1, add replicas. If one is above the "
+        "others, see the fleet.",
         "percentunit",
         Query(
             f"avg by (pod) (rate(unlatch_worker_busy_seconds_total{{{COMPUTE}}}[$__rate_interval]))",
@@ -176,9 +176,9 @@ _SATURATION = (
     ),
     lines(
         32,
-        "Calls that wait, by pod",
-        "For a replica that has room (gateways), and for a worker (replicas, which are sent no more than keeps them "
-        "busy). Grows at the gateways: all replicas are full.",
+        "Waiting calls, by pod",
+        "For a replica with room (gateways), and for a worker (replicas, which get only as much as keeps them busy). "
+        "If it grows at the gateways, all replicas are full.",
         "short",
         Query(f"unlatch_queue_depth{{{GATEWAY}}}", "{{pod}}"),
         Query(f"unlatch_queue_depth{{{COMPUTE}}}", "{{pod}}"),
@@ -188,7 +188,7 @@ _SATURATION = (
     lines(
         33,
         "Wait for a worker",
-        "At the replicas, between a call's bytes being there and its run. It is what autoscaling goes by.",
+        "At the replicas, from the arrival of a call's bytes until its run. Autoscaling uses this.",
         "s",
         *(Query(quantile(q, "unlatch_queue_wait_seconds", COMPUTE), f"p{q * 100:g}") for q in (0.5, 0.9, 0.99)),
         width=HALF,
@@ -197,8 +197,8 @@ _SATURATION = (
     lines(
         34,
         "Calls in flight, by gateway",
-        "Calls that have not ended; a gateway refuses what comes beyond `--max-live-calls` (20,000). One gateway with "
-        "all of them: callers' connections are not spread.",
+        "Calls that have not ended. A gateway refuses more than `--max-live-calls` (20,000). If one gateway has all "
+        "of them, callers' connections are not distributed.",
         "short",
         Query(f"unlatch_calls_in_flight{{{GATEWAY}}}", "{{pod}}"),
         width=HALF,
@@ -210,8 +210,8 @@ _FLEET = (
     states(
         41,
         "Replicas",
-        "As the gateways see them. Gone: its process or its lane, see its log. Ejected: its lane keeps breaking or "
-        "its workers keep dying, its log says of what; it is tried again by itself.",
+        "As the gateways see them. Gone: the process or the lane has ended, see the replica's log. Ejected: the lane "
+        "keeps breaking or workers keep dying, see its log for the reason; it is tried again automatically.",
         Query(
             f"max by (replica) (2 * unlatch_replica_ejected{{{GATEWAY}}}) > 0 or "
             f"min by (replica) (unlatch_replica_up{{{GATEWAY}}})",
@@ -229,16 +229,16 @@ _FLEET = (
     lines(
         43,
         "Wait at replicas",
-        "How long a new call would wait there, as gateways reckon. All high: more replicas. One high: what it was "
-        "given runs longer than was learnt, which it learns.",
+        "Expected wait of a new call, as gateways estimate it. If all are high, add replicas. If one is high, its runs "
+        "take longer than predicted; the prediction adapts.",
         "s",
         Query(f"max by (replica) (unlatch_replica_wait_seconds{{{GATEWAY}}})", "{{replica}}"),
     ),
     lines(
         44,
         "Utilisation, by replica",
-        "As each replica reports it. Far apart for minutes: the fleet is out of balance; compare calls in flight, "
-        "waits, and whether one serves a kernel that others do not.",
+        "As each replica reports it. If they differ much for minutes, the fleet is out of balance: compare calls in "
+        "flight, waits, and whether one serves a kernel that others do not.",
         "percentunit",
         Query(f"max by (replica) (unlatch_replica_utilization_ratio{{{GATEWAY}}})", "{{replica}}"),
         most=1,
@@ -246,15 +246,15 @@ _FLEET = (
     lines(
         45,
         "Silence of replicas",
-        "How long nothing has been heard of a replica; its lane is broken off after five reports that have not come, "
-        "1.25 s by default. A dispatcher that is held up is silent too: see its loop.",
+        "Time since a replica's last report. Its lane is closed after five missing reports, 1.25 s by default. A "
+        "dispatcher whose loop is blocked is silent too: see its loop lag.",
         "s",
         Query(f"max by (replica) (unlatch_replica_heartbeat_age_seconds{{{GATEWAY}}})", "{{replica}}"),
         limits=((1.25, "red"),),
     ),
     lines(
         46,
-        "Runs sent again",
+        "Retried runs",
         "Not begun is free; lost is a replica that went away, failed one that answered UNAVAILABLE. Each costs a run: "
         "see which replica restarts.",
         "reqps",
@@ -263,15 +263,15 @@ _FLEET = (
     lines(
         47,
         "Runs lost for good",
-        "Their callers got UNAVAILABLE. Not pure: declare kernels `pure=True` where it is true. Budget: more is lost "
-        "than a tenth of the calls, an outage, not an accident.",
+        "Their callers got UNAVAILABLE. Not pure: declare kernels `pure=True` where it is true. Budget: more than "
+        "a tenth of the calls are lost, which is an outage.",
         "reqps",
         Query(rate("unlatch_retries_refused_total", GATEWAY, "reason"), "{{reason}}"),
     ),
     lines(
         48,
-        "Budget for runs sent again",
-        "How many runs that were begun may be sent again now. At 0 losses reach callers: find out what is being lost.",
+        "Retry budget",
+        "Number of begun runs that may be retried now. At 0 losses reach callers: find out what is being lost.",
         "short",
         Query(f"unlatch_retry_budget{{{GATEWAY}}}", "{{pod}}"),
         limits=((0, "red"), (1, "green")),
@@ -279,8 +279,8 @@ _FLEET = (
     lines(
         49,
         "Calls that shared a run",
-        "Identical calls of pure kernels that were in flight together. Work that was not done twice; many of them are "
-        "a caller that could keep its answers.",
+        "Identical calls of pure kernels that were in flight together, and so were computed once. If there are many, "
+        "a caller could cache its results.",
         "reqps",
         Query(rate("unlatch_coalesced_calls_total", KERNEL, "kernel"), "{{kernel}}"),
     ),
@@ -290,8 +290,8 @@ _KERNELS = (
     rows(
         51,
         "Kernels",
-        "One row a kernel, the most called first; a click shows that kernel alone. Failed is by our fault or the "
-        "kernel's.",
+        "One row for each kernel, the most called first; click to show that kernel only. Failed counts faults of "
+        "Unlatch or the kernel.",
         ("kernel",),
         Column(title="Calls/s", expr=rate(CALLS, KERNEL, "kernel"), unit="reqps"),
         Column(
@@ -314,7 +314,7 @@ _KERNELS = (
     lines(
         52,
         "Calls by kernel",
-        "Which kernels are called, all statuses. What has grown is where load comes from.",
+        "Calls with any status. A kernel whose rate has grown is a source of load.",
         "reqps",
         Query(rate(CALLS, KERNEL, "kernel"), "{{kernel}}"),
         stacked=True,
@@ -322,7 +322,7 @@ _KERNELS = (
     lines(
         53,
         "Workers' time by kernel",
-        "How many workers each kernel keeps running. The kernel that needs most is where making it faster pays.",
+        "Number of workers that each kernel keeps busy. The largest is the kernel worth making faster.",
         "short",
         Query(rate(f"{TIMES}_sum", f'{COMPUTE}, kernel=~"$kernel", stage="run"', "kernel"), "{{kernel}}"),
         stacked=True,
@@ -330,8 +330,8 @@ _KERNELS = (
     lines(
         54,
         "Calls a run, of kernels with batch=True",
-        "Mean of how many calls ran as one. 1 while nothing waits, which is right; 1 while calls wait: their inputs "
-        "do not fit together.",
+        "Mean number of calls that ran as one. 1 is right while no calls wait. If it is 1 while calls wait, their "
+        "inputs do not fit together.",
         "short",
         Query(mean("unlatch_batch_calls", f'{COMPUTE}, kernel=~"$kernel"', "kernel"), "{{kernel}}"),
     ),
@@ -341,15 +341,16 @@ _DOOR = (
     lines(
         61,
         "RPCs that began, by method",
-        "At the protocol's door; lanes are one endless RPC and are not here. ServerReady and metadata in thousands: a "
-        "client asks before each call.",
+        "RPCs of the Open Inference Protocol, without lanes, which are one endless RPC. With thousands of ServerReady "
+        "or metadata RPCs, a client asks before each call.",
         "reqps",
         Query(rate("grpc_server_started_total", GATEWAY, "grpc_method"), "{{grpc_method}}"),
     ),
     lines(
         62,
         "RPCs that ended, by status",
-        "At the protocol's door. UNAUTHENTICATED and RESOURCE_EXHAUSTED are refused before a byte of them is read.",
+        "RPCs of the Open Inference Protocol. UNAUTHENTICATED and RESOURCE_EXHAUSTED are refused before any byte of "
+        "the request is read.",
         "reqps",
         Query(rate("grpc_server_handled_total", GATEWAY, "grpc_code"), "{{grpc_code}}"),
         coloured=colours.CODES,
@@ -357,16 +358,16 @@ _DOOR = (
     lines(
         63,
         "Time of RPCs, p99",
-        "At the protocol's door, by method. Methods that only ask about kernels take a millisecond: if they do not, "
-        "the gateway's loop is held up.",
+        "RPCs of the Open Inference Protocol, by method. Methods that only query kernels should take a millisecond; "
+        "if they take longer, the gateway's loop is blocked.",
         "s",
         Query(quantile(0.99, "grpc_server_handling_seconds", GATEWAY, "grpc_method"), "{{grpc_method}}"),
     ),
     lines(
         64,
         "Not let in, by reason",
-        "Calls that nobody knows the caller of. Expired: a caller does not renew its token. A key that is not known: "
-        "the file of keys is old. A flood with no token is somebody who tries.",
+        "Calls whose caller could not be authenticated. Expired: a caller does not renew its token. Unknown key: the "
+        "file of keys is old. Many without a token may be an attack.",
         "reqps",
         Query(rate("unlatch_unauthenticated_total", GATEWAY, "reason"), "{{reason}}"),
         width=HALF,
@@ -374,7 +375,8 @@ _DOOR = (
     lines(
         65,
         "Certificates expire in",
-        "The first of each file's. Below a day renewal does not work: look at cert-manager's Certificate, then for "
+        "Time until the first of each file's certificates expires. Below a day, renewal has failed: look at "
+        "cert-manager's Certificate, then for "
         "`certificates not replaced` in the log.",
         "s",
         Query(
@@ -388,7 +390,7 @@ _DOOR = (
 
 BOARD = Board(
     uid="unlatch-mesh",
-    says="Whether callers get what they ask for, and if not, where along a call's path it is lost.",
+    says="Whether calls succeed, and if not, where on their path they fail.",
     variables=(
         Variable(name="namespace", title="Namespace", series="unlatch_calls_in_flight", label="namespace"),
         Variable(
@@ -403,6 +405,6 @@ BOARD = Board(
         "Saturation": _SATURATION,
         "Fleet": _FLEET,
         "Kernels": _KERNELS,
-        "The gateway's door": _DOOR,
+        "RPCs": _DOOR,
     },
 )

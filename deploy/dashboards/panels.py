@@ -1,7 +1,7 @@
-"""The kinds of panel that the boards are made of, and how each looks wherever it is.
+"""The kinds of panel on the boards, each with one look everywhere.
 
-Each has a number, which alerts and links name; a title; what it says: how to read it, and what to do; a unit; and what
-it asks.
+A panel has a number, to which alerts and links point; a title; a description of how to read it and what to do; a unit;
+and queries.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,16 +37,16 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from deploy.dashboards import colours
 
 DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
-# From where on a value is of that colour.
+# Values from which on each colour applies.
 Limits = Sequence[tuple[float, str]]
-# Parts of a board's width, which is 24 columns; a row of one is 38 pixels high.
+# Parts of a board's width of 24 columns. One unit of height is 38 pixels.
 EIGHTH, SIXTH, THIRD, HALF, TWO_THIRDS, WHOLE = 3, 4, 8, 12, 16, 24
 _FIGURE_HEIGHT, _HEIGHT = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """PromQL, and what its series are called."""
+    """A PromQL expression, and the names of its series."""
 
     expr: str
     legend: str = ""
@@ -54,7 +54,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A query that has one value for each row of a table."""
+    """A column of a table: a query with one value for each row."""
 
     title: str
     expr: str
@@ -64,7 +64,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """Where a click on a series leads."""
+    """The link of a series."""
 
     title: str
     url: str
@@ -73,7 +73,7 @@ class Link:
 def figure(
     at: int, title: str, says: str, unit: str, expr: str, *, limits: Limits = (), width: int = EIGHTH, none: str = "-"
 ) -> Panel:
-    """One figure, as it is now, with its course behind it. `none` is shown where there is nothing to tell."""
+    """The present value of one figure, with its history behind it. `none` is shown without data."""
     kind = (
         stat.Panel()
         .unit(unit)
@@ -102,7 +102,7 @@ def lines(
     bars: bool = False,
     link: Link | None = None,
 ) -> Panel:
-    """Values over time, from 0. `limits` are dashed lines; the axis reaches to `most`, if not further."""
+    """Values over time, from 0. `limits` are dashed lines; the axis reaches at least to `most`."""
     kind = (
         timeseries.Panel()
         .unit(unit)
@@ -146,9 +146,9 @@ def heat(
     width: int = THIRD,
     height: int = _HEIGHT,
 ) -> Panel:
-    """Values over time as colours: a row for each series in their names' order, or for each of a histogram's buckets.
+    """Values over time as colours: a row for each series, sorted by name, or for each bucket of a histogram.
 
-    The darkest is `most`, or the largest there is. `unit` is the values', of buckets their bounds'.
+    The darkest colour stands for `most`, or for the largest value. `unit` is that of the values, or of bucket bounds.
     """
     colour = (
         heatmap.HeatmapColorOptions()
@@ -179,7 +179,7 @@ def heat(
 def states(
     at: int, title: str, says: str, query: Query, names: Mapping[int, tuple[str, str]], *, width: int = THIRD
 ) -> Panel:
-    """What each series is, over time: `names` has the value's meaning and its colour."""
+    """The state of each series over time. `names` gives each value's meaning and colour."""
     meanings = {str(value): ValueMappingResult(text=text, color=colour) for value, (text, colour) in names.items()}
     kind = (
         statetimeline.Panel()
@@ -193,7 +193,7 @@ def states(
 
 
 def rows(at: int, title: str, says: str, by: Sequence[str], *columns: Column, link: Link | None = None) -> Panel:
-    """A table as of now: a row for each value of the labels `by`, sorted by the first column, largest first."""
+    """A table of present values: a row for each value of the labels `by`, sorted by the first column, largest first."""
     kind = table.Panel().unit("short").thresholds(_thresholds(()))
     kind.transformations(
         [
@@ -238,7 +238,7 @@ def _placed(
     height: int,
     kept: PromQueryFormat = PromQueryFormat.TIME_SERIES,
 ) -> Panel:
-    """A panel with what every kind has. Where on its board it lies is the board's to say."""
+    """Add what every kind of panel has. The board sets the position."""
     panel.id_val, panel.title, panel.description = at, title, says
     panel.datasource = DATASOURCE
     panel.grid_pos = GridPos(w=width, h=height)

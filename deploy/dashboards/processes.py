@@ -1,4 +1,4 @@
-"""Processes: what every process does with its time and memory, and which of them is the trouble."""
+"""The board of processes: how each one uses its time and memory, and which one causes trouble."""
 
 from deploy.dashboards import colours
 from deploy.dashboards.board import Board, Variable
@@ -18,7 +18,7 @@ BUSY = f"rate(unlatch_worker_busy_seconds_total{{{ANY_POD}}}[$__rate_interval])"
 
 
 def _by_worker(metric: str) -> str:
-    """What a counter of processes says of workers, by the label that their own metrics have."""
+    """A counter of processes, for workers only, with the label of workers' own metrics."""
     growth = rate(metric, OF_WORKERS, ONE)
     return f'sum by ({ONE_WORKER}) (label_replace({growth}, "worker", "$1", "process", "worker-(.*)"))'
 
@@ -27,7 +27,7 @@ WORKERS_ON_A_CORE = _by_worker("unlatch_process_cpu_seconds_total")
 WORKERS_WAITING = _by_worker("unlatch_process_core_wait_seconds_total")
 IN_A_RUN = f"sum by ({ONE_WORKER}) ({BUSY})"
 BLOCKED = f"clamp_min({IN_A_RUN} - {WORKERS_ON_A_CORE} - {WORKERS_WAITING}, 0)"
-# A limit of 0 is none.
+# A limit of 0 means no limit.
 MEMORY_RATIO = (
     f"unlatch_worker_memory_bytes{{{ANY_POD}}} / on (namespace, pod) group_left () "
     f"(unlatch_worker_memory_limit_bytes{{{ANY_POD}}} > 0)"
@@ -37,9 +37,9 @@ RESTARTS = born_or_grown("unlatch_worker_restarts_total", ANY_POD)
 _TOP = (
     figure(
         1,
-        "Workers out of place",
-        "Slots that no process fills which takes calls. A worker is replaced in milliseconds: if this stays above 0 "
-        "its kernels kill it at once, or do not load. See restarts by reason, and the dispatcher's log.",
+        "Workers down",
+        "Slots without a process that takes calls. A worker is replaced in milliseconds, so if this stays above 0, "
+        "kernels kill it at once or do not load. See restarts by reason, and the dispatcher's log.",
         "short",
         f"sum(1 - unlatch_worker_up{{{ANY_POD}}})",
         limits=((1, "red"),),
@@ -47,8 +47,8 @@ _TOP = (
     figure(
         2,
         "Replacements in 15 min",
-        "Workers that were replaced. Some are by plan (recycling) or a caller's wish (cancelled calls): the reasons "
-        "are told below.",
+        "Replaced workers. Some replacements are planned (recycling), or follow cancelled calls: see the reasons "
+        "below.",
         "short",
         f"sum(increase(unlatch_worker_replacement_seconds_count{{{ANY_POD}}}[15m]))",
         limits=((1, "orange"), (10, "red")),
@@ -56,8 +56,8 @@ _TOP = (
     figure(
         3,
         "Longest run now",
-        "How long the run goes on that has gone on longest. Longer than its kernel ever takes: it hangs. Its caller's "
-        "deadline ends it; a kernel's own `timeout` would sooner.",
+        "Time of the longest present run. If its kernel never takes that long, the run hangs. The caller's deadline "
+        "will end it; the kernel's own `timeout` could end it sooner.",
         "s",
         f"max(unlatch_worker_running_seconds{{{ANY_POD}}})",
         limits=((60, "orange"), (600, "red")),
@@ -66,8 +66,8 @@ _TOP = (
     figure(
         4,
         "Busiest loop",
-        "Processor time of the busiest gateway or dispatcher: 1 is one core, and a loop has no more. Near 1 it is what "
-        "limits calls: more gateways, or replicas with fewer workers each.",
+        "Processor time of the busiest gateway or dispatcher: 1 is one core, which is all that a loop can use. Near "
+        "1 it limits calls: add gateways, or use replicas with fewer workers each.",
         "percentunit",
         f"max(unlatch_process_utilization_ratio{{{LOOPS}}})",
         limits=((0.7, "orange"), (0.9, "red")),
@@ -75,8 +75,8 @@ _TOP = (
     figure(
         5,
         "Worst loop lag, p99",
-        "How late the slowest loop runs what is due. Over 10 ms: large unary messages, or no core left for it (see "
-        "waiting for a core).",
+        "Lag of the slowest event loop. Over 10 ms: large unary messages, or no free core for the loop (see waiting "
+        "for a core).",
         "s",
         f"max({quantile(0.99, 'unlatch_event_loop_lag_seconds', LOOPS, 'namespace, pod, process')})",
         limits=((0.01, "orange"), (0.1, "red")),
@@ -84,8 +84,8 @@ _TOP = (
     figure(
         6,
         "Longest stall now",
-        "How overdue a loop is at this moment. Seconds: it is stopped, or in one long piece of work; take a stack of "
-        "that process (`py-spy dump --pid`), then let it be restarted.",
+        "Time by which a loop is overdue now. With seconds, the loop is stopped or in one long piece of work: take a "
+        "stack of that process (`py-spy dump --pid`), then restart it.",
         "s",
         f"max(unlatch_event_loop_stalled_seconds{{{LOOPS}}})",
         limits=((0.5, "orange"), (2, "red")),
@@ -93,17 +93,17 @@ _TOP = (
     figure(
         7,
         "Worst GIL contention",
-        "Share of time that a thread of a gateway or dispatcher waits for its interpreter's lock. Above 0.5 something "
-        "in that process computes: nothing there should.",
+        "Share of time that a thread of a gateway or dispatcher waits for its interpreter's lock. Above 0.5 some "
+        "code in that process computes, which it should not.",
         "percentunit",
         f"max(unlatch_gil_contention_ratio{{{LOOPS}}})",
         limits=((0.3, "orange"), (0.5, "red")),
     ),
     figure(
         8,
-        "Nearest its memory limit",
-        "The worker that has most of what it may have. At 1 its call is RESOURCE_EXHAUSTED: raise "
-        "`--worker-memory-bytes` and the pod's limit, or `memory=` of its kernel, or send it less.",
+        "Highest memory use",
+        "Memory of the worker that is closest to its limit. At 1 its call fails with RESOURCE_EXHAUSTED: raise "
+        "`--worker-memory-bytes` and the pod's limit, or `memory=` of its kernel, or send smaller calls.",
         "percentunit",
         f"max({MEMORY_RATIO})",
         limits=((0.8, "orange"), (0.95, "red")),
@@ -112,9 +112,9 @@ _TOP = (
     heat(
         11,
         "Utilisation of every process",
-        "A row for each process: dark is a whole core, pale is idle. All workers dark: full, add replicas. One dark "
-        "for long: see what it runs. A gateway or dispatcher dark: it limits all others. Pale workers while calls "
-        "wait: the loops cannot feed them.",
+        "A row for each process: dark is a whole core, pale is idle. If all workers are dark, add replicas. If one is "
+        "dark for long, see what it runs. A dark gateway or dispatcher limits all others. If workers are pale while "
+        "calls wait, the loops cannot feed them.",
         "percentunit",
         Query(ON_A_CORE, NAME),
         most=1,
@@ -124,8 +124,8 @@ _TOP = (
     lines(
         12,
         "Utilisation",
-        "The same as lines, killed processes' time included: 1 is one core. Blue gateways and purple dispatchers are "
-        "to stay below 0.7; orange workers are there to be used.",
+        "The same as lines, killed processes' time included: 1 is one core. Blue gateways and purple dispatchers "
+        "should stay below 0.7; orange workers may be fully used.",
         "percentunit",
         Query(ON_A_CORE, NAME),
         width=WHOLE,
@@ -143,7 +143,7 @@ _TIME = (
         "What workers do with their time",
         "Mean of all workers. Waits for a core: more workers (or BLAS threads) than cores, or the CPU limit "
         "throttles. Waits for something else: its kernels sleep, read or write: more workers than cores would do "
-        "more. Idle: nobody asks.",
+        "more. Idle: no calls.",
         "percentunit",
         Query(f"avg({WORKERS_ON_A_CORE})", "on a core"),
         Query(f"avg({WORKERS_WAITING})", "waits for a core"),
@@ -156,8 +156,9 @@ _TIME = (
     lines(
         22,
         "Waiting for a core",
-        "Share of time that each process was ready to run and had no core. Loops' are to be near 0: what they wait "
-        "all calls wait. If all have much, the pod's CPU limit is less than its workers, or the node is full.",
+        "Share of time in which each process was ready to run but had no core. For loops it should be near 0, since "
+        "all calls wait with them. If it is high for all, the pod's CPU limit is below its workers, or the node is "
+        "full.",
         "percentunit",
         Query(rate("unlatch_process_core_wait_seconds_total", ANY_POD, ONE), NAME),
         coloured=colours.ROLES,
@@ -168,8 +169,8 @@ _TIME = (
     lines(
         23,
         "In a run, by worker",
-        "Share of time by the clock in which each worker ran kernels. Beside its utilisation it says whether its "
-        "kernels compute.",
+        "Share of time in which each worker ran kernels. Compare it with utilisation to see whether its kernels "
+        "compute.",
         "percentunit",
         Query(IN_A_RUN, WORKER),
         most=1,
@@ -209,8 +210,8 @@ _RUNS = (
     lines(
         31,
         "Present run of each worker",
-        "How long each worker has run its present kernel. A line that climbs and climbs is a run that hangs: its name "
-        "is beside it.",
+        "How long each worker has run its present kernel. A line that keeps rising is a hanging run; the legend "
+        "names its kernel.",
         "s",
         Query(f'unlatch_worker_running_seconds{{{ANY_POD}, kernel=~"$kernel"}}', f"{WORKER} {{{{kernel}}}}"),
         link=POD,
@@ -229,9 +230,9 @@ _RUNS = (
     ),
     lines(
         33,
-        "Work for nobody",
-        "Processor time of runs whose callers had left or whose time had passed. Kernels that look at "
-        "`unlatch.cancelled()` end sooner; callers with longer deadlines wait for what they asked for.",
+        "Wasted processor time",
+        "Processor time of runs whose callers had left, or whose deadlines had passed. Kernels that check "
+        "`unlatch.cancelled()` end sooner; callers can set longer deadlines.",
         "short",
         Query(rate("unlatch_wasted_cpu_seconds_total", ANY_POD, "pod"), "{{pod}}"),
         link=POD,
@@ -254,8 +255,8 @@ _RESTARTS = (
     lines(
         42,
         "Restarts by worker",
-        "The same by slot. One slot alone: its calls kill it, and calls like them will be refused. All of a pod: its "
-        "memory, or its kernels.",
+        "The same by slot. If a single slot restarts, certain calls kill it, and calls like them will be refused. If "
+        "all of a pod do, look at its memory or its kernels.",
         "short",
         Query(f"sum by (pod, worker) {RESTARTS}", WORKER),
         stacked=True,
@@ -266,8 +267,8 @@ _RESTARTS = (
     lines(
         43,
         "Time without a worker",
-        "From the end of a worker until its replacement takes calls: some 10 ms. Seconds: its kernels take long to "
-        "load or keep killing it, so that each start waits longer.",
+        "From the end of a worker until its replacement takes calls, normally some 10 ms. With seconds, its kernels "
+        "take long to load, or keep killing it so that each start waits longer.",
         "s",
         *(Query(quantile(q, "unlatch_worker_replacement_seconds", ANY_POD), f"p{q * 100:g}") for q in (0.5, 0.99)),
         coloured=colours.QUANTILES,
@@ -276,8 +277,7 @@ _RESTARTS = (
     states(
         44,
         "Workers",
-        "Whether a process that takes calls fills each slot. What is red for long has its reason in the "
-        "dispatcher's log.",
+        "Whether a process that takes calls fills each slot. If one stays red, the dispatcher's log has the reason.",
         Query(f"unlatch_worker_up{{{ANY_POD}}}", WORKER),
         {0: ("none takes calls", "red"), 1: ("takes calls", "green")},
         width=HALF,
@@ -320,8 +320,8 @@ _MEMORY = (
     lines(
         54,
         "Page faults, minor",
-        "Pages that were found in RAM. Thousands a second in a worker are memory given back and taken again, call "
-        "after call: see its kernels' temporaries.",
+        "Pages that were found in RAM. With thousands a second, a worker returns memory and takes it again with "
+        "each call: see its kernels' temporary arrays.",
         "short",
         Query(rate("unlatch_process_page_faults_total", f'{ANY_POD}, kind="minor"', ONE), NAME),
         coloured=colours.ROLES,
@@ -346,8 +346,8 @@ _LOOPS = (
     lines(
         61,
         "Loop lag, p99",
-        "How late each loop runs what is due every 50 ms: what every event that came then waited. Over 10 ms: large "
-        "unary messages, or no core left for it.",
+        "Lag of a timer that is due every 50 ms, which every event at that moment had to wait. Over 10 ms: large unary "
+        "messages, or no free core for the loop.",
         "s",
         Query(quantile(0.99, "unlatch_event_loop_lag_seconds", LOOPS, ONE), NAME),
         coloured=colours.ROLES,
@@ -358,8 +358,8 @@ _LOOPS = (
     heat(
         62,
         "Loop lag, all loops",
-        "How often which lag was seen. One band near the bottom is a healthy loop; a second one above it is work in "
-        "long pieces.",
+        "Distribution of lags. One band near the bottom is a healthy loop; a second band above it is work in long "
+        "pieces.",
         "s",
         Query(rate("unlatch_event_loop_lag_seconds_bucket", LOOPS, "le"), "{{le}}"),
         buckets=True,
@@ -368,8 +368,8 @@ _LOOPS = (
     lines(
         63,
         "Loop stalled",
-        "How overdue each loop was when it was scraped. More than some milliseconds again and again is a loop that is "
-        "held up.",
+        "Time by which each loop was overdue when it was scraped. More than some milliseconds, repeatedly, means that "
+        "the loop is blocked.",
         "s",
         Query(f"unlatch_event_loop_stalled_seconds{{{LOOPS}}}", NAME),
         coloured=colours.ROLES,
@@ -381,7 +381,7 @@ _LOOPS = (
         64,
         "GIL contention",
         "Share of time that a thread of each process waits for the interpreter's lock. It follows utilisation; above "
-        "0.5 something computes where nothing should.",
+        "0.5 some code in that process computes, which it should not.",
         "percentunit",
         Query(f"unlatch_gil_contention_ratio{{{LOOPS}}}", NAME),
         coloured=colours.ROLES,
@@ -394,7 +394,7 @@ _LOOPS = (
 
 BOARD = Board(
     uid="unlatch-processes",
-    says="What every process does with its time and memory, and which of them is the trouble.",
+    says="How each process uses its time and memory, and which one causes trouble.",
     variables=(
         Variable(name="namespace", title="Namespace", series="unlatch_process_utilization_ratio", label="namespace"),
         Variable(

@@ -1,4 +1,4 @@
-"""Tenants: who asks for how much, who gets it, and who is refused."""
+"""The board of tenants: what each one asks for, what it gets, and what is refused."""
 
 from deploy.dashboards import colours
 from deploy.dashboards.board import Board, Variable
@@ -16,8 +16,8 @@ NAME = "{{tenant}}"
 _TOP = (
     figure(
         1,
-        "Tenants that call",
-        "How many tenants' calls ended of late. Beyond the first 100 of the file of tenants all others are one, "
+        "Active tenants",
+        "Number of tenants whose calls ended recently. Tenants after the first 100 of the tenants file count as one, "
         "`other`.",
         "short",
         f"count({rate(CALLS, TENANT, 'tenant')} > 0)",
@@ -26,7 +26,7 @@ _TOP = (
     figure(
         2,
         "Calls",
-        "Calls of these tenants that ended, of every status. If it has fallen, see which tenant's has, below.",
+        "Calls of these tenants that ended, with any status. If the rate fell, see below for which tenant.",
         "reqps",
         rate(CALLS, TENANT),
         width=SIXTH,
@@ -34,8 +34,8 @@ _TOP = (
     figure(
         3,
         "Refused",
-        "Share of calls that met a quota, a bound, or what their tenant may not (RESOURCE_EXHAUSTED, "
-        "PERMISSION_DENIED). Which tenant, and of which status, is told below.",
+        "Share of calls that exceeded a quota or a limit, or that their tenant may not make (RESOURCE_EXHAUSTED, "
+        "PERMISSION_DENIED). See below for tenants and statuses.",
         "percentunit",
         f"{rate(CALLS, REFUSED)} / {rate(CALLS, TENANT)}",
         limits=((0.01, "orange"), (0.1, "red")),
@@ -45,8 +45,8 @@ _TOP = (
     figure(
         4,
         "Worst served",
-        "The largest share of a tenant's calls that failed by our fault. One tenant alone: a kernel that only it "
-        "calls; see the board of the mesh for that kernel.",
+        "The largest share of a tenant's calls that failed by a fault. If it is a single tenant, look on the board of "
+        "the mesh for a kernel that only this tenant calls.",
         "percentunit",
         f"max({rate(CALLS, FAULTY, 'tenant')} / {rate(CALLS, TENANT, 'tenant')})",
         limits=((0.001, "orange"), (0.01, "red")),
@@ -56,7 +56,7 @@ _TOP = (
     figure(
         5,
         "Largest share",
-        "Of all run time, what the tenant has that has most. It is no fault as long as nobody waits: when calls wait, "
+        "Share of all run time that the largest tenant has. It does no harm while no calls wait; when calls wait, "
         "weights decide.",
         "percentunit",
         f"max({rate(SECONDS, TENANT, 'tenant')}) / {rate(SECONDS, GATEWAY)}",
@@ -65,8 +65,8 @@ _TOP = (
     figure(
         6,
         "Not let in",
-        "Calls of nobody knows whom, of all tenants. The reasons are below: a token that is not renewed, keys that "
-        "are old, or somebody who tries.",
+        "Calls whose caller could not be authenticated. See below for reasons: a token that is not renewed, an old "
+        "file of keys, or an attack.",
         "reqps",
         rate("unlatch_unauthenticated_total", GATEWAY),
         limits=((1, "orange"), (100, "red")),
@@ -79,7 +79,7 @@ _USE = (
     lines(
         11,
         "Calls by tenant",
-        "Who asks, and how often. A tenant that has grown tenfold is where load comes from: talk to it, or give it a "
+        "Calls of each tenant. If a tenant has grown tenfold, it is the source of load: talk to its owner, or set a "
         "quota (`calls_per_second`).",
         "reqps",
         Query(rate(CALLS, TENANT, "tenant"), NAME),
@@ -89,8 +89,8 @@ _USE = (
     lines(
         12,
         "Workers used by tenant",
-        "Seconds of run that each tenant is charged, each second: how many workers it keeps busy. Quotas are in "
-        "seconds of it a minute (`cpu_seconds_per_minute`).",
+        "Run seconds that each tenant is charged, each second: the number of workers that it keeps busy. Quotas are "
+        "in run seconds a minute (`cpu_seconds_per_minute`).",
         "short",
         Query(rate(SECONDS, TENANT, "tenant"), NAME),
         width=HALF,
@@ -99,8 +99,8 @@ _USE = (
     lines(
         13,
         "Share of run time",
-        "What each tenant has of all run time. While calls wait it follows the tenants' weights; if it does not, that "
-        "tenant asks for less than its share.",
+        "Each tenant's share of all run time. While calls wait it follows the tenants' weights; a tenant below its "
+        "weight asks for less than its share.",
         "percentunit",
         Query(f"{rate(SECONDS, TENANT, 'tenant')} / ignoring (tenant) group_left () {rate(SECONDS, GATEWAY)}", NAME),
         width=HALF,
@@ -122,16 +122,16 @@ _REFUSALS = (
         21,
         "Refused by tenant and status",
         "RESOURCE_EXHAUSTED is a quota or a full mesh, its message says which; PERMISSION_DENIED a kernel or a "
-        "priority that the tenant may not use. If it is right to have more, change the file of tenants: it is read "
-        "again.",
+        "priority that the tenant may not use. To allow more, change the tenants file, which is then "
+        "read again.",
         "reqps",
         Query(rate(CALLS, REFUSED, "tenant, code"), "{{tenant}} {{code}}"),
     ),
     lines(
         22,
-        "Failed by our fault, by tenant",
-        "Share of each tenant's calls. All of them: the fleet, see the board of the mesh. One: its kernels, or its "
-        "deadlines.",
+        "Failed by a fault, by tenant",
+        "Share of each tenant's calls. If all tenants fail, see the board of the mesh for the fleet; if one does, look "
+        "at its kernels or its deadlines.",
         "percentunit",
         Query(f"{rate(CALLS, FAULTY, 'tenant')} / {rate(CALLS, TENANT, 'tenant')}", NAME),
         limits=((0.001, "orange"), (0.01, "red")),
@@ -139,8 +139,8 @@ _REFUSALS = (
     lines(
         23,
         "Calls by status",
-        "Of the tenants chosen above, each status that callers got. Red is our fault, yellow a quota or a bound, blue "
-        "their own.",
+        "Statuses of calls of the chosen tenants. Red is a fault of Unlatch or of a kernel, yellow a quota or a limit, "
+        "blue an error of the caller.",
         "reqps",
         Query(rate(CALLS, TENANT, "code"), "{{code}}"),
         coloured=colours.CODES,
@@ -149,8 +149,8 @@ _REFUSALS = (
     lines(
         24,
         "Not let in, by reason",
-        "What to mend: a token that ended is its caller's to renew; a key that is not known is missing in "
-        "`--token-keys`; no token at all is a caller that was never set up, or one who tries.",
+        "What to fix: the caller must renew an expired token; an unknown key is missing in `--token-keys`; without any "
+        "token, a caller was never set up, or it is an attack.",
         "reqps",
         Query(rate("unlatch_unauthenticated_total", GATEWAY, "reason"), "{{reason}}"),
         width=HALF,
@@ -158,8 +158,8 @@ _REFUSALS = (
     lines(
         25,
         "Mean run of a call",
-        "Seconds of run that a tenant is charged for a call. It has grown: its inputs have, or it calls another "
-        "kernel.",
+        "Run seconds that a tenant is charged for a call. If it has grown, inputs have grown, or the tenant calls "
+        "another kernel.",
         "s",
         Query(f"{rate(SECONDS, TENANT, 'tenant')} / {rate(CALLS, TENANT, 'tenant')}", NAME),
         width=HALF,
@@ -170,7 +170,7 @@ _TABLE = (
     rows(
         31,
         "Tenants",
-        "One row a tenant, the most used first; a click shows that tenant alone. Failed is by our fault.",
+        "One row for each tenant, the busiest first; click to show that tenant only. Failed counts faults.",
         ("tenant",),
         Column(title="Workers used", expr=rate(SECONDS, TENANT, "tenant"), unit="short"),
         Column(title="Calls/s", expr=rate(CALLS, TENANT, "tenant"), unit="reqps"),
@@ -193,7 +193,7 @@ _TABLE = (
 
 BOARD = Board(
     uid="unlatch-tenants",
-    says="Who asks for how much, who gets it, and who is refused.",
+    says="What each tenant asks for, what it gets, and what is refused.",
     variables=(
         Variable(name="namespace", title="Namespace", series="unlatch_calls_in_flight", label="namespace"),
         Variable(

@@ -50,7 +50,7 @@ def test_forked_workers_are_told_from_their_forkserver_by_parentage() -> None:
         Seen(pid=4, parent=3, command="python -c from multiprocessing.forkserver import main"),
         Seen(pid=5, parent=4, command="python -c from multiprocessing.forkserver import main"),
     ]
-    assert list(label(seen).values()) == ["supervisor", "gateway", "front", "forkserver", "workers"]
+    assert list(label(seen).values()) == ["supervisor", "gateway", "dispatcher", "forkserver", "workers"]
 
 
 def test_replies_are_checked_by_content() -> None:

@@ -88,20 +88,20 @@ def test_a_call_that_never_ends_is_missed() -> None:
     """By its caller's count and by the gateway's."""
     door = {"begun": {"small": 3}, "ended": [["small", "OK", 1], ["small", "left", 1]], "wrong": []}
     none = frozenset[tuple[str, str]]()
-    before = {"gateway": {("unlatch_calls_total", none): 5.0}, "front": {}}
-    after = {"gateway": {("unlatch_calls_total", none): 6.0}, "front": {}}
+    before = {"gateway": {("unlatch_calls_total", none): 5.0}, "dispatcher": {}}
+    after = {"gateway": {("unlatch_calls_total", none): 6.0}, "dispatcher": {}}
     found = uncounted([("client", door)], before, after, kills=1)
-    assert [what.partition(":")[0] for what in found] == ["client", "gateway", "front"]
+    assert [what.partition(":")[0] for what in found] == ["client", "gateway", "dispatcher"]
 
 
 def test_growth_is_told_from_what_comes_and_goes() -> None:
     """Two MiB a minute, with and without tens of MiB that come and go."""
     steady, noisy = Watched(), Watched()
     for at in range(0, 600, 5):
-        steady.memory["front"].append((at, 50e6 + at * 2 * 2**20 / 60))
-        noisy.memory["front"].append((at, 50e6 + at * 2 * 2**20 / 60 + 100e6 * (at * 7919 % 11 / 11)))
-    slope, unsure = steady.growth("front")
+        steady.memory["dispatcher"].append((at, 50e6 + at * 2 * 2**20 / 60))
+        noisy.memory["dispatcher"].append((at, 50e6 + at * 2 * 2**20 / 60 + 100e6 * (at * 7919 % 11 / 11)))
+    slope, unsure = steady.growth("dispatcher")
     assert slope == pytest.approx(2.0)
     assert unsure == pytest.approx(0.0, abs=1e-6)
-    slope, unsure = noisy.growth("front")
+    slope, unsure = noisy.growth("dispatcher")
     assert abs(slope - 2.0) < unsure > 1.0

@@ -141,11 +141,11 @@ def about_arrays() -> Iterator[Case]:
 
 def about_bytes() -> Iterator[Case]:
     yield Case(
-        "too short", one_input("FP64", [3], bytes(23)), INVALID, r"x: shape \[3\] of FP64 is 24 bytes, but 23", "x"
+        "too short", one_input("FP64", [3], bytes(23)), INVALID, r"x: shape \[3\] of FP64 is 24 bytes, but got 23", "x"
     )
-    yield Case("too long", one_input("FP64", [3], bytes(25)), INVALID, "x: .* is 24 bytes, but 25", "x")
-    yield Case("bytes of nothing", one_input("FP64", [0], bytes(8)), INVALID, "x: .* is 0 bytes, but 8", "x")
-    yield Case("no bytes of a scalar", one_input("FP64", [], b""), INVALID, "x: .* is 8 bytes, but 0", "x")
+    yield Case("too long", one_input("FP64", [3], bytes(25)), INVALID, "x: .* is 24 bytes, but got 25", "x")
+    yield Case("bytes of nothing", one_input("FP64", [0], bytes(8)), INVALID, "x: .* is 0 bytes, but got 8", "x")
+    yield Case("no bytes of a scalar", one_input("FP64", [], b""), INVALID, "x: .* is 8 bytes, but got 0", "x")
     contents = "raw_input_contents"
     fewer = spoilt(request("matmul", {"a": np.eye(2), "b": np.eye(2)}), lambda m: m.raw_input_contents.pop())
     yield Case("fewer contents", fewer, INVALID, f"{contents}: wanted 2 entries, one for each input, got 1", contents)
