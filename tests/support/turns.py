@@ -1,9 +1,4 @@
-"""Tests run beside one another, in as many processes as pytest-xdist was told; those marked `alone` do not.
-
-One that measures what processor time or memory the machine gives it has the machine to itself: it waits until the tests
-under way have ended, and none begins before it has. Locks on two directories of this checkout say so, so that several
-runs of the tests keep out of each other's way too.
-"""
+"""Turns of tests: they run beside each other in as many processes as pytest-xdist was told, except those marked `alone`."""
 
 import fcntl
 import os
@@ -12,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _TESTS = Path(__file__).resolve().parents[1]
-# Whoever is about to begin holds the door: one who waits for the room to empty lets nobody in behind himself.
+# Each test locks the door before the room. A test that waits for the room to empty keeps the door locked meanwhile.
 _DOOR, _ROOM = _TESTS, _TESTS / "support"
 
 
 @contextmanager
 def a_turn(*, alone: bool) -> Iterator[None]:
-    """Within, a test runs: beside others, or by itself."""
+    """Run a test inside the `with` block, beside others or by itself."""
     with _open(_ROOM) as room:
         with _open(_DOOR) as door:
             fcntl.flock(door, fcntl.LOCK_EX)
@@ -27,7 +22,7 @@ def a_turn(*, alone: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            # Said, and not left to the closing: a process that the test has forked may hold the descriptor still.
+            # Unlock it here, and not by closing it: a process that the test has forked may still hold it.
             fcntl.flock(room, fcntl.LOCK_UN)
 
 
