@@ -1,4 +1,4 @@
-"""Certificate authorities for tests, and directories whose certificate files are swapped as in Kubernetes and elsewhere."""
+"""Certificate authorities for tests, and directories whose files are swapped as Kubernetes and others do it."""
 
 import os
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ class Renamed:
 
 
 class Mounted(Renamed):
-    """A directory as a kubelet mounts a secret: its files are links through `..data`, and a swap changes all at once."""
+    """A directory as a kubelet mounts a secret: its files are links through `..data`, and are swapped all at once."""
 
     _versions = 0
 

@@ -11,7 +11,7 @@ _NO_ERROR, _SERVER_FAILURE = 0, 2
 
 
 class NameServer:
-    """A DNS server. `addresses` is its answer from now on; None is a failure. `asked` counts questions for addresses."""
+    """A DNS server. `addresses` is its answer from now on, None a failure. `asked` counts questions for addresses."""
 
     def __init__(self, *addresses: str) -> None:
         self.addresses: list[str] | None = list(addresses)

@@ -80,7 +80,7 @@ class Service:
         return "\n".join([head, *(line[:1000] for line in self.lines[-_MOST_LINES_SHOWN:])])
 
     def wait_for(self, event: str, *, after: int = 0, within: float = _WITHIN_SECONDS, **fields: object) -> Entry:
-        """Return the first entry of that event with those fields from line `after` on. Fails when none comes in time."""
+        """Return the first entry of that event with those fields from line `after` on. Fails if none comes in time."""
         found: Entry | None = None
 
         def there() -> bool:

@@ -1,4 +1,9 @@
-"""Turns of tests: they run beside each other in as many processes as pytest-xdist was told, except those marked `alone`."""
+"""Turns of tests: they run beside each other in as many processes as pytest-xdist was told, but not if marked `alone`.
+
+A test that measures the processor time or memory that the machine gives it has the machine to itself. It waits until
+the running tests have ended, and no other test begins before it has ended. Locks on two directories of this checkout
+do this, so that several runs of the tests keep out of each other's way too.
+"""
 
 import fcntl
 import os

@@ -50,7 +50,7 @@ async def test_a_peer_is_believed_while_its_issuer_is_trusted(given: Renamed, ou
 
 
 async def test_a_peer_of_an_authority_between_is_left_to_its_next_handshake(given: Renamed, ours: Authority) -> None:
-    """A peer of an intermediate authority, whose issuer cannot be seen here, is not refused before its next handshake."""
+    """A peer of an intermediate authority, whose issuer is unknown here, is not refused before its next handshake."""
     certificates = loaded(given)
     chain = ours.issue("peer.example", through=True)["tls.crt"]
     await swapped(certificates, given, {"ca.crt": Authority().pem})

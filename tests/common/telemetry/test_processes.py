@@ -1,4 +1,4 @@
-"""Processor time and memory of processes, compared with the system's accounts: real processes, killed while they work."""
+"""Processor time and memory of processes, held against the system's accounts: real processes, killed while working."""
 
 import multiprocessing
 import os
@@ -143,8 +143,8 @@ def test_window_forgets_what_is_older(children: Children) -> None:
 def test_what_does_not_run_waits_for_a_core(children: Children) -> None:
     """Two processes that want one core all the time each run or wait, and each waits at least a quarter of the time.
 
-    On a machine that gives both the same share each waits half of the time. Running and waiting add up to the whole time,
-    within a tenth.
+    On a machine that gives both the same share each waits half of the time. Running and waiting add up to the whole
+    time, within a tenth.
     """
     core = min(os.sched_getaffinity(0))
     pair = [children.start(f"import os; os.sched_setaffinity(0, [{core}])\n{SPINS}") for _ in range(2)]
@@ -341,7 +341,7 @@ def test_strays_are_nobodys(pool: Pool) -> None:
 
 
 def test_replaced_forkserver_loses_nothing_already_read(pool: Pool) -> None:
-    """When the forkserver itself dies, its workers keep their last reading, and the workers of the next one are exact."""
+    """When the forkserver itself dies, its workers keep their last reading, and the next one's workers are exact."""
     pool.start("worker-0", spin)
     until(lambda: cpu(pool.watch, "worker-0") > 0.3)
     read = cpu(pool.watch, "worker-0")
