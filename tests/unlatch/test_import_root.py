@@ -105,7 +105,7 @@ def build(source: Path, target: str, directory: Path) -> Path:
 
 
 def environment(directory: Path, *installed: str) -> Path:
-    """Make a virtual environment with the tests' third-party packages and, by pip, what is named; its Python."""
+    """Make a virtual environment with the tests' third-party packages and what pip installs; return its Python."""
     venv.create(directory, symlinks=True, with_pip=False)
     python = directory / "bin" / "python"
     # Of packages that lie there no .pth file is read: this checkout's own editable install is not found through it.
@@ -163,7 +163,7 @@ def test_kernels_and_clients_import_their_own_packages(install: Install) -> None
 
 
 def test_check_runs_kernels_that_import_their_own_packages(install: Install) -> None:
-    """`unlatch check` finds no fault in the same kernels."""
+    """Check finds no fault in these kernels."""
     flags = ("--seconds", "0.1", "--most-mib", "0")
     assert install.run(*install.command, "check", *KERNELS, *flags).stdout == "2 kernels, 0 faults, 0 notes\n"
 
@@ -192,7 +192,7 @@ def test_no_other_folder_of_ours_can_be_imported(install: Install) -> None:
 
 
 def test_a_wheel_has_one_top_level(built: Built) -> None:
-    """pip puts the package and its metadata into site-packages, and nothing else."""
+    """Site-packages gets the package and its metadata from the wheel, and nothing else."""
     with zipfile.ZipFile(built.wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist()}
     assert {top.partition("-")[0] for top in tops} == {"unlatch"}

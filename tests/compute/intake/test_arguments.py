@@ -132,7 +132,7 @@ np_dtypes = st.one_of(st.just(""), st.sampled_from(["complex64", "complex128", "
 
 @given(words, shapes, np_dtypes, st.integers(0, 2**63))
 def test_any_description_is_refused_or_is_an_array(datatype: str, shape: list[int], np_dtype: str, length: int) -> None:
-    """Any description that a caller may send is refused, or is a dtype and shape that NumPy makes of that many bytes."""
+    """Any description of an array is refused, or is a dtype and shape that NumPy makes of that many bytes."""
     fields = []
     try:
         dtype, seen = seen_by_numpy("x", datatype, shape, np_dtype, length)

@@ -36,7 +36,10 @@ def scipy_sobel(image: Image) -> Image:
     seed=st.integers(0, 2**32),
 )
 def test_blur_agrees_with_scipy(shape: tuple[int, ...], dtype: str, sigma: float, truncate: float, seed: int) -> None:
-    """Any image, also with radii many times its size, agrees with SciPy; integers within half a unit of the exact value."""
+    """Any image agrees with SciPy, also with radii many times its size.
+
+    Integers are within half a unit of the exact value.
+    """
     image = random_image(seed, shape, dtype)
     blurred = gaussian_blur(image, sigma=sigma, truncate=truncate)
     assert blurred.dtype == image.dtype
