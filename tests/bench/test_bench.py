@@ -125,7 +125,7 @@ def test_every_figure_of_the_pool_keeps_its_name_and_is_held_against_its_bound()
 
 
 def test_a_share_is_held_against_the_weights() -> None:
-    """Shares are percentages of what the weights promise, to a tenant of triple weight and to the one that gets the rest."""
+    """The error of a share is in percent of what the weights promise. One tenant weighs three times as much."""
     assert share_error({"heavy": 2.0, "equal": 2.0}) == pytest.approx(0.0)
     assert share_error({"heavy": 1.0, "threefold": 3.0}) == pytest.approx(0.0)
     assert share_error({"heavy": 2.0, "threefold": 3.0}) == pytest.approx(60.0)

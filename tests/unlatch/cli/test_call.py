@@ -279,7 +279,7 @@ def test_wrong_usage(unlatch: Unlatch, arguments: list[str], message: str) -> No
 
 
 def test_small_results_are_shown_and_large_ones_summarised(unlatch: Unlatch, tmp_path: Path) -> None:
-    """Results are shown with dtype, shape and rounded values, and many values as their range without NaN and infinities."""
+    """Results are shown with dtype, shape and rounded values. Many values are a range, without NaN and infinities."""
     ran = unlatch("call", "summarise", "x=[0.1, 0.2, 0.30000001]")
     assert ran.out == "mean: float64 ()\n0.2\nranks: int64 (3,)\n[0 1 2]\n"
     large = tmp_path / "large.npy"

@@ -118,7 +118,7 @@ def percent(row: str) -> float:
 
 @needs_tmux
 def test_what_is_shown_is_what_is(own: Mesh, pane: Callable[..., Pane]) -> None:
-    """Under load the picture has every process by name: its utilisation as in /metrics, its bar, its memory, its run."""
+    """Under load the picture has every process by name, its utilisation as in /metrics, its bar, memory and run."""
     with load(own, 0.01):
         top = pane(watching(own), 120)
         top.wait_for(lambda text: all(f"{name} " in text for name in NAMES), "every process is there")
