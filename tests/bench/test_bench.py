@@ -1,4 +1,4 @@
-"""The bench's own judgement: what counts as a failed call, which ratios are reported, who spent the CPU."""
+"""The bench's judgement: which calls failed, which ratios are reported, and which process used the CPU."""
 
 import pytest
 
@@ -36,13 +36,13 @@ def test_excess_reply_bytes_fail_every_call() -> None:
 
 @pytest.mark.parametrize(("in_flight", "shape"), [(1, (1, 1)), (32, (4, 8)), (64, (8, 8))])
 def test_calls_in_flight_spread_over_connections(in_flight: int, shape: tuple[int, int]) -> None:
-    """Eight calls on a connection."""
+    """Each connection gets eight calls."""
     assert connections(in_flight) == shape
     assert calls_for(2.0, 1000.0, in_flight) % in_flight == 0
 
 
 def test_forked_workers_are_told_from_their_forkserver_by_parentage() -> None:
-    """Both carry the forkserver's command line."""
+    """A worker and its forkserver have the same command line, and are told apart by their parents."""
     seen = [
         Seen(pid=1, parent=0, command="python .venv/bin/unlatch serve --listen 127.0.0.1:1"),
         Seen(pid=2, parent=1, command="python -m unlatch gateway"),
@@ -54,7 +54,7 @@ def test_forked_workers_are_told_from_their_forkserver_by_parentage() -> None:
 
 
 def test_replies_are_checked_by_content() -> None:
-    """The right array passes; one flipped bit does not."""
+    """The right array passes, and one flipped bit fails."""
     work = works()["identity_1k"]
     raw = work.array.tobytes()
     output = pb.ModelInferResponse.InferOutputTensor(name="output0", datatype="FP64", shape=work.array.shape)
@@ -64,7 +64,7 @@ def test_replies_are_checked_by_content() -> None:
 
 
 def test_ratios_are_taken_within_rounds() -> None:
-    """The median of each round's ratio, with its spread; a failed call leaves floor and aim unmet."""
+    """The result is the median of each round's ratio, with its spread. A failed call leaves floor and aim unmet."""
     over = Cell(work="identity_1k", in_flight=32, subject="unlatch", rates=[20.0, 30.0, 80.0], failed_calls=[0, 0, 0])
     under = Cell(work="identity_1k", in_flight=32, subject="recipe", rates=[10.0, 10.0, 20.0], failed_calls=[0, 0, 0])
     ratio = ratios([over, under])["identity_1k_c32_vs_recipe"]
@@ -74,7 +74,7 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 
 def test_the_report_keeps_its_names() -> None:
-    """Every figure that an issue asks for has its name, measured or not."""
+    """Every figure that is asked for has its name, measured or not."""
     written = document(Findings(settings={}))
     assert {
         "identity_1k_c32_vs_recipe",
@@ -96,7 +96,7 @@ def test_the_report_keeps_its_names() -> None:
 
 
 def test_p99_of_a_histogram_counts_only_what_was_added() -> None:
-    """Linear within the bucket, as Prometheus has it."""
+    """The quantile is linear within the bucket, as in Prometheus."""
     before = {0.001: 500.0, 0.01: 600.0, float("inf"): 600.0}
     after = {0.001: 598.0, 0.01: 700.0, float("inf"): 700.0}
     assert p99_seconds(before, after) == pytest.approx(0.001 + 0.009 * 0.5)
@@ -104,7 +104,7 @@ def test_p99_of_a_histogram_counts_only_what_was_added() -> None:
 
 
 def test_every_figure_of_the_pool_keeps_its_name_and_is_held_against_its_bound() -> None:
-    """Measured or not; a figure at its bound is met, one beyond it is not."""
+    """Each figure is listed, measured or not. A figure at its bound meets it, and one beyond it does not."""
     found = {"replacement_ms_p50": 20.0, "replacement_ms_p99": 100.1, "goodput_ratio": 0.95, "batch_gain": 4.9}
     written = document(Findings(settings={}, pool=found))
     met = {name: figure["met"] for name, figure in written["pool"].items() if figure["value"] is not None}
@@ -125,7 +125,7 @@ def test_every_figure_of_the_pool_keeps_its_name_and_is_held_against_its_bound()
 
 
 def test_a_share_is_held_against_the_weights() -> None:
-    """In percent of the share: of one who weighs three times as much, and of the one that it leaves less for."""
+    """The error of a share is in percent of what the weights promise. One tenant weighs three times as much."""
     assert share_error({"heavy": 2.0, "equal": 2.0}) == pytest.approx(0.0)
     assert share_error({"heavy": 1.0, "threefold": 3.0}) == pytest.approx(0.0)
     assert share_error({"heavy": 2.0, "threefold": 3.0}) == pytest.approx(60.0)

@@ -1,4 +1,4 @@
-"""The kernels' table: every kernel is in it, with figures that were measured."""
+"""The kernels' table contains every kernel, with measured figures."""
 
 import re
 
@@ -8,7 +8,7 @@ from unlatch.compute.worker.catalogue import load
 
 
 def test_every_kernel_is_measured_and_gives_what_its_reference_takes() -> None:
-    """One first case for each, and each of them and of their references runs."""
+    """Every kernel has one first case, and each kernel and its reference runs."""
     measured = cases()
     assert sorted(case.kernel for case in measured if not case.variant) == sorted(load(()).specs)
     for case in measured:
@@ -17,7 +17,10 @@ def test_every_kernel_is_measured_and_gives_what_its_reference_takes() -> None:
 
 
 def test_a_row_has_the_ratio_of_what_was_measured() -> None:
-    """A reference that does the same work takes about as long, whatever the machine; one without has dashes."""
+    """A reference that does the same work takes about as long on any machine.
+
+    A kernel without a reference has dashes.
+    """
     spec = load(()).specs["histogram"]
     case = Case("histogram", "3", lambda: sum(range(20_000)), "itself", lambda: sum(range(20_000)))
     mine, other, ratio = measure(case)
@@ -33,5 +36,5 @@ def test_a_row_has_the_ratio_of_what_was_measured() -> None:
 
 
 def test_the_docs_hold_the_table_between_its_marks() -> None:
-    """So that the next run replaces it."""
+    """The table is between its marks, so that the next run can replace it."""
     assert re.search(rf"{BEGIN}\n\| kernel .*\n{END}\n", DOCS.read_text(), re.DOTALL)

@@ -1,4 +1,4 @@
-"""The soak's own judgement: what it takes for wrong, since a soak that finds nothing has shown nothing."""
+"""The soak's judgement of what is wrong: a soak that could find nothing would show nothing."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ LEAVER, OBJECTED = BY_NAME["caller leaves"], BY_NAME["refused by its kernel"]
 def test_an_end_is_right_only_as_the_table_of_failures_has_it(
     kind: Kind, code: str, said: object, *, right: bool
 ) -> None:
-    """By content where it succeeds, by status and message where it does not."""
+    """A success is judged by its content, and a failure by its status and message, as in the table of failures."""
     assert (kind.wrong(X, code, said) is None) is right  # type: ignore[arg-type]
 
 
@@ -71,7 +71,7 @@ def reply(frames: Frames, length: int, *, whole: bool = True, failed: bool = Fal
     ],
 )
 def test_a_second_answer_is_seen(what: tuple[str, ...], *, right: bool) -> None:
-    """Whoever waits for a call takes its first answer; the lane's count sees what follows."""
+    """A caller takes the first answer to its call; the lane's count sees a second one."""
     answers = Answers()
     for part in what:
         frames = Frames()
@@ -85,7 +85,7 @@ def test_a_second_answer_is_seen(what: tuple[str, ...], *, right: bool) -> None:
 
 
 def test_a_call_that_never_ends_is_missed() -> None:
-    """By its caller's count and by the gateway's."""
+    """A missing end is found by the caller's count and by the gateway's."""
     door = {"begun": {"small": 3}, "ended": [["small", "OK", 1], ["small", "left", 1]], "wrong": []}
     none = frozenset[tuple[str, str]]()
     before = {"gateway": {("unlatch_calls_total", none): 5.0}, "dispatcher": {}}
@@ -95,7 +95,7 @@ def test_a_call_that_never_ends_is_missed() -> None:
 
 
 def test_growth_is_told_from_what_comes_and_goes() -> None:
-    """Two MiB a minute, with and without tens of MiB that come and go."""
+    """Growth of two MiB a minute is found, with and without tens of MiB that come and go."""
     steady, noisy = Watched(), Watched()
     for at in range(0, 600, 5):
         steady.memory["dispatcher"].append((at, 50e6 + at * 2 * 2**20 / 60))

@@ -1,4 +1,4 @@
-"""Work by turns: in order, and never so much at once that others on the loop wait for all of it."""
+"""Work by turns: in order, and in slices so short that others on the loop do not wait for all of it."""
 
 import asyncio
 from functools import partial
@@ -18,7 +18,7 @@ def work_for_a_round() -> None:
 
 
 async def test_what_there_is_time_for_is_done_at_once() -> None:
-    """Nobody waits where nothing is to be waited for."""
+    """Work that fits into the time is done at once, without a wait."""
     turns, done = Turns(), list[int]()
     for number in range(3):
         work = turns.take(partial(done.append, number))
@@ -44,7 +44,7 @@ async def test_others_run_between_turns() -> None:
 
 
 async def test_what_goes_wrong_is_heard_by_who_wanted_it() -> None:
-    """And holds up nobody else; who has gone meanwhile is passed over."""
+    """An exception reaches the caller that wanted the result and delays no other. A caller that has left is skipped."""
     turns, done = Turns(), list[int]()
     first = asyncio.ensure_future(turns.take(work_for_a_round))
     wrong = asyncio.ensure_future(turns.take(partial(int, "no number")))  # type: ignore[arg-type]  # it never returns

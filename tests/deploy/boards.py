@@ -1,4 +1,4 @@
-"""Grafana's boards as a test reads them: what a panel asks, with its board's variables filled in as Grafana does."""
+"""Grafana's boards as tests read them: the queries of panels, with the board's variables filled in as in Grafana."""
 
 import json
 import re
@@ -15,14 +15,14 @@ from tests.support.mesh import ROOT
 DIRECTORY = ROOT / "deploy" / "k8s" / "components" / "monitoring" / "dashboards"
 FILES = sorted(DIRECTORY.glob("*.json"))
 _LABEL_VALUES = re.compile(r"label_values\((?P<series>.+), (?P<label>\w+)\)")
-# What Grafana fills in of itself: here the least that it would at this fixture's scrape interval.
+# Grafana fills these in by itself: here the smallest values that it would use at this fixture's scrape interval.
 _GRAFANAS = {"__rate_interval": "4s"}
 Values = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One query of a panel."""
+    """A query of a panel."""
 
     board: str
     number: int
@@ -49,12 +49,12 @@ class Board:
 
     @property
     def panels(self) -> list[Mapping[str, Any]]:
-        """All but the headlines of rows."""
+        """All panels but the headlines of rows."""
         return [panel for panel in self.json["panels"] if panel["type"] != "row"]
 
     @property
     def variables(self) -> dict[str, str]:
-        """Those that Prometheus is asked for, in their order, with what it is asked."""
+        """The variables that Prometheus is asked for, in their order, with their queries."""
         asked = self.json["templating"]["list"]
         return {one["name"]: one["query"]["query"] for one in asked if one["type"] == "query"}
 
@@ -65,12 +65,12 @@ class Board:
                 yield Asked(self.uid, panel["id"], panel["title"], target["expr"])
 
     def everything(self) -> Values:
-        """What stands for its variables while nothing has been chosen."""
+        """The value of each variable while nothing has been chosen."""
         asked = self.json["templating"]["list"]
         return _GRAFANAS | {one["name"]: one["allValue"] for one in asked if one["type"] == "query"}
 
     def choices(self, prometheus: Prometheus) -> dict[str, list[str]]:
-        """What its reader can choose of each variable, where all is chosen of those before it."""
+        """The values of each variable that a reader can choose, where all is chosen of those before it."""
         found: dict[str, list[str]] = {}
         for name, query in self.variables.items():
             asked = _LABEL_VALUES.fullmatch(fill(query, {name: _any(values) for name, values in found.items()}))
@@ -79,22 +79,22 @@ class Board:
         return found
 
     def chosen(self, prometheus: Prometheus) -> Values:
-        """What stands for its variables when each value that there is has been ticked."""
+        """The value of each variable when every value has been ticked."""
         return _GRAFANAS | {name: _any(values) for name, values in self.choices(prometheus).items()}
 
 
 def boards() -> list[Board]:
-    """All that are there."""
+    """Return all boards."""
     return [Board.read(path) for path in FILES]
 
 
 def fill(text: str, values: Values) -> str:
-    """What stands after a `$` replaced by its value. Fails where there is none."""
+    """Replace each variable after a `$` by its value. Fails where there is none."""
     return re.sub(r"\$([a-z_]\w*)", lambda found: values[found[1]], text)
 
 
 def metrics_of(expr: str) -> set[str]:
-    """The names of the series that a query reads. Raises ValueError where it is no PromQL."""
+    """Return the names of the series that a query reads. Raises ValueError where it is not PromQL."""
     names: set[str] = set()
 
     def look(node: Any) -> None:
@@ -106,6 +106,6 @@ def metrics_of(expr: str) -> set[str]:
 
 
 def _any(values: list[str]) -> str:
-    """A regular expression in a PromQL string, so that what escapes is escaped itself."""
+    """Write a regular expression in a PromQL string, where a backslash is escaped too."""
     escaped = [re.sub(r"([^\w -])", r"\\\\\1", value) for value in values]
     return f"({'|'.join(escaped)})"

@@ -1,4 +1,4 @@
-"""What cert-manager makes of the manifests' Certificates and Issuers: real certificates, in secrets."""
+"""A stand-in for cert-manager: it makes the certificates that the manifests' Certificates and Issuers ask for."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,7 +16,7 @@ Secret = dict[str, bytes]
 
 
 class CertManager:
-    """Issues what a rendering asks for. Authorities are made once, all else anew each time."""
+    """Issues what a rendering asks for. Authorities are made once, everything else anew each time."""
 
     def __init__(self, manifests: Manifests) -> None:
         self._certificates = {one["spec"]["secretName"]: one["spec"] for one in manifests.of("Certificate")}
@@ -28,11 +28,11 @@ class CertManager:
                 self._authorities[issuer["metadata"]["name"]] = _issue(spec, None)
 
     def secret(self, name: str) -> Secret:
-        """A secret that a Certificate of the manifests asks for."""
+        """Return the secret that a Certificate of the manifests asks for."""
         return self.issued(self._certificates[name])
 
     def issued(self, spec: dict[str, Any]) -> Secret:
-        """What a Certificate with this spec has in its secret."""
+        """Return the contents of the secret of a Certificate with this spec."""
         authority = self._authorities[spec["issuerRef"]["name"]]
         key, certificate = _issue(spec, authority)
         return {
@@ -45,7 +45,7 @@ class CertManager:
 def _issue(
     spec: dict[str, Any], by: tuple[ec.EllipticCurvePrivateKey, x509.Certificate] | None
 ) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """A key and its certificate, signed by itself where nobody else does."""
+    """Make a key and its certificate, signed by itself if there is no issuer."""
     assert (spec["privateKey"]["algorithm"], spec["privateKey"]["size"]) == ("ECDSA", 256)
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
     common = [x509.NameAttribute(NameOID.COMMON_NAME, spec["commonName"])] if "commonName" in spec else []
@@ -59,7 +59,7 @@ def _issue(
         .add_extension(_key_usage(spec["usages"]), critical=True)
     )
     if names := [*map(x509.DNSName, spec.get("dnsNames", [])), *_uris(spec)]:
-        # Critical where the subject says nothing (RFC 5280, 4.2.1.6).
+        # The extension is critical where the subject is empty (RFC 5280, 4.2.1.6).
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=not common)
     if purposes := [_EXTENDED[usage] for usage in spec["usages"] if usage in _EXTENDED]:
         builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)

@@ -1,4 +1,4 @@
-"""What the tests of how it is run share."""
+"""Fixtures that tests of deployments share."""
 
 from tests.deploy.prometheus import watched
 

@@ -1,6 +1,6 @@
 """Both images, built from this checkout by `make image`, and containers of them, run by podman as a cluster would.
 
-`python -m tests.deploy.containers` builds them ahead of the tests, which then find every layer made.
+`python -m tests.deploy.containers` builds them before the tests, which then find every layer made.
 """
 
 import ast
@@ -26,10 +26,10 @@ VERSION = next(
     line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version")
 )
 SERVICES = ("gateway", "compute")
-# Where a registry can be reached it is the Dockerfile's own; elsewhere it is made of the machine's own packages.
+# The Dockerfile's own base where a registry can be reached; elsewhere one made of the machine's own packages.
 DEBIAN_BASE = "localhost/unlatch-debian-base:latest"
 BUILD_SECONDS = 500.0
-# A registry that is none may be silent, too.
+# A registry that does not exist may also never answer.
 _PULL_SECONDS = 90.0
 _HERE = Path(__file__).resolve().parent
 _ENVIRONMENT = {"CONTAINERS_CONF": str(_HERE / "containers.conf"), **os.environ}
@@ -37,11 +37,11 @@ _numbers = count()
 
 
 class CannotRun(Exception):
-    """Containers cannot be run here; the message says why."""
+    """Containers cannot be run here. The message says why."""
 
 
 def podman(*arguments: str, given: str = "", within: float = 60.0) -> str:
-    """What podman answers to its arguments and its input. Fails with what it says where it fails."""
+    """Run podman with these arguments and this input; return its output. Fails with its error where it fails."""
     ran = subprocess.run(
         ["podman", *arguments],
         env=_ENVIRONMENT,
@@ -56,13 +56,13 @@ def podman(*arguments: str, given: str = "", within: float = 60.0) -> str:
 
 
 def image(service: str) -> str:
-    """What `make image` calls it."""
+    """Return the name that `make image` gives to a service's image."""
     return f"localhost/unlatch-{service}:{VERSION}"
 
 
 @cache
 def build() -> str:
-    """Build both images, and return the base that they have. Raises CannotRun."""
+    """Build both images, and return their base. Raises CannotRun."""
     if shutil.which("podman") is None:
         raise CannotRun("podman is missing")
     with _alone(), tempfile.TemporaryDirectory() as directory:
@@ -76,7 +76,7 @@ def build() -> str:
 
 
 def built_or_skipped() -> str:
-    """The same for a fixture: tests are skipped with the reason where containers cannot be run."""
+    """Build them for a fixture: where containers cannot be run, tests are skipped with the reason."""
     try:
         return build()
     except CannotRun as why:
@@ -85,7 +85,7 @@ def built_or_skipped() -> str:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Within, no other test process builds."""
+    """Keep other test processes from building inside the `with` block."""
     with (_HERE / "containers.conf").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -130,7 +130,10 @@ def _run(*command: str) -> None:
 
 
 def _pip_of_this_machine(directory: Path) -> str:
-    """Options with which a build finds packages where this machine's pip does: its settings, and files they name."""
+    """Return options by which a build finds packages as this machine's pip does.
+
+    They are its settings and the files named there.
+    """
     told = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=30, check=True
     ).stdout
@@ -141,13 +144,13 @@ def _pip_of_this_machine(directory: Path) -> str:
     config = directory / "pip.conf"
     config.write_text("\n".join(["[global]", *(f"{name} = {value}" for name, value in settings.items())]) + "\n")
     words = {word for value in settings.values() for word in value.split()}
-    # What a directory that is an index offers may lie beside it.
+    # An index that is a directory may have other files beside it.
     named = {str(Path(word.removeprefix("file://")).parent) if word.startswith("file://") else word for word in words}
     mounted = [f"--volume {path}:{path}:ro" for path in sorted(named) if path.startswith("/") and os.path.exists(path)]
     return " ".join(["--network host", f"--secret id=pip.conf,src={config}", *mounted])
 
 
-# As a cluster runs them where it is at its strictest (Pod Security "restricted", and a root that cannot be written).
+# The strictest rules of a cluster: Pod Security "restricted", and a root that cannot be written.
 CONFINED = (
     *("--read-only", "--read-only-tmpfs=false", "--cap-drop=ALL", "--security-opt=no-new-privileges"),
     *("--shm-size=64m", "--tmpfs=/tmp:size=16m,mode=1777", "--network=host"),
@@ -155,7 +158,7 @@ CONFINED = (
 
 
 class Container(Service):
-    """A container of an image of ours, and what it has logged. It ends with the test, come what may."""
+    """A container of one of our images, and its log. The container ends with the test at the latest."""
 
     def __init__(
         self,
@@ -175,21 +178,21 @@ class Container(Service):
 
     @property
     def init(self) -> int:
-        """Its PID 1, as this machine counts; 0 while there is none."""
+        """The container's PID 1 in this machine's numbers; 0 while there is none."""
         return int(podman("ps", "--filter", f"name=^{self.container}$", "--format", "{{.Pid}}") or 0)
 
     def order_stop(self, grace_seconds: int) -> None:
-        """SIGTERM, and SIGKILL when the grace is over: what a cluster does. Returns when the container has ended."""
+        """Send SIGTERM, and SIGKILL after the grace period, as a cluster does. Returns when the container has ended."""
         podman("stop", f"--time={grace_seconds}", self.container, within=grace_seconds + 30)
 
     def stop(self) -> None:
-        """The same; fails where its drain is not how it ends."""
+        """Stop the container in that way. Fails when its exit code is not 0."""
         self.order_stop(20)
         code = self.wait()
         assert code == 0, f"it ended with {code}; {self}"
 
     def kill(self) -> None:
-        """End it, if it has not ended."""
+        """Kill the container if it has not ended."""
         subprocess.run(
             ["podman", "rm", "--force", "--ignore", "--time=0", self.container],
             env=_ENVIRONMENT,
@@ -201,7 +204,7 @@ class Container(Service):
 
 
 def configuration(name: str) -> dict[str, Any]:
-    """What an image says of itself: its user, its labels, how it starts."""
+    """Return an image's user, labels and entry point."""
     found: dict[str, Any] = json.loads(podman("image", "inspect", name))[0]["Config"]
     return found
 

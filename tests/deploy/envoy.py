@@ -1,4 +1,4 @@
-"""Envoy as deploy/envoy/envoy.yaml has it, with nothing changed but where it listens and where gateways are."""
+"""Envoy with deploy/envoy/envoy.yaml, in which only its own address and the gateways' addresses are changed."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ _WITHIN_SECONDS = 20.0
 
 
 class Envoy:
-    """One that runs; `address` is where its callers come."""
+    """A running Envoy; callers use `address`."""
 
     def __init__(self, child: subprocess.Popen[bytes], log: Path, admin: str) -> None:
         self._child = child
@@ -32,13 +32,13 @@ class Envoy:
         self.address = _written(listeners[0]["local_address"])
 
     def asked(self, question: str) -> Any:
-        """What its admin port answers."""
+        """Ask Envoy's admin port."""
         with urlopen(f"http://{self._admin}/{question}", timeout=_WITHIN_SECONDS) as answer:
             return json.load(answer)
 
     @property
     def well(self) -> set[str]:
-        """The gateways that it takes for healthy."""
+        """Return the gateways that Envoy takes for healthy."""
         (cluster,) = self.asked("clusters?format=json")["cluster_statuses"]
         hosts = cluster.get("host_statuses", ())
         return {
@@ -46,12 +46,12 @@ class Envoy:
         }
 
     def wait_for(self, gateways: set[str]) -> None:
-        """Wait until these are the healthy ones."""
+        """Wait until these gateways are the healthy ones."""
         wait_until(lambda: self.well == gateways, f"healthy are {gateways}; {self}", _WITHIN_SECONDS)
 
     @property
     def log(self) -> str:
-        """What it has printed: its own words, and its access log."""
+        """Envoy's output: its own messages, and its access log."""
         return self._log.read_text()
 
     def __str__(self) -> str:
@@ -60,9 +60,9 @@ class Envoy:
 
 
 def configured(directory: Path, *, port: int, health_port: int, resolver: str, text: str = "") -> Path:
-    """The shipped configuration for any free ports, and gateways at these ports of the addresses of a name.
+    """Return the shipped configuration for free ports, and for gateways at these ports of a name's addresses.
 
-    Where a caller gives `text`, it is that instead of the file's.
+    `text` takes the place of the shipped file.
     """
     text = text or CONFIGURATION.read_text()
     host, _, resolver_port = resolver.rpartition(":")
@@ -86,7 +86,7 @@ def configured(directory: Path, *, port: int, health_port: int, resolver: str, t
 
 
 def validated(configuration: Path) -> str:
-    """What `envoy --mode validate` says of it. Fails where it is wrong."""
+    """Return the output of `envoy --mode validate`. Fails where the configuration is wrong."""
     command = [str(ENVOY), "--mode", "validate", "-c", str(configuration)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -95,7 +95,7 @@ def validated(configuration: Path) -> str:
 
 @contextmanager
 def running_envoy(configuration: Path) -> Iterator[Envoy]:
-    """An Envoy that takes calls; it ends with code 0."""
+    """Run an Envoy that takes calls. It ends with code 0."""
     directory = configuration.parent
     log, admin = directory / "envoy.log", directory / "admin"
     command = [str(ENVOY), "-c", str(configuration), "--concurrency", "1", "--disable-hot-restart"]
@@ -122,7 +122,7 @@ def running_envoy(configuration: Path) -> Iterator[Envoy]:
 
 
 def free_port(*hosts: str) -> int:
-    """A port that is free on each of these addresses."""
+    """Return a port that is free on each of these addresses."""
     while True:
         with socket.socket() as first:
             first.bind((hosts[0], 0))

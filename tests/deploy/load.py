@@ -1,6 +1,6 @@
-"""A mixed load for a gateway that asks who calls: whatever can become of a call becomes of some.
+"""A mixed load for a gateway that authenticates callers: every way in which a call can end happens to some calls.
 
-Each caller is a thread that goes its rounds until the load ends, and pauses after each: two cores are to keep up.
+Each caller is a thread that repeats its round until the load ends, and pauses after each so that two cores are enough.
 """
 
 import threading
@@ -37,7 +37,7 @@ _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 
 @dataclass(frozen=True, kw_only=True)
 class Door:
-    """Where the load comes to, and who lets it in."""
+    """The gateway's address, and the credentials for it."""
 
     target: str
     authority: bytes
@@ -46,7 +46,7 @@ class Door:
 
 
 class Load:
-    """Goes on within a `with` block, at whose end no caller may have met what it does not expect."""
+    """A load that goes on inside a `with` block. At its end, no caller may have seen an unexpected outcome."""
 
     def __init__(self, door: Door) -> None:
         self._door = door
@@ -73,7 +73,7 @@ class Load:
 
     @property
     def fewest_rounds(self) -> int:
-        """How many each caller has gone at least."""
+        """The smallest number of rounds that any caller has done."""
         assert not self._unexpected, self._unexpected
         return min(self.rounds[number] for number in range(len(self._callers)))
 
@@ -107,7 +107,7 @@ class Load:
                 return
             self.rounds[number] += 1
 
-    # What the callers do in a round. UNAVAILABLE is always to be expected, since workers and replicas are killed.
+    # Rounds of the callers. UNAVAILABLE is always allowed, since workers and replicas are killed.
 
     def _quick(self) -> None:
         self._end({"OK"}, "research", vector("identity", *range(64)))
@@ -120,22 +120,22 @@ class Load:
         self._end({"OK"}, "research", request("gaussian_blur", {"image": image}, sigma=2.0))
 
     def _alike(self) -> None:
-        """Some that are the same, at the same time."""
+        """Some identical calls at the same time."""
         self._end({"OK"}, "research", *[_any_vector("simulate", seconds=0.05)] * 4)
 
     def _together(self) -> None:
-        """Some that may run as one."""
+        """Some calls that may run as one."""
         rows = np.random.default_rng().random((8, 1, 16))
         self._end({"OK"}, "planning", *(request("score", {"x": row}) for row in rows))
 
     def _mapped(self) -> None:
-        """By a lane."""
+        """Calls by `map`, on a lane."""
         with suppress(Unavailable):
             for _ in self._client.map("simulate", np.random.default_rng().random((4, 8)), seconds=0.005):
                 pass
 
     def _wrong(self) -> None:
-        """What ends as its caller deserves, or its kernel."""
+        """Calls that end with an error of their caller or of their kernel."""
         self._end({"INVALID_ARGUMENT"}, "planning", request("identity", {"y": np.ones(2)}))
         self._end({"INVALID_ARGUMENT"}, "planning", vector("refuse", 1.0))
         self._end({"INTERNAL"}, "planning", vector("fail", 1.0))
@@ -143,22 +143,22 @@ class Load:
         self._end({"UNAUTHENTICATED"}, "", vector("identity", 1.0))
 
     def _too_many(self) -> None:
-        """More than its tenant may."""
+        """More calls than the tenant may make."""
         self._end({"OK", "RESOURCE_EXHAUSTED"}, "modest", *[vector("identity", 1.0)] * 4)
 
     def _late(self) -> None:
-        """It takes longer than its caller waits; nor does the kernel end in its grace."""
+        """A call that takes longer than its caller waits, and whose kernel does not react within its grace."""
         rpc = self._send("planning", _any_vector("record", seconds=1.0), 0.1)
         assert rpc.code().name in {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
 
     def _left(self) -> None:
-        """Its caller leaves, most likely while it runs."""
+        """A call whose caller leaves, most likely while it runs."""
         rpc = self._send("planning", _any_vector("record", seconds=0.4), _PATIENT_SECONDS)
         self._ends.wait(0.2)
         rpc.cancel()
 
     def _end(self, codes: set[str], tenant: str, *messages: ModelInferRequest) -> None:
-        """All at once, as one of these codes says."""
+        """Make all calls at once; each ends with one of these codes."""
         for rpc in [self._send(tenant, message, _PATIENT_SECONDS) for message in messages]:
             assert rpc.code().name in codes | {"UNAVAILABLE"}, rpc
 
@@ -169,5 +169,5 @@ class Load:
 
 
 def _any_vector(kernel: str, **scalars: float) -> ModelInferRequest:
-    """One that nobody else has."""
+    """Make a vector that no other call has."""
     return vector(kernel, *np.random.default_rng().random(8), **scalars)

@@ -1,4 +1,4 @@
-"""Kernels for a load: they take as long as they are told, alone or together, and fail in the ways that kernels fail."""
+"""Kernels for a load: they take a given time, alone or together, and fail in the ways that kernels fail."""
 
 import time
 
@@ -13,34 +13,34 @@ Rows = Float64[np.ndarray, "rows n"]
 
 @kernel(pure=True)
 def simulate(x: Vector, *, seconds: float) -> Vector:
-    """Twice what came, after that much processor time."""
+    """Return twice `x`, after that much processor time."""
     _compute(seconds)
     return x * 2.0
 
 
 @kernel
 def record(x: Vector, *, seconds: float) -> Vector:
-    """The same, of which nobody knows whether it may be run again."""
+    """Do the same in a kernel that is not declared pure."""
     _compute(seconds)
     return x * 2.0
 
 
 @kernel(pure=True, batch=True, max_batch_size=16)
 def score(x: Rows) -> Rows:
-    """Twice each row: its calls may run as one."""
+    """Return twice each row. Calls of this kernel may run as one."""
     _compute(0.002)
     return x * 2.0
 
 
 @kernel
 def refuse(x: Vector) -> Vector:
-    """An error that is its caller's business."""
+    """Raise an error that the caller is meant to see."""
     raise KernelError("there are limits")
 
 
 @kernel
 def fail(x: Vector) -> Vector:
-    """An error that is not."""
+    """Raise an error that the caller must not see."""
     raise ValueError("a fault of the kernel's")
 
 

@@ -1,4 +1,4 @@
-"""What deploy/k8s comes to, as kubectl renders it, and the questions that tests ask of it."""
+"""deploy/k8s as kubectl renders it, and questions that tests ask about it."""
 
 import os
 import subprocess
@@ -27,13 +27,13 @@ K8S = ROOT / "deploy" / "k8s"
 SERVICES: Mapping[str, type[Settings]] = {"gateway": GatewaySettings, "compute": ComputeSettings}
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
-# Components that add to what others make.
+# Components that add to objects of others.
 ADDS_TO = {"ingress-mtls": {"ingress", "mtls"}}
 
 
 @dataclass(frozen=True)
 class Manifests:
-    """One rendering, and what it is called where a test fails."""
+    """A rendering, and its name in the messages of tests."""
 
     name: str
     objects: tuple[Object, ...]
@@ -46,17 +46,17 @@ class Manifests:
         return found
 
     def pod(self, service: str) -> Object:
-        """The spec of a service's pods."""
+        """Return the spec of a service's pods."""
         spec: Object = self.one("Deployment", f"unlatch-{service}")["spec"]["template"]["spec"]
         return spec
 
     def container(self, service: str) -> Object:
-        """The one container of a service's pods."""
+        """Return the one container of a service's pods."""
         (container,) = self.pod(service)["containers"]
         return dict(container)
 
     def environment(self, service: str) -> dict[str, str]:
-        """The variables that Kubernetes gives to it."""
+        """Return the variables that Kubernetes gives to the container."""
         container = self.container(service)
         found: dict[str, str] = {}
         for source in container.get("envFrom", []):
@@ -64,7 +64,7 @@ class Manifests:
         return found | {given["name"]: given["value"] for given in container.get("env", [])}
 
     def settings(self, service: str, kind: type[S]) -> S:
-        """Its settings, as the service itself reads them. Raises SystemExit where it would not start."""
+        """Return the settings as the service itself reads them. Raises SystemExit where the service would not start."""
         with pytest.MonkeyPatch.context() as patch:
             for name in [name for name in os.environ if name.startswith("UNLATCH_")]:
                 patch.delenv(name)
@@ -74,28 +74,28 @@ class Manifests:
 
 
 def named(found: Object) -> str:
-    """What a message calls an object."""
+    """Return an object's name for messages."""
     return f"{found['kind']}/{found['metadata']['name']}"
 
 
 def render(directory: Path) -> tuple[Object, ...]:
-    """The objects of a directory that has a kustomization."""
+    """Return the objects of a directory that has a kustomization."""
     ran = subprocess.run([KUBECTL, "kustomize", directory], capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
     assert not ran.stderr, f"kustomize warns: {ran.stderr}"
-    # libyaml's, not Python's own: boards are long, and rendered in every other combination.
+    # The loader of libyaml, not Python's own: boards are long, and are rendered in every other combination.
     return tuple(yaml.load_all(ran.stdout, Loader=yaml.CSafeLoader))
 
 
 @cache
 def overlay(name: str) -> Manifests:
-    """An overlay as it is."""
+    """Render an overlay unchanged."""
     return Manifests(name, render(K8S / "overlays" / name))
 
 
 @cache
 def composed(beneath: str, *components: str) -> Manifests:
-    """`base` or an overlay with components on top, as a user's own kustomization has them."""
+    """Render `base` or an overlay with components added, as a user's own kustomization does."""
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory).resolve()
         kustomization = {
@@ -108,7 +108,7 @@ def composed(beneath: str, *components: str) -> Manifests:
 
 @cache
 def every_combination() -> tuple[Manifests, ...]:
-    """The overlays, and every set of components that can be, on top of the one that has none."""
+    """Return the overlays, and every allowed set of components added to the overlay that has none."""
     return (*map(overlay, OVERLAYS), composed("base"), *(composed("overlays/dev", *chosen) for chosen in _sets()))
 
 
@@ -120,7 +120,7 @@ def _sets() -> Iterator[tuple[str, ...]]:
 
 
 def problems(look: Callable[[Manifests], Iterator[str]]) -> dict[str, list[str]]:
-    """What a look at every combination finds to be wrong, and in which."""
+    """Apply a check to every combination; return each problem with the combinations that have it."""
     found: dict[str, list[str]] = {}
     for manifests in every_combination():
         for problem in look(manifests):
@@ -129,7 +129,7 @@ def problems(look: Callable[[Manifests], Iterator[str]]) -> dict[str, list[str]]
 
 
 def in_words(of: Any, word: str) -> Iterator[Any]:
-    """Whatever stands under a word, at any depth."""
+    """Return every value under a key, at any depth."""
     if isinstance(of, Mapping):
         for name, value in of.items():
             yield from [value] if name == word else in_words(value, word)
@@ -142,10 +142,10 @@ BYTES = {"Mi": 1024**2, "Gi": 1024**3}
 
 
 def in_bytes(quantity: str) -> int:
-    """Memory as Kubernetes writes it."""
+    """Read an amount of memory as Kubernetes writes it."""
     return int(quantity[:-2]) * BYTES[quantity[-2:]]
 
 
 def in_cores(quantity: str) -> float:
-    """Processor time as Kubernetes writes it."""
+    """Read an amount of processor time as Kubernetes writes it."""
     return int(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)

@@ -1,7 +1,7 @@
 """The rendered manifests, run: gateway and replica as processes with the variables and arguments that pods would have.
 
-What a cluster does to them is done here: what is mounted lies in a directory of the test's, ports are free ones of this
-machine, and the headless service's name is answered by a DNS server of the test's own. The rest is as in the pods.
+The tests do what a cluster does: mounted files are in a directory of the test, ports are free ones of this machine,
+and a DNS server of the test answers for the headless service's name. Everything else is as in the pods.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,10 @@ from tests.support.mesh import Service
 
 
 class Mounts:
-    """What kubelets mount into the pods of a rendering, below `root`: secrets and ConfigMaps, swapped as they do it."""
+    """The files that kubelets mount into the pods of a rendering, below `root`.
+
+    Secrets and ConfigMaps are swapped as kubelets do it.
+    """
 
     def __init__(self, manifests: Manifests, root: Path, issuer: CertManager) -> None:
         self.root = root
@@ -43,14 +46,14 @@ class Mounts:
             Mounted(directory, {name: text.encode() for name, text in data.items()})
 
     def told(self, service: str, kind: str) -> str:
-        """How a service tells of the files that it shows to callers (`tls`) or to replicas (`replica`)."""
+        """Return the log fields of a service about its files for callers (`tls`) or for replicas (`replica`)."""
         given = self._manifests.environment(service)
         names = [f"{kind}-cert", f"{kind}-key", f"{kind}-client-ca" if kind == "tls" else f"{kind}-ca"]
         paths = {name: given[f"UNLATCH_{name.replace('-', '_').upper()}"] for name in names}
         return ", ".join(f"--{name} {self.root}/{service}{path}" for name, path in paths.items())
 
     def renew(self) -> None:
-        """Every certificate, and its key, is another one from now on."""
+        """Replace every certificate and its key."""
         for directory, name in self._of_secrets:
             directory.swap(self._issuer.secret(name))
 
@@ -65,16 +68,16 @@ class Pods:
 
     @property
     def address(self) -> str:
-        """Where callers come in."""
+        """The address for callers."""
         return _listens(self.gateway, "listen")
 
     @property
     def replica(self) -> str:
-        """Where lanes come in."""
+        """The address for lanes."""
         return _listens(self.compute, "listen")
 
     def probed(self, service: str, probe: str) -> int:
-        """What a kubelet is answered by a service's pod."""
+        """Return the answer of a service's pod to a kubelet's probe."""
         asked = self.manifests.container(service)[f"{probe}Probe"]["grpc"]
         running = self.gateway if service == "gateway" else self.compute
         with grpc.insecure_channel(_listens(running, "health_listen")) as channel:
@@ -86,10 +89,10 @@ class Pods:
 
 @contextmanager
 def running(manifests: Manifests, root: Path) -> Iterator[Pods]:
-    """The services, as their pods would run them; stopped, cleanly, at the end."""
+    """Run the services as their pods would run them. Stop them cleanly at the end."""
     with NameServer("127.0.0.1") as names, _service(manifests, "compute", root) as compute:
         port = _listens(compute, "listen").rpartition(":")[2]
-        # The name as it is, asked of this server, at the port that was free.
+        # The name stays as it is, but is asked of this server, at the port that was free.
         name = manifests.environment("gateway")["UNLATCH_REPLICAS"].removeprefix("dns:///").partition(":")[0]
         found = {"UNLATCH_REPLICAS": f"dns://{names.target}/{name}:{port}"}
         with _service(manifests, "gateway", root, **found) as gateway:

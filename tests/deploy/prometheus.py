@@ -1,11 +1,11 @@
-"""A real Prometheus that scrapes a running mesh: what rules and dashboards ask for is asked of it.
+"""A real Prometheus that scrapes a running mesh: the queries of rules and dashboards are asked of it.
 
     load ── TLS, tokens ──> gateway ── lanes, TLS ──> two replicas of two workers
                                └────── /metrics ────────┴──> Prometheus, with the shipped rules
 
-The load goes on until everything has become of some call, a worker and a replica have been killed, and each target has
-been scraped often. Then it ends, and what is asked is asked as of its last `moment`: so no test that runs beside others
-has it in its way. Who needs it again goes `with watched.load():`.
+The load goes on until every outcome has happened to some call, a worker and a replica have been killed, and each target
+has been scraped often. Then it ends, and queries are asked as of its last `moment`, so that tests that run beside
+others are not in each other's way. A test that needs the load again uses `with watched.load():`.
 """
 
 import json
@@ -38,26 +38,26 @@ RULES = ROOT / "deploy" / "k8s" / "components" / "plain-prometheus" / "rules.yml
 NAMESPACE = "unlatch"
 INTERVAL_SECONDS = 0.5
 _FEWEST_SCRAPES = 20
-# Not how long it takes, which is a third of that: so long a machine that is slow and busy may take.
+# The usual time is a third of this: it is what a slow and busy machine may take.
 _WITHIN_SECONDS = 90.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One series that a query gave: times are seconds since the epoch; an instant has one."""
+    """A series in a query's answer. Times are seconds since the epoch; an instant query has one."""
 
     labels: Mapping[str, str]
     points: Sequence[tuple[float, float]]
 
     @property
     def value(self) -> float:
-        """The last."""
+        """The last value."""
         return self.points[-1][1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One /metrics, and what Kubernetes would call whose it is."""
+    """A /metrics address, with the labels that Kubernetes would give it."""
 
     job: str
     pod: str
@@ -65,21 +65,21 @@ class Target:
 
 
 class Prometheus:
-    """A running server. Queries raise AssertionError with what it says of them when it refuses them."""
+    """A running server. Queries that it refuses raise AssertionError with its message."""
 
     def __init__(self, address: str) -> None:
         self.address = address
 
     def query(self, query: str, *, at: float | None = None) -> list[Series]:
-        """What a query gives now, or as of then."""
+        """Ask a query as of now, or as of a given time."""
         return self._ask("query", query=query, **({} if at is None else {"time": at}))
 
     def query_range(self, query: str, *, start: float, end: float, step_seconds: float) -> list[Series]:
-        """What a query gives from then to then."""
+        """Ask a query over a range of time."""
         return self._ask("query_range", query=query, start=start, end=end, step=step_seconds)
 
     def get(self, path: str, **arguments: object) -> Any:
-        """The data that its HTTP API answers with, under /api/v1/."""
+        """Return the data of an answer of its HTTP API, under /api/v1/."""
         try:
             with urlopen(f"http://{self.address}/api/v1/{path}?{urlencode(arguments)}", timeout=30) as answer:
                 return json.load(answer)["data"]
@@ -101,7 +101,7 @@ class Prometheus:
 
 @contextmanager
 def running_prometheus(directory: Path, config: Mapping[str, Any]) -> Iterator[Prometheus]:
-    """One of this configuration. Skips the test where there is no Prometheus."""
+    """Run a Prometheus with this configuration. Skips the test where there is no Prometheus."""
     if shutil.which("prometheus") is None:
         pytest.skip("there is no prometheus here: apt-get install --no-install-recommends prometheus")
     file = directory / "prometheus.yml"
@@ -123,7 +123,7 @@ def running_prometheus(directory: Path, config: Mapping[str, Any]) -> Iterator[P
 
 
 def scraping(targets: Sequence[Target]) -> dict[str, Any]:
-    """A configuration that scrapes these and evaluates the rules twice a second."""
+    """Return a configuration that scrapes these targets, and evaluates the rules twice a second."""
     interval = f"{INTERVAL_SECONDS * 1000:.0f}ms"
     return {
         "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
@@ -143,7 +143,7 @@ def scraping(targets: Sequence[Target]) -> dict[str, Any]:
 
 
 def _address(server: subprocess.Popen[str]) -> str:
-    """Where it listens, once it is ready. What it says afterwards is read, and forgotten."""
+    """Return the server's address once it is ready. Its later output is read and dropped."""
     assert server.stderr is not None
     said, address = [], ""
     for line in server.stderr:
@@ -169,17 +169,17 @@ class Watched:
     moment: float
 
     def ask(self, query: str) -> list[Series]:
-        """What a query gives as of the load's last moment."""
+        """Ask a query as of the load's last moment."""
         return self.prometheus.query(query, at=self.moment)
 
     def load(self) -> Load:
-        """The load once more, within a `with` block."""
+        """Run the load again inside a `with` block."""
         return Load(self.door)
 
 
 @pytest.fixture(scope="session")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """A mesh that has been under load, for every test that asks and leaves it as it was: give the first one 180 s."""
+    """A mesh that has been under load, for all tests that only read. The first test needs up to 180 s for it."""
     directory: Path = tmp_path_factory.mktemp("watched")
     with ExitStack() as stack:
         mesh = _Mesh(stack, directory)
@@ -192,7 +192,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             wait_until(lambda: load.fewest_rounds > rounds + 1, "every kind of call is made again", _WITHIN_SECONDS)
             _wait_for(prometheus, f"min(count_over_time(up[10m])) >= {_FEWEST_SCRAPES}")
             moment = time.time()
-            # Rules come after what they are made of, and some are made of others.
+            # Rules come after the series that they are made of, and some are made of others.
             _wait_for(prometheus, f"min(timestamp(up)) > {moment + 4 * INTERVAL_SECONDS}")
         yield Watched(
             prometheus=prometheus,
@@ -211,7 +211,7 @@ def _wait_for(prometheus: Prometheus, query: str) -> None:
 
 
 class _Mesh:
-    """A gateway that asks who calls, and two replicas, all with certificates, on ports of their own."""
+    """A gateway that authenticates callers, and two replicas, all with certificates, on free ports."""
 
     def __init__(self, stack: ExitStack, directory: Path) -> None:
         self._stack = stack
@@ -247,7 +247,7 @@ class _Mesh:
         ]
 
     def hurt(self) -> None:
-        """Kill a worker of one replica, and the other replica, which is then started again where it was."""
+        """Kill a worker of one replica, and the other replica, which is then started again at the same address."""
         (forkserver,) = [child for child in children(self.fronts[0].pid) if children(child)]
         os.kill(children(forkserver)[0], signal.SIGKILL)
         serving = _served(self.fronts[1])
@@ -257,7 +257,7 @@ class _Mesh:
         self.gateway.wait_for("replica is ready", after=line, within=_WITHIN_SECONDS, replica=serving["listen"])
 
     def stop(self) -> None:
-        """Have all end, cleanly."""
+        """End all services cleanly."""
         for service in (self.gateway, *self.fronts):
             service.stop()
 

@@ -1,6 +1,7 @@
-"""What calls somebody, and what does not: series over time, and the alert that is to fire of them or to be silent.
+"""Cases for alerts: series over time, and the alert that they fire or do not fire.
 
-Values are promtool's: `0+60x90` begins at 0 and rises by 60 ninety times, `_` is none. One comes each `every`.
+Values are in promtool's notation: `0+60x90` begins at 0 and rises by 60 ninety times, `_` is a missing value. A value
+comes each `every`.
 """
 
 from collections.abc import Mapping
@@ -55,7 +56,10 @@ def lag(within_a_tenth: str, within_a_fifth: str) -> Mapping[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """`at` is when it is looked; `fires` with which labels, None for silence. `evaluated` where that is not `every`."""
+    """A case.
+
+    `at` is the time of the check; `fires` has the labels of the alert, or is None; `evaluated` defaults to `every`.
+    """
 
     alert: str
     what: str

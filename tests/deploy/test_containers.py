@@ -1,4 +1,4 @@
-"""What a container is granted, asked and given time for, held against the services' own code and defaults."""
+"""The resources, probes and times of a container, held against the services' own code and defaults."""
 
 import os
 from collections.abc import Iterator
@@ -19,29 +19,29 @@ from unlatch.compute.pool import process
 from unlatch.compute.settings import ComputeSettings
 from unlatch.gateway.settings import GatewaySettings
 
-# Whichever test is first waits until all combinations are rendered.
+# The first test waits until all combinations are rendered.
 pytestmark = pytest.mark.timeout(180)
 MiB = 1024 * 1024
 PORTS = ("listen", "metrics_listen", "health_listen")
-# What a stop may take after the drain: connections are closed, of a replica the pool is killed; and the last spans are
+# A stop takes this long after the drain: connections are closed, a replica kills its pool, and the last spans are
 # sent (docs/operations/metrics.md, Traces).
 STOP_SECONDS = life._STOP_GRACE_SECONDS + 1.0
 POOL_STOP_SECONDS = process._ENDS_WITHIN_SECONDS + process._REAPED_WITHIN_SECONDS
-# A loaded node is slow to do all of it.
+# A loaded node does all of it more slowly.
 SPARE_SECONDS = 5.0
-# A message of the protocol's door while gRPC copies it (docs/limits.md), and what a gateway takes that does nothing.
+# Copies of a message of the protocol's door inside gRPC (docs/limits.md), and the memory of an idle gateway.
 COPIES_OF_A_MESSAGE = 6
 GATEWAY_BYTES = 128 * MiB
 
 
 @pytest.fixture(params=OVERLAYS)
 def manifests(request: pytest.FixtureRequest) -> Manifests:
-    """Each overlay: it is there that numbers differ."""
+    """Each overlay: overlays have the numbers."""
     return overlay(request.param)
 
 
 def test_settings_are_taken() -> None:
-    """Every variable is a setting that there is, and together the services start with them."""
+    """Every variable is a setting that exists, and the services start with all of them."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for service, kind in SERVICES.items():
@@ -56,7 +56,7 @@ def test_settings_are_taken() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_nobody_is_let_in_unasked(service: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With certificates a service asks for them; without, it does not start unless it is told that it need not."""
+    """With certificates a service authenticates callers. Without, it starts only with --insecure."""
     kind = SERVICES[service]
     prod = overlay("prod").settings(service, kind)
     assert prod.tls_client_ca
@@ -76,7 +76,7 @@ def test_nobody_is_let_in_unasked(service: str, capsys: pytest.CaptureFixture[st
 
 
 def test_ports_are_those_of_the_settings() -> None:
-    """Every container names three ports, the defaults' own, and listens where other pods reach them."""
+    """Every container names three ports, with the defaults' numbers, and listens where other pods reach them."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for service, kind in SERVICES.items():
@@ -93,15 +93,15 @@ def test_ports_are_those_of_the_settings() -> None:
 
 
 def test_the_gateway_looks_for_all_replicas(manifests: Manifests) -> None:
-    """By the headless service's name, in whatever namespace it is, at its port."""
+    """The gateway uses the headless service's name, in any namespace, and its port."""
     (port,) = manifests.one("Service", "unlatch-compute")["spec"]["ports"]
     assert manifests.settings("gateway", GatewaySettings).replicas == (f"dns:///unlatch-compute:{port['port']}",)
 
 
 def test_probes() -> None:
-    """All three ask the health port by gRPC: start and life whether anybody answers, readiness whether calls are taken.
+    """All three probes ask the health port by gRPC: start and liveness for any answer, readiness for taking calls.
 
-    A start has the time that a worker has to load its kernels, and more; a life a minute without one answer.
+    A start may take longer than a worker may take to load its kernels. A pod may be without an answer for a minute.
     """
 
     def look(manifests: Manifests) -> Iterator[str]:
@@ -129,7 +129,7 @@ def _longest(probe: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_pod_has_the_time_that_it_needs_to_end(service: str, manifests: Manifests) -> None:
-    """preStop, drain, the pool's stop, and what a busy node takes, are less than what it has until it is killed."""
+    """The times of preStop, drain, the pool's stop and a busy node add up to less than the time before a kill."""
     pod, container = manifests.pod(service), manifests.container(service)
     before = container.get("lifecycle", {}).get("preStop", {"sleep": {"seconds": 0}})["sleep"]["seconds"]
     drain = manifests.settings(service, SERVICES[service]).drain_seconds
@@ -139,13 +139,16 @@ def test_a_pod_has_the_time_that_it_needs_to_end(service: str, manifests: Manife
 
 
 def test_a_gateway_that_ends_is_left_first(manifests: Manifests) -> None:
-    """It serves on while others hear that it goes. A replica tells gateways itself, on their lanes."""
+    """An ending gateway goes on serving until others know that it ends.
+
+    A replica tells its gateways itself, on their lanes.
+    """
     assert manifests.container("gateway")["lifecycle"]["preStop"]["sleep"]["seconds"] > 0
     assert "lifecycle" not in manifests.container("compute")
 
 
 def test_a_rollout_waits_for_gateways(manifests: Manifests) -> None:
-    """No replica that is old ends before gateways have looked the name up twice, its answer being 5 s old at most."""
+    """No old replica ends before gateways have looked the name up twice, with an answer that is 5 s old at most."""
     deployment = manifests.one("Deployment", "unlatch-compute")["spec"]
     looked_up = manifests.settings("gateway", GatewaySettings).discovery_seconds
     assert deployment["minReadySeconds"] > looked_up + 5
@@ -154,7 +157,7 @@ def test_a_rollout_waits_for_gateways(manifests: Manifests) -> None:
 
 
 def test_a_gateway_has_lanes_for_all_replicas(manifests: Manifests) -> None:
-    """As many as there may be, and those of a rollout beside them."""
+    """The gateway can have as many lanes as there may be replicas, and those of a rollout beside them."""
     scalers = manifests.of("HorizontalPodAutoscaler", "ScaledObject")
     (spec,) = (one["spec"] for one in scalers if one["spec"]["scaleTargetRef"]["name"] == "unlatch-compute")
     surge = manifests.one("Deployment", "unlatch-compute")["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
@@ -180,7 +183,7 @@ def test_workers_and_threads_fill_the_cores(
 def test_workers_cannot_take_the_container_over_its_limit(
     cgroups: str, manifests: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By what a replica makes of it: arena, replies, services and workers are less, and a worker's share is of use."""
+    """Arena, replies, services and workers together are less than the limit, and a worker's share is usable."""
     limits = manifests.container("compute")["resources"]["limits"]
     own = _granted(tmp_path, cgroups, cores=int(limits["cpu"]), memory=in_bytes(limits["memory"]))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
@@ -196,7 +199,7 @@ def test_workers_cannot_take_the_container_over_its_limit(
 
 
 def _granted(root: Path, cgroups: str, *, cores: int, memory: int = 1 << 40) -> Path:
-    """What a container of this size finds of its cgroup: below `root`, and the file that says where."""
+    """Write the files of a container of this size below `root`: its cgroup, and the file that names the cgroup."""
     files = {
         "v2": {"cpu.max": f"{cores * 100_000} 100000", "memory.max": f"{memory}"},
         "v1": {
@@ -214,7 +217,7 @@ def _granted(root: Path, cgroups: str, *, cores: int, memory: int = 1 << 40) -> 
 
 
 def test_a_gateway_holds_what_fits(manifests: Manifests) -> None:
-    """The calls that it may hold, its largest message while gRPC copies it, and itself are less than it may have."""
+    """The calls that a gateway may hold, its largest message inside gRPC, and itself fit into its memory."""
     found = manifests.settings("gateway", GatewaySettings)
     held = found.max_live_bytes + COPIES_OF_A_MESSAGE * found.max_message_bytes + GATEWAY_BYTES
     assert held <= in_bytes(manifests.container("gateway")["resources"]["limits"]["memory"])

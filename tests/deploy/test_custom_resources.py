@@ -1,9 +1,9 @@
-"""Objects of kinds that are not Kubernetes' own, held against what their definitions ask for.
+"""Objects of kinds that are not Kubernetes' own, held against their definitions.
 
-The rules are stated here as far as our objects go, from the published definitions: cert-manager's Certificate and
-Issuer (v1), KEDA's ScaledObject (v1alpha1), the Gateway API's Gateway, GRPCRoute and BackendTLSPolicy (v1), Envoy
-Gateway's BackendTrafficPolicy (v1alpha1), the Prometheus operator's PodMonitor and PrometheusRule (v1). A field that is
-not in them is refused: a server would drop it in silence.
+The rules are stated here as far as our objects need them, from the published definitions: cert-manager's Certificate
+and Issuer (v1), KEDA's ScaledObject (v1alpha1), the Gateway API's Gateway, GRPCRoute and BackendTLSPolicy (v1), Envoy
+Gateway's BackendTrafficPolicy (v1alpha1), the Prometheus operator's PodMonitor and PrometheusRule (v1). A field that
+is not in them is refused: a server would drop it silently.
 """
 
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from tests.support.mesh import ROOT
 from unlatch.protos.inference_pb2 import DESCRIPTOR as INFERENCE
 from unlatch.protos.unlatch_pb2 import DESCRIPTOR as UNLATCH
 
-# Whichever test is first waits until all combinations are rendered.
+# The first test waits until all combinations are rendered.
 pytestmark = pytest.mark.timeout(180)
 Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": 253}
 NUMBER: Schema = {"type": "integer", "minimum": 0}
-# Go's time.Duration; of Prometheus and of the Gateway API a part of it.
+# Go's time.Duration; Prometheus and the Gateway API take a part of it.
 DURATION: Schema = {"type": "string", "pattern": r"^([0-9]+(h|m|s|ms))+$"}
 
 
 def record(required: dict[str, Schema], **optional: Schema) -> Schema:
-    """An object of these fields and no other."""
+    """An object with these fields and no others."""
     return {
         "type": "object",
         "properties": required | optional,
@@ -39,7 +39,7 @@ def record(required: dict[str, Schema], **optional: Schema) -> Schema:
 
 
 def some(of: Schema, most: int = 100) -> Schema:
-    """A list, which is not empty."""
+    """A list that is not empty."""
     return {"type": "array", "items": of, "minItems": 1, "maxItems": most}
 
 
@@ -77,7 +77,7 @@ SCALED_OBJECT = record(
             record(
                 {
                     "type": one_of("prometheus"),
-                    # All of it is text.
+                    # All values are text.
                     "metadata": record({"serverAddress": TEXT, "query": {"type": "string"}, "threshold": TEXT}),
                 },
                 name=TEXT,
@@ -92,7 +92,7 @@ SCALED_OBJECT = record(
         {"failureThreshold": NUMBER, "replicas": NUMBER},
         behavior=one_of("static", "currentReplicas", "currentReplicasIfHigher", "currentReplicasIfLower"),
     ),
-    # What is in it is an HorizontalPodAutoscaler's, and checked as one below.
+    # Its contents are those of an HorizontalPodAutoscaler, and are checked as that below.
     advanced=record({}, horizontalPodAutoscalerConfig=record({}, behavior={"type": "object"})),
 )
 GATEWAY = record(
@@ -188,7 +188,7 @@ KINDS = {
 
 
 def test_fields_are_those_that_there_are() -> None:
-    """Of every kind that is not Kubernetes' own, what is asked for is there, and what is there is known."""
+    """For every kind that is not Kubernetes' own, required fields are there, and all fields are known."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for found in manifests.objects:
@@ -208,7 +208,7 @@ def _is_kubernetes(api: str) -> bool:
 
 
 def test_certificates_are_renewed_in_time() -> None:
-    """Leaves are renewed with another key while a third of their time is left; authorities keep theirs."""
+    """Leaves are renewed with a new key while a third of their time is left. Authorities keep their key."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for found in manifests.of("Certificate"):
@@ -216,7 +216,7 @@ def test_certificates_are_renewed_in_time() -> None:
             lasts, left = (float(spec[name].removesuffix("h")) for name in ("duration", "renewBefore"))
             policy = spec["privateKey"]["rotationPolicy"]
             if spec.get("isCA"):
-                # What it issues must not outlive it.
+                # A certificate must not outlive its issuer.
                 longest = max(float(leaf["spec"]["duration"].removesuffix("h")) for leaf in _leaves(manifests))
                 if left <= longest or policy != "Never":
                     yield f"{named(found)} ends before what it issued, or changes its key"
@@ -231,7 +231,7 @@ def _leaves(manifests: Manifests) -> list[dict[str, Any]]:
 
 
 def test_certificates_hold_for_one_end_each() -> None:
-    """What is served with opens nothing, what opens serves nothing; and what callers have opens no lane."""
+    """Certificates serve one end: clients cannot use servers' ones, nor servers clients', and callers' open no lane."""
     manifests = composed("base", "mtls", "ingress", "ingress-mtls")
     ends = {
         found["metadata"]["name"]: (found["spec"]["issuerRef"]["name"], found["spec"]["usages"][-1])
@@ -246,7 +246,10 @@ def test_certificates_hold_for_one_end_each() -> None:
 
 
 def test_certificates_have_the_names_that_are_looked_for() -> None:
-    """The gateway's has its Service's names in this namespace; replicas' have what gateways expect of them."""
+    """The gateway's certificate has its Service's names in this namespace.
+
+    Replicas' have the names that gateways expect.
+    """
     manifests = composed("base", "mtls", "ingress", "ingress-mtls")
     service = manifests.one("Service", "unlatch-gateway")["metadata"]
     names = manifests.one("Certificate", "unlatch-gateway")["spec"]["dnsNames"]
@@ -259,7 +262,7 @@ def test_certificates_have_the_names_that_are_looked_for() -> None:
 
 
 def test_files_are_where_settings_look_for_them() -> None:
-    """Each file that a setting names is in a secret that is mounted, by the name that cert-manager gives it."""
+    """Each file that a setting names is in a mounted secret, under the name that cert-manager gives it."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for service in ("gateway", "compute"):
@@ -273,14 +276,14 @@ def test_files_are_where_settings_look_for_them() -> None:
 
 
 def test_routes_lead_to_what_a_gateway_serves() -> None:
-    """The services that a route lets through are those of our own protocols, all of them."""
+    """The services of a route are those of our own protocols, all of them."""
     (rule,) = composed("base", "ingress").one("GRPCRoute", "unlatch")["spec"]["rules"]
     let_through = {match["method"]["service"] for match in rule["matches"]}
     assert let_through == {service.full_name for file in (INFERENCE, UNLATCH) for service in _services(file)}
 
 
 def test_the_ingress_does_what_the_shipped_envoy_does() -> None:
-    """By turns, with no limit of time, no retries, and as many calls at once as deploy/envoy/envoy.yaml has."""
+    """Round robin, no time limit, no retries, and as many calls at once as in deploy/envoy/envoy.yaml."""
     envoy = yaml.safe_load((ROOT / "deploy/envoy/envoy.yaml").read_text())
     (cluster,) = envoy["static_resources"]["clusters"]
     (most,) = cluster["circuit_breakers"]["thresholds"]

@@ -1,4 +1,4 @@
-"""Grafana's boards: what they ask, of a real Prometheus that has watched a mesh under load; and how they are made."""
+"""Grafana's boards: their queries, asked of a real Prometheus that has watched a mesh under load, and their making."""
 
 import json
 import re
@@ -25,7 +25,7 @@ every_board = pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.u
 
 
 def test_generating_the_boards_changes_nothing(tmp_path: Path) -> None:
-    """`make dashboards` into an empty directory gives the very files that are here."""
+    """`make dashboards` into an empty directory gives exactly the files that are here."""
     made = subprocess.run(
         ["make", "--no-print-directory", "dashboards", f"OUT={tmp_path}"],
         cwd=ROOT,
@@ -49,17 +49,17 @@ def test_grafanas_sidecar_finds_every_board() -> None:
     assert all(one["options"]["labels"] == {"grafana_dashboard": "1"} for one in made)
 
 
-# Each board by itself
+# Each board by itself.
 
 
 def test_the_boards_are_those_that_alerts_and_readers_know() -> None:
-    """Their uids are part of their addresses, and files are called by them."""
+    """Boards' uids are part of their addresses, and their files are named after them."""
     assert [board.uid for board in BOARDS] == ["unlatch-mesh", "unlatch-processes", "unlatch-tenants"]
     assert [path.stem for path in FILES] == [board.uid for board in BOARDS]
 
 
 def lost(here: Any, read: Any, path: str = "") -> Iterator[str]:
-    """Where something here was not read, or as something else. What is read beyond it are defaults."""
+    """Return the places that were not read, or were read as something else. Values beyond them are defaults."""
     if isinstance(here, dict) and isinstance(read, dict):
         for name, value in here.items():
             yield from lost(value, read.get(name), f"{path}/{name}")
@@ -72,7 +72,7 @@ def lost(here: Any, read: Any, path: str = "") -> Iterator[str]:
 
 @every_board
 def test_grafana_knows_every_field(board: Board) -> None:
-    """The types that are made of Grafana's schemas read the whole of it: nothing is misspelt or misplaced."""
+    """The types made of Grafana's schemas read all of it: nothing is misspelt or misplaced."""
     register_default_plugins()
     read = Dashboard.from_json(dict(board.json))
     assert not list(lost(board.json, json.loads(json.dumps(read, cls=JSONEncoder))))
@@ -80,7 +80,10 @@ def test_grafana_knows_every_field(board: Board) -> None:
 
 @every_board
 def test_every_panel_has_a_number_of_its_own(board: Board) -> None:
-    """Alerts and links name panels by number; a row's are of its ten, so that a new one finds room."""
+    """Alerts and links name panels by number.
+
+    A row's panels have the numbers of its ten, so that there is room for new ones.
+    """
     numbers = [panel["id"] for panel in board.json["panels"]]
     assert len(set(numbers)) == len(numbers)
     row = 0
@@ -94,7 +97,7 @@ def test_every_panel_has_a_number_of_its_own(board: Board) -> None:
 
 @every_board
 def test_panels_lie_beside_and_below_one_another(board: Board) -> None:
-    """None lies upon another or beyond the edge, and none above one that comes before it."""
+    """No panel overlaps another or crosses the edge, and none is above a panel that comes before it."""
     places = [(panel["title"], panel["gridPos"]) for panel in board.json["panels"]]
     for title, at in places:
         assert 0 <= at["x"] < at["x"] + at["w"] <= COLUMNS, title
@@ -106,7 +109,7 @@ def test_panels_lie_beside_and_below_one_another(board: Board) -> None:
 
 @every_board
 def test_every_panel_says_what_it_shows_and_what_to_do(board: Board) -> None:
-    """A unit, a description of a sentence at least, queries by letters, of the data source that was chosen."""
+    """Each panel has a unit, a description of at least a sentence, lettered queries, and the chosen data source."""
     titles = [panel["title"] for panel in board.panels]
     assert len(set(titles)) == len(titles)
     for panel in board.panels:
@@ -123,7 +126,7 @@ def test_every_panel_says_what_it_shows_and_what_to_do(board: Board) -> None:
 
 @every_board
 def test_limits_are_coloured_from_the_lowest_on(board: Board) -> None:
-    """Whatever has thresholds has them rise, from a colour for all that is below; half of the figures have some."""
+    """Thresholds rise, from a colour for everything below them. At least half of the figures have thresholds."""
     for panel in board.panels:
         values = [step["value"] for step in thresholds(panel)]
         assert values[:1] in ([], [None]), panel["title"]
@@ -139,14 +142,14 @@ def thresholds(panel: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 @every_board
 def test_the_first_screen_is_the_answer(board: Board) -> None:
-    """At 1920 by 1080 some 24 of Grafana's rows are seen: the figures are all of the first four, from the left."""
+    """At 1920 by 1080 about 24 of Grafana's rows are visible. The figures fill the first four, from the left."""
     figures = [panel["gridPos"] for panel in board.panels if panel["type"] == "stat"]
     assert {(at["y"], at["h"]) for at in figures} == {(0, 4)}
     assert sum(at["w"] for at in figures) == COLUMNS
 
 
 def links(board: Board) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Each panel's links to boards."""
+    """Return each panel's links to boards."""
     for panel in board.panels:
         defaults = panel["fieldConfig"]["defaults"].get("links", [])
         of_columns = [
@@ -161,7 +164,7 @@ def links(board: Board) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 @every_board
 def test_links_lead_to_boards_that_know_what_is_chosen(board: Board) -> None:
-    """A panel's link sets a variable of the board that it leads to; each board leads to the others."""
+    """A panel's link sets a variable of the board that it leads to. Each board leads to the others."""
     known = {other.uid: other.variables for other in BOARDS}
     for panel, url in links(board):
         target = urlsplit(url)
@@ -173,14 +176,14 @@ def test_links_lead_to_boards_that_know_what_is_chosen(board: Board) -> None:
 
 @every_board
 def test_every_query_is_promql_of_the_boards_variables(board: Board) -> None:
-    """A parser reads each, with the variables filled in; none makes up a value where there is none."""
+    """A parser reads each query, with the variables filled in. No query invents a value where there is none."""
     for asked in board.asks():
         assert metrics_of(fill(asked.expr, board.everything())), asked
         assert not re.search(r"\bvector\(|\babsent", asked.expr), asked
         assert "$namespace" in asked.expr, asked
 
 
-# The boards of a mesh that runs
+# Boards of a running mesh.
 
 
 @pytest.mark.timeout(180)
@@ -204,7 +207,7 @@ def test_variables_offer_what_there_is(watched: Watched, board: Board) -> None:
 @pytest.mark.timeout(180)
 @every_board
 def test_every_query_names_what_is_exported(watched: Watched, board: Board) -> None:
-    """No panel, variable or annotation reads a series that neither gateway nor front has."""
+    """Each panel, variable and annotation reads only series that the gateway or the dispatcher has."""
     exported = set(watched.prometheus.get("label/__name__/values", **{"match[]": '{job=~"unlatch-.*"}'}))
     exported -= {name for name in exported if ":" in name}
     for asked in board.asks():
@@ -213,7 +216,7 @@ def test_every_query_names_what_is_exported(watched: Watched, board: Board) -> N
         series = re.sub(r"label_values\((.+), \w+\)", r"\1", query)
         assert metrics_of(fill(series, board.everything())) <= exported, query
     for annotation in board.json["annotations"]["list"]:
-        # It is Prometheus's own.
+        # This series is Prometheus' own.
         assert metrics_of(annotation["expr"]) == {"ALERTS"}
 
 
@@ -221,13 +224,13 @@ def test_every_query_names_what_is_exported(watched: Watched, board: Board) -> N
 @every_board
 @pytest.mark.parametrize("chosen", ["all", "each"])
 def test_every_panel_has_data(watched: Watched, board: Board, chosen: str) -> None:
-    """Of the time under load each query gives something, whether nothing was chosen or each value was ticked."""
+    """For the time under load each query returns data, whether nothing was chosen or each value was ticked."""
     values = board.everything() if chosen == "all" else board.chosen(watched.prometheus)
     empty: list[Asked] = []
     for asked in board.asks():
         query = fill(asked.expr, values)
         given = watched.prometheus.query_range(query, start=watched.began, end=watched.moment, step_seconds=1.0)
-        # What is no number, a share of nothing for example, shows nothing.
+        # Values that are not numbers, a share of nothing for example, are not shown.
         if not any(value == value for one in given for _, value in one.points):  # noqa: PLR0124 (NaN is not itself)
             empty.append(asked)
     assert not empty, [str(asked) for asked in empty]
@@ -236,7 +239,7 @@ def test_every_panel_has_data(watched: Watched, board: Board, chosen: str) -> No
 @pytest.mark.timeout(180)
 @every_board
 def test_series_have_the_labels_that_name_and_link_them(watched: Watched, board: Board) -> None:
-    """What a legend, a table's column or a link takes a label from has that label."""
+    """Each label that a legend, a table's column or a link uses exists on its series."""
     for panel in board.panels:
         wanted = {
             label for _, url in links(board) if _ is panel for label in re.findall(r"__field\.labels\.(\w+)", url)

@@ -1,4 +1,4 @@
-"""Envoy in front of two gateways, with the shipped configuration: each way in that it opens, what ends behind it."""
+"""Envoy in front of two gateways, with the shipped configuration: each protocol that it takes, each end of a call."""
 
 import asyncio
 import base64
@@ -54,12 +54,12 @@ class Behind:
     gateways: dict[str, Service] = field(default_factory=dict)
 
     def calls(self, **labels: str) -> list[float]:
-        """How many calls of each gateway have ended with these labels."""
+        """Return how many calls of each gateway have ended with these labels."""
         return [Scrape(_metrics(one)).sum("unlatch_calls_total", **labels) for one in self.gateways.values()]
 
     @property
     def runs(self) -> bool:
-        """Whether a worker has a call in hand."""
+        """Whether a worker runs a call."""
         return bool(Scrape(_metrics(self.front)).labels("unlatch_worker_running_seconds"))
 
 
@@ -69,7 +69,7 @@ def _metrics(service: Service) -> str:
 
 @contextmanager
 def two_gateways(directory: Path, *, text: str = "") -> Iterator[Behind]:
-    """A replica, two gateways at one name, and Envoy."""
+    """Run a replica, two gateways at one name, and Envoy."""
     socket = directory / "front.sock"
     port, health_port = free_port(*HOSTS), free_port(*HOSTS)
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ def two_gateways(directory: Path, *, text: str = "") -> Iterator[Behind]:
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Behind]:
-    """For every test that leaves it as it was."""
+    """A shared Envoy for every test that leaves it unchanged."""
     with two_gateways(tmp_path_factory.mktemp("envoy")) as running:
         yield running
 
@@ -106,7 +106,7 @@ def channel(behind: Behind) -> Iterator[grpc.Channel]:
 
 
 def post(envoy: Envoy, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
-    """An HTTP/1.1 exchange: status, headers, body."""
+    """Make an HTTP/1.1 request; return its status, headers and body."""
     connection = http.client.HTTPConnection(envoy.address, timeout=20)
     try:
         connection.request("POST", path, body, dict(headers))
@@ -117,14 +117,14 @@ def post(envoy: Envoy, path: str, body: bytes, headers: Mapping[str, str]) -> tu
 
 
 def post_json(envoy: Envoy, message: object, path: str = INFER) -> tuple[int, Any]:
-    """The same of JSON."""
+    """Make a request with JSON."""
     status, headers, body = post(envoy, path, json.dumps(message).encode(), JSON)
     assert headers["content-type"] == "application/json", (status, body)
     return status, json.loads(body)
 
 
 def in_json(kernel: str, *values: float, **parameters: object) -> dict[str, Any]:
-    """A request of one float64 vector `x` as a caller of JSON writes it."""
+    """Write a request of one float64 vector `x` in JSON."""
     return {
         "model_name": kernel,
         "parameters": parameters,
@@ -136,7 +136,7 @@ def in_json(kernel: str, *values: float, **parameters: object) -> dict[str, Any]
 def web_call(
     envoy: Envoy, message: ModelInferRequest, *, text: bool, headers: Mapping[str, str] | None = None
 ) -> tuple[list[bytes], dict[str, str]]:
-    """A gRPC-Web call as a browser makes it: the messages of its answer, and its trailers."""
+    """Make a gRPC-Web call as a browser does; return the messages of its answer, and its trailers."""
     kind = "application/grpc-web-text+proto" if text else "application/grpc-web+proto"
     encoded = message.SerializeToString()
     body = struct.pack(">BI", DATA, len(encoded)) + encoded
@@ -144,7 +144,7 @@ def web_call(
     status, answered, answer = post(envoy, INFER, base64.b64encode(body) if text else body, sent)
     assert (status, answered["content-type"].partition("+")[0]) == (200, kind.partition("+")[0])
     if text:
-        # Each part that was flushed has padding of its own.
+        # Each flushed part has a padding of its own.
         answer = b"".join(map(base64.b64decode, re.findall(rb"[^=]+=*", answer)))
     messages, trailers = [], answered
     while answer:
@@ -159,7 +159,10 @@ def web_call(
 
 
 async def test_configuration_is_right_and_says_what_the_gateway_does(behind: Behind, tmp_path: Path) -> None:
-    """It validates without a warning; its routes are the gateway's services, its figures the gateway's defaults."""
+    """The configuration validates without a warning.
+
+    Its routes are the gateway's services, its figures the gateway's defaults.
+    """
     assert "[warning]" not in validated(CONFIGURATION)
     text, settings = CONFIGURATION.read_text(), GatewaySettings.model_construct()
     assert set(re.findall(r"prefix: /(.*?)/ ", text)) == {oip.SERVICE, lane.SERVICE}
@@ -171,7 +174,7 @@ async def test_configuration_is_right_and_says_what_the_gateway_does(behind: Beh
     for limit in re.findall(r"max_(?:request|response)_body_size: (\d+)", text):
         in_base64 = settings.max_message_bytes * 4 / 3
         assert in_base64 < int(limit) < 1.02 * in_base64
-    # As Envoy has understood it: nothing ends a call for having lasted, nothing is sent twice.
+    # Envoy's own view: no call ends for having lasted, and none is sent twice.
     dumped = json.dumps(behind.envoy.asked("config_dump?include_eds"))
     assert 0 < dumped.count('"cluster": "gateways"') == dumped.count('"timeout": "0s"')
     assert '"stream_idle_timeout": "0s"' in dumped
@@ -180,7 +183,7 @@ async def test_configuration_is_right_and_says_what_the_gateway_does(behind: Beh
 
 
 async def test_unary_calls_go_to_both_gateways_and_bring_their_trailers(behind: Behind, channel: grpc.Channel) -> None:
-    """By turns, over one connection; an answer's trailers are the gateway's."""
+    """Calls take turns between the gateways, over one connection. An answer's trailers are the gateway's."""
     before = behind.calls(kernel="identity", code="OK")
     for number in range(10):
         call = vector("identity", number, 0.5)
@@ -196,7 +199,7 @@ async def test_unary_calls_go_to_both_gateways_and_bring_their_trailers(behind: 
 
 
 async def test_stream_answers_in_order_and_outlives_a_failure(channel: grpc.Channel) -> None:
-    """ModelStreamInfer: a request's failure is an answer, and the next ones are answered too."""
+    """ModelStreamInfer: a request's failure is an answer, and later requests are answered too."""
     calls = [vector("identity", 1.0), vector("nothing_of_that_name", 2.0), vector("identity", 3.0)]
     rpc: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
     answers = [
@@ -209,7 +212,7 @@ async def test_stream_answers_in_order_and_outlives_a_failure(channel: grpc.Chan
 
 
 async def test_errors_keep_their_details(behind: Behind, channel: grpc.Channel) -> None:
-    """BadRequest with its field, RetryInfo: as the gateway has said them, status and message too."""
+    """BadRequest with its field, and RetryInfo, arrive as the gateway sent them, with status and message."""
     through = Oip(channel)
     with grpc.insecure_channel(behind.targets[0]) as direct:
         for wrong in (vector("histogram", 1.0, bins="many"), vector("nothing_of_that_name", 1.0)):
@@ -218,7 +221,7 @@ async def test_errors_keep_their_details(behind: Behind, channel: grpc.Channel) 
 
 
 async def test_what_is_too_large_is_refused_by_the_gateway(channel: grpc.Channel) -> None:
-    """Of gRPC Envoy holds nothing whole: a large message passes, a larger one meets the gateway's limit and hint."""
+    """Envoy holds no whole gRPC message: a large one passes, and a larger one meets the gateway's limit and hint."""
     x = np.arange(3 << 20, dtype="f8")  # 24 MiB
     (y,) = arrays_of(Oip(channel).infer(request("identity", {"x": x}), timeout=30))
     np.testing.assert_array_equal(x, y)
@@ -228,8 +231,8 @@ async def test_what_is_too_large_is_refused_by_the_gateway(channel: grpc.Channel
 
 
 async def test_deadline_is_the_callers_and_the_gateway_keeps_it(behind: Behind, channel: grpc.Channel) -> None:
-    """grpc-timeout goes on to the gateway; what a caller tells Envoy of timeouts and retries is taken off."""
-    # One who does not look at the clock himself.
+    """This caller sends a deadline and does not watch the clock itself."""
+    # A caller without a deadline of its own.
     before = sum(behind.calls(kernel="sleeps", code="DEADLINE_EXCEEDED"))
     _, trailers = web_call(behind.envoy, request("sleeps", seconds=600.0), text=False, headers={"grpc-timeout": "300m"})
     assert trailers["grpc-status"] == str(grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
@@ -242,7 +245,7 @@ async def test_deadline_is_the_callers_and_the_gateway_keeps_it(behind: Behind, 
 
 
 async def test_caller_who_leaves_frees_the_core(behind: Behind, channel: grpc.Channel, tmp_path: Path) -> None:
-    """A cancel goes through: the worker of a call that nobody waits for any more is free for another."""
+    """A cancel passes Envoy: the worker of the cancelled call is free for another."""
     gate = Gate(tmp_path / "gate")
     rpc: Any = channel.unary_unary(INFER)
     call = rpc.future(request("waits_for", path=str(gate)).SerializeToString(), timeout=60)
@@ -254,13 +257,13 @@ async def test_caller_who_leaves_frees_the_core(behind: Behind, channel: grpc.Ch
 
 
 async def test_python_clients_lane_passes(behind: Behind, tmp_path: Path) -> None:
-    """Calls, `map`, large arrays, errors and a cancel on a lane, which is one stream to Envoy."""
+    """Calls, `map`, large arrays, errors and a cancel pass on a lane, which is one stream to Envoy."""
     gate = Gate(tmp_path / "gate")
     async with Client(behind.envoy.address, timeout=20) as client:
         rows = [np.full(8, float(number)) for number in range(200)]
         answers = [row async for row in client.map("identity", iter(rows), in_flight=32)]
         np.testing.assert_array_equal(answers, rows)
-        large = np.arange(6 << 20, dtype="f8")  # 48 MiB: more than any message may have
+        large = np.arange(6 << 20, dtype="f8")  # 48 MiB: more than any message may have.
         np.testing.assert_array_equal(await client.identity(large), large)
         with pytest.raises(UnlatchError) as refused:
             await client.histogram(np.ones(3), bins="many")
@@ -273,7 +276,7 @@ async def test_python_clients_lane_passes(behind: Behind, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("text", [False, True], ids=["binary", "base64"])
 async def test_grpc_web_calls_and_errors_pass(behind: Behind, *, text: bool) -> None:
-    """As a browser makes them, over HTTP/1.1: the answer, its trailers, and an error with its details."""
+    """A browser's calls over HTTP/1.1 get the answer, its trailers, and an error with its details."""
     (message,), trailers = web_call(behind.envoy, vector("identity", 1.0, 2.0), text=text)
     assert arrays_of(ModelInferResponse.FromString(message))[0].tolist() == [1.0, 2.0]
     assert trailers["grpc-status"] == "0"
@@ -289,7 +292,7 @@ async def test_grpc_web_calls_and_errors_pass(behind: Behind, *, text: bool) -> 
 
 
 async def test_pages_of_other_origins_are_an_opt_in(tmp_path: Path) -> None:
-    """As it is shipped a browser is told nothing; with the marks taken off the origin that is named may call."""
+    """The shipped configuration allows no other origin. With the comment marks removed, the named origin may call."""
     preflight = {"origin": "https://app.example.org", "access-control-request-method": "POST"}
     shipped = CONFIGURATION.read_text()
     head, mark, rest = shipped.partition("# cors: ")
@@ -309,7 +312,7 @@ async def test_pages_of_other_origins_are_an_opt_in(tmp_path: Path) -> None:
 
 
 async def test_json_calls_are_answered_in_json(behind: Behind) -> None:
-    """Bytes are base64 both ways, names as the protocol writes them; typed `contents` are taken."""
+    """Bytes are base64 both ways, names are the protocol's. Typed `contents` are taken too."""
     status, answer = post_json(behind.envoy, in_json("identity", 1.0, 2.5))
     assert (status, answer["model_name"], answer["outputs"][0]["shape"]) == (200, "identity", ["2"])
     assert np.frombuffer(base64.b64decode(answer["raw_output_contents"][0])).tolist() == [1.0, 2.5]
@@ -323,12 +326,12 @@ async def test_json_calls_are_answered_in_json(behind: Behind) -> None:
 
 
 async def test_json_errors_are_statuses_with_details(behind: Behind) -> None:
-    """HTTP's status fits gRPC's, the body is google.rpc.Status: code, message, and details by their type."""
+    """HTTP's status fits gRPC's, and the body is google.rpc.Status: code, message, and details by their type."""
     status, error = post_json(behind.envoy, in_json("histogram", 1.0, bins={"string_param": "many"}))
     assert (status, error["code"]) == (400, grpc.StatusCode.INVALID_ARGUMENT.value[0])
     (detail,) = error["details"]
     assert detail["@type"] == "type.googleapis.com/google.rpc.BadRequest"
-    # Protobuf's own names here, as in everything that is printed.
+    # Protobuf's own names here, as in all that is printed.
     assert detail["field_violations"][0]["field"] == "bins"
     status, error = post_json(behind.envoy, in_json("nothing_of_that_name", 1.0))
     assert (status, error["code"]) == (404, grpc.StatusCode.NOT_FOUND.value[0])
@@ -341,7 +344,10 @@ async def test_json_errors_are_statuses_with_details(behind: Behind) -> None:
 
 
 async def test_json_is_as_large_as_messages_are(behind: Behind) -> None:
-    """What the gateway takes as a message comes through as JSON, whole, and its answer back; more it refuses itself."""
+    """The largest message that the gateway takes passes as JSON, and so does its answer.
+
+    The gateway refuses a larger one.
+    """
     x = np.random.default_rng(1).normal(size=3 << 20)  # 24 MiB
     _, answer = await asyncio.to_thread(post_json, behind.envoy, in_json("identity", *x))
     np.testing.assert_array_equal(np.frombuffer(base64.b64decode(answer["raw_output_contents"][0])), x)
@@ -353,7 +359,7 @@ async def test_json_is_as_large_as_messages_are(behind: Behind) -> None:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not on this machine")
 async def test_curl_calls_as_the_readme_says(behind: Behind) -> None:
-    """The command in deploy/envoy/README.md is answered, as it is written."""
+    """The command in deploy/envoy/README.md is answered as it is written."""
     written = re.findall(
         r"^```bash\n(curl .*?)^```$", (CONFIGURATION.parent / "README.md").read_text(), re.MULTILINE | re.DOTALL
     )
@@ -367,7 +373,7 @@ async def test_curl_calls_as_the_readme_says(behind: Behind) -> None:
 
 
 async def test_what_is_not_listed_is_not_there(behind: Behind, channel: grpc.Channel) -> None:
-    """Neither health nor reflection nor a path of nobody's is to be had from outside."""
+    """Health, reflection and unknown paths cannot be reached from outside."""
     for service in ("grpc.health.v1.Health/Check", "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"):
         rpc: Any = channel.unary_unary(f"/{service}")
         with pytest.raises(grpc.RpcError) as refused:

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(BUILD_SECONDS + 300)  # the first of them build
 
 @pytest.fixture(scope="module", autouse=True)
 def base() -> str:
-    """The images are there, on this base."""
+    """The base of the images, which are built now."""
     return built_or_skipped()
 
 
@@ -51,7 +51,7 @@ def running(
     memory: str = "1g",
     options: Sequence[str] = MOUNTED,
 ) -> Iterator[list[Container]]:
-    """A gateway and its replicas as containers that serve the tests' kernels; they are stopped, cleanly, at the end."""
+    """Run a gateway and its replicas as containers that serve the tests' kernels. Stop them cleanly at the end."""
     with ExitStack() as stack:
         options = () if compute else options
         fleet = [
@@ -71,7 +71,7 @@ def address(gateway: Container) -> str:
 
 
 def test_both_serve_and_end() -> None:
-    """Confined, they answer a call larger than /dev/shm, and end with 0."""
+    """Confined services answer a call larger than /dev/shm, and end with 0."""
     with running(memory="2g") as (gateway, compute):
         with BlockingClient(address(gateway), timeout=60.0) as client:
             large = np.arange(12.0 * MiB)
@@ -82,7 +82,7 @@ def test_both_serve_and_end() -> None:
 
 
 def confined(container: Container) -> None:
-    """What the kernel says of every process in it: no root, no capability, nothing to gain."""
+    """Check each process in a container: no root, no capability, and no way to gain any."""
     for process in tree(container.init):
         status = dict(
             line.split(":\t", 1)
@@ -96,17 +96,20 @@ def confined(container: Container) -> None:
 
 @pytest.mark.parametrize(("cpus", "workers"), [(1, 1), (1.5, 2), (2, 2)])
 def test_workers_follow_the_limits(cpus: float, workers: int) -> None:
-    """One for each core of the CPU limit, a part of one counting; their memory and the rest are less than the limit."""
+    """A replica has a worker for each core of the CPU limit, also for a part of one.
+
+    All memory together is below the limit.
+    """
     with Container(image("compute"), cpus=cpus, memory="1g", options=MOUNTED) as compute:
         scrape = Scrape(compute.wait_for("serving", within=60)["metrics_listen"])
         assert scrape.sum("unlatch_worker_up") == workers
         limit = scrape.sum("unlatch_worker_memory_limit_bytes")
-        # The input arena has a quarter, a moment's replies as much, and the services 256 MiB.
+        # The input arena has a quarter, the replies of a moment as much, and the services 256 MiB.
         assert limit == 256 * MiB // workers
 
 
 async def test_a_replica_drains_under_load() -> None:
-    """Calls come all the while, and none fails as one of two replicas is stopped; it ends with 0 in its grace."""
+    """No call fails while one of two replicas is stopped, and the replica ends with 0 within its grace period."""
     with running(replicas=2) as (gateway, ending, _):
         async with Client(address(gateway), timeout=60.0) as client:
             answered, stopped = 0, asyncio.Event()
@@ -128,7 +131,7 @@ async def test_a_replica_drains_under_load() -> None:
 
 
 async def test_a_gateway_drains() -> None:
-    """What is in flight when a gateway is stopped is answered, and it ends with 0 in its grace."""
+    """Calls in flight are answered when a gateway is stopped, and the gateway ends with 0 within its grace period."""
     with running() as (gateway, _):
         async with Client(address(gateway), timeout=60.0) as client:
             calls = [asyncio.ensure_future(client.rests(X, seconds=0.3)) for _ in range(6)]
@@ -142,7 +145,7 @@ async def test_a_gateway_drains() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_stop_at_the_start_is_heard(service: str) -> None:
-    """A SIGTERM that comes before the service has a handler for it ends the container, and nobody needs to kill it."""
+    """A SIGTERM before the service has a handler for it ends the container, without a kill."""
     with Container(image(service)) as container:
         wait_until(lambda: container.init and children(container.init), "PID 1 has started the service")
         container.order_stop(30)
@@ -150,7 +153,7 @@ def test_a_stop_at_the_start_is_heard(service: str) -> None:
 
 
 def test_orphans_are_reaped() -> None:
-    """What a kernel leaves behind becomes PID 1's child when its parent has ended, and no zombie when it has too."""
+    """A process that a kernel leaves behind becomes PID 1's child, and is not left as a zombie when it ends."""
     with running() as (gateway, compute), BlockingClient(address(gateway), timeout=60.0) as client:
         init = compute.init
         (service,) = children(init)
@@ -178,20 +181,20 @@ def test_kernels_import_their_own_packages(tmp_path: Path) -> None:
 
 
 def test_the_gateway_has_no_numpy() -> None:
-    """No file of it is in the image; of compute's there are some."""
+    """The gateway's image has no file of NumPy, and compute's has some."""
     assert files("gateway", "numpy*") == []
     assert files("compute", "numpy*") != []
 
 
 def files(service: str, pattern: str) -> list[str]:
-    """The files of an image that a pattern names, wherever they are."""
+    """Return the files of an image that match a pattern, in any directory."""
     with mounted(service) as root:
         return [str(path.relative_to(root)) for path in root.rglob(pattern)]
 
 
 @contextmanager
 def mounted(service: str) -> Iterator[Path]:
-    """An image's files."""
+    """Mount an image, and yield its root."""
     try:
         yield Path(podman("image", "mount", image(service)))
     finally:
@@ -200,7 +203,7 @@ def mounted(service: str) -> Iterator[Path]:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_images_are_ready_to_be_read(service: str) -> None:
-    """Every module has its bytecode, and nothing of ours belongs to the user that runs it."""
+    """Every module has its bytecode, and no file of ours belongs to the user that runs it."""
     with mounted(service) as root:
         ours = root / "opt" / "unlatch"
         modules = [path for path in ours.rglob("*.py") if "bin" not in path.parts]
@@ -212,7 +215,7 @@ def test_images_are_ready_to_be_read(service: str) -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_images_say_what_they_are(service: str, base: str) -> None:
-    """A numeric user, no shell to start with, the ports of the settings, and labels (OCI's names)."""
+    """Images have a numeric user, no shell as entry point, the ports of the settings, and labels with OCI's names."""
     found = configuration(image(service))
     assert found["User"] == "65532:65532"
     assert found["Entrypoint"] == ["/usr/bin/tini", "-s", "--", "/opt/unlatch/bin/unlatch", service]
@@ -227,7 +230,7 @@ def test_images_say_what_they_are(service: str, base: str) -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_nobody_is_let_in_unasked(service: str) -> None:
-    """As it comes an image listens where others reach it, so without certificates it does not start, and says why."""
+    """An image listens where others can reach it: without certificates it does not start, and says why."""
     addresses = {f"UNLATCH_{port}LISTEN": "0.0.0.0:0" for port in ("", "METRICS_", "HEALTH_")}
     with Container(image(service), environment=addresses) as container:
         assert container.wait(60) == 2
@@ -235,7 +238,7 @@ def test_nobody_is_let_in_unasked(service: str) -> None:
 
 
 def test_three_lines_add_kernels(tmp_path: Path) -> None:
-    """The README's Dockerfile, as it stands there, makes an image that serves one's own kernels."""
+    """The README's Dockerfile, unchanged, makes an image that serves one's own kernels."""
     text = (ROOT / "deploy" / "docker" / "README.md").read_text()
     (recipe,) = re.findall(r"```dockerfile\n(.*?)```", text, re.DOTALL)
     assert len(recipe.splitlines()) == 3

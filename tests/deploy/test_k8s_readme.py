@@ -1,9 +1,9 @@
-"""A newcomer's walk through deploy/k8s/README.md, by its own words, as far as it goes without a cluster.
+"""A newcomer's walk through deploy/k8s/README.md, word by word, as far as it goes without a cluster.
 
 ```bash, ```python, ```yaml    run, or saved under the name in the first line, as they are
-```console                     what needs a cluster. `kubectl apply -k` renders, and from then on what is rendered is
-                               what there is: names, ports, labels that commands go by must be in it. `unlatch` runs as
-                               it is, against processes with the variables of those pods (pods.py)
+```console                     what needs a cluster. `kubectl apply -k` renders, and the result stands for the cluster:
+                               names, ports and labels in later commands must be in it. `unlatch` runs unchanged,
+                               against processes with the variables of those pods (pods.py)
 """
 
 import os
@@ -33,7 +33,7 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 @pytest.mark.timeout(180)
 def test_readme_leads_to_answers(tmp_path: Path) -> None:
-    """Every block does what it says; a laptop's mesh, one with own kernels and one with certificates answer calls."""
+    """Every block works. A laptop's mesh, one with own kernels and one with certificates answer calls."""
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
     with Walk(tmp_path) as walk:
         for language, code in BLOCK.findall((K8S / "README.md").read_text()):
@@ -42,7 +42,7 @@ def test_readme_leads_to_answers(tmp_path: Path) -> None:
 
 
 class Walk:
-    """Where somebody is who reads it from the first line on."""
+    """The state of a reader who follows the page from its first line."""
 
     def __init__(self, directory: Path) -> None:
         self.answered = 0
@@ -75,7 +75,7 @@ class Walk:
         self._stack.close()
 
     def block(self, language: str, code: str) -> None:
-        """Do what one says."""
+        """Follow a block."""
         if language == "console":
             for line in code.splitlines():
                 self._command(line)

@@ -1,7 +1,7 @@
-"""The rendered Deployments of the dev overlay, played by podman as a kubelet would start them: real pods, real limits.
+"""The rendered Deployments of the dev overlay, run by podman as a kubelet would start them: real pods, real limits.
 
-There is no cluster around them: the headless Service's name is given to the gateway's pod as a line of its /etc/hosts,
-and no port of a container is published on this machine.
+There is no cluster around them: the gateway's pod gets the headless Service's name as a line of its /etc/hosts, and no
+port of a container is published on this machine.
 """
 
 import json
@@ -24,12 +24,12 @@ from tests.support.mesh import ROOT
 from tests.support.watching import Scrape, wait_until
 from unlatch import BlockingClient
 
-pytestmark = pytest.mark.timeout(BUILD_SECONDS + 200)  # the images may have to be built
+pytestmark = pytest.mark.timeout(BUILD_SECONDS + 200)  # The first test may have to build the images.
 
 
 @pytest.fixture(scope="module", autouse=True)
 def bridged() -> None:
-    """The images are there, and podman can make pods that reach one another."""
+    """The images are built, and podman can make pods that reach each other."""
     base = built_or_skipped()
     if shutil.which("catatonit") is None:
         pytest.skip("catatonit is missing, which podman makes its pods' pause container of")
@@ -41,20 +41,20 @@ def bridged() -> None:
 
 @contextmanager
 def played(manifests: Manifests, service: str, **hosts: str) -> Iterator[str]:
-    """One pod of a service's Deployment, ended as podman ends pods; its address."""
+    """Run one pod of a service's Deployment and end it as podman ends pods; yield its address."""
     objects = (*manifests.of("ConfigMap"), manifests.one("Deployment", f"unlatch-{service}"))
     *settings, deployment = json.loads(json.dumps(objects))
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    # Names, where a cluster has a DNS; and podman would open each of the ports to whoever reaches this machine.
+    # Names take the place of DNS. Ports are removed: podman would open them to everyone who reaches this machine.
     pod["hostAliases"] = [{"ip": ip, "hostnames": [name.replace("_", "-")]} for name, ip in hosts.items()]
     del container["ports"]
-    # An emptyDir is a pod's own; podman's is whatever volume has its name.
+    # An emptyDir belongs to one pod; podman's is any volume of that name.
     for volume in (*pod["volumes"], *container["volumeMounts"]):
         volume["name"] = f"unlatch-test-{service}-{volume['name']}"
     text = yaml.safe_dump_all([*settings, deployment])
     with ExitStack() as stack:
-        # Of a ConfigMap that is mounted podman makes a volume, which it leaves.
+        # Podman makes a volume of a mounted ConfigMap, and does not remove it.
         for volume in pod["volumes"]:
             if "configMap" in volume:
                 stack.callback(podman, "volume", "rm", "--force", volume["configMap"]["name"])
@@ -64,7 +64,7 @@ def played(manifests: Manifests, service: str, **hosts: str) -> Iterator[str]:
 
 
 def address(service: str) -> str:
-    """Where a service's pod is on podman's network."""
+    """Return the address of a service's pod on podman's network."""
     (pod,) = json.loads(f"[{podman('pod', 'inspect', f'unlatch-{service}-pod-0')}]")
     networks = inspected(pod["InfraContainerID"])["NetworkSettings"]["Networks"]
     (network,) = networks.values()
@@ -78,7 +78,7 @@ def inspected(container: str) -> dict[str, Any]:
 
 
 def is_ready(address: str) -> bool:
-    """What a kubelet's readiness probe finds."""
+    """Return the answer to a kubelet's readiness probe."""
     with grpc.insecure_channel(address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
@@ -90,7 +90,7 @@ def is_ready(address: str) -> bool:
 
 @contextmanager
 def mesh(manifests: Manifests) -> Iterator[tuple[str, str]]:
-    """A pod of each service, once calls are taken; their addresses, the gateway's first."""
+    """Run a pod of each service until calls are taken; yield their addresses, the gateway's first."""
     with (
         played(manifests, "compute") as compute,
         played(manifests, "gateway", unlatch_compute=compute) as gateway,
@@ -100,7 +100,7 @@ def mesh(manifests: Manifests) -> Iterator[tuple[str, str]]:
 
 
 def test_the_dev_overlay_serves() -> None:
-    """A gateway's pod finds a replica's by name and answers a call; limits, user and root are the manifests'."""
+    """A gateway's pod finds a replica's by name and answers a call. Limits, user and root are the manifests'."""
     manifests = overlay("dev")
     with mesh(manifests) as (gateway, compute), BlockingClient(f"{gateway}:8001", timeout=60.0) as client:
         counts, _ = client.histogram(np.array([1.0, 2.0, 2.0, 3.0]), bins=3)
@@ -117,7 +117,7 @@ def test_the_dev_overlay_serves() -> None:
 
 
 def test_kernels_of_a_config_map_are_served(tmp_path: Path) -> None:
-    """The README's own mesh, of its two files as they stand there, answers a call of its kernel."""
+    """The README's own mesh, made of its two files, answers a call of its kernel."""
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
     own = tmp_path / "my-mesh"
     own.mkdir()

@@ -1,4 +1,4 @@
-"""Every overlay, and every combination of components: right by Kubernetes' own schemas, and by our rules."""
+"""Every overlay and every combination of components is right by Kubernetes' schemas and by our rules."""
 
 import os
 import re
@@ -27,16 +27,16 @@ from tests.deploy.manifests import (
 )
 from tests.support.mesh import ROOT
 
-# Whichever test is first waits until all combinations are rendered.
+# The first test waits until all combinations are rendered.
 pytestmark = pytest.mark.timeout(180)
-# preStop's sleep and the autoscaler's look at one container are there unasked from here on.
+# From this version on preStop's sleep and the autoscaler's metric of one container need no feature gate.
 OLDEST = (1, 30)
 VERSIONS = [
     found.rpartition(".")[0]
     for found in dict.fromkeys(all_versions())
     if tuple(map(int, found.split(".")[:2])) >= OLDEST
 ]
-# What the restricted Pod Security Standard lets a pod have.
+# The fields that the restricted Pod Security Standard allows a pod.
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 CUSTOM_GROUPS = (
     "cert-manager.io",
@@ -45,13 +45,13 @@ CUSTOM_GROUPS = (
     "keda.sh",
     "monitoring.coreos.com",
 )
-# Made by whoever runs the cluster, as the README says.
+# These are made by the cluster's administrator, as the README says.
 GIVEN_SECRETS = {"unlatch-ingress"}
 
 
 @pytest.mark.parametrize("kubernetes", VERSIONS)
 def test_schemas(kubernetes: str) -> None:
-    """Every object has what its schema asks for and nothing that it does not know, in each version of Kubernetes."""
+    """Every object has the fields that its schema requires, and no unknown ones, in each version of Kubernetes."""
     wrong, seen = [], set[str]()
     for manifests in every_combination():
         for found in manifests.objects:
@@ -69,14 +69,14 @@ def test_schemas(kubernetes: str) -> None:
 
 
 def test_the_readme_says_which_kubernetes_is_needed() -> None:
-    """The one that all of it is known to from here on; the schemas of an older one refuse it."""
+    """The README names the first version that knows everything. The schemas of an older one refuse it."""
     assert f"Kubernetes {'.'.join(map(str, OLDEST))} or newer" in (ROOT / "deploy/k8s/README.md").read_text()
     with pytest.raises(ValidationError, match="sleep"):
         validate(overlay("dev").one("Deployment", "unlatch-gateway"), "1.28", strict=True)
 
 
 def test_images() -> None:
-    """They have the project's version, and nothing that moves."""
+    """Images have the project's version, and no tag that moves."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for service in SERVICES:
@@ -88,7 +88,7 @@ def test_images() -> None:
 
 
 def test_resources() -> None:
-    """Every container asks for what it needs and may have no more; of memory, which none gives back, just that."""
+    """Every container requests what it needs and has a limit. Memory, which no one gives back, has both the same."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for service in SERVICES:
@@ -102,7 +102,7 @@ def test_resources() -> None:
 
 
 def test_pod_security() -> None:
-    """Pods keep to the restricted standard, which their namespace enforces, and have nowhere to write but /tmp."""
+    """Pods keep to the restricted standard, which their namespace enforces, and can write to /tmp alone."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         (namespace,) = manifests.of("Namespace")
@@ -157,7 +157,7 @@ def _of_container(container: Object) -> Iterator[str]:
 
 
 def test_accounts_have_no_token() -> None:
-    """Each service has an account of its own, which the API server knows by no token."""
+    """Each service has an account of its own, without a token for the API server."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for service in SERVICES:
@@ -169,7 +169,7 @@ def test_accounts_have_no_token() -> None:
 
 
 def test_everything_is_in_one_namespace() -> None:
-    """And says whose it is."""
+    """Every object is in the one namespace, and names its application."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for found in manifests.objects:
@@ -181,7 +181,10 @@ def test_everything_is_in_one_namespace() -> None:
 
 
 def test_another_namespace_takes_everything(tmp_path: Path) -> None:
-    """An overlay's own `namespace:` is every object's and account's; who else says the old one the README tells."""
+    """An overlay's own `namespace:` changes every object and account.
+
+    The README lists the other places of the old name.
+    """
     place = tmp_path.resolve()
     kustomization = {
         "namespace": "another",
@@ -202,7 +205,7 @@ def test_another_namespace_takes_everything(tmp_path: Path) -> None:
 
 
 def test_what_is_named_is_there() -> None:
-    """Names that objects have of one another are those of objects: settings, secrets, accounts, targets."""
+    """Every name that an object refers to exists: settings, secrets, accounts, targets."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         there = {(found["kind"], found["metadata"]["name"]) for found in manifests.objects}
@@ -247,7 +250,7 @@ def _names(manifests: Manifests) -> Iterator[tuple[str, str, str]]:
 
 
 def test_selectors_match_pods() -> None:
-    """A Service, a budget and a spread are of the pods of one Deployment each."""
+    """A Service, a budget and a spread each select the pods of one Deployment."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         pods = {
@@ -270,7 +273,7 @@ def test_selectors_match_pods() -> None:
 
 
 def test_services_lead_to_ports() -> None:
-    """A Service's ports are its pods', by name; the compute service's name stands for each of its pods."""
+    """A Service's ports are its pods', by name. The compute service's name stands for each of its pods."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for service in SERVICES:
@@ -286,7 +289,10 @@ def test_services_lead_to_ports() -> None:
 
 
 def test_one_autoscaler_each() -> None:
-    """Each Deployment has one autoscaler, which alone says how many there are, by a container that is there."""
+    """Each Deployment has one autoscaler, which alone sets the number of pods.
+
+    Its metrics are of a container that exists.
+    """
 
     def look(manifests: Manifests) -> Iterator[str]:
         scalers = manifests.of("HorizontalPodAutoscaler", "ScaledObject")
@@ -310,7 +316,7 @@ def test_one_autoscaler_each() -> None:
 
 
 def test_a_drain_of_nodes_goes_on() -> None:
-    """A budget lets one pod go at a time, however few there are, and is kept by pods that serve alone."""
+    """A budget lets one pod go at a time, however few there are, and counts pods that serve alone."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for found in manifests.of("PodDisruptionBudget"):
@@ -322,7 +328,7 @@ def test_a_drain_of_nodes_goes_on() -> None:
 
 
 def test_pods_are_spread() -> None:
-    """Over nodes and over zones, each version of them by itself."""
+    """Pods spread over nodes and zones, each version by itself."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         for service in SERVICES:

@@ -1,4 +1,4 @@
-"""What finds the pods: the operator's PodMonitor, and Prometheus' own configuration for clusters without it."""
+"""Discovery of pods: the operator's PodMonitor, and Prometheus' own configuration for clusters without it."""
 
 import json
 import re
@@ -25,7 +25,7 @@ META = "__meta_kubernetes_"
 
 
 def found(target: Target, **pod: str) -> list[dict[str, Any]]:
-    """What Kubernetes' service discovery tells of a pod: a target for each port of its container."""
+    """Return what Kubernetes' service discovery says of a pod: a target for each port of its container."""
     of_pod = {
         f"{META}namespace": "unlatch",
         f"{META}pod_name": target.pod,
@@ -46,7 +46,7 @@ def found(target: Target, **pod: str) -> list[dict[str, Any]]:
 
 
 def plain_configuration(*pods: list[dict[str, Any]]) -> dict[str, Any]:
-    """The shipped one, told of these pods instead of asking an API server: Debian's Prometheus cannot ask one."""
+    """The shipped configuration with a list of these pods. Debian's Prometheus cannot ask an API server for them."""
     config: dict[str, Any] = yaml.safe_load((PLAIN / "prometheus.yml").read_text())
     (scraped,) = config["scrape_configs"]
     assert scraped.pop("kubernetes_sd_configs") == [{"role": "pod", "namespaces": {"own_namespace": True}}]
@@ -58,14 +58,17 @@ def plain_configuration(*pods: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_plain_configuration_is_sound(tmp_path: Path) -> None:
-    """Nothing is wrong with it, says promtool."""
+    """Promtool finds nothing wrong with the configuration."""
     file = tmp_path / "prometheus.yml"
     file.write_text(json.dumps(plain_configuration()))
     assert "SUCCESS" in promtool("check", "config", "--lint-fatal", str(file))
 
 
 def test_pods_are_found_by_their_annotations(watched: Watched, tmp_path: Path) -> None:
-    """One target each, under the labels that the rules go by; who asks for nothing, or has ended, is none."""
+    """Each pod is one target, with the labels that the rules use.
+
+    A pod without the annotation, or an ended one, is none.
+    """
     stranger = Target(job="another", pod="another-0", address="127.0.0.1:3")
     config = plain_configuration(
         *map(found, watched.targets),
@@ -91,7 +94,7 @@ def test_pods_are_found_by_their_annotations(watched: Watched, tmp_path: Path) -
 
 
 def test_pods_say_where_their_metrics_are() -> None:
-    """The annotations' ports are the settings' own, and so is what the operator is told of them."""
+    """The annotations' ports are the settings' own, and so are those in the PodMonitor."""
     patched = {one["metadata"]["name"]: one for one in yaml.safe_load_all((PLAIN / "scraped.yaml").read_text())}
     assert patched.keys() == SETTINGS.keys()
     for name, settings in SETTINGS.items():
@@ -105,7 +108,7 @@ def test_pods_say_where_their_metrics_are() -> None:
 
 
 def test_operator_is_told_of_both() -> None:
-    """Their pods' port named metrics, with `job` as the rules have it, often enough for rates of a minute."""
+    """The operator scrapes their port named metrics, with `job` as in the rules, often enough for rates of a minute."""
     monitor = yaml.safe_load((OPERATORS / "pod-monitor.yaml").read_text())["spec"]
     assert monitor["jobLabel"] == "app.kubernetes.io/name"
     (chosen,) = monitor["selector"]["matchExpressions"]
@@ -117,12 +120,12 @@ def test_operator_is_told_of_both() -> None:
 
 
 def objects(file: str) -> dict[str, Any]:
-    """What a file of the plain variant holds, by kind."""
+    """Return the objects in a file of the plain variant, by kind."""
     return {one["kind"]: one for one in yaml.safe_load_all((PLAIN / file).read_text())}
 
 
 def test_plain_prometheus_may_do_what_it_needs() -> None:
-    """It keeps to the restricted standard, writes to its own volume alone, and may ask which pods there are."""
+    """Prometheus keeps to the restricted standard, writes to its own volume alone, and may only list pods."""
     template = objects("deployment.yaml")["Deployment"]["spec"]["template"]
     pod, (container,) = template["spec"], template["spec"]["containers"]
     assert (
@@ -150,7 +153,7 @@ def test_plain_prometheus_may_do_what_it_needs() -> None:
 
 
 def test_plain_prometheus_reads_what_is_shipped() -> None:
-    """Its configuration and rules are in the ConfigMap that it mounts, where its arguments look for them."""
+    """Its configuration and rules are in the ConfigMap that it mounts, at the paths in its arguments."""
     (made,) = yaml.safe_load((PLAIN / "kustomization.yaml").read_text())["configMapGenerator"]
     pod = objects("deployment.yaml")["Deployment"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]

@@ -1,8 +1,8 @@
-"""Who may talk to whom, of everybody who might try: the flows that a mesh uses, and no other.
+"""Network policies: of all flows that could be tried, those that a mesh uses are allowed, and no other.
 
 NetworkPolicies are evaluated as Kubernetes defines them: a pod that a policy selects, for a direction, may do what the
-policies that select it allow together; a flow must be allowed at both its ends. What a node does to its own pods (the
-kubelet's probes, port-forward) no policy is asked about.
+policies that select it allow together, and a flow must be allowed at both its ends. Policies do not apply to what a
+node does to its own pods (the kubelet's probes, port-forward).
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ import pytest
 
 from tests.deploy.manifests import Manifests, Object, composed, overlay, problems
 
-# The kubelet's own label of every namespace.
+# The label that Kubernetes itself gives every namespace.
 NAME = "kubernetes.io/metadata.name"
-# Whichever test is first waits until all combinations are rendered.
+# The first test waits until all combinations are rendered.
 pytestmark = pytest.mark.timeout(180)
 PORTS = {(8001, "TCP"), (8002, "TCP"), (8003, "TCP"), (8011, "TCP"), (8012, "TCP"), (8013, "TCP")}
 PORTS |= {(53, "UDP"), (53, "TCP"), (443, "TCP"), (6443, "TCP")}
@@ -36,7 +36,7 @@ class End:
 
 
 def ends(manifests: Manifests) -> dict[str, End]:
-    """Everybody: ours, those that a mesh is for, and strangers, some of whom look almost as they should."""
+    """Return all ends: our own, those that a mesh serves, and strangers, some with nearly the right labels."""
     ours = {
         service: End(
             service,
@@ -71,7 +71,7 @@ ALLOWED = {
     ("gateway", "compute", 8011, "TCP"),
     ("prometheus", "gateway", 8002, "TCP"),
     ("prometheus", "compute", 8012, "TCP"),
-    # The component plain-prometheus's, which is beside ours.
+    # The component plain-prometheus's own, beside ours.
     ("own prometheus", "gateway", 8002, "TCP"),
     ("own prometheus", "compute", 8012, "TCP"),
     *(("gateway", server, 53, protocol) for server in ("dns", "node's dns") for protocol in ("UDP", "TCP")),
@@ -79,7 +79,7 @@ ALLOWED = {
 
 
 def test_policies_allow_what_the_mesh_does_and_nothing_else() -> None:
-    """Of every pair of ends at every port just those flows are allowed, whatever other components there are."""
+    """Of every pair of ends at every port exactly these flows are allowed, whatever other components are there."""
 
     def look(manifests: Manifests) -> Iterator[str]:
         if not any(_is(found, "unlatch-nothing-else") for found in manifests.objects):
@@ -93,7 +93,7 @@ def test_policies_allow_what_the_mesh_does_and_nothing_else() -> None:
             if _allowed(manifests, one, other, number, protocol)
         }
         outside = {end.called for end in everybody.values() if end.namespace != "unlatch"}
-        # It asks the API server, which has no label to be known by, who there is to be scraped.
+        # Prometheus asks the API server, which has no label, for the pods to scrape.
         allowed = ALLOWED | {("own prometheus", server, port, "TCP") for server in outside for port in (443, 6443)}
         yield from (f"denied: {flow}" for flow in allowed - seen)
         yield from (f"allowed: {flow}" for flow in seen - allowed)
@@ -103,7 +103,7 @@ def test_policies_allow_what_the_mesh_does_and_nothing_else() -> None:
 
 
 def test_without_policies_everything_is_allowed() -> None:
-    """Which is to say that the test above finds what it is about."""
+    """The test above needs policies to pass: without them every flow is allowed."""
     manifests = composed("base")
     everybody = ends(manifests)
     assert _allowed(manifests, everybody["the internet"], everybody["compute"], 8011, "TCP")
@@ -113,7 +113,7 @@ def test_without_policies_everything_is_allowed() -> None:
     "left_out", ["unlatch-nothing-else", "unlatch-gateway", "unlatch-compute", "unlatch-metrics", "unlatch-prometheus"]
 )
 def test_each_policy_is_needed(left_out: str) -> None:
-    """Without any one of them other flows are allowed."""
+    """Without any one of the policies other flows are allowed."""
     whole = overlay("prod")
     everybody = ends(whole)
     rest = Manifests("less", tuple(one for one in whole.objects if not _is(one, left_out)))
@@ -138,7 +138,7 @@ def _allowed(manifests: Manifests, one: End, other: End, number: int, protocol: 
 
 
 def _lets(policies: list[Object], direction: str, own: End, peer: End, at: tuple[End, int, str]) -> bool:
-    """Whether one end's policies let it have this flow with the other."""
+    """Whether the policies of one end allow this flow with the other."""
     of_own = [
         policy["spec"]
         for policy in policies

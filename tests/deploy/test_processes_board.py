@@ -1,4 +1,4 @@
-"""The board of processes against the system's own accounting: what /proc says meanwhile of the very same processes."""
+"""The board of processes against the system's own accounts: the same processes, read from /proc at the same time."""
 
 import os
 import threading
@@ -22,25 +22,25 @@ pytestmark = pytest.mark.timeout(180)
 BOARD = next(board for board in boards() if board.uid == "unlatch-processes")
 HEAT, UTILISATION, IN_A_RUN, MEMORY = 11, 12, 23, 51
 WINDOW_SECONDS = 4.0
-# A scrape's time is when it began. On a busy machine what it tells is read up to 0.1 s later, which may be as much
-# processor time; over the window it is a fortieth, and as much comes of what `rate` assumes of the window's edges.
+# A scrape's time is when it began. On a busy machine its values are read up to 0.1 s later, which may be as much
+# processor time. Over the window that is a fortieth, and `rate` adds as much by its assumptions at the window's edges.
 WITHIN_CPU_SECONDS, WITHIN_RATIO = 0.15, 0.1
-# What a process has in RAM may grow between the two.
+# A process's memory may grow between the two readings.
 WITHIN_BYTES = 4 * 1024 * 1024
-# On a machine that is busy and slow a scrape takes longer than its half second now and then, and fails.
+# On a busy and slow machine a scrape sometimes takes longer than its half second, and fails.
 _FAILING_SECONDS = 2.0
 _TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def used_and_waited(pid: int) -> tuple[float, float]:
-    """Seconds on a core of all its threads, and without one of the first."""
+    """Read the seconds that all threads of a process were on a core, and that its first thread waited for one."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     _, waited_nanoseconds, _ = Path(f"/proc/{pid}/schedstat").read_text().split()
     return (int(fields[11]) + int(fields[12])) * _TICK_SECONDS, int(waited_nanoseconds) / 1e9
 
 
 class Readings:
-    """What /proc says of some processes every 20 ms, as long as a `with` block lasts."""
+    """Readings of /proc of some processes, every 20 ms inside a `with` block."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self._at: list[float] = []
@@ -57,11 +57,11 @@ class Readings:
         self._thread.join()
 
     def used(self, pid: int, since: float, until: float) -> float:
-        """Seconds on a core between two moments."""
+        """Return the seconds on a core between two moments."""
         return self._between(0, pid, since, until)
 
     def waited(self, pid: int, since: float, until: float) -> float:
-        """Seconds of waiting for one."""
+        """Return the seconds of waiting for a core between two moments."""
         return self._between(1, pid, since, until)
 
     def _between(self, which: int, pid: int, since: float, until: float) -> float:
@@ -77,7 +77,7 @@ class Readings:
 
 @contextmanager
 def calling(call: Callable[[], object]) -> Iterator[None]:
-    """One caller, who calls again as soon as it is answered."""
+    """A caller that calls again as soon as it is answered."""
     ends = threading.Event()
 
     def go() -> None:
@@ -95,9 +95,9 @@ def calling(call: Callable[[], object]) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A mesh's processes over a stretch of time: what /proc has said, until when, and what was resident then.
+    """A mesh's processes over a stretch of time: what /proc said, when it ended, and the memory at that moment.
 
-    `pids` are by pod and process; Prometheus tells a pod's workers by slot, so here they are by their number of birth.
+    `pids` are by pod and process. Prometheus tells a pod's workers by slot, and here they are by order of their start.
     """
 
     watched: Watched
@@ -107,7 +107,7 @@ class Compared:
     resident: Mapping[int, int]
 
     def panel(self, number: int) -> list[Series]:
-        """What a panel of the board shows then; of a pod whose last scrape failed, what the one before told."""
+        """Return a panel of the board at that time. For a pod whose last scrape failed, use the scrape before."""
         values = {**BOARD.everything(), "__rate_interval": f"{WINDOW_SECONDS:g}s"}
         (asked,) = [asked.expr for asked in BOARD.asks() if asked.number == number]
         since = self.moment - _FAILING_SECONDS
@@ -118,7 +118,7 @@ class Compared:
 def compared(watched: Watched) -> Compared:
     """Two long calls at any time, and many small ones, for as long as the panels look back."""
     door, prometheus = watched.door, watched.prometheus
-    # Runs of the load that nobody waited for are over, and who was killed of it is replaced.
+    # The load's abandoned runs are over, and workers that were killed for them are replaced.
     rest = "sum(unlatch_worker_up) == 4 unless on () count(unlatch_worker_running_seconds)"
     wait_until(lambda: prometheus.query(rest), "every worker rests", 60.0)
     pids = {("unlatch-gateway-0", "gateway"): watched.gateway.pid}
@@ -154,13 +154,13 @@ def by_process(given: Sequence[Series]) -> dict[tuple[str, str], float]:
 
 
 def test_utilisation_is_that_of_proc(compared: Compared) -> None:
-    """Of each process the lines and the heat map show processor time over wall time within 0.1 of /proc's."""
+    """For each process the lines and the heat map show processor time over wall time within 0.1 of /proc's."""
     since, until = compared.moment - WINDOW_SECONDS, compared.moment
     expected = {name: compared.readings.used(pid, since, until) / WINDOW_SECONDS for name, pid in compared.pids.items()}
     for panel in (UTILISATION, HEAT):
         shown = by_process(compared.panel(panel))
         assert matched(shown) == pytest.approx(matched(expected), abs=WITHIN_RATIO)
-    # Whether they had a core or not.
+    # Both with a core and without one.
     assert max(one.value for one in compared.panel(IN_A_RUN)) > 0.5, "no worker was busy"
 
 
@@ -168,12 +168,12 @@ def test_utilisation_is_that_of_proc(compared: Compared) -> None:
     ("counter", "within_seconds"),
     [
         ("unlatch_process_cpu_seconds_total", WITHIN_CPU_SECONDS),
-        # A wait is counted when it is over, and with no core to spare one lasts for tenths of a second.
+        # A wait is counted when it is over, and without a core to spare it lasts for tenths of a second.
         ("unlatch_process_core_wait_seconds_total", 0.5),
     ],
 )
 def test_counters_are_those_of_proc(compared: Compared, counter: str, within_seconds: float) -> None:
-    """From scrape to scrape, over the whole window, what each process used or waited grows as /proc's does."""
+    """From scrape to scrape, over the whole window, what each process used or waited grows as in /proc."""
     of_proc = compared.readings.used if "cpu" in counter else compared.readings.waited
     grown: dict[tuple[str, str], float] = {}
     expected: dict[tuple[str, str], float] = {}
@@ -186,13 +186,13 @@ def test_counters_are_those_of_proc(compared: Compared, counter: str, within_sec
 
 
 def test_memory_is_that_of_proc(compared: Compared) -> None:
-    """What each process has in RAM is /proc's VmRSS within 4 MiB."""
+    """Each process's memory is /proc's VmRSS within 4 MiB."""
     expected = {name: float(compared.resident[pid]) for name, pid in compared.pids.items()}
     assert matched(by_process(compared.panel(MEMORY))) == pytest.approx(matched(expected), abs=WITHIN_BYTES)
 
 
 def matched(values: Mapping[tuple[str, str], float]) -> dict[str, float]:
-    """By name, workers by their rank in their pod: slots are not told by pids."""
+    """Match series and processes by name, and workers by their order in the pod: slots do not have pids."""
     named = {f"{pod} {process}": value for (pod, process), value in values.items() if "worker" not in process}
     for pod in {pod for pod, _ in values}:
         of_pod = [value for (name, process), value in values.items() if name == pod and "worker" in process]

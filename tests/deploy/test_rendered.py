@@ -1,4 +1,4 @@
-"""What is rendered serves: real processes with the variables of the manifests, certificates by the manifests' words."""
+"""The rendered manifests serve: real processes with their variables, and certificates with their names."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tests.support.doors import LaneEnd
 from unlatch import TLS, BlockingClient
 from unlatch.common.errors import Unavailable
 
-# As the README has a caller ask for one.
+# As a caller in the README requests one.
 NAME = "spiffe://example.org/ns/research/alice"
 CALLER = {
     "uris": [NAME],
@@ -40,12 +40,12 @@ class Prod:
 
     @property
     def tls(self) -> TLS:
-        """What a caller says by them."""
+        """A caller's TLS settings with these files."""
         ca, cert, key = (self.caller[name] for name in ("ca.crt", "tls.crt", "tls.key"))
         return TLS(ca=ca, cert=cert, key=key, name="unlatch-gateway")
 
     def opens_a_lane(self, secret: dict[str, bytes], *, name: str, address: str) -> bool:
-        """Whether who shows this is let in by the service of that name."""
+        """Whether the service of that name accepts this certificate on a lane."""
         trusted = self.issuer.secret(name)["ca.crt"]
         credentials = grpc.ssl_channel_credentials(trusted, secret["tls.key"], secret["tls.crt"])
         options = [("grpc.ssl_target_name_override", name), ("grpc.use_local_subchannel_pool", 1)]
@@ -59,7 +59,7 @@ class Prod:
 
 @pytest.fixture(scope="module")
 def prod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prod]:
-    """With certificates by the Certificates that are in the overlay."""
+    """The overlay for production, with the certificates that it asks for."""
     root, manifests = tmp_path_factory.mktemp("prod"), overlay("prod")
     issuer = CertManager(manifests)
     mounts = Mounts(manifests, root, issuer)
@@ -69,21 +69,21 @@ def prod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prod]:
 
 
 def serves(pods: Pods, *, tls: TLS | bool = False) -> bool:
-    """Whether a call is answered, as it should be."""
+    """Check that a call is answered correctly."""
     with BlockingClient(pods.address, tls=tls, timeout=20) as client:
         counts = client.call("histogram", np.array([1.0, 2.0, 2.0, 3.0]), bins=3)
         return list(counts[0]) == [1, 2, 1]
 
 
 def test_prod_serves_callers_with_certificates(prod: Prod) -> None:
-    """A caller with a certificate of the callers' issuer is answered, and known by what it says."""
+    """A caller with a certificate of the callers' issuer is answered, and is identified by its certificate."""
     assert serves(prod.pods, tls=prod.tls)
     entry = prod.pods.gateway.wait_for("call", kernel="histogram")
     assert entry["tenant"] == NAME
 
 
 def test_prod_lets_nobody_else_in(prod: Prod) -> None:
-    """Not without a certificate, nor with one that opens lanes, nor with one that is for serving."""
+    """Callers without a certificate, with one for lanes, or with one for serving are refused."""
     own = prod.tls
     for tls in (False, TLS(ca=own.ca, name=own.name)):
         with pytest.raises(Unavailable):
@@ -100,13 +100,13 @@ def test_prod_lets_nobody_else_in(prod: Prod) -> None:
 
 
 def test_prod_answers_probes(prod: Prod) -> None:
-    """Each probe, in plaintext, at the health port, for the service that the manifests name."""
+    """Each probe is answered in plaintext at the health port, for the service that the manifests name."""
     for service in SERVICES:
         assert [prod.pods.probed(service, probe) for probe in PROBES] == [SERVING] * 3, service
 
 
 def test_prod_takes_renewed_certificates(prod: Prod) -> None:
-    """When every secret is another one both services take all of them, and callers are answered as before."""
+    """When every secret is renewed, both services take all of them, and callers are answered as before."""
     assert serves(prod.pods, tls=prod.tls)
     prod.mounts.renew()
     pods = prod.pods
@@ -116,7 +116,7 @@ def test_prod_takes_renewed_certificates(prod: Prod) -> None:
 
 
 def test_dev_serves_everybody(tmp_path: Path) -> None:
-    """The overlay for a laptop starts as it is, answers a caller of whom it knows nothing, and each probe."""
+    """The overlay for a laptop starts unchanged, and answers an unknown caller and each probe."""
     manifests = overlay("dev")
     with running(manifests, tmp_path) as pods:
         assert serves(pods)

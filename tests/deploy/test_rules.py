@@ -1,4 +1,4 @@
-"""The rules: each alert fires when it should and is silent when it should, and all that they look at is there."""
+"""The rules: each alert fires when it should and is silent when it should, and every series that they read exists."""
 
 import json
 import re
@@ -27,12 +27,12 @@ LOADED: list[dict[str, Any]] = [
 ]
 ALERTS = {rule["alert"]: rule for rule in LOADED if "alert" in rule}
 RECORDED = {rule["record"]: rule for rule in LOADED if "record" in rule}
-# What Prometheus itself adds to each target.
+# Labels that Prometheus itself adds to each target.
 OF_PROMETHEUS = {"up"}
 
 
 def promtool(*arguments: str, fed: str | None = None) -> str:
-    """What it says, where all is well; skips the test where there is none."""
+    """Run promtool and return its output. Fails where promtool does; skips the test where it is missing."""
     if shutil.which("promtool") is None:
         pytest.skip("there is no promtool here: apt-get install --no-install-recommends prometheus")
     ran = subprocess.run(["promtool", *arguments], input=fed, capture_output=True, text=True, check=False, timeout=120)
@@ -41,7 +41,7 @@ def promtool(*arguments: str, fed: str | None = None) -> str:
 
 
 def looked_at(expression: Any) -> Iterator[Any]:
-    """The parts of an alert's expression that must have values where all is well: it without its comparisons."""
+    """Return the parts of an alert's expression that must have values in a healthy mesh: it without its comparisons."""
     match expression:
         case promql_parser.ParenExpr():
             yield from looked_at(expression.expr)
@@ -57,12 +57,12 @@ def looked_at(expression: Any) -> Iterator[Any]:
 
 
 def operator(expression: Any) -> str:
-    """Of a binary expression, as it is written: the parser has no other name for it."""
+    """Return the operator of a binary expression as it is written: the parser has no other name for it."""
     return str(expression).removeprefix(str(expression.lhs)).split()[0]
 
 
 def names(expression: Any) -> set[str]:
-    """The metrics that an expression names."""
+    """Return the metrics that an expression names."""
     found: set[str] = set()
 
     def visit(part: Any) -> bool:
@@ -76,12 +76,12 @@ def names(expression: Any) -> set[str]:
 
 
 def test_rules_are_sound() -> None:
-    """Nothing is wrong with them, says promtool."""
+    """Promtool finds nothing wrong with the rules."""
     assert f"{len(LOADED)} rules found" in promtool("check", "rules", "--lint-fatal", str(RULES))
 
 
 def test_operators_rules_are_the_same() -> None:
-    """`make rules` was run since the source was changed last."""
+    """The operator's rules are those that `make rules` makes of the source."""
     made = yaml.safe_load(OPERATORS_RULES.read_text())
     assert (made["apiVersion"], made["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
     assert made["spec"] == yaml.safe_load(RULES.read_text())
@@ -89,7 +89,7 @@ def test_operators_rules_are_the_same() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_alert(case: Case, tmp_path: Path) -> None:
-    """It fires, with its labels, or is silent."""
+    """The alert fires with its labels, or is silent."""
     labels = {"alertname": case.alert, "alertstate": "firing", "severity": ALERTS[case.alert]["labels"]["severity"]}
     written = ",".join(f'{name}="{value}"' for name, value in {**labels, **(case.fires or {})}.items())
     test = {
@@ -111,14 +111,14 @@ def test_alert(case: Case, tmp_path: Path) -> None:
 
 
 def test_every_alert_is_tested_both_ways() -> None:
-    """Each has a case in which it fires, and one in which it does not."""
+    """Each alert has a case in which it fires, and one in which it does not."""
     assert {case.alert for case in CASES if case.fires is not None} == set(ALERTS)
     assert {case.alert for case in CASES if case.fires is None} == set(ALERTS)
 
 
 @pytest.mark.parametrize("alert", ALERTS.values(), ids=ALERTS)
 def test_alert_says_what_it_knows(alert: dict[str, Any]) -> None:
-    """How bad it is, what is wrong, and where the runbook is; and it names no label that it has not got."""
+    """Each alert has a severity, a summary and a runbook, and uses no label that it does not have."""
     assert alert["labels"]["severity"] in {"critical", "warning"}
     annotations = alert["annotations"]
     assert annotations["summary"].endswith(".")
@@ -144,7 +144,7 @@ def test_every_alert_has_its_runbook() -> None:
 
 
 def test_every_rule_looks_at_something(watched: Watched) -> None:
-    """Of a mesh under load every recorded series has values, and so has whatever an alert compares."""
+    """For a mesh under load every recorded series has values, and so has each part that an alert compares."""
     for name, rule in RECORDED.items():
         assert watched.ask(rule["expr"]), f"{name} would have no value"
         assert watched.ask(name), f"{name} was not recorded"
@@ -154,7 +154,7 @@ def test_every_rule_looks_at_something(watched: Watched) -> None:
 
 
 def test_rules_name_what_is_exported(watched: Watched) -> None:
-    """Metrics of the mesh, what other rules have recorded, and `up`."""
+    """The rules read metrics of the mesh, series that other rules record, and `up`."""
     exported = {name for target in watched.targets for name, _ in Scrape(target.address).samples}
     for rule in LOADED:
         unknown = names(promql_parser.parse(rule["expr"])) - exported - RECORDED.keys() - OF_PROMETHEUS
@@ -162,13 +162,13 @@ def test_rules_name_what_is_exported(watched: Watched) -> None:
 
 
 def test_rules_evaluate_without_a_fault(watched: Watched) -> None:
-    """Prometheus has evaluated them all the while, templates too, and no two of their series were one."""
+    """Prometheus has evaluated all rules and templates without an error, and no two results had the same labels."""
     told = watched.prometheus.get("rules")["groups"]
     assert sum(len(group["rules"]) for group in told) == len(LOADED)
     assert [rule["lastError"] for group in told for rule in group["rules"] if rule["health"] != "ok"] == []
 
 
 def test_metrics_are_as_they_should_be(watched: Watched) -> None:
-    """There is nothing that promtool would have otherwise in what each service exports: names, units, texts."""
+    """Promtool has no objection to the names, units and texts that each service exports."""
     for target in watched.targets:
         assert promtool("check", "metrics", fed=Scrape(target.address).text) == ""

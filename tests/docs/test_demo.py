@@ -14,7 +14,7 @@ from unlatch.compute.kernels.images import gaussian_blur, sobel
 
 
 def test_demo_processes_a_photograph_on_all_workers(tmp_path: Path) -> None:
-    """Every worker computes strips of both kernels, and the pictures are those of the whole image at once."""
+    """Every worker computes strips of both kernels, and the pictures equal those of the whole image at once."""
     demo = [sys.executable, str(ROOT / "examples" / "photograph.py"), str(tmp_path / "demo")]
     told = subprocess.run(demo, capture_output=True, text=True, timeout=50, check=False)
     assert told.returncode == 0, told.stdout + told.stderr

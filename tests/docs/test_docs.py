@@ -1,4 +1,4 @@
-"""What the docs list is what there is: settings, metrics, built-in kernels, modules."""
+"""The docs list what exists: settings, metrics, built-in kernels, modules."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ ONE = "(?:gateway|dispatcher)"  # process that exports a metric
 
 
 def settings_table(kind: type[Settings]) -> str:
-    """A service's settings as docs/operations/settings.md has them."""
+    """Return a service's settings as docs/operations/settings.md lists them."""
     rows = ["| flag | default | meaning |", "|---|---|---|"]
     for name, field in kind.model_fields.items():
         default = "the host's name" if field.default_factory else field.default
@@ -41,7 +41,7 @@ def test_every_setting_is_listed_with_its_default(kind: type[Settings]) -> None:
 
 
 def test_every_metric_is_listed(mesh: Mesh) -> None:
-    """What gateway and dispatcher export is in the table, with its labels, and nothing else is."""
+    """The table has everything that gateway and dispatcher export, with its labels, and nothing else."""
     exported: dict[str, set[str]] = {}
     for address in (mesh.gateway_metrics, mesh.front_metrics):
         with urlopen(f"http://{address}/metrics") as scraped:
@@ -55,13 +55,13 @@ def test_every_metric_is_listed(mesh: Mesh) -> None:
 
 
 def test_every_built_in_kernel_is_listed() -> None:
-    """The table in docs/kernels.md has each by name, with its first sentence's arguments."""
+    """The table in docs/kernels.md has each kernel by name, with its first sentence's arguments."""
     listed = re.findall(r"^\| `(\w+)\(", KERNELS, re.MULTILINE)
     assert sorted(listed) == sorted(load(()).specs)
 
 
 def test_every_module_has_its_place_in_the_architecture() -> None:
-    """Each is named in docs/architecture.md, or lies in a folder that is; and each that is named is there."""
+    """Each module, or its folder, is named in docs/architecture.md, and each name there exists."""
     rooms = [path for name in ("gateway", "compute", "common", "unlatch") for path in (ROOT / name).rglob("*.py")]
     folders = [ROOT / name for name in re.findall(r"`(\w+/[\w/]+)/`", ARCHITECTURE)]
     alone = {path.name for path in rooms if not {*path.parents} & {*folders} and not path.name.startswith("__")}

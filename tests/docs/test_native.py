@@ -1,4 +1,4 @@
-"""The example kernel in C++ (examples/native): it is built, served, right, and works without the interpreter lock."""
+"""The example kernel in C++ (examples/native): it builds, serves, computes right, and releases the interpreter lock."""
 
 import importlib
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(240)  # a compiler's time
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory into which pip has installed the example, with the build tools that the tests have already."""
+    """A directory into which pip has installed the example, with the tests' own build tools."""
     for tool in ("g++", "cmake"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is missing")
@@ -43,13 +43,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def native(built: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The package, imported here."""
+    """The example's package, imported into this process."""
     monkeypatch.syspath_prepend(str(built))
     return importlib.import_module("native_kernels")
 
 
 def reference_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """The recurrence as it is written down, cell by cell."""
+    """Compute the recurrence as it is defined, cell by cell."""
     cost = np.full((len(x) + 1, len(y) + 1), np.inf)
     cost[0, 0] = 0.0
     for i in range(len(x)):
@@ -59,7 +59,7 @@ def reference_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_gives_what_the_recurrence_gives(native: ModuleType) -> None:
-    """Bit by bit: the same additions in the same order."""
+    """The result equals the recurrence's bit by bit: the same additions in the same order."""
     random = np.random.default_rng(1)
     for n, m in ((1, 1), (1, 7), (7, 1), (30, 40), (64, 64)):
         rows, reference = random.normal(size=(3, n)), random.normal(size=m)
@@ -68,7 +68,7 @@ def test_gives_what_the_recurrence_gives(native: ModuleType) -> None:
 
 
 def test_stretched_series_are_not_far(native: ModuleType) -> None:
-    """A series is at no distance from itself played at half speed."""
+    """A series has no distance from itself played at half speed."""
     series = np.sin(np.linspace(0, 6, 50))
     assert native.warping_distance(np.repeat(series, 2)[None], series).tolist() == [0.0]
 
@@ -84,16 +84,16 @@ def test_stretched_series_are_not_far(native: ModuleType) -> None:
     ],
 )
 def test_refuses_what_makes_no_sense(native: ModuleType, rows: np.ndarray, reference: np.ndarray, says: str) -> None:
-    """By KernelError, before any work."""
+    """Impossible arguments raise KernelError before any work."""
     with pytest.raises(KernelError, match=says):
         native.warping_distance(rows, reference)
 
 
 def progresses_during(call: Callable[[], object]) -> bool:
-    """Whether another thread gets the interpreter lock while something is called, which Python itself never takes away.
+    """Whether another thread gets the interpreter lock during a call, though Python itself never takes it away.
 
-    Once the switch interval is longer than the test, a thread gives the lock up only where it says so. So the other
-    thread can have run only if what is called has let it.
+    With a switch interval longer than the test, a thread gives the lock up only where its code says so. So the other
+    thread can run only if the called function lets it.
     """
     begun, progressed = threading.Event(), threading.Event()
 
@@ -118,7 +118,7 @@ def progresses_during(call: Callable[[], object]) -> bool:
 
 
 def test_releases_the_interpreter_lock(native: ModuleType) -> None:
-    """Another thread makes progress during the call; during one that keeps the lock it does not."""
+    """Another thread makes progress during the call, and makes none during a call that keeps the lock."""
     rows, reference, out = np.ones((1, 5000)), np.ones(5000), np.empty(1)
     numbers = list(range(200_000))
     assert not progresses_during(lambda: sorted(numbers))
@@ -126,7 +126,7 @@ def test_releases_the_interpreter_lock(native: ModuleType) -> None:
 
 
 def test_is_served(built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By its package's name, on read-only inputs; its refusals reach the caller."""
+    """The kernel is served by its package's name, on read-only inputs, and its refusals reach the caller."""
     monkeypatch.setenv("PYTHONPATH", str(built))
     rows, reference = np.random.default_rng(2).normal(size=(5, 20)), np.linspace(-1, 1, 30)
     with (
@@ -140,10 +140,10 @@ def test_is_served(built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_passes_its_check(built: Path) -> None:
-    """`unlatch check` finds no fault in it."""
+    """`unlatch check` finds no fault in the kernel."""
     command = [sys.executable, "-m", "unlatch", "check", "native_kernels", "--most-mib", "0.01"]
     ran = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(built)}, capture_output=True, text=True, timeout=50, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "1 kernel, 0 faults, 1 note\n" in ran.stdout  # it refuses empty series
+    assert "1 kernel, 0 faults, 1 note\n" in ran.stdout  # The kernel refuses empty series.

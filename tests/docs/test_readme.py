@@ -4,10 +4,10 @@
     ```python      run by Python; one whose first line is `# a_name.py` is saved under that name instead
     ```javascript  saved, by the same rule
 
-The README's directory is like a fresh checkout's, the guide's is empty. They use the default ports. So that nothing
-else on the machine is in the way, or is disturbed, all of it happens in a network namespace of its own where the system
-grants one. Where it does not, and the ports are taken, it is skipped. `npm install` alone happens before, where there
-is a network; where it cannot, what needs it is left out, and the test says so by being skipped at its end.
+The README's directory is like a fresh checkout's, the guide's is empty. They use the default ports. To keep them apart
+from other programs on the machine, all blocks run in a network namespace of their own where the system grants one.
+Where it does not, and the ports are taken, the test is skipped. Only `npm install` runs before, outside the namespace.
+Where it fails, the blocks that need it are left out, and the test is skipped at its end to say so.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 
 @pytest.mark.timeout(120)
 def test_readme_runs_as_written(tmp_path: Path) -> None:
-    """Every block ends with 0, and each server too when it is told to stop."""
+    """Every block ends with 0, and so does each server when it is stopped."""
     for entry in ROOT.iterdir():
         if entry.name not in {".git", "demo", "build", "dist"} and not entry.name.endswith("_cache"):
             (tmp_path / entry.name).symlink_to(entry)
@@ -48,7 +48,7 @@ def test_readme_runs_as_written(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_guide_runs_as_written(tmp_path: Path) -> None:
-    """From an empty directory to a kernel of one's own, called from the shell, from Python and from Node."""
+    """The guide leads from an empty directory to an own kernel, called from the shell, from Python and from Node."""
     lacking = npm_installs(GUIDE, tmp_path)
     run_document(GUIDE, tmp_path, *(["--without-node"] if lacking else []))
     if lacking:
@@ -56,7 +56,7 @@ def test_guide_runs_as_written(tmp_path: Path) -> None:
 
 
 def npm_installs(document: Path, directory: Path) -> str:
-    """Run the document's `npm install`; why not, where it cannot be."""
+    """Run the document's `npm install`. Return the reason if it cannot run."""
     for tool in ("node", "npm"):
         if shutil.which(tool) is None:
             return f"{tool} is missing"
@@ -81,7 +81,8 @@ def run_document(document: Path, directory: Path, *options: str) -> None:
     ran = subprocess.run(
         [*isolated, sys.executable, "-m", "tests.docs.test_readme", str(document), str(directory), *options],
         cwd=ROOT,
-        # Not the settings of whoever runs the tests, nor the ARGS that a `make test` hands to every make below it.
+        # Leave out the settings of the user who runs the tests, and the ARGS that `make test` hands to every make below
+        # it.
         env={name: value for name, value in os.environ.items() if not name.startswith(("UNLATCH_", "MAKE", "MFLAGS"))},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -94,7 +95,7 @@ def run_document(document: Path, directory: Path, *options: str) -> None:
 
 
 def run_blocks(document: Path, directory: Path, *, node: bool) -> None:
-    """Run every block. Raises CalledProcessError or AssertionError, with what was run just printed."""
+    """Run every block. Raises CalledProcessError or AssertionError after printing what was run."""
     server: Server | None = None
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for language, code in BLOCK.findall(document.read_text()):
@@ -118,7 +119,7 @@ def run_blocks(document: Path, directory: Path, *, node: bool) -> None:
 
 
 class Server:
-    """What a block serves, once it does."""
+    """A server that a block has started."""
 
     def __init__(self, code: str, directory: Path) -> None:
         self.code = code
@@ -131,7 +132,7 @@ class Server:
         self.wait_for("serving", *(["watching kernels"] if "--reload" in code else []))
 
     def wait_for(self, *events: str) -> None:
-        """Wait until it has logged these, and that a replica is ready, since the last time that it was waited for."""
+        """Wait until the server has logged these, and that a replica is ready, since the last wait."""
         deadline = time.monotonic() + 30.0
         while True:
             lines = self._log.read_text().split("\n")[:-1]
@@ -146,7 +147,7 @@ class Server:
             signal.sigtimedwait((), 0.05)
 
     def stop(self) -> None:
-        """Ctrl-C, as whoever reads would."""
+        """Send Ctrl-C, as a reader would."""
         os.killpg(self._process.pid, signal.SIGINT)
         self._process.wait(10)
 

@@ -1,4 +1,4 @@
-"""Bad input by either door: the exact status, a message that names the field, and the next call is served."""
+"""Bad input through either door: the exact status, a message that names the field, and the next call is served."""
 
 import random
 import re
@@ -32,7 +32,7 @@ KIBIBYTE = 1024
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A wrong request, and how it is to be refused. `says` is a pattern that the message holds."""
+    """A wrong request, and its refusal. `says` is a pattern that the message contains."""
 
     name: str
     message: ModelInferRequest
@@ -52,7 +52,7 @@ def spoilt(message: ModelInferRequest, spoil: Callable[[ModelInferRequest], obje
 
 
 def one_input(datatype: str, shape: list[int], raw: bytes, np_dtype: str = "") -> ModelInferRequest:
-    """`identity` of one tensor, as described."""
+    """Make a request for `identity` with one tensor as described."""
     message = ModelInferRequest(model_name="identity", raw_input_contents=[raw])
     tensor = message.inputs.add(name="x", datatype=datatype, shape=shape)
     if np_dtype:
@@ -238,7 +238,7 @@ def test_wrong_call_is_refused_by_the_protocols_door(case: Case, oip: Oip) -> No
 
 
 def test_wrong_calls_are_refused_one_by_one_on_a_lane(lane: LaneEnd) -> None:
-    """Each wrong call has its own failure, right calls among them have their results, and the lane lives on."""
+    """Each wrong call has its own failure, right calls among them have their results, and the lane goes on."""
     on_lane = [case for case in CASES if not case.message.inputs or not case.message.inputs[0].HasField("contents")]
     for number, case in enumerate(on_lane):
         lane.call(number, case.message)
@@ -267,7 +267,7 @@ def test_wrong_calls_are_refused_one_by_one_on_a_lane(lane: LaneEnd) -> None:
     ],
 )
 def test_kernel_that_misbehaves_fails_its_own_call(kernel: str, code: str, says: str, mesh: Mesh, oip: Oip) -> None:
-    """The caller learns what it may; the worker that ran it runs the next call too."""
+    """The caller sees what it may see. The worker that ran the call runs the next one too."""
     workers = mesh.workers
     refusal = oip.refusal(vector(kernel, 1, 2, 3))
     assert refusal.code == code, refusal
@@ -292,14 +292,14 @@ def test_kernel_that_returns_what_no_datatype_carries_fails_its_own_call(dtype: 
 
 @pytest.mark.parametrize("message", ["", "x is no prime", "größe: 0 < x\nand x < 1 %41", "x" * 1000])
 def test_kernel_error_reaches_its_caller_as_it_stands(message: str, oip: Oip) -> None:
-    """Whatever the text holds, it arrives with INVALID_ARGUMENT."""
+    """Any text arrives unchanged with INVALID_ARGUMENT."""
     assert oip.refusal(request("raises_kernel_error", None, message=message)) == Refusal(INVALID, message)
 
 
 @pytest.mark.parametrize("character", ["x", "ö", "\U0001f40d", "\n"])
 @pytest.mark.parametrize("length", [1000, 5000, 1_000_000])
 def test_kernel_error_that_fits_no_trailer_is_cut(character: str, length: int, mesh: Mesh, oip: Oip) -> None:
-    """Trailers of more than some KiB and the status with them: a long text is cut, the status stays."""
+    """A long text is cut, since trailers of more than some KiB are lost and the status with them. The status stays."""
     workers = mesh.workers
     refusal = oip.refusal(request("raises_kernel_error", None, message=character, times=length))
     assert refusal.code == INVALID, refusal
@@ -310,7 +310,7 @@ def test_kernel_error_that_fits_no_trailer_is_cut(character: str, length: int, m
 
 @pytest.mark.parametrize("kind", ["surrogate", "exception"])
 def test_kernel_error_that_is_no_text_fails_its_own_call(kind: str, mesh: Mesh, oip: Oip) -> None:
-    """A KernelError of something that UTF-8 or a frame cannot hold is still INVALID_ARGUMENT, and no worker ends."""
+    """A KernelError that UTF-8 or a frame cannot hold is still INVALID_ARGUMENT, and no worker ends."""
     workers = mesh.workers
     assert oip.refusal(request("raises_kernel_error_of", None, kind=kind)).code == INVALID
     assert oip.serves()
@@ -325,20 +325,20 @@ def test_kernels_exception_is_logged_whole(mesh: Mesh, oip: Oip) -> None:
         stories = [entry.get("story", "") for entry in mesh.front_service.entries]
         return [story for story in stories if story.startswith(identity)]
 
-    # The log may come after the answer, and others of this kernel have failed before.
+    # The log line may come after the answer, and other calls of this kernel have failed before.
     wait_until(told, "it is logged")
     assert "a secret of the server" in told()[0]
 
 
 @pytest.mark.parametrize("microseconds", [1, 1000, 100_000])
 def test_expired_deadline_is_told(microseconds: int, mesh: Mesh, oip: Oip, lane: LaneEnd) -> None:
-    """A call whose time is over ends DEADLINE_EXCEEDED by either door, and the others go on."""
+    """A call without time left ends DEADLINE_EXCEEDED through either door, and other calls go on."""
     slow = request("sleeps", None, seconds=0.3)
 
     def idle() -> bool:
         return not Scrape(mesh.front_metrics).labels("unlatch_worker_running_seconds")
 
-    # Behind a run it would be refused as it comes.
+    # Behind a run it would be refused on arrival.
     wait_until(idle, "the workers are idle")
     lane.call(1, slow, remaining_microseconds=microseconds)
     refusal = lane.refusal(1)
@@ -352,13 +352,16 @@ def test_expired_deadline_is_told(microseconds: int, mesh: Mesh, oip: Oip, lane:
 
 @pytest.mark.parametrize("microseconds", [2**63, 2**64 - 1])
 def test_endless_deadline_is_the_longest_there_is(microseconds: int, lane: LaneEnd) -> None:
-    """More time than clocks count is no error."""
+    """A deadline beyond what clocks can count is no error."""
     lane.call(1, vector("identity", 1), remaining_microseconds=microseconds)
     assert lane.refusal(1).code == "OK"
 
 
 def test_oversized_messages_are_refused_with_the_bound(start_mesh: StartMesh) -> None:
-    """A request or response over max_message_bytes is RESOURCE_EXHAUSTED; up to a size we say what to do instead."""
+    """Messages over max_message_bytes are RESOURCE_EXHAUSTED.
+
+    Up to a certain size the message says what to do instead.
+    """
     mesh = start_mesh(gateway=["--max-message-bytes", str(256 * KIBIBYTE)])
     with grpc.insecure_channel(mesh.gateway, options=LARGE) as channel:
         oip = Oip(channel)
@@ -367,7 +370,7 @@ def test_oversized_messages_are_refused_with_the_bound(start_mesh: StartMesh) ->
         for size in (257 * KIBIBYTE, 4096 * KIBIBYTE, 16384 * KIBIBYTE):
             refusal = oip.refusal(request("identity", {"x": np.zeros(size, "u1")}))
             assert refusal.code == "RESOURCE_EXHAUSTED", (size, refusal)
-            # What is larger still gRPC refuses, in its own words.
+            # Larger messages are refused by gRPC, in its own words.
             assert ("lane carries larger ones" if size < 8192 * KIBIBYTE else "larger than max") in refusal.message
             assert oip.serves()
         a, b = np.zeros((200, 1)), np.zeros((1, 200))
@@ -392,7 +395,7 @@ def test_oversized_messages_are_refused_with_the_bound(start_mesh: StartMesh) ->
 def test_calls_over_a_bound_are_refused_with_it(
     front: list[str], gateway: list[str], says: str, start_mesh: StartMesh
 ) -> None:
-    """Each bound on bytes is RESOURCE_EXHAUSTED with its name and value; what is under it is served."""
+    """Each bound on bytes is RESOURCE_EXHAUSTED with its name and value. A call below it is served."""
     mesh = start_mesh(front=front, gateway=gateway)
     with grpc.insecure_channel(mesh.gateway, options=LARGE) as channel:
         oip = Oip(channel)
@@ -402,7 +405,7 @@ def test_calls_over_a_bound_are_refused_with_it(
 
 
 def test_unknown_model_is_not_found_by_its_metadata_either(oip: Oip) -> None:
-    """ModelMetadata ends NOT_FOUND with near names, and ModelReady says no; a known one has both."""
+    """ModelMetadata ends NOT_FOUND with similar names, and ModelReady is false. A known model has both."""
     unknown = ModelMetadataRequest(name="identiti").SerializeToString()
     refusal = oip.refusal(unknown, "ModelMetadata")
     assert (refusal.code, refusal.fields) == ("NOT_FOUND", ("model_name",))
@@ -414,17 +417,17 @@ def test_unknown_model_is_not_found_by_its_metadata_either(oip: Oip) -> None:
     assert [tensor.name for tensor in ModelMetadataResponse.FromString(answer).outputs] == ["mean", "ranks"]
 
 
-# Bytes that are no messages, or not those that were meant.
+# Bytes that are not messages, or not the intended ones.
 
 fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 RIGHT = request("shared_axes", {"a": np.ones((2, 3)), "b": np.ones((3, 4)), "c": np.ones(2)}).SerializeToString()
-# What a caller's own fault, or luck, can come to.
+# Statuses that a caller's own fault, or luck, can lead to.
 CALLERS_FAULT = {INVALID, "NOT_FOUND", "OK"}
 
 
 @st.composite
 def mutated(draw: st.DrawFn, message: bytes) -> bytes:
-    """A message with some bytes changed, cut out, doubled or put in."""
+    """Return a message with some bytes changed, cut out, doubled or inserted."""
     spoiling = bytearray(message)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(spoiling)))
@@ -437,12 +440,12 @@ def mutated(draw: st.DrawFn, message: bytes) -> bytes:
 @fuzzed
 @given(message=st.one_of(st.binary(max_size=200), mutated(RIGHT)))
 def test_any_bytes_are_answered_as_the_callers_fault(message: bytes, oip: Oip) -> None:
-    """Random and mutated requests end in a status that says what is wrong with them, never in a fault of ours."""
+    """Random and mutated requests end with a status that says what is wrong, and never with an internal error."""
     assert oip.refusal(message).code in CALLERS_FAULT
 
 
 def test_truncated_request_is_refused_at_every_length(oip: Oip) -> None:
-    """A request that was cut anywhere is refused; and after all of them a right one is served."""
+    """A request that was cut at any byte is refused. After all of them a right one is served."""
     for length in range(len(RIGHT)):
         refusal = oip.refusal(RIGHT[:length])
         assert refusal.code in {INVALID, "NOT_FOUND"}, length
@@ -451,7 +454,7 @@ def test_truncated_request_is_refused_at_every_length(oip: Oip) -> None:
 
 @pytest.mark.parametrize("method", ["ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata"])
 def test_other_methods_take_any_bytes(method: str, oip: Oip) -> None:
-    """The small methods refuse what is no message, or need not read it."""
+    """The small methods refuse bytes that are no message, or do not need to read them."""
     chosen = random.Random(0)
     for length in range(1, 40):
         assert oip.refusal(b"\x0a\xff" + chosen.randbytes(length), method).code in CALLERS_FAULT
@@ -465,7 +468,7 @@ WHOLE_CALL = LaneMessage(
 @fuzzed
 @given(message=st.one_of(st.binary(min_size=1, max_size=200), mutated(WHOLE_CALL)))
 def test_any_bytes_on_a_lane_harm_that_lane_alone(message: bytes, channel: grpc.Channel) -> None:
-    """A lane answers, or ends INVALID_ARGUMENT; a call that another lane has under way never notices."""
+    """The lane gives an answer or ends INVALID_ARGUMENT. A running call of another lane is not affected."""
     with LaneEnd(channel) as untouched, LaneEnd(channel) as spoilt_lane:
         untouched.call(1, request("sleeps", None, seconds=0.0))
         spoilt_lane.send_bytes(message)
@@ -475,7 +478,7 @@ def test_any_bytes_on_a_lane_harm_that_lane_alone(message: bytes, channel: grpc.
 
 
 def ended_by(channel: grpc.Channel, frames: Frames, *payload: bytes) -> Refusal:
-    """How a lane ends on which a slow call is under way and this message comes."""
+    """Return how a lane ends that has a slow call in flight when this message comes."""
     slow = Frames(calls=[descriptor(1, request("sleeps", None, seconds=0.05))])
     slow.MergeFrom(frames)
     with LaneEnd(channel) as lane:
@@ -509,7 +512,7 @@ LONG_BODY = LONG.raw_input_contents[0]
 def test_what_no_caller_may_send_ends_its_lane(
     frames: Frames, payload: list[bytes], says: str, channel: grpc.Channel, lane: LaneEnd
 ) -> None:
-    """The lane ends INVALID_ARGUMENT with the reason; others are untouched."""
+    """The lane ends INVALID_ARGUMENT with the reason. Other lanes are not affected."""
     end = ended_by(channel, frames, *payload)
     assert (end.code, says in end.message) == (INVALID, True), end
     assert lane.serves(1)
@@ -517,7 +520,7 @@ def test_what_no_caller_may_send_ends_its_lane(
 
 @pytest.mark.parametrize("extra", [1, 100_000])
 def test_piece_that_overruns_its_tensor_ends_its_lane(extra: int, channel: grpc.Channel, lane: LaneEnd) -> None:
-    """A body that is longer than its descriptor says ends the lane; others are untouched."""
+    """A body that is longer than its descriptor says ends the lane. Other lanes are not affected."""
     with LaneEnd(channel) as spoilt_lane:
         spoilt_lane.send(Frames(calls=[descriptor(1, LONG, whole=False)]))
         spoilt_lane.send(piece(1), LONG_BODY + bytes(extra))
@@ -527,7 +530,7 @@ def test_piece_that_overruns_its_tensor_ends_its_lane(extra: int, channel: grpc.
 
 
 def test_empty_piece_ends_its_lane(channel: grpc.Channel) -> None:
-    """A piece of no bytes says nothing, and nobody sends one."""
+    """A piece of no bytes has no meaning, and is not allowed."""
     with LaneEnd(channel) as spoilt_lane:
         spoilt_lane.send(Frames(calls=[descriptor(1, LONG, whole=False)]))
         spoilt_lane.send(piece(1), b"")
@@ -535,7 +538,7 @@ def test_empty_piece_ends_its_lane(channel: grpc.Channel) -> None:
 
 
 def test_frames_about_unknown_calls_are_ignored(lane: LaneEnd) -> None:
-    """A piece for, or a cancel of, a call that is not (or no longer) there means nothing."""
+    """A piece for a call that does not exist, or not any more, is ignored, and so is a cancel."""
     lane.send(piece(99), b"bytes")
     lane.send(Frames(cancels=[99, 2**64 - 1]))
     assert lane.serves(1)
@@ -545,7 +548,7 @@ def test_frames_about_unknown_calls_are_ignored(lane: LaneEnd) -> None:
 
 
 def test_refused_call_may_still_send_its_pieces(lane: LaneEnd) -> None:
-    """A call that is refused by its descriptor is answered at once; what is left of its body is ignored."""
+    """A call that is refused by its descriptor is answered at once, and the rest of its body is ignored."""
     wrong = request("summarise", {"x": np.zeros((300, 300))})
     lane.send(Frames(calls=[descriptor(1, wrong, whole=False)]))
     assert lane.refusal(1).code == INVALID
@@ -555,7 +558,7 @@ def test_refused_call_may_still_send_its_pieces(lane: LaneEnd) -> None:
 
 
 def test_body_may_come_in_any_pieces(lane: LaneEnd) -> None:
-    """Pieces of any size, of several calls by turns, are what was sent."""
+    """Pieces of any size, of several calls by turns, make up the bodies that were sent."""
     for number, size in ((1, 1000), (2, 77_777), (3, 800_000)):
         lane.send(Frames(calls=[descriptor(number, LONG, whole=False)]))
         for frames, payload in pieces(number, [LONG_BODY], size):
@@ -568,7 +571,7 @@ def test_body_may_come_in_any_pieces(lane: LaneEnd) -> None:
 
 @pytest.mark.parametrize("size", [2, 20_000])
 def test_numbers_of_one_lane_mean_nothing_on_another(size: int, channel: grpc.Channel) -> None:
-    """Callers number their calls as they like, and each gets what it asked for, whatever others' numbers are."""
+    """Callers choose their own call numbers. Each gets its own answer, whatever numbers others use."""
     with LaneEnd(channel) as one, LaneEnd(channel) as other:
         bodies = {
             (lane, number): np.full(size, number + 0.25 * (lane is one))
@@ -586,10 +589,10 @@ def test_numbers_of_one_lane_mean_nothing_on_another(size: int, channel: grpc.Ch
 
 
 def test_answer_to_one_lane_takes_nothing_from_another(start_mesh: StartMesh) -> None:
-    """A call answered under a number that another lane's call has at the gateway leaves that call what it is."""
+    """A call's answer leaves another lane's call alone that has the same number at the gateway."""
     mesh = start_mesh()
     with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel) as one, LaneEnd(channel) as other:
-        # The first call that this gateway sends on, so it is number 1 on the replica's lane.
+        # This gateway's first call has number 1 on the replica's lane.
         one.call(5, request("sleeps", None, seconds=0.2))
         assert one.serves(6)
         assert other.serves(1)
@@ -598,7 +601,7 @@ def test_answer_to_one_lane_takes_nothing_from_another(start_mesh: StartMesh) ->
 
 @pytest.mark.parametrize("how", ["closed", "broken", "cancelled", "expired"])
 def test_call_left_in_the_middle_of_its_body_gives_its_memory_back(how: str, start_mesh: StartMesh) -> None:
-    """However a call ends that never had its whole body, far more of them than fit the arena do not exhaust it."""
+    """Calls that end without their whole body free their memory. Far more of them than fit do not exhaust the arena."""
     mesh = start_mesh(front=["--input-arena-bytes", str(3 * len(LONG_BODY))])
     with grpc.insecure_channel(mesh.gateway) as channel:
         for _ in range(8):
@@ -606,7 +609,7 @@ def test_call_left_in_the_middle_of_its_body_gives_its_memory_back(how: str, sta
                 left = descriptor(1, LONG, whole=False, remaining_microseconds=100_000 if how == "expired" else 0)
                 lane.send(Frames(calls=[left]))
                 lane.send(piece(1), LONG_BODY[:1000])
-                # Answered behind it, so the front has seen the descriptor.
+                # This answer comes behind the descriptor, so the front has seen the descriptor.
                 assert lane.serves(2)
                 if how == "broken":
                     lane.send(piece(1), LONG_BODY)
@@ -621,7 +624,7 @@ def test_call_left_in_the_middle_of_its_body_gives_its_memory_back(how: str, sta
 
 
 def test_caller_that_leaves_during_a_drain_does_not_hold_it_up(tmp_path: Path) -> None:
-    """Calls that nobody waits for any more are not drained: the service ends before its drain_seconds are over."""
+    """Abandoned calls are not drained: the service ends before its drain_seconds are over."""
     with running_front(tmp_path / "front.sock") as front:
         with grpc.insecure_channel(front.wait_for("serving")["listen"]) as channel, LaneEnd(channel) as lane:
             lane.call(1, request("sleeps", None, seconds=0.2))

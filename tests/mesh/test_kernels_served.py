@@ -1,4 +1,4 @@
-"""Every built-in kernel through a real mesh: what comes back is what it declares, and what a direct call gives."""
+"""Every built-in kernel through a real mesh: the reply is as declared, and equals a direct call's result."""
 
 from typing import Any
 
@@ -54,13 +54,13 @@ CALLS: dict[str, tuple[tuple[np.ndarray[Any, Any], ...], dict[str, Any]]] = {
 
 
 def test_every_kernel_is_called_here() -> None:
-    """A new kernel is called through a mesh too."""
+    """Each built-in kernel, also a new one, is called through a mesh."""
     assert CALLS.keys() == load(()).specs.keys()
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_served_kernel_gives_what_a_call_gives(mesh: Mesh, name: str) -> None:
-    """The same names, shapes, dtypes and numbers, from a worker."""
+    """A worker gives the same names, shapes, dtypes and numbers as a direct call."""
     arrays, scalars = CALLS[name]
     direct = load(()).functions[name](*arrays, **scalars)
     with BlockingClient(mesh.gateway) as client:

@@ -17,7 +17,7 @@ from tests.support.watching import Scrape, wait_until
 from unlatch.common.errors import NAMES
 
 CODE = r"[a-z][a-z0-9]*(_[a-z0-9]+)*"
-# What the values of each label are. A label that is not here is one that nobody has thought about.
+# The allowed values of each label. A label that is not listed here is a mistake.
 GRAMMAR = {
     **dict.fromkeys(("grpc_type", "kind", "mode", "outcome", "place", "reason", "stage"), CODE),
     "process": r"gateway|dispatcher|forkserver|worker-\d+",
@@ -25,7 +25,7 @@ GRAMMAR = {
     **dict.fromkeys(("code", "grpc_code"), "|".join(NAMES.values())),
     "worker": r"\d+",
     "le": r"\d+\.\d+|\+Inf",
-    # Names that users choose, or that the platform gives.
+    # Names that users or the platform choose.
     **dict.fromkeys(("file", "grpc_method", "grpc_service", "kernel", "replica", "tenant"), ".+"),
 }
 WAYS = ("sigkill", "sigsegv", "exit", "real-time signal", "garbage", "other call")
@@ -53,7 +53,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 
 def documented(metric: str) -> set[str]:
-    """The reasons of a metric, as docs/operations/metrics.md lists them."""
+    """Return the reasons of a metric that docs/operations/metrics.md lists."""
     _, _, chapter = (ROOT / "docs" / "operations" / "metrics.md").read_text().partition("\n### Reasons\n")
     _, _, listed = chapter.partition(f"\nThe reasons of `{metric}`")
     first_column = re.findall(
@@ -75,7 +75,7 @@ def test_label_values_are_codes_or_names(used: Mesh) -> None:
 
 
 def test_reasons_are_counted_and_listed(used: Mesh) -> None:
-    """What has happened is counted by its reason, and docs/operations/metrics.md says what each reason means."""
+    """Each event is counted under its reason, and the docs explain every reason."""
     lost = {labels["reason"] for labels in Scrape(used.front_metrics).labels("unlatch_worker_restarts_total")}
     assert lost == {DEATHS[how] for how in WAYS}
     refused = {labels["reason"] for labels in Scrape(used.gateway_metrics).labels("unlatch_unauthenticated_total")}

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol as its own tools speak it: tritonclient in a process of its own, and fields by hand."""
+"""The Open Inference Protocol as its own tools use it: tritonclient in a process of its own, and fields by hand."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.support.doors import LARGE, Oip, arrays_of, request, vector
 from tests.support.mesh import KERNELS, ROOT, Mesh
 from unlatch.protos.inference_pb2 import ModelInferRequest, ModelInferResponse
 
-# What a tool of the protocol does, in a process that has nothing of ours: it prints what it saw, as JSON.
+# A client of the protocol, in a process without our code: it prints what it saw as JSON.
 _TRITON = """
 import importlib.metadata, json, sys
 import numpy as np
@@ -74,7 +74,7 @@ print(json.dumps(seen))
 
 @pytest.fixture(scope="module")
 def seen(mesh: Mesh) -> dict[str, Any]:
-    """What tritonclient saw."""
+    """The output of tritonclient's process."""
     isolated = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "UNLATCH"))}
     ran = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", _TRITON, mesh.gateway],
@@ -91,7 +91,7 @@ def seen(mesh: Mesh) -> dict[str, Any]:
 
 
 def test_triton_sees_a_live_server(seen: dict[str, Any]) -> None:
-    """Live and ready, each model ready in the version that there is, and the server's name."""
+    """The server is live and ready, has a name, and each model is ready in its only version."""
     assert seen["version"].startswith("2.73")
     assert (seen["live"], seen["ready"]) == (True, True)
     assert seen["models"] == [True, True, False, False]
@@ -115,7 +115,7 @@ def test_triton_gets_every_datatype_back(seen: dict[str, Any]) -> None:
 
 
 def test_triton_sends_scalars_as_parameters(seen: dict[str, Any]) -> None:
-    """Those given and the defaults of the rest arrive with their types."""
+    """Given scalars, and the defaults of the others, arrive with their types."""
     assert seen["scalars"] == ["False", "7", "0.5", "'x'"]
 
 
@@ -128,7 +128,7 @@ def test_triton_raises_our_refusals(seen: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("order", ["unlatch, tritonclient.grpc", "tritonclient.grpc, unlatch"])
 def test_unlatch_and_tritonclient_import_in_one_process(order: str) -> None:
-    """What a user of both imports registers its messages side by side, in either order."""
+    """A process that imports both has both sides' messages, in either order of imports."""
     code = f"import {order}; unlatch.Client, unlatch.BlockingClient, unlatch.kernel, tritonclient.grpc.InferInput"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True, timeout=30
@@ -137,7 +137,7 @@ def test_unlatch_and_tritonclient_import_in_one_process(order: str) -> None:
 
 
 def fields_of(message: ModelInferRequest) -> dict[str, bytes]:
-    """Each field of a request, serialised alone."""
+    """Serialise each field of a request alone."""
     found = {}
     for field, _ in message.ListFields():
         alone = ModelInferRequest()
@@ -157,7 +157,7 @@ def orders() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("order", list(orders()), ids=lambda order: order[0])
 def test_fields_may_come_in_any_order(order: list[str], oip: Oip) -> None:
-    """Protobuf promises no order of fields, nor that unknown ones are absent."""
+    """Protobuf guarantees no order of fields, nor that there are no unknown ones."""
     message = vector("summarise", 3, 1, 2)
     message.id = "42"
     alone = fields_of(message)
@@ -169,7 +169,7 @@ def test_fields_may_come_in_any_order(order: list[str], oip: Oip) -> None:
 
 
 def test_raw_contents_may_lie_between_inputs(oip: Oip) -> None:
-    """Each repeated field counts by itself: contents and inputs may alternate, contents first."""
+    """Contents and inputs may alternate, contents first: each repeated field counts by itself."""
     a, b = np.arange(6.0).reshape(2, 3), np.arange(12.0).reshape(3, 4)
     parts = [ModelInferRequest(model_name="matmul")]
     for name, array in (("a", a), ("b", b)):
@@ -180,7 +180,7 @@ def test_raw_contents_may_lie_between_inputs(oip: Oip) -> None:
 
 
 def test_inputs_may_come_in_any_order(oip: Oip) -> None:
-    """Tensors are matched with arguments by name, not by place."""
+    """Tensors are matched with arguments by name, not by position."""
     a, b, c = np.ones((2, 3)), np.arange(12.0).reshape(3, 4), np.array([10.0, 20.0])
     expected = (a @ b + c[:, None]).tolist()
     for arrays in ({"a": a, "b": b, "c": c}, {"c": c, "b": b, "a": a}, {"b": b, "c": c, "a": a}):
@@ -197,7 +197,7 @@ def test_named_outputs_come_in_their_order(oip: Oip) -> None:
 
 
 def test_complex_travels_as_pairs(oip: Oip) -> None:
-    """complex128 goes in and comes back as FP64 with a last axis of 2, and says so."""
+    """A complex128 array goes in and comes back as FP64 with a last axis of 2, and a parameter says so."""
     z = np.array([1 + 2j, -3j])
     message = request("conjugate", {"z": z.view("f8").reshape(2, 2)})
     message.inputs[0].parameters["np_dtype"].string_param = "complex128"
@@ -219,19 +219,19 @@ def test_times_travel_as_integers(dtype: str, oip: Oip) -> None:
 
 
 def test_axis_of_any_length_binds_nothing(oip: Oip) -> None:
-    """`_` in a result is any length, whatever `_` was in an argument."""
+    """The axis `_` in a result has any length, whatever `_` was in an argument."""
     assert arrays_of(oip.infer(vector("first_two", 1, 2, 3)))[0].tolist() == [1, 2]
 
 
 def test_results_are_little_endian_and_row_major(oip: Oip) -> None:
-    """Whatever byte order and strides a kernel's array has, the caller gets the protocol's."""
+    """A kernel's array may have any byte order and strides: the caller gets the protocol's."""
     assert arrays_of(oip.infer(vector("returns_big_endian", 1, 2, 3)))[0].tolist() == [1, 2, 3]
     x = np.arange(6.0).reshape(2, 3)
     assert arrays_of(oip.infer(request("returns_strided", {"x": x})))[0].tolist() == x.T.tolist()
 
 
 def test_kernel_of_any_float_keeps_the_callers(oip: Oip) -> None:
-    """A kernel that takes several dtypes answers in the one that came."""
+    """A kernel that takes several dtypes answers in the one that it was given."""
     for dtype in ("f2", "f4", "f8"):
         (half,) = arrays_of(oip.infer(request("halve", {"x": np.array([1, 3], dtype)})))
         assert (half.dtype.str[1:], half.tolist()) == (dtype, [0.5, 1.5])
@@ -239,13 +239,13 @@ def test_kernel_of_any_float_keeps_the_callers(oip: Oip) -> None:
 
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 5), (1, 4095), (4097, 7), (65, 70_001), (1_000_001, 3), (0, 1)])
 def test_tensors_are_aligned_in_the_worker(sizes: tuple[int, int], oip: Oip) -> None:
-    """Every tensor begins on a 64-byte boundary, however odd the lengths before it."""
+    """Every tensor begins on a 64-byte boundary, whatever the lengths before it."""
     arrays = {name: np.zeros(size, "u1") for name, size in zip("xy", sizes, strict=True)}
     assert arrays_of(oip.infer(request("alignments", arrays)))[0].tolist() == [0, 0]
 
 
 def test_aligned_on_a_busy_arena(mesh: Mesh) -> None:
-    """Also where many calls of odd lengths lie in the arena side by side."""
+    """This holds also where many calls of odd lengths lie side by side in the arena."""
     with grpc.insecure_channel(mesh.gateway, options=LARGE) as channel:
         rpc: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         waiting = []
@@ -266,7 +266,7 @@ def strings_of(response: ModelInferResponse) -> set[str]:
 
 
 def test_workers_load_nothing_of_the_servers(oip: Oip) -> None:
-    """A worker has no gRPC, uvloop or prometheus_client, and none of what the front alone needs."""
+    """A worker has no gRPC, uvloop or prometheus_client, and nothing that only the front needs."""
     modules = strings_of(oip.infer(request("module_names")))
     assert {"numpy", "unlatch.compute.worker.loop", "unlatch.compute.kernels.basics"} <= modules
     tops = {name.partition(".")[0] for name in modules}
@@ -274,7 +274,7 @@ def test_workers_load_nothing_of_the_servers(oip: Oip) -> None:
 
 
 def test_numpy_and_kernels_come_preloaded(mesh: Mesh, oip: Oip) -> None:
-    """The kernels' modules, and so NumPy, were loaded in the forkserver, before any worker was forked."""
+    """The kernels' modules, and so NumPy, were loaded in the forkserver before any worker was forked."""
     (pids,) = arrays_of(oip.infer(request("numpy_loaded_in")))
     loaded_in, worker = pids.tolist()
     assert loaded_in == mesh.pids["forkserver"]

@@ -1,6 +1,6 @@
-"""Who runs when there is not room for all: a real mesh whose worker is held at a gate while calls queue up.
+"""The order of calls under load: a real mesh whose worker is held at a gate while calls queue up.
 
-Tenants have no names yet that authentication gave them: their calls come on a lane to the replica itself.
+These tenants have no names from authentication: their calls come on a lane to the replica itself.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from unlatch import Client
 from unlatch.common.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
 from unlatch.protos.unlatch_pb2 import Frames, Priority
 
-# gRPC wants one event loop a process.
+# gRPC wants one event loop in a process.
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 PRIORITIES = ("interactive", "normal", "background")
@@ -42,12 +42,12 @@ async def client(single: Mesh) -> AsyncIterator[Client]:
 
 
 def waiting(mesh: Mesh) -> float:
-    """How many calls wait, at the replica and at the gateway, for a window."""
+    """Return how many calls wait, at the replica and at the gateway."""
     return sum(Scrape(metrics).sum("unlatch_queue_depth") for metrics in (mesh.front_metrics, mesh.gateway_metrics))
 
 
 class Held:
-    """The one worker, held until the test lets go of it."""
+    """The only worker, held until the test lets it go on."""
 
     def __init__(self, client: Client, gate: Gate) -> None:
         self._client = client
@@ -71,7 +71,7 @@ def held(client: Client, tmp_path: Path) -> Held:
 
 
 async def test_priorities_run_in_their_order(single: Mesh, client: Client, held: Held) -> None:
-    """What waits runs interactive first, then normal, then background, in whatever order it came."""
+    """Waiting calls run interactive first, then normal, then background, in any order of arrival."""
     async with held:
         staged = asyncio.ensure_future(client.turn())
         ranks = (2, 1, 0, 2, 0)
@@ -84,7 +84,7 @@ async def test_priorities_run_in_their_order(single: Mesh, client: Client, held:
 
 
 async def test_earliest_deadline_runs_first(single: Mesh, client: Client, held: Held) -> None:
-    """Of one tenant's calls of one priority, whoever has least time left is first."""
+    """Of one tenant's calls with one priority, the call with the least time left runs first."""
     times = (20.0, 5.0, 15.0, 10.0)
     async with held:
         staged = asyncio.ensure_future(client.turn(timeout=1000.0, priority="interactive"))
@@ -98,7 +98,7 @@ async def test_earliest_deadline_runs_first(single: Mesh, client: Client, held: 
 
 @pytest.mark.parametrize("said", ["urgent", "", 1, 1.5, True])
 async def test_wrong_priority_is_refused(client: Client, said: object) -> None:
-    """A priority that is none is INVALID_ARGUMENT, and names what there is."""
+    """An unknown priority is INVALID_ARGUMENT, and the message lists the known ones."""
     with pytest.raises(InvalidArgument, match="priority: wanted interactive or normal or background") as refused:
         await client.turn(priority=said)
     assert refused.value.field == "priority"
@@ -112,7 +112,7 @@ def tenants_call(lane: LaneEnd, number: int, tenant: str, seconds: float, priori
 
 @pytest.mark.parametrize(("weights", "share"), [("", 1.0), ("light=3", 3.0)])
 async def test_tenants_share_the_processor(start_mesh: StartMesh, weights: str, share: float) -> None:
-    """One who sends ten times as many calls, and longer ones, gets no more of the processor than its weight says."""
+    """A tenant with ten times as many calls, and longer ones, gets no more processor time than its weight allows."""
     flags = ("--tenant-weights", weights) if weights else ()
     mesh = start_mesh(front=["--workers", "1", *flags])
     with grpc.insecure_channel(mesh.front) as channel, LaneEnd(channel) as lane:
@@ -126,13 +126,13 @@ async def test_tenants_share_the_processor(start_mesh: StartMesh, weights: str, 
             tenants_call(lane, number, "light", 0.002)
         light = max(np.frombuffer(lane.reply(number)[1], "i8")[0] for number in range(200, 350))
         heavy = [np.frombuffer(lane.reply(number)[1], "i8")[0] for number in range(100, 180)]
-    # While the light one's 0.3 s ran.
+    # This happened while the light tenant's 0.3 s ran.
     beside = 0.01 * sum(turn < light for turn in heavy)
     assert 0.3 / beside == pytest.approx(share, rel=0.4)
 
 
 def retry_milliseconds(error: Any) -> tuple[int, int]:
-    """What RetryInfo says, and what gRPC's own push-back does."""
+    """Return the times in RetryInfo and in gRPC's own push-back."""
     trailers = dict(error.trailing_metadata())
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     info = error_details_pb2.RetryInfo()
@@ -141,7 +141,7 @@ def retry_milliseconds(error: Any) -> tuple[int, int]:
 
 
 async def test_full_queue_refuses_at_once_and_says_when_to_come_back(start_mesh: StartMesh, tmp_path: Path) -> None:
-    """RESOURCE_EXHAUSTED with the bound, RetryInfo and gRPC's push-back; who waits already is answered."""
+    """A full queue is RESOURCE_EXHAUSTED with the bound, RetryInfo and gRPC's push-back. Waiting calls are answered."""
     mesh = start_mesh(front=["--workers", "1", "--max-queued-calls", "3", "--ahead-seconds", "3600"])
     gate = Gate(tmp_path / "gate")
     async with Client(mesh.gateway, timeout=30.0) as client, Held(client, gate):
@@ -154,7 +154,7 @@ async def test_full_queue_refuses_at_once_and_says_when_to_come_back(start_mesh:
             await asyncio.to_thread(Oip(channel).infer, request("turn"))
         told, pushed = retry_milliseconds(error.value)
         assert told == pushed >= 1
-        # One of higher priority takes the place of the last that waits.
+        # A call of higher priority takes the place of the last waiting one.
         urgent = asyncio.ensure_future(client.turn(priority="interactive"))
         done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION, timeout=10)
         assert [type(call.exception()) for call in done] == [ResourceExhausted]
@@ -164,7 +164,7 @@ async def test_full_queue_refuses_at_once_and_says_when_to_come_back(start_mesh:
 
 
 async def test_what_cannot_be_done_in_time_is_refused_on_arrival(client: Client, single: Mesh, held: Held) -> None:
-    """Where the calls that wait are known to take longer than the deadline allows, the call is refused at once."""
+    """A call is refused at once if the waiting calls are known to take longer than its deadline allows."""
     for _ in range(3):
         await client.sleeps(seconds=0.05)
     async with held:
@@ -173,14 +173,14 @@ async def test_what_cannot_be_done_in_time_is_refused_on_arrival(client: Client,
         with pytest.raises(ResourceExhausted, match="deadline") as refused:
             await client.sleeps(seconds=0.05, timeout=0.4)
         assert 100 < refused.value.retry_after_milliseconds < 10_000
-        # With time enough it may wait.
+        # With enough time it may wait.
         patient = asyncio.ensure_future(client.sleeps(seconds=0.05, timeout=25.0))
         await until(lambda: waiting(single) >= 20, "it waits too")
     await asyncio.gather(patient, *calls)
 
 
 async def test_call_that_was_not_begun_teaches_nothing(start_mesh: StartMesh, tmp_path: Path) -> None:
-    """Callers who leave while their calls are staged do not make their kernel look fast."""
+    """Callers that leave while their calls are staged do not make their kernel look fast."""
     mesh = start_mesh(front=["--workers", "1", "--long-call-seconds", "3600"])
 
     def in_flight() -> float:
@@ -204,7 +204,7 @@ async def test_call_that_was_not_begun_teaches_nothing(start_mesh: StartMesh, tm
 
 
 async def test_idle_worker_tries_whatever_is_expected(start_mesh: StartMesh) -> None:
-    """A call that is expected to take too long is begun where nothing waits: else nothing would be learned."""
+    """A call that is expected to take too long runs if nothing else waits: otherwise nothing would be learned."""
     mesh = start_mesh(front=["--workers", "1"])
     async with Client(mesh.gateway) as client:
         await client.sleeps(seconds=2.2)
@@ -212,7 +212,7 @@ async def test_idle_worker_tries_whatever_is_expected(start_mesh: StartMesh) -> 
 
 
 async def test_deadline_that_passes_in_the_queue_frees_its_place(client: Client, single: Mesh, held: Held) -> None:
-    """A call whose time is over while it waits is told so, and takes no worker's time."""
+    """A call whose deadline passes while it waits is failed, and takes no worker's time."""
     async with held:
         calls = [asyncio.ensure_future(client.turn()) for _ in range(2)]
         late = asyncio.ensure_future(client.turn(timeout=0.2))
@@ -223,11 +223,11 @@ async def test_deadline_that_passes_in_the_queue_frees_its_place(client: Client,
 
 
 async def test_long_calls_leave_workers_to_others(start_mesh: StartMesh, tmp_path: Path) -> None:
-    """With two workers of which one is reserved, calls that are known to be long take one; others pass them."""
+    """With two workers, one of them reserved, calls known to be long take only one, and others pass them."""
     mesh = start_mesh(front=["--workers", "2", "--reserved-workers", "1", "--long-call-seconds", "0.1"])
     gates = [Gate(tmp_path / str(number)) for number in range(3)]
     async with Client(mesh.gateway, timeout=60.0) as client:
-        # It becomes known as long by having been held for longer than that.
+        # The kernel becomes known as long by having been held for longer than that.
         first = asyncio.ensure_future(client.waits_for(path=str(gates[0])))
         await until(lambda: gates[0].reached, "it runs")
         await until(
@@ -236,7 +236,7 @@ async def test_long_calls_leave_workers_to_others(start_mesh: StartMesh, tmp_pat
         )
         gates[0].open()
         await first
-        # Both workers run what nobody knows to be long, so that a long one can be staged behind it.
+        # Both workers run calls that are not known to be long, so that a long one can be staged behind them.
         both = [Gate(tmp_path / name) for name in ("one", "other")]
         unknown = [asyncio.ensure_future(client.waits_too(path=str(gate))) for gate in both]
         await until(lambda: all(gate.reached for gate in both), "both run")
@@ -258,7 +258,7 @@ async def test_long_calls_leave_workers_to_others(start_mesh: StartMesh, tmp_pat
 
 @pytest.mark.parametrize("how", ["served", "told"])
 async def test_priority_belongs_to_no_kernel(client: Client, how: str) -> None:
-    """A kernel that takes no parameters at all is called with a priority; it hears nothing of it."""
+    """A kernel without any parameters can be called with a priority, and does not see it."""
     if how == "served":
         assert (await client.identity(np.arange(3.0), priority="background")).tolist() == [0.0, 1.0, 2.0]
     else:

@@ -1,4 +1,4 @@
-"""Whoever looks for a call finds it: in a collector's traces, in the gateway's log, in what its caller got back."""
+"""A call can be found in a collector's traces, in the gateway's log, and in what its caller got back."""
 
 import re
 import secrets
@@ -21,7 +21,7 @@ from unlatch.protos.inference_pb2 import ModelInferRequest
 from unlatch.protos.unlatch_pb2 import Frames
 
 X = np.arange(3.0)
-# Is told of in the log.
+# The log has a line for a call like this.
 EVERY_CALL = ("--logged-calls-per-second", "1000")
 Metadata = tuple[tuple[str, str], ...]
 
@@ -45,7 +45,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 
 class Trace:
-    """A trace of a caller's."""
+    """A trace that a caller has begun."""
 
     def __init__(self) -> None:
         self.trace, self.span = secrets.token_hex(16), secrets.token_hex(8)
@@ -56,7 +56,7 @@ class Trace:
 
 
 def infer(mesh: Mesh, message: ModelInferRequest, metadata: Metadata = ()) -> tuple[str, dict[str, Any]]:
-    """A call by the protocol's door: its status, and the trailers."""
+    """Make a call through the protocol's door; return its status and trailers."""
     with grpc.insecure_channel(mesh.gateway) as channel:
         rpc: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         try:
@@ -67,12 +67,12 @@ def infer(mesh: Mesh, message: ModelInferRequest, metadata: Metadata = ()) -> tu
 
 
 def logged(mesh: Mesh, request: str) -> Entry:
-    """The log's line of a call."""
+    """Return the log line of a call."""
     return mesh.gateway_service.wait_for("call", request=request)
 
 
 def look_at(collector: Collector, trace: str, parent: str) -> None:
-    """A call's three spans hang together, across both processes, and lie within one another."""
+    """Check that a call's three spans belong together across both processes, and lie within one another."""
     spans = collector.wait_for(trace, 3)
     call, queue, run = spans["call"], spans["queue"], spans["run"]
     assert (call.service, queue.service, run.service) == ("unlatch-gateway", "unlatch-dispatcher", "unlatch-dispatcher")
@@ -80,14 +80,14 @@ def look_at(collector: Collector, trace: str, parent: str) -> None:
     assert queue.parent == run.parent == call.span
     assert call.attributes["unlatch.kernel"] == run.attributes["unlatch.kernel"] == "identity"
     assert run.attributes["unlatch.batch"] == 1
-    # The clocks are one machine's, read some microseconds apart.
+    # Both clocks are the same machine's, read some microseconds apart.
     assert call.began - 1e6 <= queue.began <= queue.ended <= run.began + 1e6
     assert run.began < run.ended <= call.ended + 1e6
     assert not any(span.failed for span in spans.values())
 
 
 def test_trace_goes_through_both_processes(traced: tuple[Mesh, Collector]) -> None:
-    """A caller's traceparent is the parent of the gateway's span, and that of the front's; its tracestate stays."""
+    """The caller's traceparent is the parent of the gateway's span, which is the front's parent. Tracestate is kept."""
     (mesh, collector), trace = traced, Trace()
     assert infer(mesh, vector("identity", 1.0), trace.metadata)[0] == "OK"
     look_at(collector, trace.trace, trace.span)
@@ -105,7 +105,7 @@ def test_stream_belongs_to_its_callers_trace(traced: tuple[Mesh, Collector]) -> 
 
 
 async def test_python_clients_span_is_the_parent(traced: tuple[Mesh, Collector]) -> None:
-    """A call that is made within a span of the caller's, by a lane, belongs under it; and only such a call."""
+    """A call made inside a caller's span, on a lane, is that span's child. Other calls are not."""
     mesh, collector = traced
     tracer = TracerProvider(shutdown_on_exit=False).get_tracer("test")
     async with Client(mesh.gateway) as client:
@@ -117,7 +117,7 @@ async def test_python_clients_span_is_the_parent(traced: tuple[Mesh, Collector])
 
 
 def test_failed_call_is_a_failed_span(traced: tuple[Mesh, Collector]) -> None:
-    """A refusal in the gateway, too, is a span with what was wrong."""
+    """A refusal in the gateway is a failed span too, with the reason."""
     (mesh, collector), trace = traced, Trace()
     assert infer(mesh, vector("identify"), trace.metadata)[0] == "NOT_FOUND"
     span = collector.wait_for(trace.trace, 1)["call"]
@@ -137,7 +137,7 @@ def test_failed_call_is_a_failed_span(traced: tuple[Mesh, Collector]) -> None:
     ],
 )
 def test_what_is_no_trace_context_is_ignored(traced: tuple[Mesh, Collector], traceparent: str) -> None:
-    """The call goes well, and begins a trace of its own."""
+    """The call succeeds, and begins a trace of its own."""
     mesh, collector = traced
     code, trailers = infer(mesh, vector("identity", 1.0), (("traceparent", traceparent), ("tracestate", "vendor=here")))
     assert code == "OK"
@@ -145,7 +145,7 @@ def test_what_is_no_trace_context_is_ignored(traced: tuple[Mesh, Collector], tra
 
 
 def test_log_and_trailers_tell_the_same_story(plain: Mesh) -> None:
-    """The id that the caller gave is in the log's line, beside what its trailers say; no trace is made up."""
+    """The log line has the caller's id and the fields of the trailers. No trace is invented."""
     request = vector("identity", 1.0)
     request.id = f"mine-{secrets.token_hex(4)}"
     code, trailers = infer(plain, request)
@@ -162,7 +162,7 @@ def test_log_and_trailers_tell_the_same_story(plain: Mesh) -> None:
 
 @pytest.mark.parametrize("id_", ["", "n" * 129, "two\nlines", "ünprintable"])
 def test_gateway_names_what_has_no_fit_name(plain: Mesh, id_: str) -> None:
-    """A request without an id that fits a header gets one; the answer says the caller's own all the same."""
+    """A request without an id that fits a header gets one. The answer still has the caller's own."""
     request = vector("identify", 1.0)
     request.id = id_
     code, trailers = infer(plain, request)
@@ -172,7 +172,7 @@ def test_gateway_names_what_has_no_fit_name(plain: Mesh, id_: str) -> None:
 
 
 async def test_python_client_is_told_the_request_id(plain: Mesh) -> None:
-    """What fails at the other end of a lane is in its log under the id that the error notes."""
+    """A failure behind a lane is in the gateway's log under the id in the error's notes."""
     async with Client(plain.gateway) as client:
         with pytest.raises(UnlatchError) as raised:
             await client.raises_kernel_error(message="no luck")
@@ -182,7 +182,7 @@ async def test_python_client_is_told_the_request_id(plain: Mesh) -> None:
 
 
 def test_caller_who_is_traced_where_nobody_records_is_still_found(plain: Mesh) -> None:
-    """Without an SDK the log's line has the caller's trace."""
+    """Without an SDK the log line has the caller's trace."""
     trace, request = Trace(), vector("identity", 1.0)
     request.id = f"mine-{secrets.token_hex(4)}"
     infer(plain, request, trace.metadata)
@@ -190,7 +190,7 @@ def test_caller_who_is_traced_where_nobody_records_is_still_found(plain: Mesh) -
 
 
 def test_log_does_not_drown(start_mesh: StartMesh) -> None:
-    """Of many calls so many have a line as was asked for."""
+    """The log has a line for the configured share of many calls."""
     mesh = start_mesh(gateway=["--logged-calls-per-second", "0", "--logged-failures-per-second", "0.001"])
     for _ in range(5):
         infer(mesh, vector("identity", 1.0))
@@ -201,14 +201,14 @@ def test_log_does_not_drown(start_mesh: StartMesh) -> None:
 
 
 def test_missing_collector_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spans that nobody takes are dropped; calls are answered, and the processes end in time."""
+    """Spans that cannot be sent are dropped. Calls are answered, and the processes end in time."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     with running_mesh(tmp_path) as mesh:
         assert infer(mesh, vector("identity", 1.0))[0] == "OK"
 
 
 def test_no_exporter_but_otlp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks for another is told that there is none, and is served."""
+    """Another exporter is refused with a log line, and calls are served."""
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
     with running_mesh(tmp_path) as mesh:
         assert mesh.gateway_service.wait_for("spans are not exported")["message"].endswith("only otlp is supported")
@@ -216,7 +216,7 @@ def test_no_exporter_but_otlp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_trace_of_a_descriptor_is_bounded(plain: Mesh) -> None:
-    """A lane's caller may write what it likes; what is no trace context stays with it."""
+    """A trace field of a lane's caller that is no trace context goes no further than the gateway."""
     frame = descriptor(1, vector("identity", 1.0))
     frame.traceparent = "0" * 10_000
     frame.request.id = f"mine-{secrets.token_hex(4)}"

@@ -12,7 +12,7 @@ from tests.structure.source import Function, Site, classes
 
 @dataclass(slots=True)
 class Shape:
-    """What a class offers: attributes, and methods with the names of their parameters."""
+    """The attributes that a class offers, and its methods with the names of their parameters."""
 
     attributes: set[str] = field(default_factory=set)
     methods: dict[str, Function] = field(default_factory=dict)

@@ -76,14 +76,14 @@ def test_every_module_of_compute_is_the_dispatchers_or_a_workers() -> None:
     ],
 )  # fmt: skip
 def test_a_process_loads_only_what_is_its_own(loaded: str, absent: set[str]) -> None:
-    """What Python has really imported, libraries' own imports included."""
+    """A process's imports, libraries' own imports included, contain nothing of the other processes."""
     program = f"import sys, {loaded}; print(*sys.modules)"
     told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not absent & set(told.stdout.split())
 
 
 def test_one_process_may_use_unlatch_and_tritonclient() -> None:
-    """One protobuf runtime serves both, and the client leaves the protocol's messages to tritonclient."""
+    """Both use the same protobuf runtime, and the client leaves the protocol's messages to tritonclient."""
     program = "import unlatch, tritonclient.grpc, unlatch.blocking, unlatch.protos.unlatch_pb2_grpc; unlatch.Client"
     for order in (program, program.replace("tritonclient.grpc, ", "") + "; import tritonclient.grpc"):
         subprocess.run([sys.executable, "-c", order], cwd=ROOT, check=True, timeout=50)

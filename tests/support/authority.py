@@ -1,4 +1,4 @@
-"""Authorities and certificates for tests, and files of them that are swapped as Kubernetes and others do it."""
+"""Certificate authorities for tests, and directories whose files are swapped as Kubernetes and others do it."""
 
 import os
 from collections.abc import Mapping
@@ -9,26 +9,26 @@ import trustme
 
 from unlatch import TLS
 
-# A thing's files, by their names.
+# The contents of certificate files, by file name.
 Named = Mapping[str, bytes]
 
 
 class Authority:
-    """One that issues certificates."""
+    """A certificate authority."""
 
     def __init__(self) -> None:
         self._ca = trustme.CA(organization_name="unlatch's tests")
 
     @property
     def pem(self) -> bytes:
-        """Its own certificate."""
+        """The authority's own certificate."""
         return self._ca.cert_pem.bytes()
 
     def issue(self, name: str, *, seconds: float = 3600.0, after: float | None = None, through: bool = False) -> Named:
-        """A certificate for a name, for so long from now, and its key.
+        """Issue a certificate for a name, valid for so many `seconds` from now, and its key.
 
-        It has been valid for an hour, unless it is to be only `after` so many seconds. `through`: by one that this one
-        vouches for.
+        The certificate became valid an hour ago, or becomes valid in `after` seconds. With `through`, an intermediate
+        authority that this one has signed issues it.
         """
         issuer = self._ca.create_child_ca() if through else self._ca
         now = datetime.now(UTC)
@@ -41,7 +41,7 @@ class Authority:
 
 
 class Renamed:
-    """A directory whose files are replaced one by one, each at once."""
+    """A directory whose files are replaced one after another, each atomically."""
 
     def __init__(self, directory: Path, files: Named) -> None:
         self.directory = directory
@@ -49,7 +49,7 @@ class Renamed:
         self.swap(files)
 
     def swap(self, files: Named) -> None:
-        """Replace these."""
+        """Replace these files."""
         for name, content in files.items():
             new = self.directory / f".{name}.new"
             new.write_bytes(content)
@@ -60,12 +60,12 @@ class Renamed:
 
     @property
     def tls(self) -> TLS:
-        """What a client needs of them."""
+        """Make a client's TLS settings from these files."""
         return TLS(ca=self["ca.crt"], cert=self["tls.crt"], key=self["tls.key"])
 
 
 class Mounted(Renamed):
-    """A directory as a kubelet mounts a secret: its files are links through ..data, swapped under all of them."""
+    """A directory as a kubelet mounts a secret: its files are links through `..data`, and are swapped all at once."""
 
     _versions = 0
 

@@ -1,4 +1,4 @@
-"""A collector of spans: what a real one takes over gRPC, kept for tests to look at."""
+"""A collector of spans for tests: it takes what a real one takes over gRPC, and keeps it."""
 
 import threading
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _WITHIN_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """A span as it arrived; times are nanoseconds since the epoch."""
+    """A span as it arrived. Times are nanoseconds since the epoch."""
 
     service: str
     name: str
@@ -41,7 +41,7 @@ class Collector:
         self._came = threading.Condition()
 
     def export(self, request: ExportTraceServiceRequest, _: object) -> ExportTraceServiceResponse:
-        """Take spans in."""
+        """Keep the spans of this request."""
         with self._came:
             for sent in request.resource_spans:
                 service = _values(sent.resource.attributes)["service.name"]
@@ -50,7 +50,7 @@ class Collector:
         return ExportTraceServiceResponse()
 
     def wait_for(self, trace: str, count: int) -> dict[str, Span]:
-        """The spans of a trace by name, once there are so many. Fails when there are not in time."""
+        """Wait for `count` spans of a trace, and return them by name. Fails when they do not come in time."""
         with self._came:
             there = self._came.wait_for(lambda: len(self._of(trace)) >= count, _WITHIN_SECONDS)
             found = self._of(trace)
@@ -64,7 +64,7 @@ class Collector:
 
 @contextmanager
 def collecting() -> Iterator[tuple[Collector, str]]:
-    """A collector, and its address."""
+    """Run a collector; yield it and its address."""
     collector, server = Collector(), grpc.server(ThreadPoolExecutor(2))
     export = grpc.unary_unary_rpc_method_handler(
         collector.export, ExportTraceServiceRequest.FromString, ExportTraceServiceResponse.SerializeToString

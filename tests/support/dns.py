@@ -1,4 +1,4 @@
-"""A small DNS server on loopback: it answers A questions of one name with what it is told to, or not at all."""
+"""A small DNS server on loopback: it answers A questions for one name with given addresses, or fails."""
 
 import socket
 import struct
@@ -11,7 +11,7 @@ _NO_ERROR, _SERVER_FAILURE = 0, 2
 
 
 class NameServer:
-    """`addresses` is what it answers from now on; None is a failure. `asked` counts the questions of addresses."""
+    """A DNS server. `addresses` is its answer from now on, None a failure. `asked` counts questions for addresses."""
 
     def __init__(self, *addresses: str) -> None:
         self.addresses: list[str] | None = list(addresses)
@@ -23,7 +23,7 @@ class NameServer:
 
     @property
     def target(self) -> str:
-        """Its host and port."""
+        """The server's host and port."""
         host, port = self._socket.getsockname()
         return f"{host}:{port}"
 
@@ -34,13 +34,13 @@ class NameServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # An empty datagram of its own is the end.
+        # An empty datagram, sent by this server itself, ends it.
         self._socket.sendto(b"", self._socket.getsockname())
         self._thread.join()
         self._socket.close()
 
     def answers(self, addresses: list[str] | None, *, times: int = 2, within: float = 10.0) -> None:
-        """Answer with these, and wait until somebody has been told so often."""
+        """Answer with these addresses, and wait until that answer was given `times` times."""
         with self._asked:
             self.addresses = addresses
             before = self.asked
@@ -64,6 +64,6 @@ class NameServer:
             self._asked.notify_all()
         code = _SERVER_FAILURE if known is None else _NO_ERROR
         head = struct.pack("!HHHHHH", number, 0x8400 | (flags & 0x0100) | code, 1, len(records), 0, 0)
-        # Each names the question's name, and may be kept for no time at all.
+        # Each answer repeats the question's name and has a time to live of 0.
         answers = [struct.pack("!HHHIH", 0xC00C, _A, _IN, 0, 4) + socket.inet_aton(address) for address in records]
         return head + message[12:end] + b"".join(answers)

@@ -1,4 +1,4 @@
-"""Both doors of a gateway, opened by hand: what tests send is bytes, right or wrong, and what they see is what came."""
+"""Both doors of a gateway, opened by hand: tests send bytes, right or wrong, and see what comes back."""
 
 import queue
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +17,13 @@ from unlatch.protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Reply, W
 
 _WITHIN_SECONDS = 10.0
 Metadata = Sequence[tuple[str, str]]
-# The doors' own limits are what tests are about, not the client's.
+# Tests are about the doors' own limits, not about the client's.
 LARGE = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """How a call was refused: its status, the fields that google.rpc.BadRequest names, whose quota was used up."""
+    """How a call was refused: the status, the fields that google.rpc.BadRequest names, the quota that was used up."""
 
     code: str
     message: str
@@ -35,7 +35,7 @@ class Refusal:
 def request(
     kernel: str, arrays: Mapping[str, np.ndarray[Any, Any]] | None = None, **scalars: Value
 ) -> ModelInferRequest:
-    """A right request: tests spoil it."""
+    """Make a valid request, which tests then spoil."""
     datatypes = {"f2": "FP16", "f4": "FP32", "f8": "FP64", "u1": "UINT8", "i8": "INT64", "b1": "BOOL"}
     message = ModelInferRequest(model_name=kernel)
     for name, array in (arrays or {}).items():
@@ -47,12 +47,12 @@ def request(
 
 
 def vector(kernel: str, *values: float, **scalars: Value) -> ModelInferRequest:
-    """A right request for a kernel of one float64 vector `x`."""
+    """Make a valid request for a kernel of one float64 vector `x`."""
     return request(kernel, {"x": np.array(values, "f8")}, **scalars)
 
 
 def arrays_of(response: ModelInferResponse) -> list[np.ndarray[Any, Any]]:
-    """A response's float64 and int64 outputs."""
+    """Return a response's float64 and int64 outputs."""
     dtypes = {"FP64": "f8", "INT64": "i8", "FP32": "f4", "FP16": "f2", "UINT8": "u1"}
     return [
         np.frombuffer(raw, dtypes[tensor.datatype]).reshape(tuple(tensor.shape))
@@ -61,26 +61,26 @@ def arrays_of(response: ModelInferResponse) -> list[np.ndarray[Any, Any]]:
 
 
 class Oip:
-    """The Open Inference Protocol's door, come to with this metadata."""
+    """The door of the Open Inference Protocol, called with this metadata."""
 
     def __init__(self, channel: grpc.Channel, metadata: Metadata = ()) -> None:
         self._channel = channel
         self._metadata = metadata
 
     def send(self, message: bytes, method: str = "ModelInfer", timeout: float = _WITHIN_SECONDS) -> bytes:
-        """Bytes to bytes. Raises grpc.RpcError."""
+        """Send bytes and return the answer's bytes. Raises grpc.RpcError."""
         rpc: Any = self._channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
         answer: bytes = rpc(message, timeout=timeout, metadata=self._metadata)
         return answer
 
     def infer(self, message: ModelInferRequest, timeout: float = _WITHIN_SECONDS) -> ModelInferResponse:
-        """A call. Raises grpc.RpcError."""
+        """Make a call. Raises grpc.RpcError."""
         return ModelInferResponse.FromString(self.send(message.SerializeToString(), timeout=timeout))
 
     def refusal(
         self, message: ModelInferRequest | bytes, method: str = "ModelInfer", timeout: float = _WITHIN_SECONDS
     ) -> Refusal:
-        """How this is refused; code OK when it is not."""
+        """Return how this request is refused; the code is OK when it is not refused."""
         encoded = message if isinstance(message, bytes) else message.SerializeToString()
         try:
             self.send(encoded, method, timeout)
@@ -89,13 +89,13 @@ class Oip:
         return Refusal("OK", "")
 
     def serves(self) -> bool:
-        """Whether a right call gets its right answer."""
+        """Whether a valid call gets the right answer."""
         (y,) = arrays_of(self.infer(vector("identity", 1.0, 2.0)))
         return bool(y.tolist() == [1.0, 2.0])
 
 
 class LaneEnd:
-    """The caller's end of a lane, that keeps to the protocol only where a test wants it to."""
+    """A caller's end of a lane, which breaks the lane's rules where a test wants that."""
 
     def __init__(self, channel: grpc.Channel, metadata: Metadata = (), *, within: float = _WITHIN_SECONDS) -> None:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -116,14 +116,14 @@ class LaneEnd:
         self._stream.cancel()
 
     def send(self, frames: Frames, *payload: bytes) -> None:
-        """A message of these frames and entries, whether they fit or not."""
+        """Send a message of these frames and entries, whether they fit or not."""
         self.send_bytes(LaneMessage(frames=frames, payload=payload).SerializeToString())
 
     def send_bytes(self, message: bytes) -> None:
         self._outgoing.put(message)
 
     def call(self, number: int, message: ModelInferRequest, remaining_microseconds: int = 0, attempt: int = 0) -> None:
-        """A call with its body; from a gateway's first `attempt` on its beginning is to be told of."""
+        """Send a call with its body. From a gateway's first `attempt` on, the server reports when the call begins."""
         raw = message.raw_input_contents
         small = sum(map(len, raw)) <= WHOLE_BYTES
         frame = descriptor(number, message, whole=small, remaining_microseconds=remaining_microseconds)
@@ -133,7 +133,7 @@ class LaneEnd:
             self.send(frames, piece)
 
     def reply(self, number: int) -> tuple[Reply, bytes]:
-        """The reply to a call and all its bytes, once both are here. Raises grpc.RpcError when the lane ends."""
+        """Wait for the reply to a call and all its bytes. Raises grpc.RpcError when the lane ends."""
         while True:
             reply = self._replies.get(number)
             if reply is not None and len(self._bytes[number]) == sum(reply.lengths):
@@ -142,7 +142,7 @@ class LaneEnd:
             self._receive()
 
     def first_frame(self, number: int) -> Reply:
-        """The reply to a call, whether or not its bytes are here."""
+        """Wait for the reply to a call, without its bytes."""
         while number not in self._replies:
             self._receive()
         return self._replies[number]
@@ -153,12 +153,12 @@ class LaneEnd:
             self._receive()
 
     def forget(self, number: int) -> None:
-        """Take in what still comes for a call that was cancelled, and look at none of it."""
+        """Ignore everything that still comes for a call that was cancelled."""
         self._replies.pop(number, None)
         self._bytes.setdefault(number, bytearray())
 
     def refusal(self, number: int) -> Refusal:
-        """How a call was refused; code OK when it was not."""
+        """Return how a call was refused; the code is OK when it was not refused."""
         reply, _ = self.reply(number)
         failure = reply.failure
         names = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -167,7 +167,7 @@ class LaneEnd:
         return Refusal(names[failure.code], failure.message, fields, failure.quota, wait)
 
     def end(self) -> Refusal:
-        """How the lane was closed, by the server."""
+        """Return how the server closed the lane."""
         try:
             while True:
                 self._receive()
@@ -177,12 +177,12 @@ class LaneEnd:
             return Refusal("OK", "")
 
     def close(self) -> Refusal:
-        """Say that no more will come; how the server then ended the lane."""
+        """Say that no more frames will come, and return how the server then ended the lane."""
         self._outgoing.put(None)
         return self.end()
 
     def serves(self, number: int) -> bool:
-        """Whether a right call gets its right answer on this lane."""
+        """Whether a valid call gets the right answer on this lane."""
         self.call(number, vector("identity", 1.0, 2.0))
         reply, body = self.reply(number)
         return reply.HasField("response") and np.frombuffer(body).tolist() == [1.0, 2.0]
@@ -210,7 +210,7 @@ def descriptor(
     lengths: Sequence[int] | None = None,
     remaining_microseconds: int = 0,
 ) -> Descriptor:
-    """A request as a lane has it: the header's fields are the same."""
+    """Make a lane's descriptor from an OIP request: the header's fields are the same."""
     header = ModelInferRequest()
     header.CopyFrom(message)
     del header.raw_input_contents[:]
@@ -221,7 +221,7 @@ def descriptor(
 
 
 def pieces(number: int, body: Sequence[bytes], size: int) -> Iterator[tuple[Frames, bytes]]:
-    """A body in messages of one piece each, of at most `size` bytes."""
+    """Split a body into messages of one piece each, of at most `size` bytes."""
     for tensor in body:
         for start in range(0, len(tensor), size):
             frames = Frames()
@@ -230,7 +230,7 @@ def pieces(number: int, body: Sequence[bytes], size: int) -> Iterator[tuple[Fram
 
 
 def refusal_of(error: Any) -> Refusal:
-    """What a grpc.RpcError says."""
+    """Read the refusal out of a grpc.RpcError."""
     fields: list[str] = []
     quota, wait = "", 0.0
     for key, value in error.trailing_metadata() or ():

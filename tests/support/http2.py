@@ -1,4 +1,4 @@
-"""A caller who speaks HTTP/2 by hand, and so says what no client of gRPC would."""
+"""A caller that writes HTTP/2 by hand, and so sends what no gRPC client would."""
 
 import socket
 from types import TracebackType
@@ -14,7 +14,7 @@ _WITHIN_SECONDS = 20.0
 
 
 class Http2:
-    """One connection. What it is sent is taken in whenever something is awaited, and forgotten."""
+    """An HTTP/2 connection. Each wait for something also receives, and forgets, whatever else the server has sent."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -33,7 +33,7 @@ class Http2:
         self._socket.close()
 
     def begin(self, method: str, metadata: Metadata = ()) -> int:
-        """Open a stream for an RPC that sends nothing yet."""
+        """Open a stream for an RPC, and send no message yet."""
         number = self.h2.get_next_available_stream_id()
         headers = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", self._authority)]
         headers += [("content-type", "application/grpc"), ("te", "trailers"), *metadata]
@@ -49,7 +49,7 @@ class Http2:
         self._socket.sendall(content)
 
     def events(self) -> list[h2.events.Event]:
-        """What comes next; nothing once the other end has closed."""
+        """Wait for the next events; none once the other end has closed."""
         try:
             content = self._socket.recv(1 << 16)
         except ConnectionError:
@@ -59,7 +59,7 @@ class Http2:
         return events or ([] if not content else [h2.events.Event()])
 
     def closed(self) -> bool:
-        """Wait until the other end closes, whatever it says before."""
+        """Wait until the other end closes, and ignore what it sends before."""
         while True:
             try:
                 if not self._socket.recv(1 << 16):
@@ -68,7 +68,7 @@ class Http2:
                 return True
 
     def trailers(self, stream: int) -> dict[str, str]:
-        """How an RPC ended. Fails when the connection is closed instead."""
+        """Return an RPC's trailers. Fails when the connection is closed instead."""
         while events := self.events():
             for event in events:
                 if (

@@ -1,4 +1,4 @@
-"""An issuer of tokens, for tests: its keys, its JWKS file, its tokens, and what must never be seen of them."""
+"""An issuer of tokens for tests: its keys, its JWKS file, its tokens, and the secrets that must never be logged."""
 
 import base64
 import hashlib
@@ -20,11 +20,11 @@ ISSUER, AUDIENCE = "https://issuer.test", "unlatch"
 
 
 class Issuer:
-    """Signs tokens with the key that it has made last, unless told otherwise."""
+    """An issuer, which signs tokens with its newest key unless told otherwise."""
 
     def __init__(self, directory: Path) -> None:
         self.file = directory / "keys.json"
-        # What was signed, and what would be worth stealing: neither may be in any log or error.
+        # Tokens that were signed, and secrets. None of them may be in any log or error.
         self.secrets: list[str] = []
         self._keys: dict[str, ec.EllipticCurvePrivateKey] = {}
         self.new_key("first")
@@ -32,7 +32,7 @@ class Issuer:
 
     @property
     def flags(self) -> list[str]:
-        """What makes a gateway ask for its tokens."""
+        """Flags that make a gateway ask for this issuer's tokens."""
         return [
             *("--token-keys", str(self.file), "--token-issuer", ISSUER, "--token-audience", AUDIENCE),
             *("--token-leeway-seconds", "0"),
@@ -42,12 +42,12 @@ class Issuer:
         self._keys[name] = ec.generate_private_key(ec.SECP256R1())
 
     def publish(self, *names: str) -> None:
-        """Have the file say that these keys hold, and no others."""
+        """Write a JWKS file with these keys and no others."""
         keys = [ECAlgorithm.to_jwk(self._keys[name].public_key(), as_dict=True) | {"kid": name} for name in names]
         self.replace(json.dumps({"keys": keys}))
 
     def replace(self, content: str) -> None:
-        """Put this in the file's place, whole."""
+        """Replace the JWKS file by this text, atomically."""
         beside = self.file.with_suffix(".new")
         beside.write_text(content)
         os.replace(beside, self.file)
@@ -58,14 +58,14 @@ class Issuer:
     def token(
         self, sub: str | None = "research", *, key: str = "", kid: str = "", seconds: float = 60.0, **claims: Any
     ) -> str:
-        """A right token; tests spoil it. A claim that is None is left out."""
+        """Make a valid token, which tests then spoil. A claim that is None is left out."""
         name = key or list(self._keys)[-1]
         said = {"sub": sub, "iss": ISSUER, "aud": AUDIENCE, "exp": int(time.time() + seconds), **claims}
         kept = {claim: value for claim, value in said.items() if value is not None}
         return self.remember(jwt.encode(kept, self._keys[name], "ES256", headers={"kid": kid or name}))
 
     def forged(self, header: dict[str, Any], secret: bytes | None = None) -> str:
-        """A token that says what a right one says, under this header, signed by this secret or by nobody."""
+        """Make a token with a valid token's claims and this header, signed with this secret or not at all."""
         said = {"sub": "admin", "iss": ISSUER, "aud": AUDIENCE, "exp": int(time.time() + 60)}
         text = f"{_part(json.dumps(header).encode())}.{_part(json.dumps(said).encode())}"
         signature = b"" if secret is None else hmac.new(secret, text.encode(), hashlib.sha256).digest()
@@ -77,12 +77,12 @@ class Issuer:
 
 
 def bearer(token: str) -> Metadata:
-    """The metadata that brings a token."""
+    """Make the metadata that carries a token."""
     return (("authorization", f"Bearer {token}"),)
 
 
 def ends(token: str) -> float:
-    """When a token expires, in seconds since the epoch."""
+    """Return when a token expires, in seconds since the epoch."""
     return float(jwt.decode(token, options={"verify_signature": False})["exp"])
 
 

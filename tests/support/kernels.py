@@ -1,4 +1,4 @@
-"""Kernels for the tests: they report what a worker sees, or misbehave in one way each."""
+"""Kernels for the tests: each reports something that a worker sees, or misbehaves in one way."""
 
 import itertools
 import os
@@ -14,30 +14,30 @@ from unlatch import KernelError, kernel
 Vector = Float64[np.ndarray, "n"]
 
 
-# What a worker sees and is.
+# What a worker sees, and what it is.
 
 
 @kernel
 def alignments(x: Shaped[np.ndarray, "..."], y: Shaped[np.ndarray, "..."]) -> Int64[np.ndarray, "2"]:
-    """Each input's address modulo 64."""
+    """Return each input's address modulo 64."""
     return np.array([x.ctypes.data % 64, y.ctypes.data % 64])
 
 
 @kernel
 def module_names() -> Shaped[np.ndarray, "names"]:
-    """What is imported here."""
+    """Return the names of all modules that the worker has imported."""
     return np.array(sorted(sys.modules))
 
 
 @kernel
 def numpy_loaded_in() -> Int64[np.ndarray, "2"]:
-    """The process in which this module, and with it NumPy, was loaded; and this process."""
+    """Return the pid that loaded this module, and with it NumPy, and the pid that runs the kernel."""
     return np.array([LOADED_IN, os.getpid()])
 
 
 @kernel
 def process_id() -> Int64[np.ndarray, ""]:
-    """The worker's own."""
+    """Return the worker's pid."""
     return np.array(os.getpid())
 
 
@@ -56,7 +56,7 @@ def sleeps(*, seconds: float) -> Float64[np.ndarray, ""]:
 
 @kernel
 def burns(*, seconds: float) -> Float64[np.ndarray, ""]:
-    """Use that much CPU time in Python, and say how much it was."""
+    """Use this much processor time in Python, and return how much it was."""
     began = time.process_time()
     while time.process_time() - began < seconds:
         pass
@@ -70,31 +70,31 @@ def burns(*, seconds: float) -> Float64[np.ndarray, ""]:
 def shared_axes(
     a: Float64[np.ndarray, "rows cols"], b: Float64[np.ndarray, "cols k"], c: Float64[np.ndarray, "rows"]
 ) -> Float64[np.ndarray, "rows k"]:
-    """`a @ b + c`: three inputs that share axes."""
+    """Compute `a @ b + c`: three inputs that share axes."""
     return np.asarray(a @ b + c[:, None])
 
 
 @kernel
 def fixed_axes(pixels: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "height width"]:
-    """The largest channel."""
+    """Return the largest of a fixed number of channels."""
     return np.asarray(pixels.max(axis=2))
 
 
 @kernel
 def batches(a: Float64[np.ndarray, "*batch n"], b: Float64[np.ndarray, "*batch m"]) -> Float64[np.ndarray, "*batch"]:
-    """Sums over the last axes; the axes before must be the same ones."""
+    """Sum over the last axes. The axes before them must be the same in both inputs."""
     return np.asarray(a.sum(axis=-1) + b.sum(axis=-1))
 
 
 @kernel
 def first_two(x: Float64[np.ndarray, "_"]) -> Float64[np.ndarray, "_"]:
-    """An axis of any length becomes another of any length."""
+    """Turn an axis of any length into another axis of any length."""
     return x[:2]
 
 
 @kernel
 def required_scalars(*, flag: bool, count: int, ratio: float, label: str) -> Shaped[np.ndarray, "4"]:
-    """A scalar of each type, each needed; they are returned as Python prints them."""
+    """Take a scalar of each type, all required, and return them as Python prints them."""
     return np.array([repr(flag), repr(count), repr(ratio), repr(label)])
 
 
@@ -102,7 +102,7 @@ def required_scalars(*, flag: bool, count: int, ratio: float, label: str) -> Sha
 def default_scalars(
     *, flag: bool = True, count: int = -3, ratio: float = 0.5, label: str = "größe"
 ) -> Shaped[np.ndarray, "4"]:
-    """The same with defaults."""
+    """Take the same scalars with defaults."""
     return required_scalars(flag=flag, count=count, ratio=ratio, label=label)
 
 
@@ -115,25 +115,25 @@ class Summary(NamedTuple):
 
 @kernel
 def summarise(x: Vector) -> Summary:
-    """Named outputs."""
+    """Return two named outputs."""
     return Summary(mean=np.asarray(x.mean()), ranks=np.argsort(np.argsort(x)))
 
 
 @kernel
 def conjugate(z: Complex128[np.ndarray, "n"]) -> Complex128[np.ndarray, "n"]:
-    """Complex in and out."""
+    """Conjugate complex numbers."""
     return np.asarray(z.conj())
 
 
 @kernel
 def halve(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """Any float dtype, and that one back."""
+    """Halve an array of any float dtype, and keep the dtype."""
     return np.asarray(x / x.dtype.type(2))
 
 
 @kernel(pure=True)
 def tripled(x: UInt8[np.ndarray, "n"]) -> UInt8[np.ndarray, "n"]:
-    """One dtype and no other, which wraps."""
+    """Triple an array of exactly one dtype. Overflow wraps."""
     return np.asarray(x * np.uint8(3))
 
 
@@ -141,7 +141,7 @@ def tripled(x: UInt8[np.ndarray, "n"]) -> UInt8[np.ndarray, "n"]:
 def turned(
     x: Float64[np.ndarray, "rows 3"], z: Complex128[np.ndarray, "rows n"], *, turns: int = 1
 ) -> tuple[Float64[np.ndarray, "rows 3"], Complex128[np.ndarray, "rows n"]]:
-    """Quarter turns about the first axis, and of complex numbers: its calls may run as one."""
+    """Turn by a quarter about the first axis, complex numbers too. Calls of this kernel may run as one."""
     for _ in range(turns % 4):
         x, z = np.stack((x[:, 0], -x[:, 2], x[:, 1]), axis=1), z * 1j
     return x, z
@@ -152,109 +152,109 @@ def turned(
 
 @kernel
 def raises_value_error(x: Vector) -> Vector:
-    """An exception that is not the caller's business."""
+    """Raise an exception whose text the caller must not see."""
     raise ValueError("a secret of the server")
 
 
 @kernel
 def raises_kernel_error(*, message: str, times: int = 1) -> Vector:
-    """An exception that is."""
+    """Raise an exception whose text the caller is meant to see."""
     raise KernelError(message * times)
 
 
 @kernel
 def raises_kernel_error_of(*, kind: str) -> Vector:
-    """A KernelError about something that is no plain text."""
+    """Raise a KernelError whose text is not plain text."""
     raise KernelError({"surrogate": "\ud800", "exception": ValueError("inner")}[kind])  # type: ignore[arg-type]
 
 
 @kernel
 def raises_system_exit(x: Vector) -> Vector:
-    """What would end a process."""
+    """Raise SystemExit, which would end a process."""
     sys.exit(3)
 
 
 @kernel
 def raises_keyboard_interrupt(x: Vector) -> Vector:
-    """What Ctrl-C would raise."""
+    """Raise KeyboardInterrupt, as Ctrl-C would."""
     raise KeyboardInterrupt
 
 
 @kernel
 def raises_memory_error(x: Vector) -> Vector:
-    """More than any machine has."""
+    """Ask for more memory than any machine has."""
     return np.empty(2**45)
 
 
 @kernel
 def returns_list(x: Vector) -> Vector:
-    """No array."""
+    """Return a list instead of an array."""
     return x.tolist()  # type: ignore[no-any-return]
 
 
 @kernel
 def returns_none(x: Vector) -> Vector:
-    """Nothing at all."""
+    """Return nothing."""
     return None  # type: ignore[return-value]
 
 
 @kernel
 def returns_wrong_dtype(x: Vector) -> Vector:
-    """The right shape of the wrong dtype."""
+    """Return the right shape with the wrong dtype."""
     return x.astype(np.float32)
 
 
 @kernel
 def returns_wrong_rank(x: Vector) -> Vector:
-    """An axis too many."""
+    """Return one axis too many."""
     return x[None]
 
 
 @kernel
 def returns_wrong_length(x: Vector) -> Vector:
-    """An axis that is named like the input's, but longer."""
+    """Return an axis that is named like the input's, but is longer."""
     return np.append(x, 0.0)
 
 
 @kernel
 def returns_wrong_batch(x: Float64[np.ndarray, "*batch"]) -> Float64[np.ndarray, "*batch"]:
-    """Axes that are named like the input's, but are others."""
+    """Return axes that are named like the input's, but have other lengths."""
     return np.stack((x, x))
 
 
 @kernel
 def returns_wrong_count(x: Vector) -> tuple[Vector, Vector]:
-    """Three where two are declared."""
+    """Return three outputs where two are declared."""
     return x, x, x  # type: ignore[return-value]
 
 
 @kernel
 def returns_unserved_dtype(x: Vector, *, dtype: str) -> Shaped[np.ndarray, "..."]:
-    """Any dtype is declared, but no datatype carries this one."""
+    """Return a dtype that no datatype carries, where any dtype is declared."""
     return np.zeros(2, np.dtype(eval(dtype)))
 
 
 @kernel
 def returns_integers_as_objects(x: Vector) -> Shaped[np.ndarray, "..."]:
-    """Objects that are no strings."""
+    """Return objects that are not strings."""
     return np.array([1, None], dtype=object)
 
 
 @kernel
 def returns_big_endian(x: Vector) -> Vector:
-    """The declared dtype, in a byte order that the wire does not have."""
+    """Return the declared dtype in a byte order that the wire does not have."""
     return x.astype(">f8")
 
 
 @kernel
 def returns_strided(x: Float64[np.ndarray, "rows cols"]) -> Float64[np.ndarray, "cols rows"]:
-    """An array that is not contiguous."""
+    """Return an array that is not contiguous."""
     return x.T
 
 
 @kernel
 def prints(x: Vector) -> Vector:
-    """A megabyte on each of stdout and stderr."""
+    """Print a megabyte on each of stdout and stderr."""
     for stream in (sys.stdout, sys.stderr):
         for _ in range(1024):
             print("x" * 1023, file=stream)
@@ -263,14 +263,14 @@ def prints(x: Vector) -> Vector:
 
 @kernel
 def writes_to_input(x: Vector) -> Vector:
-    """In place, on memory that others read."""
+    """Write to the input, whose memory others read too."""
     x += 1
     return x
 
 
 @kernel
 def unlocks_input(x: Vector) -> Vector:
-    """Tries to make its input writable first."""
+    """Try to make the input writable, and then write to it."""
     x.flags.writeable = True
     x += 1
     return x
@@ -283,7 +283,7 @@ _turns = itertools.count(1)
 
 @kernel
 def turn(*, seconds: float = 0.0) -> Int64[np.ndarray, ""]:
-    """How many runs this worker has been given, this one included; it uses that much processor time."""
+    """Return the number of runs that this worker has had, this one included, and use that much processor time."""
     end = time.process_time() + seconds
     while time.process_time() < end:
         pass
@@ -292,7 +292,7 @@ def turn(*, seconds: float = 0.0) -> Int64[np.ndarray, ""]:
 
 @kernel
 def waits_for(*, path: str) -> Float64[np.ndarray, ""]:
-    """Hold a worker until somebody opens the named pipe for writing and closes it."""
+    """Hold a worker until a test opens the named pipe for writing and closes it."""
     with open(path, "rb") as opened:
         opened.read()
     return np.array(0.0)
@@ -300,5 +300,5 @@ def waits_for(*, path: str) -> Float64[np.ndarray, ""]:
 
 @kernel
 def waits_too(*, path: str) -> Float64[np.ndarray, ""]:
-    """The same, by another name: what is known of one kernel is not known of the other."""
+    """Do the same under another name: what is known of one kernel is not known of another."""
     return waits_for(path=path)

@@ -1,6 +1,6 @@
-"""The real thing for tests: a gateway and a compute service as processes, on free ports and a Unix socket.
+"""Real services for tests: a gateway and a compute service as processes, on free ports and a Unix socket.
 
-Nothing here sleeps: a service's log lines say how far it is. What it logged is in the message of every failure.
+Nothing here sleeps: a service's log lines say how far it has got. The message of every failure contains the log.
 """
 
 import json
@@ -26,7 +26,7 @@ Entry = dict[str, Any]
 
 
 class Service:
-    """One process of ours, and what it has logged. It ends with this test run, come what may."""
+    """A process of ours, and its log. The process ends with this test run at the latest."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Service:
         self._reads = threading.Event()
         self._reads.set()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("UNLATCH_")}
-        # A service whose supervisor is gone ends itself.
+        # A service ends itself when its supervisor is gone.
         supervised = {**inherited, "UNLATCH_SUPERVISOR": str(os.getpid()), **(environment or {})}
         self._child = subprocess.Popen(
             [*(runner or (sys.executable, "-m")), module if runner else f"unlatch.{module}", *flags],
@@ -71,7 +71,7 @@ class Service:
 
     @property
     def entries(self) -> list[Entry]:
-        """What it has logged; lines that are no JSON (a kernel's prints) left out."""
+        """The log's entries. Lines that are not JSON (a kernel's prints) are left out."""
         return [json.loads(line) for line in list(self.lines) if line.startswith("{")]
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Service:
         return "\n".join([head, *(line[:1000] for line in self.lines[-_MOST_LINES_SHOWN:])])
 
     def wait_for(self, event: str, *, after: int = 0, within: float = _WITHIN_SECONDS, **fields: object) -> Entry:
-        """The first entry of that event with those fields, from line `after` on. Fails when none comes in time."""
+        """Return the first entry of that event with those fields from line `after` on. Fails if none comes in time."""
         found: Entry | None = None
 
         def there() -> bool:
@@ -100,7 +100,7 @@ class Service:
 
     @contextmanager
     def unread(self) -> Iterator[None]:
-        """Within, nobody reads what it logs."""
+        """Read none of the log inside the `with` block."""
         self._reads.clear()
         try:
             yield
@@ -111,7 +111,7 @@ class Service:
         self._child.send_signal(number)
 
     def wait(self, within: float = _WITHIN_SECONDS) -> int:
-        """Its exit code, once it has ended and its log is here to the last line."""
+        """Return the exit code, once the process has ended and its whole log has been read."""
         try:
             code = self._child.wait(within)
         except subprocess.TimeoutExpired:
@@ -120,13 +120,13 @@ class Service:
         return code
 
     def stop(self) -> None:
-        """SIGTERM, and its drain; fails where that is not how it ends."""
+        """Send SIGTERM and wait for the drain. Fails when the exit code is not 0."""
         self._child.terminate()
         code = self.wait()
         assert code == 0, f"it ended with {code}; {self}"
 
     def kill(self) -> None:
-        """End it, if it has not ended."""
+        """Kill the process if it has not ended."""
         if self._child.poll() is None:
             self._child.kill()
         self.wait()
@@ -146,7 +146,7 @@ class Service:
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """A gateway and one replica that serves it. `gateway` and `front` are their addresses for gRPC."""
+    """A gateway and one replica behind it. `gateway` and `front` are their addresses for gRPC."""
 
     gateway: str
     gateway_metrics: str
@@ -162,7 +162,7 @@ class Mesh:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Each process by name: gateway, dispatcher, forkserver, and worker-<pid>, in the order of their birth."""
+        """The pid of each process by name: gateway, dispatcher, forkserver, and worker-<pid> in the order of start."""
         found = {"gateway": self.gateway_service.pid, "dispatcher": self.front_service.pid}
         for child in children(self.front_service.pid):
             if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -178,7 +178,7 @@ class Mesh:
 
 @contextmanager
 def running_front(socket: Path, *flags: str) -> Iterator[Service]:
-    """A replica alone, serving the tests' kernels with two workers unless flags say otherwise; stopped at the end."""
+    """Run a replica alone, with the tests' kernels and two workers unless flags say otherwise. Stop it at the end."""
     defaults = {"--workers": "2", "--kernels": str(KERNELS), "--drain-seconds": "5"}
     chosen = [part for flag, value in defaults.items() if flag not in flags for part in (flag, value)]
     with Service("compute", "--listen", f"unix:{socket}", *_ANY_PORTS, *chosen, *flags) as front:
@@ -189,7 +189,7 @@ def running_front(socket: Path, *flags: str) -> Iterator[Service]:
 
 @contextmanager
 def running_mesh(directory: Path, *, front: Sequence[str] = (), gateway: Sequence[str] = ()) -> Iterator[Mesh]:
-    """Both services, with flags on top of what they need to find each other; stopped, cleanly, at the end."""
+    """Run both services, with flags added to what they need to find each other. Stop them cleanly at the end."""
     socket = directory / "front.sock"
     drain = ("--drain-seconds", "5")
     with (

@@ -1,15 +1,15 @@
-"""A user's project whose packages are named as folders of this repository are, and kernels and a client that use them.
+"""A user's project: its packages have the names of folders of this repository, and its kernels and client import them.
 
-Every package has a module and in that a number: what a kernel answers tells which packages it has imported.
+Each package has a module that holds a number. A kernel's result shows which packages the kernel has imported.
 """
 
 from collections.abc import Collection
 from pathlib import Path
 
 FACTORS = {"common": 2, "protos": 3, "gateway": 5, "compute": 7, "utils": 11, "tests": 13}
-# They have no __init__.py: a package of that name which has one wins over them, wherever it lies.
+# These packages have no __init__.py. A package of the same name that has one wins over them, wherever it lies.
 NAMESPACES = frozenset({"gateway", "tests", "utils"})
-# Modules that ours of the same name have too.
+# Names of modules that exist in our folder of the same name too.
 _MODULES = {"common": "errors", "protos": "unlatch_pb2", "gateway": "server", "compute": "call", "tests": "support"}
 
 _IMPORTS = "\n".join(f"from {name}.{_MODULES.get(name, name)} import FACTOR as {name.upper()}" for name in FACTORS)
@@ -45,7 +45,7 @@ with BlockingClient(address, timeout=20.0) as client:
 
 
 def write_packages(directory: Path, namespaces: Collection[str] = NAMESPACES) -> None:
-    """Write the packages into a directory; those that are named `namespaces` without an __init__.py."""
+    """Write the packages into a directory. Those in `namespaces` get no __init__.py."""
     for name, factor in FACTORS.items():
         package = directory / name
         package.mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""Tests run beside one another, in as many processes as pytest-xdist was told; those marked `alone` do not.
+"""Turns of tests: they run beside each other in as many processes as pytest-xdist was told, but not if marked `alone`.
 
-One that measures what processor time or memory the machine gives it has the machine to itself: it waits until the tests
-under way have ended, and none begins before it has. Locks on two directories of this checkout say so, so that several
-runs of the tests keep out of each other's way too.
+A test that measures the processor time or memory that the machine gives it has the machine to itself. It waits until
+the running tests have ended, and no other test begins before it has ended. Locks on two directories of this checkout
+do this, so that several runs of the tests keep out of each other's way too.
 """
 
 import fcntl
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _TESTS = Path(__file__).resolve().parents[1]
-# Whoever is about to begin holds the door: one who waits for the room to empty lets nobody in behind himself.
+# Each test locks the door before the room. A test that waits for the room to empty keeps the door locked meanwhile.
 _DOOR, _ROOM = _TESTS, _TESTS / "support"
 
 
 @contextmanager
 def a_turn(*, alone: bool) -> Iterator[None]:
-    """Within, a test runs: beside others, or by itself."""
+    """Run a test inside the `with` block, beside others or by itself."""
     with _open(_ROOM) as room:
         with _open(_DOOR) as door:
             fcntl.flock(door, fcntl.LOCK_EX)
@@ -27,7 +27,7 @@ def a_turn(*, alone: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            # Said, and not left to the closing: a process that the test has forked may hold the descriptor still.
+            # Unlock it here, and not by closing it: a process that the test has forked may still hold it.
             fcntl.flock(room, fcntl.LOCK_UN)
 
 

@@ -1,4 +1,4 @@
-"""What a test sees of processes from outside: /proc, metrics, and conditions that come true in time."""
+"""Processes as tests see them from outside: /proc, metrics, and conditions that become true in time."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ WITHIN_SECONDS = 10.0
 
 
 def wait_until(condition: Callable[[], object], what: str, within: float = WITHIN_SECONDS) -> float:
-    """Poll until it holds; the seconds that it took. Fails when it does not hold in time."""
+    """Poll until the condition holds, and return how many seconds that took. Fails when it does not hold in time."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < within, f"not within {within} s: {what}"
@@ -25,7 +25,7 @@ def wait_until(condition: Callable[[], object], what: str, within: float = WITHI
 
 
 async def until(condition: Callable[[], object], what: str, within: float = WITHIN_SECONDS) -> float:
-    """The same beside other tasks of an event loop."""
+    """Poll in the same way beside other tasks of an event loop."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < within, f"not within {within} s: {what}"
@@ -35,7 +35,7 @@ async def until(condition: Callable[[], object], what: str, within: float = WITH
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process and no other that gets its number later."""
+    """A process, told apart from a later one with the same pid."""
 
     pid: int
     start: int
@@ -43,13 +43,13 @@ class Process:
 
     @classmethod
     def of(cls, pid: int) -> Self:
-        """The process that has this number now. Raises OSError when there is none."""
+        """Return the process that has this pid now. Raises OSError when there is none."""
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120]
         return cls(pid, int(_stat(pid)[19]), command)
 
     @property
     def alive(self) -> bool:
-        """Whether it runs; a zombie does not."""
+        """Whether the process runs. A zombie does not."""
         try:
             fields = _stat(self.pid)
         except OSError:
@@ -66,7 +66,7 @@ def _pids() -> list[int]:
 
 
 def children(parent: int, *, zombies: bool = False) -> list[int]:
-    """Its children that run; or those that have ended, and that nobody has waited for."""
+    """Return a process's running children; with `zombies`, those that have ended and were not waited for."""
     found = []
     for pid in _pids():
         try:
@@ -79,7 +79,7 @@ def children(parent: int, *, zombies: bool = False) -> list[int]:
 
 
 def tree(root: int) -> list[Process]:
-    """A process and all that descend from it."""
+    """Return a process and all its descendants."""
     found = [Process.of(root)]
     for child in children(root):
         found += tree(child)
@@ -87,12 +87,12 @@ def tree(root: int) -> list[Process]:
 
 
 def alive(processes: Iterable[Process]) -> list[Process]:
-    """Those that still run."""
+    """Return those processes that still run."""
     return [process for process in processes if process.alive]
 
 
 def descriptors(pid: int) -> dict[int, str]:
-    """Its open files."""
+    """Return a process's open files."""
     found = {}
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:
@@ -103,7 +103,7 @@ def descriptors(pid: int) -> dict[int, str]:
 
 
 def memory_files(pids: Iterable[int]) -> set[int]:
-    """The inodes of the memfds of ours that these processes hold."""
+    """Return the inodes of our memfds that these processes hold."""
     found = set()
     for pid in pids:
         try:
@@ -116,17 +116,17 @@ def memory_files(pids: Iterable[int]) -> set[int]:
 
 
 def all_memory_files() -> set[int]:
-    """The same of every process on this machine."""
+    """Return the inodes of our memfds that any process on this machine holds."""
     return memory_files(_pids())
 
 
 def resident_bytes(pid: int) -> int:
-    """What of it is in RAM and its own alone."""
+    """Return the bytes of a process's own memory that are in RAM."""
     return status_bytes(pid, "RssAnon")
 
 
 def status_bytes(pid: int, name: str) -> int:
-    """One of the sizes in /proc/<pid>/status."""
+    """Read one of the sizes in /proc/<pid>/status."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -134,7 +134,7 @@ def status_bytes(pid: int, name: str) -> int:
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time by the process's own clock (clock_getcpuclockid(3))."""
+    """Read processor time from the process's own clock (clock_getcpuclockid(3))."""
     return time.clock_gettime_ns((~pid << 3) | 2) / 1e9
 
 
@@ -142,7 +142,7 @@ Labels = frozenset[tuple[str, str]]
 
 
 class Scrape:
-    """One reading of a /metrics."""
+    """A scrape of a /metrics address."""
 
     def __init__(self, address: str) -> None:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=WITHIN_SECONDS) as response:
@@ -157,16 +157,16 @@ class Scrape:
                     self._counters.add(key)
 
     def sum(self, name: str, **labels: str) -> float:
-        """The sum of the series of that name with those labels."""
+        """Add up the series of that name with those labels."""
         wanted = labels.items()
         return sum(value for (found, has), value in self.samples.items() if found == name and wanted <= set(has))
 
     def labels(self, name: str) -> list[dict[str, str]]:
-        """The label sets under which a name is exported, with a value above zero."""
+        """Return the label sets under which a name is exported with a value above zero."""
         return [dict(has) for (found, has), value in self.samples.items() if found == name and value]
 
     def fell_since(self, earlier: "Scrape") -> list[str]:
-        """Counters that have gone backwards, or away."""
+        """Return the counters that have fallen, or are gone, since another scrape."""
         return [
             f"{name}{dict(labels)}: {earlier.samples[name, labels]} -> {self.samples.get((name, labels))}"
             for name, labels in sorted(earlier._counters, key=str)
@@ -175,7 +175,7 @@ class Scrape:
 
 
 class Gate:
-    """A named pipe at which a kernel waits. Tests see that it has come, and let it pass."""
+    """A named pipe at which a kernel waits. A test sees that the kernel has come, and lets it go on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -187,7 +187,7 @@ class Gate:
 
     @property
     def reached(self) -> bool:
-        """Whether a kernel waits."""
+        """Whether a kernel waits at the gate."""
         if self._fd < 0:
             try:
                 self._fd = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
@@ -197,11 +197,11 @@ class Gate:
 
     @property
     def pid(self) -> int:
-        """Of the worker that waits."""
+        """The pid of the worker that waits."""
         return int(Path(f"{self.path}.pid").read_text())
 
     def open(self) -> None:
-        """Let it pass."""
+        """Let the kernel go on."""
         assert self.reached
         os.close(self._fd)
         self._fd = -1

@@ -52,7 +52,7 @@ class Install:
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run a command in the project; it must succeed."""
+        """Run a command in the project. Fails if the command fails."""
         ran = subprocess.run(
             [str(part) for part in command],
             cwd=self.project,
@@ -67,7 +67,7 @@ class Install:
 
     @contextmanager
     def serving(self, kernels: Sequence[str] = KERNELS) -> Iterator[str]:
-        """`unlatch serve` with the project's kernels: the address that callers use."""
+        """Run `unlatch serve` with the project's kernels; yield the address that callers use."""
         flags = ("--kernels", ",".join(kernels), "--workers", "1", *ANY_PORTS)
         with Service(
             "serve", *flags, environment=self.environment, runner=self.command, directory=self.project
@@ -88,7 +88,7 @@ class Built:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Both distributions, built once."""
+    """Build both distributions once."""
     directory = tmp_path_factory.mktemp("built")
     wheel, sdist = build(ROOT, "wheel", directory), build(ROOT, "sdist", directory)
     with tarfile.open(sdist) as archive:
@@ -105,7 +105,7 @@ def build(source: Path, target: str, directory: Path) -> Path:
 
 
 def environment(directory: Path, *installed: str) -> Path:
-    """Make a virtual environment with the tests' third-party packages and, by pip, what is named; its Python."""
+    """Make a virtual environment with the tests' third-party packages and what pip installs; return its Python."""
     venv.create(directory, symlinks=True, with_pip=False)
     python = directory / "bin" / "python"
     # Of packages that lie there no .pth file is read: this checkout's own editable install is not found through it.
@@ -140,7 +140,7 @@ def site_packages(directory: Path) -> Path:
     ids="-".join,
 )
 def install(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, built: Built) -> Install:
-    """Each way to have Unlatch: with the user's packages beside the kernels, or installed in the environment."""
+    """Install Unlatch in each way, with the user's packages beside the kernels or in the environment."""
     way, where = request.param
     directory = tmp_path_factory.mktemp("their work") / "an environment"
     what = {"checkout": (), "editable": ("--editable", str(ROOT)), "wheel": (str(built.wheel),)}[way]
@@ -156,14 +156,14 @@ def install(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_kernels_and_clients_import_their_own_packages(install: Install) -> None:
-    """Kernels by path and by dotted name, and a client, that import packages named as ours: each gets its own."""
+    """Kernels by path and by dotted name, and a client, import their own packages that are named as ours."""
     with install.serving() as address:
         names = ["by_path", "by_name"]
         assert install.run(install.python, "client.py", address, *names).stdout.split() == names
 
 
 def test_check_runs_kernels_that_import_their_own_packages(install: Install) -> None:
-    """`unlatch check` finds no fault in the same kernels."""
+    """Check finds no fault in these kernels."""
     flags = ("--seconds", "0.1", "--most-mib", "0")
     assert install.run(*install.command, "check", *KERNELS, *flags).stdout == "2 kernels, 0 faults, 0 notes\n"
 
@@ -181,7 +181,7 @@ def test_a_checkout_serves_from_its_own_folder(tmp_path: Path) -> None:
 
 
 def test_no_other_folder_of_ours_can_be_imported(install: Install) -> None:
-    """What lies beside `unlatch` in this repository is not found, or is the user's package of that name."""
+    """Folders that lie beside `unlatch` in this repository are not found, or are the user's packages of those names."""
     ours = sorted(path.name for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier())
     program = "import sys; from importlib.util import find_spec; print(*map(find_spec, sys.argv[1:]), sep='\\n')"
     ours.remove("unlatch")
@@ -192,7 +192,7 @@ def test_no_other_folder_of_ours_can_be_imported(install: Install) -> None:
 
 
 def test_a_wheel_has_one_top_level(built: Built) -> None:
-    """What pip puts into site-packages is the package and its metadata."""
+    """Site-packages gets the package and its metadata from the wheel, and nothing else."""
     with zipfile.ZipFile(built.wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist()}
     assert {top.partition("-")[0] for top in tops} == {"unlatch"}
@@ -200,7 +200,7 @@ def test_a_wheel_has_one_top_level(built: Built) -> None:
 
 
 def test_a_wheel_has_every_module(built: Built) -> None:
-    """The rooms' modules are in it, as are those of `unlatch` itself."""
+    """The wheel contains all modules of the four folders and of `unlatch` itself."""
     with zipfile.ZipFile(built.wheel) as archive:
         packed = {name for name in archive.namelist() if name.endswith(".py")}
     here = {path.relative_to(ROOT) for path in (ROOT / "unlatch").rglob("*.py")}
@@ -217,7 +217,7 @@ def test_a_wheel_of_the_source_distribution_is_the_same(built: Built) -> None:
 
 
 def test_a_source_distribution_has_each_file_once(built: Built) -> None:
-    """No link, no bytecode, nothing twice, and the tests too."""
+    """The archive has no links, no bytecode and nothing twice. It has the tests too."""
     with tarfile.open(built.sdist) as archive:
         members = archive.getmembers()
     assert all(member.isreg() for member in members)
@@ -228,7 +228,7 @@ def test_a_source_distribution_has_each_file_once(built: Built) -> None:
 
 
 def test_an_installed_wheel_needs_to_write_nowhere(built: Built, tmp_path: Path) -> None:
-    """It serves in a directory with a space in its path, and from an environment, neither of which it can write to."""
+    """The wheel serves in a directory with a space in its path, with no write access to it or to the environment."""
     directory = tmp_path / "an environment"
     python, project = environment(directory, str(built.wheel)), tmp_path / "a project"
     write_project(project)
@@ -244,7 +244,7 @@ def test_an_installed_wheel_needs_to_write_nowhere(built: Built, tmp_path: Path)
 
 @contextmanager
 def read_only(*directories: Path) -> Iterator[None]:
-    """Within, nothing can be written in these directories."""
+    """Make these directories read-only inside the `with` block."""
     paths = [path for directory in directories for path in (directory, *directory.rglob("*"))]
     modes = {path: path.stat().st_mode for path in paths if not path.is_symlink()}
     try:

@@ -1,4 +1,4 @@
-"""Cores granted: the least of affinity and every quota on the way to the cgroup's root, version 1 and 2."""
+"""Granted cores: the smallest of affinity and all quotas up to the cgroup's root, for cgroups version 1 and 2."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ def own(directory: Path, *lines: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine of eight, so that quotas can be less."""
+    """A machine of eight cores, so that quotas can be less."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
 
 
@@ -46,7 +46,7 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_version_2(files: dict[str, str], cores: int, tmp_path: Path) -> None:
-    """`cpu.max` of the cgroup itself and of all above it; a part of a core counts as one."""
+    """`cpu.max` counts for the cgroup itself and for all above it. A part of a core counts as a whole one."""
     assert granted_cores(tree(tmp_path / "cgroup", files), own(tmp_path, "0::/pods/one")) == cores
 
 
@@ -61,22 +61,22 @@ def test_version_2(files: dict[str, str], cores: int, tmp_path: Path) -> None:
     ],
 )
 def test_version_1(files: dict[str, str], cores: int, tmp_path: Path) -> None:
-    """`cpu.cfs_quota_us` by `cpu.cfs_period_us`, under either name of the controller's mount."""
+    """`cpu.cfs_quota_us` is divided by `cpu.cfs_period_us`, under either name of the controller's mount."""
     lines = ("12:memory:/elsewhere", "4:cpu,cpuacct:/pods/one", "1:name=systemd:/pods")
     assert granted_cores(tree(tmp_path / "cgroup", files), own(tmp_path, *lines)) == cores
 
 
 def test_path_outside_of_the_mount(tmp_path: Path) -> None:
-    """In a container without its own cgroup namespace the path is the host's: the mount's root still counts."""
+    """A container without its own cgroup namespace sees the host's path; the limits at the mount's root still count."""
     root = tree(tmp_path / "cgroup", {"cpu.max": "200000 100000\n"})
     assert granted_cores(root, own(tmp_path, "0::/../../kubepods/pod7/abc")) == 2
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
-    """Without cgroups affinity alone decides."""
+    """Without cgroups, affinity alone decides."""
     assert granted_cores(tmp_path / "none", tmp_path / "none either") == 8
 
 
 def test_this_machine() -> None:
-    """Here it is between one core and all of them."""
+    """This machine grants at least one core, and at most all of them."""
     assert 1 <= granted_cores() <= 8

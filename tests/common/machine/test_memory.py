@@ -1,4 +1,4 @@
-"""Memory granted: the least of every limit on the way to the cgroup's root, version 1 and 2."""
+"""Granted memory: the smallest of all limits up to the cgroup's root, for cgroups version 1 and 2."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ NONE_IN_VERSION_1 = f"{2**63 - 4096}\n"
     ],
 )
 def test_version_2(files: dict[str, str], granted: int, tmp_path: Path) -> None:
-    """`memory.max` of the cgroup itself and of all above it."""
+    """`memory.max` counts for the cgroup itself and for all above it."""
     assert granted_memory(tree(tmp_path / "cgroup", files), own(tmp_path, "0::/pods/one")) == granted
 
 
@@ -46,17 +46,17 @@ def test_version_2(files: dict[str, str], granted: int, tmp_path: Path) -> None:
     ],
 )
 def test_version_1(files: dict[str, str], granted: int, tmp_path: Path) -> None:
-    """`memory.limit_in_bytes`, which says "none" with the largest number of whole pages."""
+    """`memory.limit_in_bytes` says "no limit" with the largest number of whole pages."""
     lines = ("12:memory:/pods/one", "4:cpu,cpuacct:/elsewhere", "0::/")
     assert granted_memory(tree(tmp_path / "cgroup", files), own(tmp_path, *lines)) == granted
 
 
 def test_both_versions(tmp_path: Path) -> None:
-    """Where both are mounted the least of all limits holds."""
+    """Where both versions are mounted, the smallest of all limits holds."""
     files = {"memory.max": f"{512 * MiB}\n", "memory/memory.limit_in_bytes": f"{256 * MiB}\n"}
     assert granted_memory(tree(tmp_path / "cgroup", files), own(tmp_path, "4:memory:/", "0::/")) == 256 * MiB
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
-    """Without cgroups nothing is granted, and nothing refused."""
+    """Without cgroups no limit is known, and nothing is refused."""
     assert granted_memory(tmp_path / "none", tmp_path / "none either") == 0

@@ -1,4 +1,4 @@
-"""Where something listens says what it must ask of its callers."""
+"""The address that a service listens on decides what it must ask of its callers."""
 
 import pytest
 
@@ -19,7 +19,7 @@ TLS = ("--tls-cert", "cert.pem", "--tls-key", "key.pem")
     ],
 )
 def test_loopback_and_unix_sockets_are_not_exposed(address: str) -> None:
-    """No other machine gets there."""
+    """No other machine can reach loopback and Unix sockets."""
     assert not is_exposed(address)
 
 
@@ -47,7 +47,7 @@ def test_loopback_and_unix_sockets_are_not_exposed(address: str) -> None:
     ],
 )
 def test_what_may_be_reached_from_elsewhere_is_exposed(address: str) -> None:
-    """All other addresses, those too of which nobody can tell."""
+    """All other addresses count as exposed, also those that cannot be judged."""
     assert is_exposed(address)
 
 
@@ -64,7 +64,7 @@ def test_what_may_be_reached_from_elsewhere_is_exposed(address: str) -> None:
 def test_an_exposed_service_asks_for_tls_and_for_who_calls(
     kind: type[Settings], flags: tuple[str, ...], wanted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It does not start without, and says what to give."""
+    """An exposed service does not start without TLS and known callers, and says which flags to give."""
     with pytest.raises(SystemExit) as ended:
         parse(kind, "unlatch service", ["--listen", "0.0.0.0:8001", *flags])
     assert ended.value.code == 2
@@ -86,5 +86,5 @@ def test_an_exposed_service_asks_for_tls_and_for_who_calls(
     ],
 )
 def test_what_is_asked_for_is_enough(kind: type[Settings], flags: tuple[str, ...]) -> None:
-    """TLS and known callers; or a word that neither is wanted; or an address that nobody else reaches."""
+    """TLS and known callers are enough; so is --insecure, or an address that no other machine reaches."""
     assert parse(kind, "unlatch service", flags).listen == flags[1]

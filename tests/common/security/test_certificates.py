@@ -1,4 +1,4 @@
-"""Certificates as files have them: which are taken, and which peers are believed after a change."""
+"""Certificates in files: which are accepted, and which peers are trusted after a change."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ def loaded(given: Renamed) -> Certificates:
 
 
 async def swapped(certificates: Certificates, given: Renamed, files: Named) -> None:
-    """Swap files, and wait until what they hold has been taken."""
+    """Swap files, and wait until their contents have been taken."""
     watching = asyncio.create_task(certificates.watch())
     changed = asyncio.create_task(certificates.changed())
     await asyncio.sleep(0)
@@ -40,7 +40,7 @@ def given(tmp_path: Path, ours: Authority) -> Renamed:
 
 
 async def test_a_peer_is_believed_while_its_issuer_is_trusted(given: Renamed, ours: Authority) -> None:
-    """Also after another authority came beside, and again once one that had gone is back."""
+    """A peer stays trusted after another authority is added, and is trusted again when its own authority is back."""
     certificates, other = loaded(given), Authority()
     peer = ours.issue("peer.example")["tls.crt"]
     for bundle, believed in ((ours.pem + other.pem, True), (other.pem, False), (other.pem + ours.pem, True)):
@@ -50,7 +50,7 @@ async def test_a_peer_is_believed_while_its_issuer_is_trusted(given: Renamed, ou
 
 
 async def test_a_peer_of_an_authority_between_is_left_to_its_next_handshake(given: Renamed, ours: Authority) -> None:
-    """Who vouched for the one between is not seen, so that nobody is refused by mistake."""
+    """A peer of an intermediate authority, whose issuer is unknown here, is not refused before its next handshake."""
     certificates = loaded(given)
     chain = ours.issue("peer.example", through=True)["tls.crt"]
     await swapped(certificates, given, {"ca.crt": Authority().pem})
@@ -58,7 +58,7 @@ async def test_a_peer_of_an_authority_between_is_left_to_its_next_handshake(give
 
 
 def test_a_peer_is_believed_until_its_certificate_expires(given: Renamed, ours: Authority) -> None:
-    """By the clock, and not by what was found when it came."""
+    """A peer is trusted until its certificate expires by the clock, whatever was found when it connected."""
     certificates = loaded(given)
     assert certificates.refusal(ours.issue("peer.example")["tls.crt"]) == ""
     assert "expired" in certificates.refusal(ours.issue("peer.example", seconds=-1.0)["tls.crt"])
@@ -66,7 +66,7 @@ def test_a_peer_is_believed_until_its_certificate_expires(given: Renamed, ours: 
 
 
 def test_what_is_remembered_of_peers_is_bounded(given: Renamed) -> None:
-    """However many come."""
+    """The memory of peers has a bound, however many come."""
     certificates = loaded(given)
     authority = trustme.CA()
     peers = [authority.issue_cert(f"{number}.example").cert_chain_pems[0].bytes() for number in range(40)]
@@ -78,7 +78,7 @@ def test_what_is_remembered_of_peers_is_bounded(given: Renamed) -> None:
 async def test_what_is_not_fit_for_use_is_not_taken(
     given: Renamed, ours: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The old ones stay, and the log says why once; when it has been mended it is taken."""
+    """Unusable files are not taken: the old certificates stay, and the log says why once. Mended files are taken."""
     certificates = loaded(given)
     before = certificates.now
     caplog.set_level(logging.WARNING)
@@ -99,7 +99,7 @@ async def test_what_is_not_fit_for_use_is_not_taken(
 async def test_what_is_not_valid_yet_is_taken_when_it_is(
     given: Renamed, ours: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Though its file does not change any more: the clock of who issued it was ahead."""
+    """A certificate that is not valid yet is taken when it becomes valid, though its file changes no more."""
     certificates = loaded(given)
     before = certificates.now
     caplog.set_level(logging.WARNING)
@@ -111,7 +111,7 @@ async def test_what_is_not_valid_yet_is_taken_when_it_is(
 
 
 async def test_change_while_files_are_read_for_the_first_time_is_seen(tmp_path: Path, ours: Authority) -> None:
-    """Between the reading of one file and of the next, which is a pipe here: it is read once the others have been."""
+    """A file that changes while another, here a pipe, is read for the first time is read again."""
     first, second = ours.issue("server.example"), ours.issue("server.example")
     given, bundle = Renamed(tmp_path / "files", first), tmp_path / "ca.crt"
     os.mkfifo(bundle)
@@ -127,7 +127,7 @@ async def test_change_while_files_are_read_for_the_first_time_is_seen(tmp_path: 
     assert certificates.now.cert == first["tls.crt"]
     writing = asyncio.create_task(asyncio.to_thread(bundle.write_bytes, ours.pem))
     taken = await certificates._refresh()
-    # Where it was not read nobody else would let go of who writes.
+    # Where the pipe was not read, the writer would wait for ever.
     reading = os.open(bundle, os.O_RDONLY | os.O_NONBLOCK)
     await writing
     os.close(reading)
@@ -136,7 +136,7 @@ async def test_change_while_files_are_read_for_the_first_time_is_seen(tmp_path: 
 
 
 def test_keys_are_shown_nowhere(given: Renamed, tmp_path: Path) -> None:
-    """Neither where certificates are shown whole nor in what is said of a file that is wrong."""
+    """Keys appear neither where certificates are printed whole nor in messages about wrong files."""
     key = Path(given["tls.key"]).read_text().splitlines()
     assert not any(line in repr(loaded(given).now) for line in key)
     spoilt = Renamed(tmp_path / "spoilt", {"tls.key": "\n".join([*key[:2], *key[3:]]).encode()})
@@ -146,7 +146,7 @@ def test_keys_are_shown_nowhere(given: Renamed, tmp_path: Path) -> None:
 
 
 def test_an_encrypted_key_is_named(given: Renamed, tmp_path: Path) -> None:
-    """Nobody is asked for its password."""
+    """An encrypted key is named in the error, and no password is asked for."""
     from cryptography.hazmat.primitives import serialization as form
 
     key = form.load_pem_private_key(Path(given["tls.key"]).read_bytes(), None)

@@ -1,4 +1,4 @@
-"""A file that is read again: what is taken of it, and what is said when it cannot be."""
+"""A watched file: its contents are read again, and a file that cannot be read is reported."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from unlatch.common.security.watched import FileError, WatchedFile
 
 
 def test_file_is_taken_whenever_it_has_changed(tmp_path: Path) -> None:
-    """Once a change; what was taken last holds while the file is gone, of which the log tells once."""
+    """The file is taken once for each change. While it is gone the last contents hold, and the log says so once."""
     path, taken = tmp_path / "file", list[bytes]()
     path.write_bytes(b"first")
     file = WatchedFile(str(path), taken.append)
@@ -30,7 +30,7 @@ def test_file_is_taken_whenever_it_has_changed(tmp_path: Path) -> None:
 
 
 def test_file_that_does_not_fit_is_refused_at_the_start(tmp_path: Path) -> None:
-    """By its name, and without reading more of it than is held."""
+    """A file that is too large is refused at the start by its name, without reading more of it than is kept."""
     path = tmp_path / "file"
     with path.open("wb") as file:
         file.truncate(1024 * 1024 + 1)

@@ -1,4 +1,4 @@
-"""When cycles are collected: not while many calls are live, and soon once few are."""
+"""Collection of cycles: none while many calls are live, and soon once few are."""
 
 import gc
 import weakref
@@ -8,14 +8,14 @@ from unlatch.common.service.gc_pauses import GcPauses
 
 
 class Node:
-    """What can hold itself."""
+    """An object that can refer to itself."""
 
     def __init__(self) -> None:
         self.me = self
 
 
 async def test_old_cycles_are_collected_when_few_calls_are_live() -> None:
-    """A cycle that has outlived the young collections goes at the first look that finds the process quiet."""
+    """A cycle that has outlived the young collections is collected at the first check that finds the process quiet."""
     before, live = gc.get_threshold(), 1_000
     with GcPauses(lambda: live):
         assert gc.get_freeze_count() > 0

@@ -40,7 +40,7 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 def test_lag_and_stall_are_seen(run: Run) -> None:
-    """A loop held for 0.4 s shows as stalled to a scrape then, and afterwards as one late tick in the histogram."""
+    """A loop held for 0.4 s shows as stalled to a scrape at that time, and later as one late tick in the histogram."""
     recorder = Recorder()
     address, close = serve_metrics("127.0.0.1:0", [recorder])
     during: list[float] = []
@@ -68,7 +68,7 @@ def test_lag_and_stall_are_seen(run: Run) -> None:
         assert 0.1 < during[0] < stalled
         late = after[LAG + "_bucket+Inf"] - after[LAG + "_bucket0.2"]
         assert late == before[LAG + "_bucket+Inf"] - before[LAG + "_bucket0.2"] + 1
-        assert fetched(address)[STALLED] == 0  # nothing is watched any more
+        assert fetched(address)[STALLED] == 0  # From here on nothing is watched.
 
     try:
         run(main())
@@ -77,7 +77,7 @@ def test_lag_and_stall_are_seen(run: Run) -> None:
 
 
 def test_idle_loop_is_on_time() -> None:
-    """The timer of a loop that has nothing to do runs as punctually as a sleeping thread of the same moment wakes."""
+    """The timer of an idle loop is as punctual as a sleeping thread at the same moment."""
     recorder = Recorder()
     overshoots: list[float] = []
 
@@ -100,7 +100,7 @@ def test_idle_loop_is_on_time() -> None:
 
 
 def test_lock_contention_is_seen() -> None:
-    """Threads that fight for the interpreter lock raise the ratio well above that of a loop by itself."""
+    """Threads that compete for the interpreter lock raise the ratio well above that of a loop by itself."""
     recorder = Recorder()
 
     async def main() -> None:
@@ -142,7 +142,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("after", ["0", "0.16", "0.305"])
 def test_process_that_does_not_close_still_exits(after: str) -> None:
-    """A process that ends while gilknocker knocks exits with its own status, where gilknocker by itself aborts it."""
+    """A process that ends while gilknocker knocks exits with its own status; gilknocker by itself would abort it."""
     ended = subprocess.run(
         [sys.executable, "-c", LEAVES_WITHOUT_CLOSING, after], timeout=20, capture_output=True, check=False
     )

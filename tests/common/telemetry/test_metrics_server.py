@@ -1,4 +1,4 @@
-"""`/metrics` over HTTP: where it listens, what it says, and that it ends."""
+"""`/metrics` over HTTP: where it listens, what it serves, and that it ends."""
 
 import socket
 import urllib.error
@@ -27,7 +27,7 @@ def has_ipv6() -> bool:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_metrics_are_served_where_asked(host: str) -> None:
-    """The collectors' metrics, and none besides, are served at a free port of the host, whose address is returned."""
+    """The given collectors' metrics alone are served at a free port of the host, whose address is returned."""
     if host == "[::1]" and not has_ipv6():
         pytest.skip("this machine has no IPv6 loopback")
     one, two = Recorder(), Recorder()
@@ -54,7 +54,7 @@ def test_closing_frees_the_port() -> None:
 
 
 def test_taken_port_is_an_error() -> None:
-    """A port that another process listens on is an OSError, never shared in silence."""
+    """A port that another process listens on raises OSError, and is never shared in silence."""
     address, close = serve_metrics("127.0.0.1:0", [])
     try:
         with pytest.raises(OSError, match="in use"):
@@ -65,6 +65,6 @@ def test_taken_port_is_an_error() -> None:
 
 @pytest.mark.parametrize("address", ["8002", ":8002", "host", "::1:8002", "host:port", "host:70000", "[host:1", ""])
 def test_address_that_is_none_is_refused(address: str) -> None:
-    """What is not host:port is a ValueError that says what is wanted."""
+    """An address that is not host:port raises a ValueError that says what is wanted."""
     with pytest.raises(ValueError, match="host:port"):
         serve_metrics(address, [])

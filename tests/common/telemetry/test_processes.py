@@ -1,4 +1,4 @@
-"""What processes cost, against the system's own accounting: real processes, killed in the middle of their work."""
+"""Processor time and memory of processes, held against the system's accounts: real processes, killed while working."""
 
 import multiprocessing
 import os
@@ -38,7 +38,7 @@ SLEEPS = "import time; time.sleep(60)"
 
 
 def values(watch: ProcessWatch, name: str, process: str) -> dict[str, float]:
-    """A process's values of one metric, by what other label it has ("" for none)."""
+    """Return a process's values of one metric, by its other label ("" for none)."""
     found: dict[str, float] = {}
     for family in watch.collect():
         for sample in family.samples:
@@ -56,13 +56,13 @@ def ratio(watch: ProcessWatch, process: str) -> float:
 
 
 def system_seconds(pid: int) -> float:
-    """User and system time of a process, as /proc has it."""
+    """Read a process's user and system time from /proc."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def idle_seconds() -> float:
-    """Processor time that nobody used since boot, all cores together."""
+    """Read the processor time that was idle since boot, all cores together."""
     fields = Path("/proc/stat").read_text().splitlines()[0].split()
     return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
 
@@ -81,7 +81,7 @@ def elapse(seconds: float) -> None:
 
 
 class Children:
-    """Started interpreters, each killed and reaped by its own pid in the end."""
+    """Started interpreters, each killed and waited for by its own pid in the end."""
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []
@@ -104,9 +104,9 @@ def children() -> Iterator[Children]:
 
 
 def test_utilization_agrees_with_the_system(children: Children) -> None:
-    """Of a busy, a half-busy and an idle process the ratio is /proc's of the same time, within 0.05.
+    """The ratios of a busy, a half-busy and an idle process agree within 0.05 with /proc over the same time.
 
-    On a machine that had half a core to spare meanwhile, the busy one reads 0.95 to 1.0.
+    If the machine had half a core to spare meanwhile, the busy process reads 0.95 to 1.0.
     """
     started = {"busy": children.start(SPINS), "half": children.start(HALF_SPINS), "idle": children.start(SLEEPS)}
     until(lambda: system_seconds(started["busy"].pid) > 0.1)
@@ -121,14 +121,14 @@ def test_utilization_agrees_with_the_system(children: Children) -> None:
         for name, (wall, used) in before.items():
             expected = (system_seconds(started[name].pid) - used) / (time.monotonic() - wall)
             assert measured[name] == pytest.approx(expected, abs=0.05), name
-        # What the busy and the half-busy one leave of all cores, less a tenth of a core for this test itself.
+        # What the busy and the half-busy process leave of all cores, less a tenth of a core for this test itself.
         if idle_seconds() - idle > 3 * ((os.cpu_count() or 1) - 1.5 - 0.1):
             assert 0.95 <= measured["busy"] <= 1.005
         assert measured["idle"] < 0.05
 
 
 def test_window_forgets_what_is_older(children: Children) -> None:
-    """A process that was busy and is stopped reads 0 once the window has passed, and memory and faults stay."""
+    """A process that was busy and is stopped reads 0 once the window has passed. Its memory and faults stay."""
     child = children.start(SPINS)
     with ProcessWatch(sample_seconds=0.1, window_seconds=0.6) as watch:
         watch.watch("gateway", child.pid)
@@ -141,9 +141,10 @@ def test_window_forgets_what_is_older(children: Children) -> None:
 
 @needs_waits
 def test_what_does_not_run_waits_for_a_core(children: Children) -> None:
-    """Of two that want one core all the time each runs or waits, and waits for a quarter of it at least.
+    """Two processes that want one core all the time each run or wait, and each waits at least a quarter of the time.
 
-    Which is half of it on a machine that gives both as much. What runs and waits is the whole time, within a tenth.
+    On a machine that gives both the same share each waits half of the time. Running and waiting add up to the whole
+    time, within a tenth.
     """
     core = min(os.sched_getaffinity(0))
     pair = [children.start(f"import os; os.sched_setaffinity(0, [{core}])\n{SPINS}") for _ in range(2)]
@@ -165,7 +166,7 @@ def test_what_does_not_run_waits_for_a_core(children: Children) -> None:
 
 
 def test_replacement_goes_on_counting(children: Children) -> None:
-    """When a name gets a new process no counter falls and no ratio leaves 0 to 1, however often it is looked at."""
+    """When another process gets the name, no counter falls and no ratio leaves 0 to 1, however often they are read."""
     with ProcessWatch(sample_seconds=0.05) as watch:
         last = last_wait = 0.0
         for _ in range(4):
@@ -187,7 +188,7 @@ def test_replacement_goes_on_counting(children: Children) -> None:
 
 
 def test_metrics_are_scraped_over_http() -> None:
-    """A scrape has all metrics of this very process, by its name, with help, and never a pid."""
+    """A scrape has all metrics of this process, under its name, with help, and never a pid."""
     watch = ProcessWatch()
     watch.watch("gateway", os.getpid())
     address, close = serve_metrics("127.0.0.1:0", [watch])
@@ -204,11 +205,11 @@ def test_metrics_are_scraped_over_http() -> None:
     assert not any(str(os.getpid()) in label for _, *labels in samples for label in labels)
 
 
-# Workers of a real forkserver
+# Workers of a real forkserver.
 
 
 def burn_and_die(said: Connection, seconds: float) -> None:
-    """Burn processor time by this process's own clock, say how much it was, and go without a word more."""
+    """Burn processor time by this process's own clock, report how much it was, and exit without another word."""
     while time.process_time() < seconds:
         sum(range(1000))
     said.send(time.process_time())
@@ -225,7 +226,7 @@ def spin() -> None:
 
 
 def run_and_die(said: Connection, seconds: float) -> None:
-    """Have a child burn the time, wait for it, and die."""
+    """Let a child burn the time, wait for it, and exit."""
     subprocess.run(
         [sys.executable, "-S", "-c", f"import time\nwhile time.process_time() < {seconds}: pass"], check=True
     )
@@ -234,14 +235,14 @@ def run_and_die(said: Connection, seconds: float) -> None:
 
 
 def running_forkserver() -> int:
-    """The pid of the forkserver, started if there is none."""
+    """Return the forkserver's pid, and start it if there is none."""
     forkserver.ensure_running()
     pid: int = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # no public way
     return pid
 
 
 class Pool:
-    """Workers of the forkserver context, watched; each one's own account of what it burned is kept."""
+    """Watched workers of the forkserver context. Each worker's own report of what it burned is kept."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
@@ -274,9 +275,9 @@ def pool() -> Iterator[Pool]:
 
 
 def test_killed_worker_is_counted_to_its_end(pool: Pool) -> None:
-    """Workers of one name that burn some seconds and are killed before anything reads them count for all they burned.
+    """Workers of one name that burn seconds and are killed before anything reads them count for all they burned.
 
-    Nothing samples here between a worker's start and its end, so all of it comes from the forkserver's own accounts.
+    Nothing samples between a worker's start and its end here, so all of it comes from the forkserver's own accounts.
     """
     said = 0.0
     for seconds in (0.3, 0.7, 0.5):
@@ -288,7 +289,7 @@ def test_killed_worker_is_counted_to_its_end(pool: Pool) -> None:
 
 
 def test_sampled_worker_is_counted_to_its_end(pool: Pool) -> None:
-    """So it is with the sampling thread running, and no look at the counters meanwhile sees one fall."""
+    """The same holds with the sampling thread running, and no counter falls meanwhile."""
     with pool.watch:
         listens = pool.start("worker-0", burn_and_die, 1.3)
         last = 0.0
@@ -301,10 +302,10 @@ def test_sampled_worker_is_counted_to_its_end(pool: Pool) -> None:
 
 
 def test_workers_that_die_together_share_what_is_known(pool: Pool) -> None:
-    """Of two that die between readings the sum is right, and the busy one is given the most of it."""
+    """Of two workers that die between readings the sum is right, and the busy one is given most of it."""
     pool.start("worker-0", spin)
     pool.start("worker-1", wait_for_ever)
-    # What they cost to start is older than the window: by their last readings one is busy and the other is not.
+    # Their cost of starting is older than the window: by their last readings one is busy and the other is not.
     until(lambda: ratio(pool.watch, "worker-0") > 0.1 and ratio(pool.watch, "worker-1") < 0.05, 30)
     before = cpu(pool.watch, "worker-0"), cpu(pool.watch, "worker-1")
     pids = [worker.pid or 0 for worker in pool.started]
@@ -317,7 +318,7 @@ def test_workers_that_die_together_share_what_is_known(pool: Pool) -> None:
 
 
 def test_worker_counts_the_children_it_waited_for(pool: Pool) -> None:
-    """A kernel that runs a program burns its time too: the worker's counter has it before and after its end."""
+    """A program that a kernel runs counts for its worker, both before and after the program's end."""
     listens = pool.start("worker-0", run_and_die, 0.4)
     said = listens.recv()
     pool.started[-1].join()
@@ -325,14 +326,14 @@ def test_worker_counts_the_children_it_waited_for(pool: Pool) -> None:
 
 
 def test_strays_are_nobodys(pool: Pool) -> None:
-    """What the forkserver's other children burned is given to no worker."""
+    """Time that other children of the forkserver burned is given to no worker."""
     listens, says = pool.context.Pipe(duplex=False)
     stray = pool.context.Process(target=burn_and_die, args=(says, 0.5))
     stray.start()
     pool.started.append(stray)
     listens.recv()
     stray.join()
-    assert cpu(pool.watch, "forkserver") >= 0  # a look at the accounts, between the stray's end and the next worker's
+    assert cpu(pool.watch, "forkserver") >= 0  # Read the accounts between the other child's end and the next worker's.
     listens = pool.start("worker-0", burn_and_die, 0.2)
     said = listens.recv()
     pool.started[-1].join()
@@ -340,7 +341,7 @@ def test_strays_are_nobodys(pool: Pool) -> None:
 
 
 def test_replaced_forkserver_loses_nothing_already_read(pool: Pool) -> None:
-    """When the forkserver itself dies, its workers keep their last reading, and the next one's are exact again."""
+    """When the forkserver itself dies, its workers keep their last reading, and the next one's workers are exact."""
     pool.start("worker-0", spin)
     until(lambda: cpu(pool.watch, "worker-0") > 0.3)
     read = cpu(pool.watch, "worker-0")

@@ -1,4 +1,4 @@
-"""The recorder: what it counts, what it exports, and that a scrape meanwhile sees nothing impossible."""
+"""The recorder: what it counts, what it exports, and that a concurrent scrape sees nothing impossible."""
 
 import logging
 import threading
@@ -14,7 +14,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def scraped(recorder: Recorder) -> Samples:
-    """What a scrape of this recorder says, parsed from the text that Prometheus would get."""
+    """Return what a scrape of this recorder says, parsed from the text that Prometheus would get."""
     registry = CollectorRegistry()
     registry.register(recorder)
     families = text_string_to_metric_families(generate_latest(registry).decode())
@@ -26,7 +26,7 @@ def at(samples: Samples, name: str, **labels: str) -> float:
 
 
 def test_counter_adds_under_its_labels() -> None:
-    """A counter and its bound series add to one and the same value."""
+    """A counter and its bound series add to the same value."""
     recorder = Recorder()
     calls = recorder.counter("calls_total", "Calls.", ("kernel", "code"))
     calls.add(2, "fft", "OK")
@@ -38,7 +38,7 @@ def test_counter_adds_under_its_labels() -> None:
 
 
 def test_histogram_counts_at_and_below_each_bound() -> None:
-    """A value equal to a bound counts in that bound's bucket, and one above them all in +Inf alone."""
+    """A value equal to a bound counts in that bound's bucket, and a value above all bounds in +Inf alone."""
     recorder = Recorder()
     waits = recorder.histogram("wait_seconds", "Waits.", ("stage",), (0.1, 1))
     for value in (0.05, 0.1, 0.5, 7):
@@ -51,7 +51,7 @@ def test_histogram_counts_at_and_below_each_bound() -> None:
 
 
 def test_gauges_are_set_or_read_at_the_scrape() -> None:
-    """A gauge shows what was set last, or what its reader says when it is scraped."""
+    """A gauge shows what was set last, or what its reader returns when it is scraped."""
     recorder = Recorder()
     depth = recorder.gauge("depth", "Depth.")
     depth.set(3)
@@ -66,14 +66,14 @@ def test_gauges_are_set_or_read_at_the_scrape() -> None:
 
 
 def test_metric_without_labels_is_exported_at_zero() -> None:
-    """A counter without labels is there from the start, so that its first increase is seen as one."""
+    """A counter without labels exists from the start, so that its first increase is seen as one."""
     recorder = Recorder()
     recorder.counter("lost_total", "Lost.")
     assert at(scraped(recorder), "lost_total") == 0
 
 
 def test_series_are_bounded() -> None:
-    """Past the bound, values go to a series whose labels are all `other`; the total is right, known series go on."""
+    """Beyond the bound, values go to a series whose labels are all `other`. The total is right; known series go on."""
     recorder = Recorder(max_series=3)
     calls = recorder.counter("calls_total", "Calls.", ("kernel", "code"))
     waits = recorder.histogram("wait_seconds", "Waits.", ("kernel",), (1.0,))
@@ -89,7 +89,7 @@ def test_series_are_bounded() -> None:
 
 
 def test_labels_that_would_break_a_scrape_are_not_kept() -> None:
-    """A lone surrogate, a control character or a megabyte in a caller's kernel name count as `other`."""
+    """A lone surrogate, a control character or a megabyte in a caller's kernel name counts as `other`."""
     recorder = Recorder()
     calls = recorder.counter("calls_total", "Calls.", ("kernel",))
     for name in ("\ud800", "a\nb", "x" * 2**20, 'quote"and\\slash', "größe"):
@@ -118,7 +118,7 @@ def test_misuse_is_refused_at_once() -> None:
 
 
 def test_gauge_that_fails_is_only_missing(caplog: pytest.LogCaptureFixture) -> None:
-    """A gauge whose reader raises is absent and logged; the rest of the scrape is whole."""
+    """A gauge whose reader raises is absent and logged. The rest of the scrape is complete."""
     recorder = Recorder()
     recorder.gauge("broken", "Broken.", read=lambda: 1 / 0)
     recorder.gauge("whole", "Whole.").set(1)
@@ -130,7 +130,7 @@ def test_gauge_that_fails_is_only_missing(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_scrapes_beside_a_writer_see_nothing_impossible() -> None:
-    """While another thread counts into ever new series, no scrape fails, no value falls, every histogram adds up."""
+    """While another thread adds new series, no scrape fails, no value falls, and every histogram adds up."""
     recorder = Recorder()
     calls = recorder.counter("calls_total", "Calls.", ("kernel",))
     waits = recorder.histogram("wait_seconds", "Waits.", ("kernel",))
@@ -157,7 +157,7 @@ def test_scrapes_beside_a_writer_see_nothing_impossible() -> None:
 
 
 def assert_histograms_rise(recorder: Recorder) -> None:
-    """Within each series the buckets never fall, and the last is the count."""
+    """Check that within each series the buckets never fall, and that the last equals the count."""
     for family in recorder.collect():
         last: dict[str, float] = {}
         for sample in family.samples:
@@ -171,7 +171,7 @@ def assert_histograms_rise(recorder: Recorder) -> None:
 
 @pytest.mark.alone
 def test_counting_is_cheap() -> None:
-    """An add takes under 0.4 µs and an observe under 0.7 µs; three times that is allowed on a slow or busy machine."""
+    """An add takes under 0.4 µs and an observe under 0.7 µs. Three times that is allowed on a slow or busy machine."""
     recorder = Recorder()
     calls = recorder.counter("calls_total", "Calls.", ("kernel", "code"))
     waits = recorder.histogram("wait_seconds", "Waits.", ("kernel", "stage"))

@@ -1,4 +1,4 @@
-"""Arguments against a signature: what the front finds out before a call waits for anything."""
+"""Arguments against a signature: the errors that the dispatcher finds before a call waits for anything."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from unlatch.protos.unlatch_pb2 import Descriptor
 
 
 def kernel(*dims: str, dtypes: tuple[str, ...] = ("float64",), scalars: tuple[ScalarSpec, ...] = ()) -> KernelSpec:
-    """A kernel of arrays a, b, c … with these axes."""
+    """Make a kernel of arrays a, b, c … with these axes."""
     inputs = tuple(ArraySpec(name="abcd"[i], dtypes=dtypes, dims=tuple(d.split())) for i, d in enumerate(dims))
     return KernelSpec(
         name="k",
@@ -33,7 +33,7 @@ def kernel(*dims: str, dtypes: tuple[str, ...] = ("float64",), scalars: tuple[Sc
 
 
 def call(**arrays: tuple[int, ...]) -> Descriptor:
-    """A call with float64 arrays of these shapes."""
+    """Make a call with float64 arrays of these shapes."""
     descriptor = Descriptor(call=1)
     for name, shape in arrays.items():
         descriptor.request.tensors.add(name=name, datatype="FP64", shape=shape)
@@ -59,7 +59,7 @@ def call(**arrays: tuple[int, ...]) -> Descriptor:
     ],
 )
 def test_shapes_that_fit(dims: tuple[str, ...], shapes: list[tuple[int, ...]]) -> None:
-    """Lengths, names, `_`, `...` and `*name`, each where it may stand."""
+    """Lengths, names, `_`, `...` and `*name` fit, each where it may stand."""
     given = dict(zip("abcd", shapes, strict=False))
     assert check(kernel(*dims), call(**given)).shapes == shapes
 
@@ -80,7 +80,7 @@ def test_shapes_that_fit(dims: tuple[str, ...], shapes: list[tuple[int, ...]]) -
     ],
 )
 def test_shapes_that_do_not(dims: tuple[str, ...], shapes: list[tuple[int, ...]], field: str, says: str) -> None:
-    """The message names the argument, what it should be and what came."""
+    """The message names the argument, the expected shape and the given one."""
     with pytest.raises(InvalidArgument, match=says) as refused:
         check(kernel(*dims), call(**dict(zip("abcd", shapes, strict=False))))
     assert refused.value.field == field
@@ -88,7 +88,7 @@ def test_shapes_that_do_not(dims: tuple[str, ...], shapes: list[tuple[int, ...]]
 
 
 def test_order_is_the_kernels() -> None:
-    """Tensors may come in any order; `order` leads from the kernel's arrays to them."""
+    """Tensors may come in any order; `order` maps the kernel's arrays to them."""
     arguments = check(kernel("n", "m", "k"), call(c=(3,), a=(1,), b=(2,)))
     assert arguments.order == [1, 2, 0]
     assert [arguments.shapes[i] for i in arguments.order] == [(1,), (2,), (3,)]
@@ -120,7 +120,7 @@ def with_scalar(name: str, **value: Any) -> Descriptor:
     ],
 )
 def test_scalars_keep_type_and_value(name: str, value: dict[str, Any], expected: object) -> None:
-    """An int may stand for a float, and nothing else for anything else."""
+    """An int may be given for a float. No other type may be given for another."""
     (got,) = check(kernel(scalars=SCALARS), with_scalar(name, **value)).parameters.values()
     assert (got, type(got)) == (expected, type(expected))
 
@@ -132,7 +132,7 @@ np_dtypes = st.one_of(st.just(""), st.sampled_from(["complex64", "complex128", "
 
 @given(words, shapes, np_dtypes, st.integers(0, 2**63))
 def test_any_description_is_refused_or_is_an_array(datatype: str, shape: list[int], np_dtype: str, length: int) -> None:
-    """Whatever a caller describes, what is let through is a dtype and shape that NumPy makes of that many bytes."""
+    """Any description of an array is refused, or is a dtype and shape that NumPy makes of that many bytes."""
     fields = []
     try:
         dtype, seen = seen_by_numpy("x", datatype, shape, np_dtype, length)
@@ -151,7 +151,7 @@ def test_any_description_is_refused_or_is_an_array(datatype: str, shape: list[in
 
 @given(st.sampled_from(["datetime64", "timedelta64"]), st.text("[]nsDYMW7 ", max_size=6))
 def test_time_that_is_let_through_is_numpys(kind: str, unit: str) -> None:
-    """An `np_dtype` of a time names a dtype that NumPy knows under that very name, or is refused."""
+    """An accepted `np_dtype` of a time is a dtype that NumPy knows by the same name."""
     np_dtype = kind + unit
     if is_served(np_dtype):
         assert np.dtype(np_dtype).name == np_dtype

@@ -1,4 +1,4 @@
-"""The arena: room that is dealt, taken back and dealt again; and seals that hold against a worker."""
+"""The arena: blocks that are allocated, freed and allocated again, and seals that a worker cannot break."""
 
 import errno
 import mmap
@@ -18,7 +18,10 @@ KIBIBYTE, MEBIBYTE = 1024, 1024 * 1024
 
 @given(st.lists(st.integers(0, 10_000), max_size=8))
 def test_tensors_lie_apart_on_boundaries(lengths: list[int]) -> None:
-    """Each starts on a 64-byte boundary after the end of the one before, within what they need together."""
+    """Each tensor starts on a 64-byte boundary after the end of the one before.
+
+    All lie within the size that they need together.
+    """
     starts, size = offsets(lengths)
     ends = [start + length for start, length in zip(starts, lengths, strict=True)]
     assert all(start % ALIGNMENT == 0 for start in starts)
@@ -29,7 +32,7 @@ def test_tensors_lie_apart_on_boundaries(lengths: list[int]) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.one_of(st.integers(1, 300_000), st.none()), max_size=60), st.randoms())
 def test_blocks_never_overlap(steps: list[int | None], chosen: Random) -> None:
-    """Whatever is allocated and freed in whatever order, live blocks are apart, aligned and inside their segments."""
+    """Live blocks do not overlap, are aligned and lie in their segments, in whatever order blocks come and go."""
     arena = InputArena(64 * MEBIBYTE)
     live: list[Block] = []
     for size in steps:
@@ -45,7 +48,7 @@ def test_blocks_never_overlap(steps: list[int | None], chosen: Random) -> None:
 
 
 def test_freed_room_is_used_again() -> None:
-    """A thousand calls one after the other need one segment."""
+    """A thousand calls one after another need one segment."""
     arena = InputArena(8 * MEBIBYTE)
     seen = set()
     for _ in range(1000):
@@ -57,7 +60,7 @@ def test_freed_room_is_used_again() -> None:
 
 
 def test_limit_counts_what_is_held() -> None:
-    """What exceeds the limit is refused with the limit; once something is freed there is room again."""
+    """A request beyond the limit is refused, and the message has the limit. Freed room can be allocated again."""
     arena = InputArena(1 * MEBIBYTE)
     blocks = [arena.allocate(256 * KIBIBYTE) for _ in range(4)]
     with pytest.raises(ResourceExhausted, match="input_arena_bytes=1048576"):
@@ -68,7 +71,7 @@ def test_limit_counts_what_is_held() -> None:
 
 
 def test_idle_segments_are_dropped_and_no_others() -> None:
-    """A segment goes at the second sweep without use; one with a live block stays, and its bytes with it."""
+    """A segment is dropped at the second sweep without use. A segment with a live block stays, with its bytes."""
     arena = InputArena(64 * MEBIBYTE)
     kept, idle = arena.allocate(100), arena.allocate(MEBIBYTE)
     kept.segment.view[kept.offset : kept.offset + 4] = b"kept"
@@ -83,7 +86,7 @@ def test_idle_segments_are_dropped_and_no_others() -> None:
 
 
 def test_worker_reads_what_the_front_writes() -> None:
-    """Through its own mapping, at any time after."""
+    """A worker reads through its own mapping, at any time after the write."""
     arena = InputArena(MEBIBYTE)
     block = arena.allocate(100)
     mapped = Mapped()
@@ -97,7 +100,7 @@ def test_worker_reads_what_the_front_writes() -> None:
 
 
 def test_sealed_segment_cannot_be_mapped_for_writing() -> None:
-    """The front's own mapping is the last that may write, through its descriptor or a new one from /proc."""
+    """No new mapping for writing can be made, through the descriptor or through a new one from /proc."""
     arena = InputArena(MEBIBYTE)
     segment = arena.allocate(100).segment
     with pytest.raises(PermissionError):
@@ -116,7 +119,7 @@ def test_sealed_segment_cannot_be_mapped_for_writing() -> None:
 
 @pytest.mark.parametrize("size", [0, 4096, 1 << 40])
 def test_sealed_segment_keeps_its_size(size: int) -> None:
-    """It can neither be truncated, which would kill whoever touches it, nor grown."""
+    """A sealed segment cannot be truncated, which would kill its readers, and cannot grow."""
     arena = InputArena(MEBIBYTE)
     segment = arena.allocate(100).segment
     with pytest.raises(PermissionError):
@@ -127,7 +130,10 @@ def test_sealed_segment_keeps_its_size(size: int) -> None:
 
 
 def test_reply_segment_can_grow_but_not_shrink() -> None:
-    """A worker makes room for a large reply, and the front follows; neither loses a byte to a truncation."""
+    """A worker enlarges a segment for a large reply, and the dispatcher follows.
+
+    Neither can lose a byte by truncation.
+    """
     replies = ReplySegments()
     segment = replies.lend()
     mapped = Mapped()
@@ -148,7 +154,7 @@ def test_reply_segment_can_grow_but_not_shrink() -> None:
 
 
 def test_front_follows_no_further_than_there_is() -> None:
-    """A worker that claims more than it has made leaves the segment as it is."""
+    """A worker that claims more than it has made does not change the segment."""
     replies = ReplySegments()
     segment = replies.lend()
     size = segment.size
@@ -159,7 +165,10 @@ def test_front_follows_no_further_than_there_is() -> None:
 
 
 def test_reply_segments_are_lent_one_at_a_time() -> None:
-    """Two that are out are two; one that was given back is next; an idle one goes at the second sweep."""
+    """Two segments that are lent are different.
+
+    A returned one is lent next, and an idle one goes at the second sweep.
+    """
     replies = ReplySegments()
     one, two = replies.lend(), replies.lend()
     assert one.number != two.number

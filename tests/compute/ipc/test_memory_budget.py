@@ -1,4 +1,4 @@
-"""A worker's share of what the container grants."""
+"""A worker's memory limit, computed from the memory that the container has."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from unlatch.compute.ipc.memory_budget import Shares, share_out
 from unlatch.compute.pool.forkserver import StartError
 from unlatch.compute.settings import ComputeSettings
 
-# What the services take for themselves is 256 MiB.
+# The services themselves get 256 MiB.
 ARENA, REPLIES = 512 * MiB, 256 * MiB
 
 
@@ -35,7 +35,7 @@ def settings(workers: int, worker_memory_bytes: int = 0) -> ComputeSettings:
     ],
 )
 def test_share(workers: int, own: int, granted: int, limit: int) -> None:
-    """What is left beside arena, replies and services is shared out evenly; what is set is taken as it is."""
+    """The rest beside arena, replies and services is divided evenly. A limit that is set is taken as it is."""
     found = share_out(settings(workers, own), granted)
     assert found == Shares(ARENA, limit)
     if not own:
@@ -52,7 +52,7 @@ def test_share(workers: int, own: int, granted: int, limit: int) -> None:
     ],
 )
 def test_too_little_is_refused(workers: int, own: int, granted: int, says: str) -> None:
-    """A worker that could compute nothing is not started; the message has every number that went into it."""
+    """A worker that could compute nothing is not started. The message has every number of the calculation."""
     with pytest.raises(StartError, match=f"^worker_memory_bytes: .*{says}"):
         share_out(settings(workers, own), granted)
 
@@ -62,5 +62,5 @@ def test_too_little_is_refused(workers: int, own: int, granted: int, says: str) 
     [(0, 2048 * MiB, 0), (1024 * MiB, 256 * MiB, 128 * MiB), (16384 * MiB, 2048 * MiB, 6784 * MiB)],
 )
 def test_arena_follows_the_container(granted: int, arena: int, worker: int) -> None:
-    """Where its size is not set it is a part of what there is, so that small containers serve too."""
+    """An arena whose size is not set is a part of the container's memory, so that small containers serve too."""
     assert share_out(ComputeSettings.model_validate({"workers": 2}), granted) == Shares(arena, worker)

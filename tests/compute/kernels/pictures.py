@@ -1,4 +1,4 @@
-"""Images of noise, and filters of one channel made filters of many."""
+"""Random images, and filters of one channel applied to many."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ shapes = st.one_of(
 
 
 def random_image(seed: int, shape: tuple[int, ...], dtype: str) -> Image:
-    """A read-only image of noise: over a dtype's whole range for integers, -100 to 100 for floats."""
+    """Make a read-only image of noise: over a dtype's whole range for integers, -100 to 100 for floats."""
     random = np.random.default_rng(seed)
     if np.dtype(dtype).kind == "b":
         image = random.random(shape) < 0.5
@@ -31,7 +31,7 @@ def random_image(seed: int, shape: tuple[int, ...], dtype: str) -> Image:
 
 
 def by_channel(filtered: Callable[[Image], Image], image: Image) -> Image:
-    """A filter of two axes over each channel by itself."""
+    """Apply a filter of two axes to each channel by itself."""
     if image.ndim == 2:
         return filtered(image)
     return np.stack([filtered(image[..., channel]) for channel in range(image.shape[2])], axis=2)

@@ -17,7 +17,7 @@ Table = np.ndarray[Any, Any]
 
 
 def blobs(seed: int, rows: int, centers: int, columns: int, dtype: str) -> tuple[Table, Table]:
-    """Points about centers that are far apart, and each one's center."""
+    """Make points around centers that are far apart, and return each point's center."""
     random = np.random.default_rng(seed)
     middles = 20 * random.permutation(centers)[:, np.newaxis] + random.uniform(0, 1, (centers, columns))
     own = np.concatenate([np.arange(centers), random.integers(0, centers, rows - centers)])
@@ -34,7 +34,7 @@ def blobs(seed: int, rows: int, centers: int, columns: int, dtype: str) -> tuple
     seed=st.integers(0, 2**32),
 )
 def test_kmeans_finds_what_lies_apart(clusters: int, columns: int, dtype: str, seed: int) -> None:
-    """Blobs far apart are the clusters, whatever they are numbered, and centers are their means."""
+    """Blobs that are far apart become the clusters, in any numbering, and centers are their means."""
     x, own = blobs(seed, 400, clusters, columns, dtype)
     found = kmeans(x, clusters=clusters, seed=seed)
     assert found.centers.dtype == (np.float64 if dtype == "f8" else np.float32)
@@ -48,7 +48,7 @@ def test_kmeans_finds_what_lies_apart(clusters: int, columns: int, dtype: str, s
 
 
 def test_kmeans_ends_where_scikit_learn_stays() -> None:
-    """From our centers scikit-learn's iteration finds nothing better, and it labels every row as we do."""
+    """From our centers scikit-learn's iteration finds nothing better, and labels every row as we do."""
     x = np.random.default_rng(3).uniform(size=(2000, 4))
     found = kmeans(x, clusters=12, tolerance=0)
     reference = KMeans(12, init=found.centers, n_init=1, tol=0).fit(x)
@@ -58,7 +58,7 @@ def test_kmeans_ends_where_scikit_learn_stays() -> None:
 
 
 def test_kmeans_is_as_good_as_scikit_learns() -> None:
-    """Over many seeds the sums of squares are those that scikit-learn's seeding leads to."""
+    """Over many seeds the sums of squares are as small as those from scikit-learn's seeding."""
     x = np.random.default_rng(5).uniform(size=(600, 3))
     ours = [float(kmeans(x, clusters=10, seed=seed).inertia) for seed in range(20)]
     theirs = [KMeans(10, n_init=1, random_state=seed).fit(x).inertia_ for seed in range(20)]
@@ -66,7 +66,7 @@ def test_kmeans_is_as_good_as_scikit_learns() -> None:
 
 
 def test_a_seed_is_a_clustering() -> None:
-    """The same seed gives the same bits; far from the origin nothing is lost."""
+    """The same seed gives the same bits. Far from the origin no digits are lost."""
     x, _ = blobs(1, 300, 5, 3, "f8")
     first, again = (kmeans(x, clusters=5, seed=4) for _ in range(2))
     assert first.centers.tobytes() == again.centers.tobytes()
@@ -76,7 +76,7 @@ def test_a_seed_is_a_clustering() -> None:
 
 
 def test_kmeans_gives_every_center_rows() -> None:
-    """As many clusters as rows leave no distance; equal rows leave centers that nothing is nearest to."""
+    """As many clusters as rows leave no distance. With equal rows some centers have no rows."""
     x = np.random.default_rng(2).standard_normal((30, 2))
     every = kmeans(x, clusters=30)
     assert sorted(every.labels.tolist()) == list(range(30))
@@ -93,7 +93,7 @@ def test_kmeans_gives_every_center_rows() -> None:
     seed=st.integers(0, 2**32),
 )
 def test_pca_agrees_with_scikit_learn(shape: tuple[int, int], dtype: str, seed: int) -> None:
-    """Tables tall, wide and square: variances, shares, and directions where they are told apart."""
+    """Tall, wide and square tables: variances, shares, and directions where variances differ."""
     random = np.random.default_rng(seed)
     x = (random.standard_normal(shape) * 2.0 ** -np.arange(shape[1]) + 3).astype(dtype)
     x.setflags(write=False)

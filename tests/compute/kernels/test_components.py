@@ -15,7 +15,7 @@ STRUCTURES = {4: scipy.ndimage.generate_binary_structure(2, 1), 8: scipy.ndimage
 
 
 def assert_as_scipy(mask: np.ndarray[Any, Any], connectivity: int) -> None:
-    """The same numbers in the same places."""
+    """Check that the same numbers are at the same places."""
     labels, components = connected_components(mask, connectivity=connectivity)
     expected, number = scipy.ndimage.label(mask, STRUCTURES[connectivity])
     assert labels.dtype == np.int32
@@ -49,7 +49,7 @@ def test_components_agree_with_scipy(
 
 @pytest.mark.parametrize("connectivity", [4, 8])
 def test_components_that_wind_are_one(connectivity: int) -> None:
-    """A spiral and a comb, whose runs are joined only after many others."""
+    """A spiral and a comb, whose parts are joined only after many others, are one shape each."""
     spiral = np.zeros((101, 101), np.uint8)
     for ring in range(0, 50, 2):
         spiral[ring, ring : 101 - ring] = spiral[100 - ring, ring : 101 - ring] = 1
@@ -64,7 +64,7 @@ def test_components_that_wind_are_one(connectivity: int) -> None:
 
 
 def test_components_touch_at_corners_with_eight_only() -> None:
-    """A chessboard is one shape or thirty-two, and rows' ends don't touch the next rows' starts."""
+    """A chessboard is one shape or thirty-two. The end of a row does not touch the start of the next."""
     board = (np.indices((8, 8)).sum(axis=0) % 2).astype(bool)
     assert connected_components(board, connectivity=8).components == 1
     assert connected_components(board, connectivity=4).components == 32
@@ -73,7 +73,7 @@ def test_components_touch_at_corners_with_eight_only() -> None:
 
 
 def test_what_is_not_zero_belongs_to_a_shape() -> None:
-    """Negative, complex and NaN do."""
+    """Negative, complex and NaN pixels belong to shapes."""
     for value in (-1.0, np.nan, 1j):
         assert connected_components(np.array([[value, 0, value]])).components == 2
 
@@ -87,6 +87,6 @@ def test_what_is_not_zero_belongs_to_a_shape() -> None:
     ],
 )
 def test_components_refuse_what_they_cannot_label(mask: np.ndarray[Any, Any], connectivity: int, message: str) -> None:
-    """Unknown connectivities, dtypes and images beyond the labels' range are refused."""
+    """Unknown connectivities, unknown dtypes and images beyond the labels' range are refused."""
     with pytest.raises(KernelError, match=message):
         connected_components(mask, connectivity=connectivity)

@@ -1,4 +1,4 @@
-"""The factors of matrices against what defines them, and against SciPy's."""
+"""Matrix factors against their definitions, and against SciPy's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ DTYPES = ["f2", "f4", "f8", "c8", "c16"]
 
 
 def random_matrix(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
-    """A read-only matrix with elements from -50 to 50, complex ones in both parts."""
+    """Make a read-only matrix with elements from -50 to 50, for complex dtypes in both parts."""
     random = np.random.default_rng(seed)
     matrix = random.integers(-50, 51, shape).astype(dtype)
     if matrix.dtype.kind == "c":
@@ -28,7 +28,7 @@ def random_matrix(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[A
 
 
 def given_dtype(dtype: str) -> np.dtype[Any]:
-    """The dtype that a matrix's factors have."""
+    """Return the dtype that a matrix's factors have."""
     return np.dtype(np.float32 if dtype == "f2" else dtype)
 
 

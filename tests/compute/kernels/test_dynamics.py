@@ -1,4 +1,4 @@
-"""`expm` and `integrate_linear_ode` against SciPy's exponential and its integrator of any equation."""
+"""`expm` and `integrate_linear_ode` against SciPy's exponential and its general integrator."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from unlatch.compute.kernels.dynamics import expm, integrate_linear_ode
 
 
 def random_matrix(seed: int, n: int, dtype: str) -> np.ndarray[Any, Any]:
-    """A read-only matrix of normal noise, complex noise for a complex dtype."""
+    """Make a read-only matrix of normal noise, complex noise for a complex dtype."""
     random = np.random.default_rng(seed)
     matrix = random.standard_normal((n, n)).astype(dtype)
     if matrix.dtype.kind == "c":
@@ -32,7 +32,7 @@ def random_matrix(seed: int, n: int, dtype: str) -> np.ndarray[Any, Any]:
     seed=st.integers(0, 2**32),
 )
 def test_expm_agrees_with_scipy(n: int, dtype: str, scale: float, seed: int) -> None:
-    """Norms for every degree of the approximant, and beyond, in every dtype."""
+    """Norms for every degree of the approximant, and beyond, agree in every dtype."""
     a = (random_matrix(seed, n, dtype) * scale).astype(dtype)
     power = expm(a)
     assert power.shape == a.shape
@@ -45,20 +45,20 @@ def test_expm_agrees_with_scipy(n: int, dtype: str, scale: float, seed: int) -> 
 
 
 def test_expm_of_a_rotation_is_its_angle() -> None:
-    """A closed form: half a turn and many turns."""
+    """A rotation by half a turn and by many turns equals its closed form."""
     turn = np.array([[0.0, -1.0], [1.0, 0.0]])
     np.testing.assert_allclose(expm(math.pi * turn), -np.eye(2), atol=1e-15)
     np.testing.assert_allclose(expm(200 * math.pi * turn), np.eye(2), atol=1e-12)
 
 
 def test_expm_beyond_float64_is_infinite() -> None:
-    """What no float can hold is no error."""
+    """A result that no float can hold is infinite, and not an error."""
     assert np.isinf(expm(np.array([[1000.0]])))[0, 0]
     assert expm(np.array([[-1e9]])) == 0
 
 
 def exact(a: np.ndarray, b: np.ndarray, y0: np.ndarray, t: np.ndarray) -> np.ndarray[Any, Any]:
-    """The solution by an integrator that takes any function, one small step after another."""
+    """Solve the equation with an integrator that takes any function, in many small steps."""
     solved = scipy.integrate.solve_ivp(
         lambda _, y: a @ y + b, (0, t[-1]), y0, method="DOP853", rtol=1e-12, atol=1e-12, t_eval=t
     )
@@ -68,7 +68,7 @@ def exact(a: np.ndarray, b: np.ndarray, y0: np.ndarray, t: np.ndarray) -> np.nda
 @settings(max_examples=20)
 @given(n=st.integers(1, 6), steps=st.sampled_from([1, 2, 3, 127, 128, 129, 1000]), seed=st.integers(0, 2**32))
 def test_ode_agrees_with_an_integrator(n: int, steps: int, seed: int) -> None:
-    """Few steps and many, blocks of them and their rests, pass through the same states."""
+    """Few steps and many, whole blocks of steps and parts of one, pass through the same states."""
     a, random = random_matrix(seed, n, "f8"), np.random.default_rng(seed)
     b, y0 = random.standard_normal((2, n))
     t, y = integrate_linear_ode(a, b, y0, duration=1.5, steps=steps)
@@ -79,7 +79,7 @@ def test_ode_agrees_with_an_integrator(n: int, steps: int, seed: int) -> None:
 
 
 def test_ode_of_a_stiff_system_needs_no_small_steps() -> None:
-    """Rates that differ a million times, in ten steps."""
+    """Rates that differ a million times are integrated in ten steps."""
     a = np.diag([-1e6, -1.0])
     t, y = integrate_linear_ode(a, np.array([1e6, 0.0]), np.array([5.0, 2.0]), duration=3, steps=10)
     np.testing.assert_allclose(y[1:, 0], 1.0)
@@ -87,7 +87,7 @@ def test_ode_of_a_stiff_system_needs_no_small_steps() -> None:
 
 
 def test_ode_without_time_or_states_stands_still() -> None:
-    """No duration leaves the state; a system of nothing has times."""
+    """Without duration the state stays. A system without states has times alone."""
     y = integrate_linear_ode(np.eye(2), np.ones(2), np.array([3.0, 4.0]), duration=0, steps=5).y
     np.testing.assert_array_equal(y, np.tile([3.0, 4.0], (6, 1)))
     empty = integrate_linear_ode(np.zeros((0, 0)), np.zeros(0), np.zeros(0), duration=1, steps=3)
@@ -95,7 +95,7 @@ def test_ode_without_time_or_states_stands_still() -> None:
 
 
 def test_ode_in_single_precision_stays_there() -> None:
-    """float32 in, float32 out."""
+    """float32 in gives float32 out."""
     one = np.ones((1, 1), np.float32)
     t, y = integrate_linear_ode(-one, one[0], 3 * one[0], duration=2, steps=100)
     assert t.dtype == y.dtype == np.float32
@@ -103,7 +103,7 @@ def test_ode_in_single_precision_stays_there() -> None:
 
 
 def ode(**changed: Any) -> object:
-    """An equation with something wrong in it."""
+    """Make an equation with one thing wrong in it."""
     arguments: dict[str, Any] = {"a": np.eye(2), "b": np.ones(2), "y0": np.ones(2), "duration": 1.0, "steps": 10}
     return integrate_linear_ode(**arguments | changed)
 

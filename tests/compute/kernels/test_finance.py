@@ -19,7 +19,7 @@ TERMS: dict[str, Any] = {"strike": 100.0, "rate": 0.03, "volatility": 0.25, "mat
 def black_scholes(
     spot: np.ndarray, kind: str, *, strike: float, rate: float, volatility: float, maturity: float
 ) -> np.ndarray[Any, Any]:
-    """The closed form of a European option's price."""
+    """Compute a European option's price in closed form."""
     deviation = volatility * math.sqrt(maturity)
     d1 = (np.log(spot / strike) + rate * maturity) / deviation + deviation / 2
     sign = 1 if kind == "call" else -1
@@ -40,7 +40,7 @@ def test_price_is_black_scholes(kind: str, rate: float, volatility: float, matur
     spot.setflags(write=False)
     terms = {"strike": 100.0, "rate": rate, "volatility": volatility, "maturity": maturity}
     price, stderr = monte_carlo_option(spot, paths=40_000, seed=11, kind=kind, **terms)
-    # The second term is for payoffs so rare that the sample says little of its own error.
+    # The second term is for payoffs so rare that the sample says little about its own error.
     assert (np.abs(price - black_scholes(spot, kind, **terms)) <= 5 * stderr + 0.02).all()
 
 
@@ -56,7 +56,7 @@ def test_errors_are_as_large_as_they_say() -> None:
 
 @pytest.mark.parametrize("kind", ["call", "put"])
 def test_price_is_the_mean_of_the_payoffs(kind: str) -> None:
-    """Blocks of paths and spots give what one array of all payoffs gives, from the draws that the seed promises."""
+    """Blocks of paths and spots give the price that one array of all payoffs gives, for the seed's documented draws."""
     spot = np.linspace(0, 200, 13)
     price, stderr = monte_carlo_option(spot, paths=50_001, seed=5, kind=kind, **TERMS)
     normal = np.random.Generator(np.random.PCG64(5)).standard_normal(50_001)
@@ -70,7 +70,7 @@ def test_price_is_the_mean_of_the_payoffs(kind: str) -> None:
 
 
 def test_a_seed_is_a_price() -> None:
-    """The same seed gives the same bits, another seed others."""
+    """The same seed gives the same bits, and another seed gives others."""
     spot = np.array([100.0, 101.0])
     first, again, other = (monte_carlo_option(spot, paths=20_000, seed=seed, **TERMS) for seed in (3, 3, 4))
     assert first.price.tobytes() == again.price.tobytes()
@@ -99,7 +99,7 @@ def test_what_cannot_move_has_no_error(still: str) -> None:
 
 
 def test_a_tiny_volatility_keeps_its_error() -> None:
-    """Payoffs that are large and nearly equal don't cancel in the standard error."""
+    """Large and nearly equal payoffs do not cancel in the standard error."""
     _, stderr = monte_carlo_option(np.array([1e6]), strike=1.0, volatility=1e-9, paths=100_000)
     np.testing.assert_allclose(stderr, 1e6 * 1e-9 / math.sqrt(100_000), rtol=0.02)
 
@@ -135,6 +135,6 @@ def test_no_spots_have_no_prices() -> None:
     ],
 )
 def test_what_cannot_be_priced_is_refused(arguments: dict[str, Any], message: str) -> None:
-    """A value outside what a price needs, or work out of proportion, is refused by name."""
+    """An impossible value, or work out of proportion, is refused by name."""
     with pytest.raises(KernelError, match=message):
         monte_carlo_option(**{"spot": np.array([100.0])} | TERMS | arguments)

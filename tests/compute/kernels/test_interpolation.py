@@ -22,7 +22,7 @@ from unlatch.compute.kernels.interpolation import interpolate
 def test_interpolate_agrees_with_numpy_and_scipy(
     n: int, batch: tuple[int, ...], dtype: str, kind: str, seed: int
 ) -> None:
-    """Two samples and many, evenly spaced or not, one function and a batch, at places in no order."""
+    """Two samples and many, evenly spaced or not, one function and a batch, at places in any order."""
     random = np.random.default_rng(seed)
     x = np.cumsum(random.uniform(0.25, 1, n) if dtype != "f2" else np.ones(n)).astype(dtype)
     y = random.standard_normal((*batch, n)).astype(dtype)
@@ -42,7 +42,7 @@ def test_interpolate_agrees_with_numpy_and_scipy(
 @pytest.mark.parametrize("kind", ["linear", "cubic"])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_interpolate_knows_nothing_outside(kind: str, rows: int) -> None:
-    """Before the first sample, after the last, and at no place at all there is NaN."""
+    """Places before the first sample, after the last, and NaN places give NaN."""
     y = np.arange(4.0) * np.ones((rows, 1))
     found = interpolate(np.arange(4.0), y, np.array([-0.1, 0, 3, 3.1, np.nan, np.inf]), kind=kind)
     np.testing.assert_allclose(found, [[np.nan, 0, 3, np.nan, np.nan, np.nan]] * rows, atol=1e-12)
@@ -50,14 +50,14 @@ def test_interpolate_knows_nothing_outside(kind: str, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_nan_spoils_the_lines_beside_it_only(rows: int) -> None:
-    """Samples before and after a NaN are known as ever."""
+    """Samples before and after a NaN are interpolated as usual."""
     y = np.array([0.0, 1, np.nan, 3, 4]) * np.ones((rows, 1))
     found = interpolate(np.arange(5.0), y, np.array([0.5, 1, 1.5, 2, 2.5, 3, 3.5]))
     np.testing.assert_array_equal(found, [[0.5, 1, np.nan, np.nan, np.nan, 3, 3.5]] * rows)
 
 
 def test_a_nan_spoils_its_spline_only() -> None:
-    """The other functions of the batch are as good as ever."""
+    """The other functions of the batch are interpolated as usual."""
     y = np.ones((3, 50))
     y[1, 20] = np.nan
     found = interpolate(np.arange(50.0), y, np.linspace(0, 49, 99), kind="cubic")

@@ -13,7 +13,7 @@ from unlatch.compute.kernels.levels import equalize_histogram, threshold_otsu
 
 
 def within(pixels: Image, threshold: float) -> float:
-    """How much both parts vary about their means, by the formula that defines Otsu's criterion."""
+    """Return the variance within both parts, by the formula that defines Otsu's criterion."""
     parts = (pixels[pixels <= threshold], pixels[pixels > threshold])
     return float(sum(((part - part.mean()) ** 2).sum() for part in parts if part.size))
 
@@ -25,7 +25,7 @@ def within(pixels: Image, threshold: float) -> float:
     seed=st.integers(0, 2**32),
 )
 def test_otsu_is_the_best_of_all_thresholds(shape: tuple[int, ...], dtype: str, span: int, seed: int) -> None:
-    """No level of the image parts it with less variance within the parts."""
+    """No level of the image splits it with less variance within the parts."""
     image = (random_image(seed, shape, "u1") % span).astype(dtype)
     image = image - image.dtype.type(span // 2) if dtype[0] == "i" else image
     threshold, above = threshold_otsu(image)
@@ -42,7 +42,7 @@ def test_otsu_is_the_best_of_all_thresholds(shape: tuple[int, ...], dtype: str, 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
 def test_otsu_parts_floats_between_two_peaks(dtype: str) -> None:
-    """Two peaks are parted between them; NaN and infinities are counted nowhere."""
+    """Two peaks are separated between them. NaN and infinities are not counted."""
     random = np.random.default_rng(3)
     image = np.where(random.random((80, 90)) < 0.3, 5.0, 1.0) + random.normal(0, 0.2, (80, 90))
     image[3, 4], image[5, 6], image[7, 8] = np.nan, np.inf, -np.inf
@@ -54,7 +54,7 @@ def test_otsu_parts_floats_between_two_peaks(dtype: str) -> None:
 
 
 def test_otsu_of_a_large_image_counts_every_pixel() -> None:
-    """Bytes counted in pairs, an odd number of them, give what counting one by one gives."""
+    """Bytes counted in pairs, with an odd number of them, give the counts of bytes counted one by one."""
     image = random_image(5, (601, 701), "u1") // 3
     counted = image.reshape(-1)
     small = threshold_otsu(np.concatenate([counted[:200_000], counted[200_000:]])[:, np.newaxis].astype(np.uint16))
@@ -74,7 +74,7 @@ def test_otsu_of_a_large_image_counts_every_pixel() -> None:
     ],
 )
 def test_otsu_of_one_level_or_none(image: Image, expected: float) -> None:
-    """One level is its own threshold, and nothing is above it; no pixels have none."""
+    """A single level is its own threshold, with nothing above it. Without pixels there is none."""
     threshold, above = threshold_otsu(image)
     np.testing.assert_equal(float(threshold), float(expected))
     assert above.shape == image.shape
@@ -85,7 +85,7 @@ def test_otsu_of_one_level_or_none(image: Image, expected: float) -> None:
     ("low", "high"), [(1.0, np.nextafter(1.0, 2)), (-1.7e308, 1.7e308), (1e-300, 3e-300), (1e15, 1e15 + 1)]
 )
 def test_otsu_parts_two_levels_whatever_they_are(low: float, high: float) -> None:
-    """Neighbouring floats, and floats whose difference is infinite."""
+    """Neighbouring floats are separated, and floats whose difference is infinite."""
     image = np.array([[low, high, high], [low, low, high]])
     np.testing.assert_array_equal(threshold_otsu(image).above, image == high)
 
@@ -97,28 +97,28 @@ def test_otsu_of_no_channels_has_none() -> None:
 
 
 def pillow_equalized(image: Image) -> Image:
-    """Pillow's equalized image of each channel."""
+    """Equalize each channel with Pillow."""
     return by_channel(lambda plane: np.asarray(ImageOps.equalize(Pillow.fromarray(plane))), image)
 
 
 @given(divisor=st.sampled_from([1, 3, 40, 200]), channels=st.sampled_from([(), (3,)]), seed=st.integers(0, 2**32))
 def test_equalize_agrees_with_pillow(divisor: int, channels: tuple[int, ...], seed: int) -> None:
-    """Pillow's step is a whole number of pixels: where it is whole in truth, to the bit, and else within a level."""
+    """Images agree to the bit where Pillow's whole-number step is exact, and within a level elsewhere."""
     image = random_image(seed, (600, 601, *channels), "u1") // np.uint8(divisor)
     assert np.abs(equalize_histogram(image).astype(int) - pillow_equalized(image)).max() <= 1
     dark = image[:255, :71] % 100
-    whole = np.concatenate([dark, np.full_like(dark[:5], 200)])  # the brightest pixels are no part of the step
+    whole = np.concatenate([dark, np.full_like(dark[:5], 200)])  # The brightest pixels do not count for the step.
     np.testing.assert_array_equal(equalize_histogram(whole), pillow_equalized(whole))
 
 
 @pytest.mark.parametrize("image", [np.zeros((1, 1), np.uint8), np.full((30, 20, 3), 9, np.uint16)])
 def test_equalize_leaves_one_level_alone(image: Image) -> None:
-    """There is nothing to spread."""
+    """An image of one level stays unchanged."""
     np.testing.assert_array_equal(equalize_histogram(image), image)
 
 
 def test_equalize_spreads_sixteen_bits() -> None:
-    """A dark image of 16 bits fills its range evenly, and keeps its order."""
+    """A dark image of 16 bits fills its range evenly, and keeps the order of its levels."""
     image = random_image(2, (500, 500), "u2") // np.uint16(16)
     spread = equalize_histogram(image)
     assert spread.dtype == np.uint16
@@ -134,7 +134,7 @@ def test_equalize_of_nothing_is_nothing(shape: tuple[int, ...]) -> None:
 
 
 def test_levels_refuse_wide_integers() -> None:
-    """A histogram of 32 bits would not fit memory."""
+    """Integers of 32 bits are refused: their histogram would not fit memory."""
     with pytest.raises(KernelError, match="image: wanted uint8 or uint16, got uint32"):
         equalize_histogram(np.zeros((4, 4), np.uint32))
     with pytest.raises(KernelError, match="image: wanted floats or 8- or 16-bit integers, got int64"):
@@ -142,7 +142,7 @@ def test_levels_refuse_wide_integers() -> None:
 
 
 def test_levels_refuse_histograms_out_of_proportion() -> None:
-    """Many channels of few pixels would be all histograms."""
+    """Many channels of few pixels are refused: they would be all histograms."""
     wide = np.broadcast_to(np.uint16(0), (1, 1, 4097))
     for levels_of in (equalize_histogram, threshold_otsu):
         with pytest.raises(KernelError, match="image: wanted channels times levels of at most 268435456, got 2685"):

@@ -1,4 +1,4 @@
-"""`matmul` against sums written out, the others against SciPy's."""
+"""`matmul` against explicit sums, and the other kernels against SciPy's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from unlatch.compute.kernels.linear_algebra import lstsq, matmul, pinv, solve
 
 
 def random_matrix(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
-    """A read-only matrix with elements from -50 to 50, complex ones in both parts."""
+    """Make a read-only matrix with elements from -50 to 50, for complex dtypes in both parts."""
     random = np.random.default_rng(seed)
     matrix = random.integers(0 if np.dtype(dtype).kind == "u" else -50, 51, shape).astype(dtype)
     if matrix.dtype.kind == "c":
@@ -24,7 +24,7 @@ def random_matrix(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[A
 
 
 def product_written_out(a: np.ndarray, b: np.ndarray) -> np.ndarray[Any, Any]:
-    """The product as a sum of outer products, with no BLAS in it."""
+    """Compute the product as a sum of outer products, without BLAS."""
     wide = np.result_type(a, b, np.int64)
     return np.asarray((a.astype(wide)[:, :, np.newaxis] * b.astype(wide)[np.newaxis]).sum(axis=1))
 
@@ -41,12 +41,12 @@ sides = st.integers(0, 9)
     seed=st.integers(0, 2**32),
 )
 def test_matmul_is_the_sum_of_outer_products(m: int, k: int, n: int, left: str, right: str, seed: int) -> None:
-    """Every pair of dtypes and shapes, empty ones included, gives the sum in the dtype promised."""
+    """Every pair of dtypes and shapes, empty ones included, gives the sum in the documented dtype."""
     a, b = random_matrix(seed, (m, k), left), random_matrix(seed + 1, (k, n), right)
     product = matmul(a, b)
     common = np.result_type(a, b)
     assert product.dtype == (np.int64 if common.kind in "iu" else common)
-    # Integers below 51 leave float16 alone to round.
+    # With integers below 51 only float16 has to round.
     np.testing.assert_allclose(product, product_written_out(a, b), rtol=1e-3 if common == np.float16 else 1e-6)
 
 
@@ -64,14 +64,14 @@ def test_matmul_of_large_integers_is_exact() -> None:
 
 @pytest.mark.parametrize("value", [2**53 + 1, -(2**63)])
 def test_matmul_refuses_integers_it_could_round(value: int) -> None:
-    """Integers that float64 can't sum exactly are refused, with the way out in the message."""
+    """Integers that float64 cannot sum exactly are refused, and the message says what to do."""
     a = np.array([[value]], np.int64)
     with pytest.raises(KernelError, match=r"a, b: .*2\*\*53.*float64"):
         matmul(a, np.ones((1, 1), np.int64))
 
 
 def test_matmul_rounds_halves_once() -> None:
-    """float16 is summed in float32, beyond the 2,048 where adding ones in float16 ends; overflow is infinite."""
+    """float16 is summed in float32, beyond 2,048, where adding ones in float16 stops. Overflow is infinite."""
     ones = np.ones((1, 4100), np.float16)
     assert matmul(ones, ones.T)[0, 0] == 4100
     large = np.full((1, 2), 60_000, np.float16)
@@ -80,13 +80,13 @@ def test_matmul_rounds_halves_once() -> None:
 
 @pytest.mark.parametrize("shared", [0, 1])
 def test_matmul_refuses_results_out_of_proportion(shared: int) -> None:
-    """Small arguments can't ask for a product of terabytes."""
+    """Small arguments cannot ask for a product of terabytes."""
     with pytest.raises(KernelError, match=r"a, b: wanted a result of at most \d+ bytes.*\(1000000, "):
         matmul(np.zeros((10**6, shared)), np.zeros((shared, 10**6)))
 
 
 def well_conditioned(seed: int, n: int, dtype: str) -> np.ndarray[Any, Any]:
-    """A read-only square matrix whose diagonal outweighs the rest."""
+    """Make a read-only square matrix whose diagonal outweighs the rest."""
     matrix: np.ndarray[Any, Any] = random_matrix(seed, (n, n), dtype) + np.eye(n, dtype=dtype) * 150 * max(n, 1)
     matrix.setflags(write=False)
     return matrix
@@ -99,7 +99,7 @@ def well_conditioned(seed: int, n: int, dtype: str) -> np.ndarray[Any, Any]:
     seed=st.integers(0, 2**32),
 )
 def test_solve_agrees_with_scipy(n: int, columns: list[int], dtype: str, seed: int) -> None:
-    """One right-hand side, several and none, in every dtype."""
+    """One right-hand side, several and none are solved in every dtype."""
     a = well_conditioned(seed, n, dtype)
     b = random_matrix(seed + 1, (n, *columns), dtype)
     x = solve(a, b)
@@ -110,7 +110,7 @@ def test_solve_agrees_with_scipy(n: int, columns: list[int], dtype: str, seed: i
 
 
 def test_solve_refuses_a_singular_matrix() -> None:
-    """Equations with no solution, or many, are refused."""
+    """Equations with no solution, or with many, are refused."""
     with pytest.raises(KernelError, match="a: wanted a matrix that can be inverted, got a singular one"):
         solve(np.ones((2, 2)), np.ones(2))
 
@@ -123,7 +123,7 @@ def test_solve_refuses_a_singular_matrix() -> None:
     seed=st.integers(0, 2**32),
 )
 def test_lstsq_agrees_with_scipy(m: int, n: int, columns: list[int], dtype: str, seed: int) -> None:
-    """Too many equations, too few, and none: SciPy's solution of least norm, rank and singular values."""
+    """Too many equations, too few, and none give SciPy's solution of least norm, rank and singular values."""
     a, b = random_matrix(seed, (m, n), dtype), random_matrix(seed + 1, (m, *columns), dtype)
     x, rank, s = lstsq(a, b)
     assert x.shape == (n, *columns)

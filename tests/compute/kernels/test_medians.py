@@ -19,12 +19,13 @@ from unlatch.compute.kernels.medians import median_filter
     seed=st.integers(0, 2**32),
 )
 def test_median_agrees_with_scipy(shape: tuple[int, ...], dtype: str, size: int, seed: int) -> None:
-    """Small windows and large, larger than the image too, to the bit."""
+    """Small windows and large, also larger than the image, agree to the bit."""
     image = random_image(seed, shape, dtype)
     found = median_filter(image, size=size)
     assert found.dtype == image.dtype
     wide = image.astype(np.float32) if dtype == "f2" else image
-    # Reflected by NumPy: where an image is many times smaller than the window, SciPy's own reflection is off by one.
+    # NumPy reflects the image here, since SciPy's own reflection is off by one where an image is many times smaller
+    # than the window.
     around = [(size, size)] * 2 + [(0, 0)] * (image.ndim - 2)
     padded = np.pad(wide, around, mode="symmetric")
     expected = by_channel(lambda plane: scipy.ndimage.median_filter(plane, size=(size, size)), padded)
@@ -34,7 +35,7 @@ def test_median_agrees_with_scipy(shape: tuple[int, ...], dtype: str, size: int,
 
 @pytest.mark.parametrize(("size", "dtype"), [(3, "f8"), (5, "f4"), (7, "f8"), (11, "f2")])
 def test_a_nan_fills_its_square(size: int, dtype: str) -> None:
-    """By exchanges and by partitions: where the window holds the NaN, and nowhere else."""
+    """The output is NaN where the window contains the NaN and nowhere else, by exchanges and by partitions."""
     image = np.array(random_image(3, (40, 40), dtype))
     image[20, 20] = np.nan
     bad = np.isnan(median_filter(image, size=size))
@@ -44,7 +45,7 @@ def test_a_nan_fills_its_square(size: int, dtype: str) -> None:
 
 
 def test_a_median_forgets_specks() -> None:
-    """One bright pixel in nine is gone, an edge stays where it was."""
+    """One bright pixel in nine disappears, and an edge stays where it was."""
     image = np.zeros((9, 9), np.uint8)
     image[:, 5:] = 200
     speckled = image.copy()
@@ -73,13 +74,13 @@ def test_median_refuses_windows_out_of_proportion(size: int, message: str) -> No
 
 
 def test_median_refuses_work_out_of_proportion() -> None:
-    """Many pixels and large windows together would take minutes."""
+    """Many pixels and large windows together are refused: they would take minutes."""
     with pytest.raises(KernelError, match="size: wanted pixels times size squared of at most 20000000000"):
         median_filter(np.broadcast_to(np.uint8(0), (2**13, 2**13)), size=31)
 
 
 def test_a_row_longer_than_a_tile_has_no_seams() -> None:
-    """By exchanges and by partitions."""
+    """A row longer than a tile has no seams, by exchanges and by partitions."""
     image = random_image(3, (2, 30_000), "f4")
     for size in (3, 9):
         expected = scipy.ndimage.median_filter(image, size=(size, size))
@@ -87,6 +88,6 @@ def test_a_row_longer_than_a_tile_has_no_seams() -> None:
 
 
 def test_median_refuses_wide_integers() -> None:
-    """The image filters take the same dtypes."""
+    """The filter takes the dtypes of the other image filters, and no wide integers."""
     with pytest.raises(KernelError, match="image: wanted floats or 8- or 16-bit integers, got int32"):
         median_filter(np.zeros((4, 4), np.int32))

@@ -32,18 +32,18 @@ operations = pytest.mark.parametrize("operation", REFERENCES)
 def test_morphology_agrees_with_scipy(
     operation: Callable[..., Image], shape: tuple[int, ...], dtype: str, size: int, seed: int
 ) -> None:
-    """Any image and square, squares larger than the image included, to the bit."""
+    """Any image and any square, also larger than the image, agree to the bit."""
     image = random_image(seed, shape, dtype)
     found = operation(image, size=size)
     assert found.dtype == image.dtype
-    # SciPy knows neither bools nor float16; both have the same order in float32.
+    # SciPy takes neither bools nor float16; both have the same order in float32.
     wide = image.astype(np.float32) if image.dtype.kind == "b" or dtype == "f2" else image
     expected = by_channel(lambda plane: REFERENCES[operation](plane, size=(size, size)), wide)
     np.testing.assert_array_equal(found, expected.astype(image.dtype))
 
 
 def test_large_integers_keep_their_digits() -> None:
-    """Neighbours that float64 could not tell apart are told apart."""
+    """Neighbouring values that float64 could not tell apart are told apart."""
     image = np.array([[2**62, 2**62 + 1]])
     assert erode(image).tolist() == [[2**62, 2**62]]
     assert dilate(image).tolist() == [[2**62 + 1, 2**62 + 1]]
@@ -57,7 +57,7 @@ def test_morphology_of_nothing_is_nothing(operation: Callable[..., Image], shape
 
 
 def test_a_nan_fills_its_square() -> None:
-    """Neither more nor less, in both directions."""
+    """A NaN fills its square exactly, in erosion and in dilation."""
     image = np.zeros((9, 9))
     image[4, 4] = np.nan
     for operation in (erode, dilate):

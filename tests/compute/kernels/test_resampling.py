@@ -1,4 +1,4 @@
-"""`bootstrap` against SciPy's, draw by draw, and against what an interval promises."""
+"""`bootstrap` against SciPy's with the same draws, and against the confidence that an interval claims."""
 
 import tracemalloc
 from typing import Any
@@ -14,7 +14,7 @@ from unlatch.compute.kernels.resampling import bootstrap
 @pytest.mark.parametrize("n", [1, 2, 5, 50, 301])
 @pytest.mark.parametrize(("statistic", "function"), [("mean", np.mean), ("median", np.median)])
 def test_bootstrap_is_scipys_with_the_same_draws(n: int, statistic: str, function: Any) -> None:
-    """From the generator that the seed promises, resample by resample."""
+    """The documented generator of the seed gives SciPy's results, resample by resample."""
     x = np.random.default_rng(n).exponential(size=n)
     x.setflags(write=False)
     found = bootstrap(x, statistic=statistic, confidence=0.9, resamples=1500, seed=7)
@@ -32,7 +32,7 @@ def test_bootstrap_is_scipys_with_the_same_draws(n: int, statistic: str, functio
 
 
 def test_intervals_hold_as_often_as_they_say() -> None:
-    """Of 300 samples' 80 % intervals about four fifths hold the true mean."""
+    """Of 300 samples' 80 % intervals about four fifths contain the true mean."""
     random = np.random.default_rng(4)
     held = 0
     for seed in range(300):
@@ -42,7 +42,7 @@ def test_intervals_hold_as_often_as_they_say() -> None:
 
 
 def test_bootstrap_takes_integers() -> None:
-    """They are taken as float64, and outputs are single numbers."""
+    """Integers are taken as float64, and each output is a single number."""
     found = bootstrap(np.array([250, 251, 255], np.uint8), resamples=50)
     assert found.estimate == 252
     assert {(part.dtype, part.shape) for part in found} == {(np.dtype(np.float64), ())}

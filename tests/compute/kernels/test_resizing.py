@@ -20,7 +20,7 @@ METHODS = {
 
 
 def pillow_resized(image: Image, height: int, width: int, method: str) -> Image:
-    """Pillow's resized image of each channel, in single precision."""
+    """Resize each channel with Pillow, in single precision."""
 
     def resized(plane: Image) -> Image:
         picture = Pillow.fromarray(plane.astype(np.float32))
@@ -40,7 +40,7 @@ def pillow_resized(image: Image, height: int, width: int, method: str) -> Image:
 def test_resize_agrees_with_pillow(
     shape: tuple[int, ...], height: int, width: int, dtype: str, method: str, seed: int
 ) -> None:
-    """Larger, smaller, and each along another axis; integers are the nearest within their range."""
+    """Larger, smaller, and both along different axes. Integers are the nearest ones within their range."""
     image = random_image(seed, shape, dtype)
     resized = resize(image, height=height, width=width, method=method)
     assert resized.dtype == image.dtype
@@ -55,18 +55,18 @@ def test_resize_agrees_with_pillow(
 
 
 def test_resize_keeps_a_flat_image_at_its_level() -> None:
-    """Weights sum to one at borders too."""
+    """Weights sum to one, also at borders."""
     assert (resize(np.full((37, 41, 3), 255, np.uint8), height=11, width=90, method="lanczos") == 255).all()
 
 
 def test_resize_to_the_same_size_is_the_image() -> None:
-    """Nothing changes what fits."""
+    """An image that has the size already is returned unchanged."""
     image = random_image(1, (30, 20, 3), "u1")
     np.testing.assert_array_equal(resize(image, height=30, width=20), image)
 
 
 def test_a_shrunk_pattern_is_grey() -> None:
-    """Stripes finer than the new pixels don't alias."""
+    """Stripes finer than the new pixels do not alias."""
     stripes = np.tile([0.0, 1.0], (64, 64))
     assert np.abs(resize(stripes, height=8, width=9)[:, 1:-1] - 0.5).max() < 0.05
 
@@ -74,7 +74,7 @@ def test_a_shrunk_pattern_is_grey() -> None:
 @pytest.mark.parametrize("channels", [(), (3,), (7,)])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_resize_keeps_what_is_not_finite_to_what_it_takes_part_in(channels: tuple[int, ...], value: float) -> None:
-    """One bad pixel is NaN where it has a weight; the rest is what it would be without."""
+    """Output pixels where a NaN has a weight are NaN, and the others are as they would be without it."""
     image = np.array(random_image(3, (200, 150, *channels), "f4"))
     without = image.copy()
     image[100, 50], without[100, 50] = value, 0
@@ -88,7 +88,7 @@ def test_resize_keeps_what_is_not_finite_to_what_it_takes_part_in(channels: tupl
 
 
 def test_resize_of_no_channels_has_none() -> None:
-    """The shape is as asked, without channels."""
+    """The result has the requested size, and no channels."""
     assert resize(np.zeros((4, 5, 0)), height=2, width=3).shape == (2, 3, 0)
 
 
@@ -104,6 +104,6 @@ def test_resize_of_no_channels_has_none() -> None:
     ],
 )
 def test_resize_refuses_what_it_cannot_do(image: Image, arguments: dict[str, Any], message: str) -> None:
-    """Sizes out of proportion, unknown methods and images of nothing are refused by name."""
+    """Sizes out of proportion, unknown methods and empty images are refused by name."""
     with pytest.raises(KernelError, match=message):
         resize(image, **{"height": 3, "width": 3} | arguments)

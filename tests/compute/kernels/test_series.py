@@ -12,7 +12,7 @@ from unlatch.compute.kernels.series import Rolling, rolling
 
 
 def one_by_one(x: np.ndarray, window: int, ddof: int) -> Rolling:
-    """Each window's figures, in double precision."""
+    """Compute each window's figures, in double precision."""
     windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.float64), window, axis=-1)
     return Rolling(windows.mean(-1), windows.std(-1, ddof=ddof), windows.min(-1), windows.max(-1))
 
@@ -28,7 +28,7 @@ def one_by_one(x: np.ndarray, window: int, ddof: int) -> Rolling:
 def test_rolling_agrees_with_each_window(
     batch: tuple[int, ...], n: int, window: int, ddof: int, dtype: str, seed: int
 ) -> None:
-    """Every window that fits, in every dtype and any batch."""
+    """Every window that fits agrees, in every dtype and any batch."""
     window, ddof = min(window, n), min(ddof, min(window, n) - 1)
     x = np.random.default_rng(seed).uniform(0, 100, (*batch, n)).astype(dtype)
     x.setflags(write=False)
@@ -41,14 +41,14 @@ def test_rolling_agrees_with_each_window(
 
 @pytest.mark.parametrize("window", [3, 64, 100, 8192, 9000, 19_999])
 def test_rolling_over_many_stretches_has_no_seams(window: int) -> None:
-    """A series longer than the caches, windows shorter and longer than a stretch."""
+    """A series longer than the caches has no seams, with windows shorter and longer than a stretch."""
     x = np.random.default_rng(1).standard_normal(20_000)
     for part, expected in zip(rolling(x, window=window), one_by_one(x, window, 0), strict=True):
         np.testing.assert_allclose(part, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_rolling_far_from_zero_keeps_its_digits() -> None:
-    """Differences of ones on top of a thousand million, after a jump of as much."""
+    """Differences of ones on top of 1e9 are exact, also after a jump of as much."""
     x = np.concatenate([np.zeros(500), 1e9 + np.tile([0.0, 1.0], 500)])
     np.testing.assert_allclose(rolling(x, window=10).std[500:], 0.5, rtol=1e-6)
     np.testing.assert_array_equal(rolling(x, window=10).std[:490], 0)
@@ -56,7 +56,7 @@ def test_rolling_far_from_zero_keeps_its_digits() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_spoils_its_windows_only(value: float) -> None:
-    """The windows before and after are as good as ever; an infinity has its order."""
+    """Windows before and after a NaN or an infinity are computed as usual. An infinity still has an order."""
     x = np.random.default_rng(1).standard_normal(50)
     clean = rolling(x, window=7)
     x[20] = value

@@ -1,4 +1,4 @@
-"""`fft` and `convolve` against SciPy's, and against the sums that define them."""
+"""`fft` and `convolve` against SciPy's, and against their definitions as sums."""
 
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ MODES: dict[str, Literal["full", "same", "valid"]] = {"full": "full", "same": "s
 
 
 def random_signal(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
-    """A read-only array of normal noise, complex noise for a complex dtype."""
+    """Make a read-only array of normal noise, complex noise for a complex dtype."""
     random = np.random.default_rng(seed)
     signal = random.standard_normal(shape).astype(dtype)
     if signal.dtype.kind == "c":
@@ -35,7 +35,7 @@ def random_signal(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[A
     seed=st.integers(0, 2**32),
 )
 def test_fft_agrees_with_scipy(shape: tuple[int, ...], dtype: str, seed: int) -> None:
-    """Every length, odd and even and prime, every dtype, with axes before it, has SciPy's spectrum."""
+    """Even, odd and prime lengths, every dtype, with axes before the last, give SciPy's spectrum."""
     x = random_signal(seed, shape, dtype)
     spectrum = fft(x)
     double = dtype in ("f8", "c16")
@@ -56,7 +56,7 @@ def test_fft_is_the_sum_that_defines_it(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["f4", "c16"])
 def test_fft_of_many_blocks_agrees_with_scipy(dtype: str) -> None:
-    """Rows that don't fit one block, and a row that is longer than one, are transformed whole."""
+    """Rows that do not fit one block, and a row longer than a block, are transformed whole."""
     for shape in [(1000, 100), (2, 40_009)]:
         x = random_signal(3, shape, dtype)
         expected = scipy.fft.fft(x.astype(np.complex128))
@@ -72,7 +72,7 @@ def test_fft_of_nothing_is_nothing(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("dtype", ["f4", "f8", "c8", "c16"])
 def test_fft_of_a_row_that_is_not_finite_spoils_that_row_only(dtype: str, value: float) -> None:
-    """A NaN in one row of a batch leaves the others alone."""
+    """A NaN in one row of a batch does not affect the other rows."""
     x = np.ones((3, 8), dtype)
     x[1, 4] = value
     finite = np.isfinite(fft(x))
@@ -91,7 +91,7 @@ def test_fft_of_a_row_that_is_not_finite_spoils_that_row_only(dtype: str, value:
 def test_convolve_agrees_with_scipy(
     batch: tuple[int, ...], n: int, m: int, dtypes: tuple[str, str], mode: str, seed: int
 ) -> None:
-    """Sums and transforms, one block and many, rows longer and shorter than the taps, in every mode."""
+    """Sums and transforms, one block and many, rows longer and shorter than the taps agree, in every mode."""
     if mode == "valid" and m > n:
         n, m = m, n
     x, taps = random_signal(seed, (*batch, n), dtypes[0]), random_signal(seed + 1, (m,), dtypes[1])
@@ -109,7 +109,7 @@ def test_convolve_agrees_with_scipy(
 @pytest.mark.parametrize("m", [3, 200])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_convolve_of_what_is_not_finite_spoils_what_it_reaches_only(m: int, value: float) -> None:
-    """By sums and by transforms, a NaN takes part in as many samples as there are taps."""
+    """A NaN affects as many samples as there are taps, by sums and by transforms."""
     x, taps = random_signal(5, (2, 2000), "f8"), random_signal(6, (m,), "f8")
     spoiled = np.array(x)
     spoiled[1, 700] = value
@@ -130,7 +130,7 @@ def test_convolve_of_what_is_not_finite_spoils_what_it_reaches_only(m: int, valu
     ],
 )
 def test_convolve_of_nothing_is_zeros(x: tuple[int, ...], taps: tuple[int], mode: str, shape: tuple[int, ...]) -> None:
-    """Without samples, rows or taps there is nothing to sum."""
+    """Without samples, rows or taps the sum is zero."""
     convolved = convolve(np.ones(x), np.ones(taps), mode=mode)
     assert convolved.shape == shape
     assert not convolved.any()
@@ -148,6 +148,6 @@ def test_convolve_of_nothing_is_zeros(x: tuple[int, ...], taps: tuple[int], mode
 def test_convolve_refuses_what_it_cannot_do(
     x: np.ndarray[Any, Any], taps: np.ndarray[Any, Any], mode: str, message: str
 ) -> None:
-    """Bad words, bad taps and results out of proportion are refused by name."""
+    """Unknown modes, unusable taps and results out of proportion are refused by name."""
     with pytest.raises(KernelError, match=message):
         convolve(x, taps, mode=mode)

@@ -13,7 +13,7 @@ from unlatch.compute.kernels.statistics import histogram
 
 
 def counted_one_by_one(x: np.ndarray, edges: np.ndarray) -> list[int]:
-    """How many values lie between each two edges, by searching for each one's place."""
+    """Count the values between each two edges by searching for each value's place."""
     inside = [float(value) for value in x.reshape(-1) if edges[0] <= value <= edges[-1]]
     places = [min(int(np.searchsorted(edges, value, side="right")) - 1, len(edges) - 2) for value in inside]
     return [places.count(place) for place in range(len(edges) - 1)]
@@ -27,7 +27,7 @@ def counted_one_by_one(x: np.ndarray, edges: np.ndarray) -> list[int]:
     dtype=st.sampled_from(["f4", "f8"]),
 )
 def test_histogram_places_each_value(values: list[float], bins: int, low: float, high: float, dtype: str) -> None:
-    """Every value inside is counted between its two edges, whatever is given of the interval."""
+    """Every value inside is counted between its two edges, whichever bounds of the interval are given."""
     x = np.array(values, dtype)
     counts, edges = histogram(x, bins=bins, low=low, high=high)
     assert counts.dtype == np.int64
@@ -40,7 +40,7 @@ def test_histogram_places_each_value(values: list[float], bins: int, low: float,
 @pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "i4", "u8", "f2", "f4", "f8"])
 @pytest.mark.parametrize("size", [0, 7, 100_000])
 def test_histogram_agrees_with_numpy(dtype: str, size: int) -> None:
-    """Every real dtype, few values and many, has NumPy's counts over the data's own interval."""
+    """Every real dtype, with few values and many, has NumPy's counts over the data's own interval."""
     x = (np.random.default_rng(4).standard_normal(size) * 30).clip(-100, 100)
     x = (abs(x) if np.dtype(dtype).kind == "u" else x).astype(dtype)
     x.setflags(write=False)
@@ -72,7 +72,7 @@ def test_histogram_of_many_blocks_counts_every_value() -> None:
 def test_histogram_takes_its_interval_from_finite_values(
     x: np.ndarray[Any, Any], interval: tuple[float, float]
 ) -> None:
-    """NaN, infinities, no values and equal values all leave a sensible interval."""
+    """NaN, infinities, no values and equal values all give a sensible interval."""
     counts, edges = histogram(x, bins=4)
     assert (edges[0], edges[-1]) == interval
     assert counts.sum() == np.isfinite(x).sum()
@@ -80,7 +80,7 @@ def test_histogram_takes_its_interval_from_finite_values(
 
 @pytest.mark.parametrize(("low", "high", "interval"), [(9, math.nan, (8.5, 9.5)), (math.nan, -9, (-9.5, -8.5))])
 def test_histogram_keeps_a_given_bound_beyond_the_data(low: float, high: float, interval: tuple[float, float]) -> None:
-    """Data on the far side of the one bound given is counted nowhere."""
+    """Data beyond the one bound that is given is not counted."""
     counts, edges = histogram(np.arange(5), low=low, high=high)
     assert (edges[0], edges[-1]) == interval
     assert not counts.any()

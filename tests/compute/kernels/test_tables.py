@@ -16,7 +16,7 @@ REAL_DTYPES = ["i1", "u2", "i8", "f2", "f4", "f8"]
 
 
 def random_table(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
-    """A read-only table of values from 0 to 100."""
+    """Make a read-only table of values from 0 to 100."""
     table = np.random.default_rng(seed).uniform(0, 100, shape).astype(dtype)
     table.setflags(write=False)
     return table
@@ -34,7 +34,7 @@ def result_dtype(dtype: str) -> type[np.floating[Any]]:
     seed=st.integers(0, 2**32),
 )
 def test_quantile_agrees_with_numpy(rows: int, columns: tuple[int, ...], q: list[float], dtype: str, seed: int) -> None:
-    """Any number of columns and quantiles, none included."""
+    """Any number of columns and quantiles agrees, also none."""
     x = random_table(seed, (rows, *columns), dtype)
     found = quantile(x, np.array(q))
     assert found.dtype == result_dtype(dtype)
@@ -45,14 +45,14 @@ def test_quantile_agrees_with_numpy(rows: int, columns: tuple[int, ...], q: list
 
 
 def test_quartiles_are_pythons() -> None:
-    """The standard library's inclusive method is the same definition."""
+    """The standard library's inclusive method has the same definition."""
     values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6, 5.0]
     expected = statistics.quantiles(values, n=4, method="inclusive")
     np.testing.assert_allclose(quantile(np.array(values), np.array([0.25, 0.5, 0.75])), expected)
 
 
 def test_quantiles_of_a_column_with_a_nan_are_nan() -> None:
-    """The other columns are as good as ever."""
+    """The other columns are computed as usual."""
     x = np.arange(20.0).reshape(10, 2)
     x[3, 1] = np.nan
     found = quantile(x, np.array([0.0, 1.0]))
@@ -67,7 +67,7 @@ def test_quantiles_of_a_column_with_a_nan_are_nan() -> None:
     seed=st.integers(0, 2**32),
 )
 def test_covariance_agrees_with_numpy(rows: int, columns: int, ddof: int, dtype: str, seed: int) -> None:
-    """Every dtype, in the precision that is promised."""
+    """Every dtype agrees, in the documented precision."""
     x = random_table(seed, (rows, columns), dtype)
     together = covariance(x, ddof=ddof)
     assert together.dtype == result_dtype(dtype)
@@ -79,7 +79,7 @@ def test_covariance_agrees_with_numpy(rows: int, columns: int, ddof: int, dtype:
 
 
 def test_correlation_of_what_does_not_vary_is_unknown() -> None:
-    """A flat column, and one with a NaN, have none; the others have theirs, 1 with themselves."""
+    """A flat column, and a column with a NaN, have no correlation. The others have theirs, and 1 with themselves."""
     x = np.array([[1.0, 5.0, 2.0, 0.0], [2.0, 5.0, 4.0, np.nan], [3.0, 5.0, 6.0, 1.0]])
     known = np.array([True, False, True, False])
     together = correlation(x)
@@ -90,7 +90,7 @@ def test_correlation_of_what_does_not_vary_is_unknown() -> None:
 
 
 def test_covariance_far_from_zero_keeps_its_digits() -> None:
-    """Values of a million million that differ by ones."""
+    """Values around 1e12 that differ by ones keep their covariance."""
     x = 1e12 + np.array([[0.0], [1.0], [2.0], [3.0]])
     np.testing.assert_allclose(covariance(x), [[5 / 3]], rtol=1e-6)
 
@@ -102,7 +102,7 @@ def test_covariance_far_from_zero_keeps_its_digits() -> None:
     seed=st.integers(0, 2**32),
 )
 def test_group_by_agrees_with_plain_python(keys: list[int], columns: tuple[int, ...], dtype: str, seed: int) -> None:
-    """Keys that are dense and keys worlds apart, no rows, no columns: as a dictionary of lists says."""
+    """Dense keys and keys far apart, no rows, no columns: the result is that of a dictionary of lists."""
     values = random_table(seed, (len(keys), *columns), dtype)
     groups = group_by(np.array(keys, np.int64), values)
     assert groups.keys.tolist() == sorted(set(keys))
@@ -119,7 +119,7 @@ def test_group_by_agrees_with_plain_python(keys: list[int], columns: tuple[int, 
 
 @pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u4", "u8"])
 def test_group_by_keeps_the_dtype_of_its_keys(dtype: str) -> None:
-    """Keys at both ends of their range, close together and far apart."""
+    """Keys at both ends of their dtype's range keep it, close together and far apart."""
     limits = np.iinfo(dtype)
     for keys in ([limits.max, limits.max - 1] * 3, [limits.min, limits.max, limits.min]):
         array = np.array(keys, dtype)
@@ -130,7 +130,7 @@ def test_group_by_keeps_the_dtype_of_its_keys(dtype: str) -> None:
 
 
 def test_a_nan_spoils_its_group_only() -> None:
-    """And its column only."""
+    """Only the NaN's own group and column are NaN."""
     groups = group_by(np.array([1, 2, 1]), np.array([[1.0, 1.0], [2.0, np.nan], [3.0, 3.0]]))
     for part, expected in ((groups.sum, [4, 4]), (groups.mean, [2, 2]), (groups.min, [1, 1]), (groups.max, [3, 3])):
         np.testing.assert_array_equal(part, [expected, [2, np.nan]])

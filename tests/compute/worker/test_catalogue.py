@@ -1,4 +1,4 @@
-"""Kernel modules that cannot be served stop the start, and whoever wrote them is told file and line."""
+"""Kernel modules that cannot be served stop the start, with file and line for their author."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ AGAIN = FINE.replace("return x", "return x + 1")
 
 @pytest.fixture(autouse=True)
 def imports_as_they_were() -> Iterator[None]:
-    """What a test loads is forgotten after it."""
+    """Forget the modules that a test loads after it."""
     modules, path = set(sys.modules), list(sys.path)
     yield
     sys.path[:] = path
@@ -32,7 +32,7 @@ def imports_as_they_were() -> Iterator[None]:
             del sys.modules[name]
 
 
-# A module's text, and what the refusal says besides the file and the line.
+# A module's text, the line of its error, and what the message says besides file and line.
 WRONG = {
     "syntax": ("def f(:\n", 1, "SyntaxError"),
     "import": ("\nimport no_such_module\n", 2, "ModuleNotFoundError: .*no_such_module"),
@@ -69,7 +69,7 @@ BATCH = """
 def f(x: Float64[np.ndarray, {0!r}], y: Float64[np.ndarray, {1!r}]) -> Float64[np.ndarray, {2!r}]:
     return x
 """
-# What the first axes of a kernel of batches are not: the dims of two inputs and the output, and what is said of them.
+# First axes that a kernel of batches may not have: the dims of two inputs and the output, and the message's text.
 NO_BATCH = {
     "a length": (("3 n", "3", "3"), "first axis has a name"),
     "anything": (("_ n", "_", "_"), "first axis has a name"),
@@ -88,7 +88,7 @@ NO_BATCH = {
 
 @pytest.mark.parametrize(("dims", "says"), NO_BATCH.values(), ids=NO_BATCH)
 def test_kernel_whose_calls_cannot_run_as_one_is_refused(dims: tuple[str, ...], says: str, tmp_path: Path) -> None:
-    """With `batch=True` every array has the rows first, under one name: file and line, and which array has not."""
+    """With `batch=True` every array has the rows first, under one name. Errors name file, line and the wrong array."""
     path = tmp_path / "wrong_kernels.py"
     path.write_text(HEAD + BATCH.format(*dims))
     with pytest.raises(LoadError, match=rf"^{re.escape(str(path))}:5: .*batch=True.*{says}"):
@@ -96,7 +96,7 @@ def test_kernel_whose_calls_cannot_run_as_one_is_refused(dims: tuple[str, ...], 
 
 
 def test_kernel_of_no_arrays_is_no_batch(tmp_path: Path) -> None:
-    """There is nothing to put side by side."""
+    """A kernel without arrays has nothing to put side by side."""
     path = tmp_path / "wrong_kernels.py"
     path.write_text(HEAD + "\n@kernel(batch=True)\ndef f(*, n: int) -> Float64[np.ndarray, 'rows']:\n    return n\n")
     with pytest.raises(LoadError, match=r":5: .*needs arrays"):
@@ -105,7 +105,7 @@ def test_kernel_of_no_arrays_is_no_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["priority", "timeout"])
 def test_parameter_that_is_the_calls_own_is_refused(name: str, tmp_path: Path) -> None:
-    """No kernel would ever be given it."""
+    """Such a parameter would never reach the kernel."""
     path = tmp_path / "wrong_kernels.py"
     path.write_text(HEAD + FINE.replace('"n"])', f'"n"], *, {name}: str = "")'))
     with pytest.raises(LoadError, match=rf":5: .*the parameter name '{name}' is reserved"):
@@ -114,7 +114,7 @@ def test_parameter_that_is_the_calls_own_is_refused(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("size", ["0", "-1"])
 def test_rows_of_a_run_are_one_at_least(size: str, tmp_path: Path) -> None:
-    """`max_batch_size` says how many rows run as one."""
+    """`max_batch_size` is the number of rows that run as one."""
     path = tmp_path / "wrong_kernels.py"
     path.write_text(
         HEAD + BATCH.format("rows", "rows", "rows").replace("batch=True", f"batch=True, max_batch_size={size}")
@@ -124,7 +124,7 @@ def test_rows_of_a_run_are_one_at_least(size: str, tmp_path: Path) -> None:
 
 
 def test_kernels_of_a_file_are_served_beside_the_built_in(tmp_path: Path) -> None:
-    """By path; what the file imports from beside it is found, and a kernel imported from there counts once."""
+    """A file is found by path, with what it imports from beside it. A kernel imported from there counts once."""
     (tmp_path / "beside_it.py").write_text(HEAD + FINE)
     (tmp_path / "mine.py").write_text("from beside_it import fine\n")
     catalogue = load([str(tmp_path / "mine.py")])
@@ -134,7 +134,7 @@ def test_kernels_of_a_file_are_served_beside_the_built_in(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("text", "line", "says"), WRONG.values(), ids=WRONG)
 def test_module_that_cannot_be_served_names_file_and_line(text: str, line: int, says: str, tmp_path: Path) -> None:
-    """Where it fails, not where we noticed."""
+    """The message names the line that fails in the user's file."""
     path = tmp_path / "wrong_kernels.py"
     path.write_text(text)
     with pytest.raises(LoadError, match=rf"^{re.escape(str(path))}:{line}: .*{says}"):
@@ -142,7 +142,7 @@ def test_module_that_cannot_be_served_names_file_and_line(text: str, line: int, 
 
 
 def test_same_name_in_two_files_names_both(tmp_path: Path) -> None:
-    """The second is refused, and the first is where to look."""
+    """The second definition is refused, and the message names the first."""
     one, two = tmp_path / "one_kernel.py", tmp_path / "two_kernels.py"
     one.write_text(HEAD + FINE)
     two.write_text(HEAD + "\n" + FINE)
@@ -152,6 +152,6 @@ def test_same_name_in_two_files_names_both(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["no/such/file.py", "no_such_module", "no_such_package.module"])
 def test_module_that_is_not_there_is_named(name: str) -> None:
-    """By path or dotted."""
+    """A missing module is named, by path or by dotted name."""
     with pytest.raises(LoadError, match=re.escape(name.partition(".module")[0])):
         load([name])

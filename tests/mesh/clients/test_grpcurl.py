@@ -1,4 +1,4 @@
-"""grpcurl, which knows of a server only what reflection says, at every door that there is."""
+"""grpcurl, which knows of a server only what reflection says, at every door."""
 
 import json
 import re
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(GRPCURL is None, reason="grpcurl is not on this 
 
 
 def grpcurl(address: str, *arguments: str, flags: tuple[str, ...] = ()) -> str:
-    """What it prints. Fails where it does."""
+    """Run grpcurl; return its output. Fails if grpcurl fails."""
     assert GRPCURL is not None
-    # Of a Unix socket it wants the path, and to be told.
+    # For a Unix socket grpcurl wants the path, and a flag.
     where = ["-unix", address.removeprefix("unix:")] if address.startswith("unix:") else [address]
     command = [GRPCURL, "-plaintext", *flags, *where, *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
@@ -36,7 +36,7 @@ def grpcurl(address: str, *arguments: str, flags: tuple[str, ...] = ()) -> str:
 
 @pytest.mark.parametrize("door", SERVICES)
 def test_every_service_lists_and_describes(door: str, mesh: Mesh) -> None:
-    """A door's services are listed; each describes its methods, and each message and enum that is told of, itself."""
+    """A door's services are listed. Each describes its methods, and each message and enum that they name."""
     address = getattr(mesh, door)
     assert set(grpcurl(address, "list").split()) == SERVICES[door]
     told = "".join(grpcurl(address, "describe", service) for service in SERVICES[door])
@@ -53,7 +53,7 @@ def test_every_service_lists_and_describes(door: str, mesh: Mesh) -> None:
 
 
 def test_metadata_of_a_kernel(mesh: Mesh) -> None:
-    """ModelMetadata as JSON says names, datatypes and shapes; and of scalars, what they are and which are needed."""
+    """ModelMetadata as JSON has names, datatypes and shapes, and the types of scalars and whether they are required."""
     asked = '{"name": "monte_carlo_option"}'
     told = json.loads(grpcurl(mesh.gateway, "inference.GRPCInferenceService/ModelMetadata", flags=("-d", asked)))
     tensors = [(tensor["name"], tensor["datatype"], tensor["shape"]) for tensor in told["inputs"] + told["outputs"]]

@@ -18,7 +18,7 @@ K6 = shutil.which("k6", path=str(Path(sys.executable).parent)) or shutil.which("
 @pytest.mark.skipif(K6 is None, reason="k6 is not on this machine")
 @pytest.mark.timeout(SECONDS + 60)
 def test_k6_finds_no_fault(mesh: Mesh, tmp_path: Path) -> None:
-    """Of a load of calls each answer has its status, its id and its bytes, and none is missing."""
+    """In a load of calls each answer has its status, its id and its bytes, and none is missing."""
     assert K6 is not None
     summary = tmp_path / "summary.json"
     ran = subprocess.run(

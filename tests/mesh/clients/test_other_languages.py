@@ -1,7 +1,7 @@
-"""docs/clients.md runs as it is written: each language's section, against a mesh, where its tools are.
+"""The code of docs/clients.md runs as it is written: each language's section, against a mesh, where its tools exist.
 
-A ```bash block is run by bash. A ```text block is what the one before it prints, blanks aside. A ```go or ```java block
-is saved under the name in its first line.
+A ```bash block is run by bash. A ```text block is the output of the block before it, blanks aside. A ```go or ```java
+block is saved under the name in its first line.
 """
 
 import os
@@ -37,9 +37,9 @@ LIBRARIES = {
 @pytest.mark.timeout(300)  # Go compiles gRPC the first time
 @pytest.mark.parametrize("language", COMMANDS)
 def test_section_runs_as_written(language: str, mesh: Mesh, tmp_path: Path) -> None:
-    """What the section says is what its client prints."""
+    """The client prints what the section says."""
     _skip_without(language)
-    # Where Go, told of modules nothing, finds the package that the section generates.
+    # Go finds the package here that the section generates, without any module from a registry.
     directory = tmp_path / "src" / "example.org" / "caller"
     installed = shutil.ignore_patterns("node_modules")
     shutil.copytree(ROOT / "examples" / "clients", directory / "examples" / "clients", ignore=installed)
@@ -66,12 +66,12 @@ def test_section_runs_as_written(language: str, mesh: Mesh, tmp_path: Path) -> N
 
 
 def test_every_section_that_has_code_is_run() -> None:
-    """A new client's section is run, or is k6's, which has its own test."""
+    """Each section with code is run here, except k6's, which has its own test."""
     assert {name for name, text in SECTIONS.items() if "```bash" in text} == {*COMMANDS, "k6"}
 
 
 def _run(code: str, directory: Path, environment: dict[str, str]) -> str:
-    """What a block printed. Skips where npm cannot reach its registry, and fails with the block's words."""
+    """Run a block; return its output. Skips where npm cannot reach its registry, and fails with the block's output."""
     ran = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code],
         cwd=directory,

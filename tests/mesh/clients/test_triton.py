@@ -1,4 +1,4 @@
-"""The whole protocol as NVIDIA's client speaks it: tests/mesh/clients/triton.py acts, in a process of its own."""
+"""The whole protocol as NVIDIA's client uses it: tests/mesh/clients/triton.py runs in a process of its own."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from unlatch.compute.worker.catalogue import load
 
 
 def seen(mesh: Mesh, scenario: str) -> Any:
-    """What tritonclient saw."""
+    """The output of tritonclient's process."""
     command = [sys.executable, "-W", "error::UserWarning", str(ROOT / "tests/mesh/clients/triton.py"), mesh.gateway]
     isolated = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "UNLATCH"))}
     ran = subprocess.run(
@@ -22,7 +22,7 @@ def seen(mesh: Mesh, scenario: str) -> Any:
 
 
 def test_metadata(mesh: Mesh) -> None:
-    """Server and kernels tell their names, versions, tensors; complex is FP64 with an axis more."""
+    """Server and kernels have names, versions and tensors. A complex tensor is FP64 with one more axis."""
     told = seen(mesh, "metadata")
     assert (told["live"], told["ready"], told["models"]) == (True, True, [True, True, False, False])
     assert told["server"]["name"] == "unlatch"
@@ -53,7 +53,7 @@ def test_config(mesh: Mesh) -> None:
 
 
 def test_config_of_a_kernel_whose_calls_run_as_one(mesh: Mesh) -> None:
-    """It says so: how many rows at most, and the axes without that of the rows."""
+    """The configuration has the largest number of rows, and the axes without that of the rows."""
     config = seen(mesh, "config")["turned"]["config"]
     assert config["max_batch_size"] == 32
     assert config["dynamic_batching"] == {}
@@ -63,7 +63,7 @@ def test_config_of_a_kernel_whose_calls_run_as_one(mesh: Mesh) -> None:
 
 
 def test_statistics_of_calls_that_run_as_one(mesh: Mesh) -> None:
-    """As many inferences as calls that went well, in as many executions as there were runs, by their sizes."""
+    """Inferences count successful calls, and executions count runs, by their sizes."""
     told = seen(mesh, "batches")
     assert told["failed"] == 1
     executions, inferences = (
@@ -79,14 +79,14 @@ def test_statistics_of_calls_that_run_as_one(mesh: Mesh) -> None:
 
 
 def test_repository_index(mesh: Mesh) -> None:
-    """Every kernel, built-in or the tests', is listed once with its version, and ready."""
+    """Every kernel, built-in or the tests', is listed once with its version, and is ready."""
     listed = seen(mesh, "index")["models"]
     assert sorted(model["name"] for model in listed) == sorted(load((str(KERNELS),)).specs)
     assert {(model["version"], model["state"]) for model in listed} == {("1", "READY")}
 
 
 def test_statistics(mesh: Mesh) -> None:
-    """Counts rise by the calls that were made; times are those that the calls took."""
+    """Counts rise by the calls that were made, and times by what the calls took."""
     told = seen(mesh, "statistics")
 
     def risen(kernel: tuple[str, str], name: str, unit: str = "count") -> int:
@@ -109,7 +109,7 @@ def test_async_infer(mesh: Mesh) -> None:
 
 
 def test_stream_survives_a_bad_request(mesh: Mesh) -> None:
-    """Of 50 requests one is wrong: 49 results in their order, one error that says why, and the stream goes on."""
+    """Of 50 requests one is wrong: 49 results come in order, one error says why, and the stream goes on."""
     told = seen(mesh, "stream")
     assert told["right"] == [number for number in range(50) if number != 25]
     assert told["wrong"] == []
@@ -119,12 +119,12 @@ def test_stream_survives_a_bad_request(mesh: Mesh) -> None:
 
 
 def test_streams_one_after_another(mesh: Mesh) -> None:
-    """A stream ends when its client closes it, and the next one is as good."""
+    """A stream ends when its client closes it, and the next one works as well."""
     assert seen(mesh, "two_streams") == ["first", "second"]
 
 
 def test_stream_says_which_request_failed_and_why(mesh: Mesh) -> None:
-    """In their order, with the status by name before the text."""
+    """Errors come in order, each with the name of the status before the text."""
     told = seen(mesh, "stream_failures")
     assert [number for number, _ in told] == ["no such kernel", "no array", "kernel's"]
     assert [text.partition(":")[0] for _, text in told] == ["NOT_FOUND", "INVALID_ARGUMENT", "INVALID_ARGUMENT"]
@@ -134,34 +134,34 @@ def test_stream_says_which_request_failed_and_why(mesh: Mesh) -> None:
 
 
 def test_cancelled_stream(mesh: Mesh) -> None:
-    """A client that closes a stream hears CANCELLED and no more of its calls, and the next call is answered."""
+    """A client that closes a stream gets CANCELLED and no more answers. The next call is answered."""
     assert seen(mesh, "cancel_stream") == {"status": "StatusCode.CANCELLED", "more": False, "back": [0.5]}
 
 
 def test_cancel(mesh: Mesh) -> None:
-    """A caller who gives up hears CANCELLED, and the next call is answered."""
+    """A caller that cancels gets CANCELLED, and the next call is answered."""
     assert seen(mesh, "cancel") == {"result": False, "status": "StatusCode.CANCELLED", "back": [0.5]}
 
 
 def test_timeout(mesh: Mesh) -> None:
-    """A caller whose time runs out hears DEADLINE_EXCEEDED, and the next call is answered."""
+    """A caller without time left gets DEADLINE_EXCEEDED, and the next call is answered."""
     told = seen(mesh, "timeout")
     assert told["blocking"][0] == told["asynchronous"] == "StatusCode.DEADLINE_EXCEEDED"
     assert told["back"] == [0.5]
 
 
 def test_every_datatype_and_odd_shape(mesh: Mesh) -> None:
-    """Twelve datatypes and BYTES, 0-d, empty and of rank 8, extremes, NaN and empty strings: all as they went."""
+    """Twelve datatypes and BYTES, 0-d, empty and of rank 8, extremes, NaN and empty strings come back unchanged."""
     assert seen(mesh, "datatypes") == []
 
 
 def test_complex_and_times(mesh: Mesh) -> None:
-    """What has no datatype of its own travels in another's, and `np_dtype` says so both ways."""
+    """A dtype without a datatype of its own travels in another's, and `np_dtype` names it both ways."""
     assert seen(mesh, "carried") == []
 
 
 def test_requested_outputs(mesh: Mesh) -> None:
-    """Those that are named are given, all of them where none is; an unknown one is refused by name."""
+    """The named outputs are returned, or all if none is named. An unknown one is refused by name."""
     told = seen(mesh, "outputs")
     both = {"mean": 2.0, "ranks": [2, 0, 1]}
     assert told["none named"] == told["both"] == both
@@ -172,7 +172,7 @@ def test_requested_outputs(mesh: Mesh) -> None:
 
 
 def test_typed_contents(mesh: Mesh) -> None:
-    """Typed contents are as good as bytes; those that do not fit, or come beside bytes, are refused, as is BF16."""
+    """Typed contents work as bytes do. Unfit contents, contents beside bytes, and BF16 are refused."""
     told = seen(mesh, "typed_contents")
     assert told.pop("wrong") == []
     assert {status for status, _ in told.values()} == {"StatusCode.INVALID_ARGUMENT"}
@@ -181,13 +181,13 @@ def test_typed_contents(mesh: Mesh) -> None:
 
 
 def test_ids_come_back(mesh: Mesh) -> None:
-    """Whatever they are."""
+    """Any id comes back unchanged."""
     told = seen(mesh, "ids")
     assert told["back"] == told["sent"]
 
 
 def test_no_shared_memory(mesh: Mesh) -> None:
-    """Clients that ask for its state, or leave it, are answered; none can be registered."""
+    """Requests for the state of shared memory, or to leave it, are answered. A region cannot be registered."""
     told = seen(mesh, "shared_memory")
     assert (told["system"], told["cuda"]) == ({}, {})
     assert told["unregister"][0] == "OK"

@@ -1,6 +1,6 @@
-"""What NVIDIA's client does, in a process that has nothing of ours: `triton.py ADDRESS SCENARIO` prints what it saw.
+"""NVIDIA's client in a process without our code: `triton.py ADDRESS SCENARIO` prints what it saw.
 
-Not imported by tests: protobuf has one pool of names, and both sides define the package `inference`.
+Tests do not import this module: protobuf has one pool of names, and both sides define the package `inference`.
 """
 
 import json
@@ -22,7 +22,7 @@ Answer = tuple[Any, InferenceServerException | None]
 
 
 def tensor(name: str, array: np.ndarray, np_dtype: str = "") -> Any:
-    """An input; with `np_dtype`, one whose datatype only carries it."""
+    """Make an input; with `np_dtype`, one whose datatype only carries that dtype."""
     given = triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
     given.set_data_from_numpy(array)
     if np_dtype:
@@ -31,12 +31,12 @@ def tensor(name: str, array: np.ndarray, np_dtype: str = "") -> Any:
 
 
 def kept(answers: "queue.SimpleQueue[Answer]") -> Callable[..., None]:
-    """What the client calls with each answer, from a thread of its own."""
+    """Keep each answer. The client calls this from a thread of its own."""
     return lambda result, error: answers.put((result, error))
 
 
 def refused(call: Callable[[], Any]) -> list[Any]:
-    """A refusal's status and text."""
+    """Return a refusal's status and text."""
     try:
         call()
     except InferenceServerException as error:
@@ -47,7 +47,7 @@ def refused(call: Callable[[], Any]) -> list[Any]:
 
 
 def metadata(client: Any) -> Any:
-    """What the server and three kernels say of themselves."""
+    """Ask for the metadata of the server and of three kernels."""
     return {
         "live": client.is_server_live(),
         "ready": client.is_server_ready(),
@@ -61,7 +61,7 @@ def metadata(client: Any) -> Any:
 
 
 def config(client: Any) -> Any:
-    """What load generators ask for first."""
+    """Ask for the configuration, as load generators do first."""
     return {
         "summarise": client.get_model_config("summarise", as_json=True),
         "fixed_axes": client.get_model_config("fixed_axes", as_json=True),
@@ -71,7 +71,7 @@ def config(client: Any) -> Any:
 
 
 def batches(client: Any) -> Any:
-    """A kernel's counts before and after 60 calls, one of which it refuses, that come while the workers are busy."""
+    """Return a kernel's counts before and after 60 calls, one of them refused, that come while the workers are busy."""
 
     def counts() -> Any:
         (model,) = client.get_inference_statistics("turned", as_json=True)["model_stats"]
@@ -89,12 +89,12 @@ def batches(client: Any) -> Any:
 
 
 def index(client: Any) -> Any:
-    """Every kernel."""
+    """List every kernel."""
     return client.get_model_repository_index(as_json=True)
 
 
 def statistics(client: Any) -> Any:
-    """A kernel's counts before and after 7 calls that go well and 3 that it refuses; and how many kernels all are."""
+    """Return a kernel's counts before and after 7 successes and 3 refusals, and the number of kernels."""
 
     def counts() -> Any:
         (model,) = client.get_inference_statistics("raises_kernel_error_of", as_json=True)["model_stats"]
@@ -119,7 +119,7 @@ def statistics(client: Any) -> Any:
 
 
 def async_infer(client: Any) -> Any:
-    """200 calls at a time, each its own numbers and id; those that came back wrong, and how many came."""
+    """Make 200 calls at a time, each with its own numbers and id; return the wrong answers, and how many came."""
     answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
     for number in range(200):
         given = [tensor("x", np.arange(number % 7 + 1, dtype="f8") * number)]
@@ -139,7 +139,7 @@ def async_infer(client: Any) -> Any:
 
 @contextmanager
 def streaming(client: Any) -> Iterator[queue.SimpleQueue[Answer]]:
-    """A stream's answers as they come."""
+    """Return a stream's answers in order of arrival."""
     answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
     client.start_stream(kept(answers))
     try:
@@ -149,7 +149,7 @@ def streaming(client: Any) -> Iterator[queue.SimpleQueue[Answer]]:
 
 
 def stream(client: Any) -> Any:
-    """50 requests on one stream, one of them of a wrong dtype; and then one more."""
+    """Send 50 requests on one stream, one of them with a wrong dtype, and then one more."""
     right, errors, wrong = [], [], []
     with streaming(client) as answers:
         for number in range(50):
@@ -171,7 +171,7 @@ def stream(client: Any) -> Any:
 
 
 def two_streams(client: Any) -> Any:
-    """A stream closed and another opened by the same client: each answers its own."""
+    """Close a stream and open another with the same client; return the answers of each."""
     seen = []
     for name in ("first", "second"):
         with streaming(client) as answers:
@@ -182,7 +182,7 @@ def two_streams(client: Any) -> Any:
 
 
 def stream_failures(_: Any) -> Any:
-    """What a stream says of requests that fail, each its own way: text, and the request that it is about."""
+    """Return what a stream says of requests that fail in different ways: the text, and the request's id."""
     requests = [
         service_pb2.ModelInferRequest(id="no such kernel", model_name="halves"),
         service_pb2.ModelInferRequest(id="no array", model_name="halve"),
@@ -195,7 +195,7 @@ def stream_failures(_: Any) -> Any:
 
 
 def cancel_stream(client: Any) -> Any:
-    """A stream closed while its calls run: nothing is heard of them, and the server goes on."""
+    """Close a stream while its calls run; return what arrives afterwards, and whether the server goes on."""
     answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
     client.start_stream(kept(answers))
     for _ in range(3):
@@ -207,7 +207,7 @@ def cancel_stream(client: Any) -> Any:
 
 
 def cancel(client: Any) -> Any:
-    """A call that its caller gives up: what the caller hears, and that the server goes on."""
+    """Cancel a call; return what the caller sees, and whether the server goes on."""
     answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
     call = client.async_infer("sleeps", [], kept(answers), parameters={"seconds": 0.5})
     call.cancel()
@@ -217,7 +217,7 @@ def cancel(client: Any) -> Any:
 
 
 def timeout(client: Any) -> Any:
-    """A call whose caller's time runs out, alone and asynchronously."""
+    """Let a call's time run out, alone and asynchronously."""
     answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
     slow = {"parameters": {"seconds": 0.5}, "client_timeout": 0.05}
     client.async_infer("sleeps", [], kept(answers), **slow)
@@ -234,7 +234,7 @@ SHAPES = [(), (1,), (0,), (3, 4), (2, 0, 3), (0, 0), (1, 1, 1), (2, 1, 2, 1, 2, 
 
 
 def values(dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers of a dtype with its extremes among them."""
+    """Return numbers of a dtype with its extremes among them."""
     some: list[Any]
     if dtype.kind == "b":
         some = [True, False]
@@ -247,7 +247,7 @@ def values(dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def datatypes(client: Any) -> Any:
-    """Every datatype in odd shapes through `identity`: what did not come back as it went, byte for byte."""
+    """Send every datatype in odd shapes through `identity`; return what did not come back byte for byte."""
     wrong = []
     for code, shape in product(NUMERIC, SHAPES):
         sent = values(np.dtype(code), shape)
@@ -264,7 +264,7 @@ def datatypes(client: Any) -> Any:
 
 
 def carried(client: Any) -> Any:
-    """Complex numbers and times: what did not come back as it went, with the dtype it came with."""
+    """Send complex numbers and times; return what did not come back unchanged, with the dtype that it came with."""
     wrong = []
     for name, parts in (("complex64", "f4"), ("complex128", "f8")):
         for shape in ((), (0,), (3,), (2, 2)):
@@ -279,7 +279,7 @@ def carried(client: Any) -> Any:
 
 
 def differing(client: Any, sent: np.ndarray, travelling: np.ndarray, name: str) -> list[Any]:
-    """Nothing where it came back as it went."""
+    """Return the differences; empty where everything came back unchanged."""
     result = client.infer("identity", [tensor("x", travelling, name)])
     output = result.get_output("output0")
     back, said = result.as_numpy("output0"), output.parameters["np_dtype"].string_param
@@ -289,7 +289,7 @@ def differing(client: Any, sent: np.ndarray, travelling: np.ndarray, name: str) 
 
 
 def outputs(client: Any) -> Any:
-    """Some of a kernel's outputs, in some order; and one that it has not."""
+    """Ask for some of a kernel's outputs, in some order, and for one that does not exist."""
 
     def asked(*names: str) -> Any:
         wanted = [triton.InferRequestedOutput(name) for name in names] or None
@@ -307,7 +307,7 @@ def outputs(client: Any) -> Any:
 
 
 def typed_contents(client: Any) -> Any:
-    """Every datatype that typed contents hold, against its bytes; what differed, and what was refused."""
+    """Send every datatype of typed contents; return what differed from its bytes, and what was refused."""
     stub = service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(sys.argv[1]))
 
     def sent(datatype: str, field: str, given: list[Any], shape: list[int], *raw: bytes) -> bytes:
@@ -350,14 +350,14 @@ def typed_contents(client: Any) -> Any:
 
 
 def ids(client: Any) -> Any:
-    """Ids as they went and as they came back."""
+    """Return ids as they were sent and as they came back."""
     sent = ["", "1", "größe 𝛑", "x" * 1000]
     back = [client.infer("halve", [tensor("x", np.ones(1))], request_id=given).get_response().id for given in sent]
     return {"sent": sent, "back": back}
 
 
 def shared_memory(client: Any) -> Any:
-    """There is none: its status is empty, leaving it is fine, entering it is not."""
+    """Ask for shared memory's status, which is empty, leave it, and try to register a region."""
     return {
         "system": client.get_system_shared_memory_status(as_json=True),
         "cuda": client.get_cuda_shared_memory_status(as_json=True),

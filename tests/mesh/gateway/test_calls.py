@@ -1,4 +1,4 @@
-"""A call's life in a gateway: what it holds until its caller has left, and what becomes of it on the way."""
+"""A call's life in a gateway: the memory that it holds until its caller has left, and its possible ends."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ KIBIBYTE, MEBIBYTE = 1024, 1024 * 1024
 
 
 def outer(mebibytes: int) -> tuple[Float64[np.ndarray, "n 1"], Float64[np.ndarray, "1 512"]]:
-    """Two small vectors whose product as matrices is so large."""
+    """Two small vectors whose product as matrices has this size."""
     return np.ones((mebibytes * MEBIBYTE // 8 // 512, 1)), np.ones((1, 512))
 
 
@@ -30,7 +30,7 @@ def ended(mesh: Mesh, code: str, kernel: str = "matmul") -> float:
 
 
 def test_replies_that_nobody_reads_are_bounded(start_mesh: StartMesh) -> None:
-    """Replies count against max_live_bytes until they are handed on: what does not fit is refused."""
+    """Replies count against max_live_bytes until they are handed on. A reply that does not fit is refused."""
     mesh = start_mesh(gateway=["--max-live-bytes", str(40 * MEBIBYTE)])
     a, b = outer(16)
     with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel) as lane:
@@ -45,14 +45,14 @@ def test_replies_that_nobody_reads_are_bounded(start_mesh: StartMesh) -> None:
             else:
                 assert body == np.ones(16 * MEBIBYTE // 8).tobytes()
         assert 1 <= refused < 8
-        # All of it has been given back.
+        # All memory has been freed.
         lane.call(9, request("matmul", {"a": a, "b": b}))
         assert len(lane.reply(9)[1]) == 16 * MEBIBYTE
 
 
 @pytest.mark.parametrize("what", ["reply", "cancel"])
 def test_what_a_call_held_is_free_once_it_has_ended(what: str, start_mesh: StartMesh) -> None:
-    """At once, and not when the garbage collector next looks: 256 MiB, one call after another, fit in far less."""
+    """A call's memory is free at once: 256 MiB, call after call, fit in far less. No garbage collection is needed."""
     mesh = start_mesh()
     a, b = outer(16) if what == "reply" else (np.ones((2 * MEBIBYTE, 1)), np.ones((1, 1)))
     message = request("matmul", {"a": a, "b": b})
@@ -71,7 +71,7 @@ def test_what_a_call_held_is_free_once_it_has_ended(what: str, start_mesh: Start
 
 
 def test_caller_who_leaves_in_the_middle_of_a_reply_takes_the_call_back(start_mesh: StartMesh) -> None:
-    """A reply that is half here when its caller cancels counts as cancelled, and is sent no further."""
+    """A cancel in the middle of a reply counts as cancelled, and no more of the reply is sent."""
     mesh = start_mesh()
     a, b = outer(64)
     with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel) as lane:
@@ -85,7 +85,7 @@ def test_caller_who_leaves_in_the_middle_of_a_reply_takes_the_call_back(start_me
 
 
 def test_response_that_is_too_large_is_counted_as_what_its_caller_got(start_mesh: StartMesh) -> None:
-    """It is refused at its first frame, before its bytes come, and the metrics say so."""
+    """Such a reply is refused at its first frame, before its bytes come, and the metrics have the caller's status."""
     mesh = start_mesh(gateway=["--max-message-bytes", str(256 * KIBIBYTE)])
     a, b = outer(1)
     with grpc.insecure_channel(mesh.gateway) as channel:
@@ -94,7 +94,7 @@ def test_response_that_is_too_large_is_counted_as_what_its_caller_got(start_mesh
 
 
 def test_unreadable_request_is_counted(start_mesh: StartMesh) -> None:
-    """What is no request at all is counted too, under no kernel's name."""
+    """A request that cannot be read is counted too, under no kernel's name."""
     mesh = start_mesh()
     with grpc.insecure_channel(mesh.gateway) as channel:
         assert Oip(channel).refusal(b"\xff").code == "INVALID_ARGUMENT"
@@ -112,7 +112,7 @@ def test_unreadable_request_is_counted(start_mesh: StartMesh) -> None:
     ids=["parameter", "kernel", "tensors", "fields"],
 )
 def test_what_a_lane_cannot_carry_never_reaches_one(message: bytes, says: str, mesh: Mesh) -> None:
-    """A request out of all proportion is refused at the door, and nobody else's call is lost by it."""
+    """A request that is far too large is refused at the door, and affects no other call."""
     with grpc.insecure_channel(mesh.gateway, options=[("grpc.max_send_message_length", -1)]) as channel:
         oip = Oip(channel)
         with ThreadPoolExecutor(1) as bystander:
@@ -124,7 +124,7 @@ def test_what_a_lane_cannot_carry_never_reaches_one(message: bytes, says: str, m
 
 @pytest.mark.parametrize("cancels", [0, 3000], ids=["calls alone", "with cancels of none"])
 def test_more_calls_than_the_window_end_the_lane(cancels: int, start_mesh: StartMesh) -> None:
-    """A window is a bound, not advice: whoever sends more than it was granted loses its lane, and nobody else does."""
+    """A window is a bound and no advice: a caller that sends more than it was granted loses its lane. Others do not."""
     mesh = start_mesh(gateway=["--window-calls", "4"])
     naps = [descriptor(number, request("sleeps", None, seconds=0.3)) for number in range(1, 6)]
     with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel) as other:
@@ -137,7 +137,7 @@ def test_more_calls_than_the_window_end_the_lane(cancels: int, start_mesh: Start
 
 
 def test_cancelled_calls_make_room_for_those_that_come_with_the_cancel(start_mesh: StartMesh) -> None:
-    """Who keeps to the window may fill it again in the message that frees it."""
+    """A caller at its window may fill it again in the same message that cancels calls."""
     mesh = start_mesh(gateway=["--window-calls", "2"])
     with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel) as lane:
         for number in (1, 2):
@@ -149,7 +149,7 @@ def test_cancelled_calls_make_room_for_those_that_come_with_the_cancel(start_mes
 
 
 def test_more_bytes_than_the_window_end_the_lane(start_mesh: StartMesh) -> None:
-    """Declared bytes count from the descriptor on: nobody takes more of the gateway than it was granted."""
+    """Declared bytes count from the descriptor on: no caller takes more of the gateway than it was granted."""
     mesh = start_mesh(gateway=["--window-bytes", str(MEBIBYTE)])
     large = request("identity", {"x": np.zeros(MEBIBYTE, "u1")})
     with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel) as lane, LaneEnd(channel) as other:
@@ -162,7 +162,10 @@ def test_more_bytes_than_the_window_end_the_lane(start_mesh: StartMesh) -> None:
 
 
 def test_call_whose_bytes_stop_coming_gives_its_room_back(start_mesh: StartMesh) -> None:
-    """One that never sends is refused, one that sends slowly is not, and both leave the lane to others."""
+    """A caller that never sends the body is refused, one that sends slowly is not.
+
+    Neither keeps the lane from others.
+    """
     mesh = start_mesh(gateway=["--stalled-call-seconds", "1.5"])
     slow = request("identity", {"x": np.arange(200_000.0)})
     with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel) as lane:
@@ -170,7 +173,7 @@ def test_call_whose_bytes_stop_coming_gives_its_room_back(start_mesh: StartMesh)
         parts = pieces(2, slow.raw_input_contents, 100_000)
         for frames, piece in parts:
             lane.send(frames, piece)
-            # Altogether longer than the bytes of a call may stop coming.
+            # In total this is longer than the bytes of a call may stop coming.
             wait_until_passed(0.11)
         assert lane.serves(10)
         refusal = lane.refusal(1)
@@ -185,7 +188,7 @@ def wait_until_passed(seconds: float) -> None:
 
 
 def test_names_that_callers_make_up_are_no_labels(start_mesh: StartMesh) -> None:
-    """A kernel's name is a label when somebody serves it, whatever a call of it is refused for."""
+    """A kernel's name becomes a label only if it is served, whatever a call of it is refused for."""
     mesh = start_mesh(gateway=["--max-live-bytes", "1000"])
     huge = np.zeros(2000, "u1")
     with grpc.insecure_channel(mesh.gateway) as channel:
@@ -198,7 +201,7 @@ def test_names_that_callers_make_up_are_no_labels(start_mesh: StartMesh) -> None
 
 
 def test_full_replica_holds_up_only_the_calls_that_need_it(tmp_path: Path) -> None:
-    """While one replica's window is full another's kernels are served; when it dies its callers are told at once."""
+    """While one replica's window is full, another's kernels are served. When it dies its callers are told at once."""
     sockets = [tmp_path / "one.sock", tmp_path / "other.sock"]
     flags = ("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")
     replicas = ",".join(f"unix:{socket}" for socket in sockets)
@@ -224,7 +227,7 @@ def test_full_replica_holds_up_only_the_calls_that_need_it(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("replica", ["serves", "stops"])
 def test_many_held_calls_end(start_mesh: StartMesh, tmp_path: Path, replica: str) -> None:
-    """Calls of two kernels that fit no window: each is answered in its turn, or refused when the replica is gone."""
+    """Calls of two kernels that fit no window are each answered in turn, or refused when the replica is gone."""
     many = 300
     mesh = start_mesh(front=["--workers", "1", "--window-calls", "4", "--drain-seconds", "0.2"])
     gate = Gate(tmp_path / "gate")

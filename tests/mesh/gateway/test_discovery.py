@@ -1,4 +1,4 @@
-"""Who is in the fleet: addresses and names, looked up at a real server; and who is left alone for a while."""
+"""Membership of the fleet: addresses and names, looked up at a real DNS server, and ejection for a while."""
 
 import asyncio
 from collections import Counter
@@ -27,14 +27,14 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
     ],
 )
 async def test_names_are_read_as_grpc_reads_them(target: str, parts: tuple[str, str, str]) -> None:
-    """With or without a server to ask."""
+    """Names are read as gRPC reads them, with or without a server to ask."""
     assert is_name(target)
     assert split_name(target) == parts
 
 
 @pytest.mark.parametrize("target", ["dns:///replicas", "dns:///:80", "dns:///replicas:0", "dns:///replicas:99999"])
 async def test_name_without_a_port_is_a_wrong_setting(target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is refused at the start, by the setting's name."""
+    """Such a name is refused at the start, with the setting's name."""
     with pytest.raises(SystemExit):
         parse(GatewaySettings, "unlatch gateway", ["--replicas", target])
     told = capsys.readouterr().err
@@ -43,7 +43,10 @@ async def test_name_without_a_port_is_a_wrong_setting(target: str, capsys: pytes
 
 
 async def test_of_too_many_addresses_each_gateway_has_its_own() -> None:
-    """They are the same each time; one that goes is replaced by one other, and has its place when it is back."""
+    """A gateway's subset is the same each time.
+
+    A replica that goes is replaced by one other, and comes back to its place.
+    """
     told: list[list[str]] = []
 
     def tell(addresses: Sequence[str]) -> None:
@@ -75,13 +78,13 @@ async def test_of_too_many_addresses_each_gateway_has_its_own() -> None:
 
 
 async def test_subsets_are_even_and_stable() -> None:
-    """Replicas get their share of gateways, give or take chance; who comes or goes changes one place at the most."""
+    """Replicas get their share of gateways, within chance. A replica that comes or goes changes one place at most."""
     replicas = [f"10.0.{number}.1:8011" for number in range(200)]
     gateways = [f"unlatch-gateway-{number}" for number in range(60)]
     shares = Counter(address for name in gateways for address in subset(name, replicas, 40))
     assert sum(shares.values()) == 60 * 40
     assert len(shares) == 200
-    # 12 each on average, of a binomial distribution whose deviation is 3.1.
+    # Each has 12 on average, of a binomial distribution whose deviation is 3.1.
     assert max(shares.values()) < 12 + 5 * 3.1
     for name in gateways[:5]:
         own = set(subset(name, replicas, 40))
@@ -93,14 +96,14 @@ async def test_subsets_are_even_and_stable() -> None:
 
 
 async def test_subset_larger_than_the_bound_is_a_wrong_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    """Both are named."""
+    """The message names both settings."""
     with pytest.raises(SystemExit):
         parse(GatewaySettings, "unlatch gateway", ["--replica-subset", "65"])
     assert "--replica-subset 65 is more than --max-replicas 64" in capsys.readouterr().err
 
 
 async def test_failures_in_a_row_eject_and_what_goes_well_between_them_does_not() -> None:
-    """Five calls, or three lanes; for a second, then for two, for half a minute at most."""
+    """Five failed calls or three lost lanes in a row eject, for a second, then for two, for half a minute at most."""
     ejection = Ejection()
     assert not any(ejection.failed(CALL) for _ in range(4))
     ejection.succeeded()
@@ -109,7 +112,7 @@ async def test_failures_in_a_row_eject_and_what_goes_well_between_them_does_not(
     assert [ejection.eject() for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
     assert ejection.ejected
     assert not ejection.trusted
-    # What was on its way already tells nothing new.
+    # Calls that were in flight already say nothing new.
     assert not ejection.failed(CALL)
     ejection.pardon()
     assert ejection.trusted
@@ -118,7 +121,7 @@ async def test_failures_in_a_row_eject_and_what_goes_well_between_them_does_not(
 
 
 async def test_half_of_many_calls_that_fail_are_too_many() -> None:
-    """Though never five follow one another."""
+    """Many calls of which half fail eject too, though no five of them are in a row."""
     ejection, failed = Ejection(), []
     for _ in range(20):
         ejection.succeeded()

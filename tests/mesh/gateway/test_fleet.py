@@ -1,4 +1,4 @@
-"""A gateway and several replicas: who gets a call, who joins and leaves, and who is taken for gone."""
+"""A gateway and several replicas: which one gets a call, how replicas join and leave, and when one counts as gone."""
 
 import asyncio
 import signal
@@ -33,7 +33,7 @@ KERNELS = str(ROOT / "tests" / "support" / "kernels.py")
 
 
 def replica(stack: ExitStack, listen: str, *flags: str, kernels: str = KERNELS) -> Service:
-    """A replica that may end any way."""
+    """Run a replica that may end in any way."""
     defaults = ("--workers", "1", "--kernels", kernels, "--drain-seconds", "5")
     service = stack.enter_context(Service("compute", "--listen", listen, *ANY_PORTS, *defaults, *flags))
     service.wait_for("serving")
@@ -42,7 +42,7 @@ def replica(stack: ExitStack, listen: str, *flags: str, kernels: str = KERNELS) 
 
 @contextmanager
 def gateway(*targets: str, ready: int | None = None, flags: tuple[str, ...] = ()) -> Iterator[Service]:
-    """A gateway to these, once it has heard of so many of them: all, unless said."""
+    """Run a gateway to these replicas, once it has heard of all of them, or of the given number."""
     arguments = ("--listen", "127.0.0.1:0", "--replicas", ",".join(targets), *ANY_PORTS, *flags)
     with Service("gateway", *arguments) as door:
         door.wait_for("serving")
@@ -59,7 +59,7 @@ async def client_of(door: Service) -> AsyncIterator[Client]:
 
 
 def of_replicas(door: Service, metric: str) -> dict[str, float]:
-    """A metric of each replica, as the gateway sees them."""
+    """Return a metric of each replica, as the gateway sees them."""
     samples = Scrape(door.wait_for("serving")["metrics_listen"]).samples
     name = f"unlatch_replica_{metric}"
     return {dict(labels)["replica"]: value for (found, labels), value in samples.items() if found == name}
@@ -71,7 +71,7 @@ def served(front: Service, kernel: str) -> float:
 
 
 def nap_kernels(path: Path, seconds: float, version: str = "1", argument: str = "x") -> str:
-    """A module of one kernel, `nap`, of that length, version and argument."""
+    """Write a module of one kernel, `nap`, of that length, version and argument."""
     path.write_text(
         "import time\nimport numpy as np\nfrom jaxtyping import Float64\nfrom unlatch import kernel\n\n\n"
         f'@kernel(pure=True, version="{version}")\n'
@@ -82,7 +82,7 @@ def nap_kernels(path: Path, seconds: float, version: str = "1", argument: str = 
 
 
 async def test_slow_replica_gets_less_and_everyone_is_answered(tmp_path: Path) -> None:
-    """Of three replicas of which one is four times slower it gets least of saturating load, and is not ejected."""
+    """Of three replicas one is four times slower: it gets least of a saturating load, and is not ejected."""
     targets = [f"unix:{tmp_path}/{number}.sock" for number in range(3)]
     fast, slow = nap_kernels(tmp_path / "fast.py", 0.02), nap_kernels(tmp_path / "slow.py", 0.08)
     with ExitStack() as stack:
@@ -104,7 +104,10 @@ async def test_slow_replica_gets_less_and_everyone_is_answered(tmp_path: Path) -
 
 
 async def test_frozen_replica_is_noticed_and_others_serve_on(tmp_path: Path) -> None:
-    """SIGSTOP breaks no connection, but silence does: its calls hear of it, new ones go elsewhere; it comes back."""
+    """SIGSTOP breaks no connection, but its silence is noticed.
+
+    Its calls fail, new ones go elsewhere, and it comes back.
+    """
     targets = [f"unix:{tmp_path}/{number}.sock" for number in range(2)]
     gates = [Gate(tmp_path / f"gate{number}") for number in range(2)]
     with ExitStack() as stack:
@@ -119,7 +122,7 @@ async def test_frozen_replica_is_noticed_and_others_serve_on(tmp_path: Path) -> 
                 for gate in gates:
                     gate.open()
                 outcomes = await asyncio.gather(*held, return_exceptions=True)
-                # Neither may run twice: the frozen one's caller is told, the other is answered.
+                # Neither call may run twice: the frozen replica's caller gets an error, the other call is answered.
                 assert Counter(map(type, outcomes)) == {np.ndarray: 1, Unavailable: 1}, outcomes
                 assert "may have had effect" in str([outcome for outcome in outcomes if type(outcome) is Unavailable])
                 for number in range(20):
@@ -129,7 +132,7 @@ async def test_frozen_replica_is_noticed_and_others_serve_on(tmp_path: Path) -> 
 
 
 async def test_gateway_that_stood_still_takes_nobody_for_frozen(tmp_path: Path) -> None:
-    """A gateway that was stopped for longer than replicas may be silent reads what they said before it judges them."""
+    """A gateway that was stopped for longer than replicas may be silent reads their reports before it judges them."""
     target = f"unix:{tmp_path}/one.sock"
     with ExitStack() as stack:
         replica(stack, target, "--report-seconds", "0.1")
@@ -145,7 +148,7 @@ async def test_gateway_that_stood_still_takes_nobody_for_frozen(tmp_path: Path) 
 
 
 async def test_name_gains_and_loses_addresses_under_load(tmp_path: Path) -> None:
-    """Who joins the name gets calls, who leaves it answers what it has and gets no more; failures change nothing."""
+    """An added address gets calls. A removed one answers its calls and gets no more. Failed lookups change nothing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -185,7 +188,7 @@ async def test_name_gains_and_loses_addresses_under_load(tmp_path: Path) -> None
 
 
 async def test_each_gateway_has_a_subset_of_its_own(tmp_path: Path) -> None:
-    """By its name, the same after a restart; when one of its replicas goes another comes, and no call fails."""
+    """A subset depends on the gateway's name and survives a restart. A lost replica is replaced, and no call fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -212,7 +215,7 @@ async def test_each_gateway_has_a_subset_of_its_own(tmp_path: Path) -> None:
 async def loses_one(
     client: Client, door: Service, names: NameServer, own: set[str], left: list[str], then: set[str]
 ) -> None:
-    """One of a gateway's own replicas leaves the name under load: it has another in its place, and all are answered."""
+    """A gateway's own replica leaves the name under load: another takes its place, and all calls are answered."""
     await until(lambda: set(of_replicas(door, "up")) == own, "its own are there")
     stop = asyncio.Event()
 
@@ -230,7 +233,10 @@ async def loses_one(
 
 
 async def test_versions_during_a_roll_out(tmp_path: Path) -> None:
-    """A call goes to a replica that has its version; one that names none to all that mean the same by it."""
+    """A call goes to a replica with its version.
+
+    A call without a version goes to all replicas with the same signature.
+    """
     targets = [f"unix:{tmp_path}/{number}.sock" for number in range(3)]
     modules = [
         nap_kernels(tmp_path / "old.py", 0.0, "1"),
@@ -256,7 +262,7 @@ async def test_versions_during_a_roll_out(tmp_path: Path) -> None:
                 answer = oip.infer(message)
                 assert answer.model_version == version
                 assert arrays_of(answer)[0].tolist() == [1.0 + adds, 2.0 + adds]
-            # Of as many replicas each the newest counts, and no other has its arguments.
+            # Of equally many replicas each, the newest version counts, and no other has its arguments.
             assert oip.infer(request("nap", {"y": np.ones(1)})).model_version == "10"
             unknown = vector("nap", 1.0)
             unknown.model_version = "3"
@@ -265,7 +271,7 @@ async def test_versions_during_a_roll_out(tmp_path: Path) -> None:
 
 
 async def test_what_cannot_be_in_time_is_refused_by_the_gateway(tmp_path: Path) -> None:
-    """By what the replica reports, and what the gateway holds: the replica never hears of it."""
+    """The gateway decides by the replica's report and by the calls that it holds. The replica gets no such call."""
     target, gate = f"unix:{tmp_path}/one.sock", Gate(tmp_path / "gate")
     with ExitStack() as stack:
         front = replica(stack, target)
@@ -288,7 +294,7 @@ async def test_what_cannot_be_in_time_is_refused_by_the_gateway(tmp_path: Path) 
 
 
 async def test_replica_that_fails_again_and_again_is_ejected_and_tried_again(tmp_path: Path) -> None:
-    """Its calls go to the other one; after its time a call is tried on it, and one that goes well brings it back."""
+    """Calls go to the other replica. After the ejection one call is tried, and its success brings the replica back."""
     sick = tmp_path / "sick"
     module = tmp_path / "sickly.py"
     module.write_text(
@@ -300,7 +306,7 @@ async def test_replica_that_fails_again_and_again_is_ejected_and_tried_again(tmp
     well.write_text(module.read_text().replace(str(sick), "/nowhere"))
     targets = [f"unix:{tmp_path}/{number}.sock" for number in range(2)]
     with ExitStack() as stack:
-        # Each call is another: what has killed two workers would be refused for what it is.
+        # Each call is a different one: a call that has killed two workers would be refused as poison.
         sickly = replica(stack, targets[0], "--poison-seconds", "0", kernels=str(module))
         replica(stack, targets[1], kernels=str(well))
         with gateway(*targets) as door:

@@ -1,4 +1,4 @@
-"""Who is in the fleet, whenever names gain and lose addresses."""
+"""Membership of the fleet while names gain and lose addresses."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 class Told(Discovery):
-    """Finds what the test tells it to."""
+    """A resolver that finds what the test tells it."""
 
     def __init__(self) -> None:
         super().__init__((), 3600.0, 8, name="", bound=True)
@@ -33,7 +33,7 @@ class Told(Discovery):
 
 
 async def test_replica_that_is_back_as_its_end_comes_is_opened_anew(tmp_path: Path) -> None:
-    """Its address goes and comes again: before its last lane has closed, and just when nobody keeps one any more."""
+    """An address goes and comes again, before its last lane has closed and right after the last reference is gone."""
     with running_front(tmp_path / "front.sock") as front:
         target = front.wait_for("serving")["listen"]
         told = Told()
@@ -56,7 +56,7 @@ async def test_replica_that_is_back_as_its_end_comes_is_opened_anew(tmp_path: Pa
             await until(lambda: members.take_calls, "it takes calls again")
             keeping = members._running[target]
             told.tell([])
-            # Whoever waited for that would be told after the fleet is.
+            # A listener that waits for that would be told after the fleet is.
             while not keeping.done():  # noqa: ASYNC110 (as said)
                 await asyncio.sleep(0)
             assert len(members) == 1, "nobody has been told of its end yet"

@@ -1,4 +1,4 @@
-"""The protocol's door beyond one raw call: typed contents, chosen outputs, streams, and what it says of kernels."""
+"""The protocol's door beyond one raw call: typed contents, chosen outputs, streams, and descriptions of kernels."""
 
 import itertools
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ METHOD = "/inference.GRPCInferenceService/"
 
 
 def typed(datatype: str, shape: list[int], **contents: Any) -> pb.ModelInferRequest:
-    """`identity` of one tensor with typed contents."""
+    """Make a request for `identity` of one tensor with typed contents."""
     message = pb.ModelInferRequest(model_name="identity")
     message.inputs.add(name="x", datatype=datatype, shape=shape, contents=pb.InferTensorContents(**contents))
     return message
@@ -42,7 +42,7 @@ TYPED: dict[str, tuple[dict[str, Any], bytes]] = {
 
 @pytest.mark.parametrize("datatype", TYPED)
 def test_typed_contents_are_what_raw_bytes_would_be(datatype: str, oip: Oip) -> None:
-    """Every datatype that has typed contents can be given in them; the answer is raw."""
+    """Every datatype that has typed contents can be given in them. The answer is raw."""
     contents, raw = TYPED[datatype]
     answer = oip.infer(typed(datatype, [2], **contents))
     assert answer.outputs[0].datatype == datatype
@@ -50,7 +50,7 @@ def test_typed_contents_are_what_raw_bytes_would_be(datatype: str, oip: Oip) -> 
 
 
 def test_large_typed_floats_are_taken(oip: Oip) -> None:
-    """Floats lie packed in the message: a megabyte of them is no more work than raw bytes."""
+    """Floats are packed in the message: a megabyte of them is no more work than raw bytes."""
     x = np.random.default_rng(1).normal(size=(300, 500)).astype("f4")
     answer = oip.infer(typed("FP32", [300, 500], fp32_contents=x.reshape(-1)))
     assert answer.raw_output_contents[0] == x.tobytes()
@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[pb.ModelInferRequest, str, str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_typed_contents_are_refused(name: str, oip: Oip) -> None:
-    """Each names the tensor and what was wanted."""
+    """Each refusal names the tensor and what was wanted."""
     message, field, says = WRONG[name]
     refusal = oip.refusal(message)
     assert (refusal.code, refusal.fields, says in refusal.message) == ("INVALID_ARGUMENT", (field,), True), refusal
@@ -92,7 +92,7 @@ def test_wrong_typed_contents_are_refused(name: str, oip: Oip) -> None:
 
 
 def test_raw_bf16_is_refused_with_what_is_served(oip: Oip) -> None:
-    """BF16 has no NumPy dtype: the refusal lists the datatypes that there are."""
+    """BF16 has no NumPy dtype: the refusal lists the datatypes that are served."""
     message = pb.ModelInferRequest(model_name="identity", raw_input_contents=[bytes(2)])
     message.inputs.add(name="x", datatype="BF16", shape=[1])
     refusal = oip.refusal(message)
@@ -108,7 +108,7 @@ def histogram(*outputs: str) -> pb.ModelInferRequest:
 
 
 def test_only_the_outputs_asked_for_come_back(oip: Oip) -> None:
-    """In the order asked for; all of them where none is named."""
+    """Outputs come in the order of the request, and all of them if none is named."""
     assert [tensor.name for tensor in oip.infer(histogram()).outputs] == ["counts", "edges"]
     answer = oip.infer(histogram("edges"))
     assert [tensor.name for tensor in answer.outputs] == ["edges"]
@@ -117,7 +117,7 @@ def test_only_the_outputs_asked_for_come_back(oip: Oip) -> None:
 
 
 def test_outputs_that_cannot_be_given_are_refused(oip: Oip) -> None:
-    """An unknown output, one asked for twice, one as classes."""
+    """An unknown output, one asked for twice, and one as classes are refused."""
     assert "did you mean counts" in oip.refusal(histogram("count")).message
     assert "twice" in oip.refusal(histogram("edges", "edges")).message
     classes = histogram("edges")
@@ -126,7 +126,7 @@ def test_outputs_that_cannot_be_given_are_refused(oip: Oip) -> None:
 
 
 def test_parameters_of_a_tensor_are_held_against_what_they_mean(oip: Oip) -> None:
-    """`np_dtype` is a string; a region of shared memory is nowhere."""
+    """`np_dtype` must be a string, and a region of shared memory does not exist."""
     message = vector("identity", 1.0)
     message.inputs[0].parameters["np_dtype"].int64_param = 5
     assert "np_dtype must be a string" in oip.refusal(message).message
@@ -147,7 +147,10 @@ def numbered(number: int, message: pb.ModelInferRequest) -> bytes:
 
 
 def test_stream_answers_in_order_and_outlives_a_bad_request(channel: grpc.Channel) -> None:
-    """Of 300 requests some fail, by an error_message that says which they were; the others get their own results."""
+    """Of 300 requests some fail, each with an error_message that names the request.
+
+    The others get their own results.
+    """
     wrong = {7: vector("nobody", 1), 50: vector("raises_value_error", 1), 51: request("matmul", {"a": np.eye(2)})}
     messages = (numbered(i, wrong.get(i, vector("identity", float(i)))) for i in range(300))
     answers = list(streamed(channel, messages))
@@ -161,14 +164,14 @@ def test_stream_answers_in_order_and_outlives_a_bad_request(channel: grpc.Channe
 
 
 def test_stream_takes_any_bytes(channel: grpc.Channel) -> None:
-    """What is no request is answered as one that failed."""
+    """Bytes that are no request are answered like a request that failed."""
     first, second = streamed(channel, iter([b"\xff", numbered(1, vector("identity", 1.0))]))
     assert first.error_message.startswith("INVALID_ARGUMENT: the message is no ModelInferRequest")
     assert second.infer_response.id == "1"
 
 
 def test_stream_runs_its_calls_side_by_side(start_mesh: StartMesh) -> None:
-    """A slow call does not keep those behind it from being under way, though their answers wait for its."""
+    """A slow call does not keep later ones from running, though their answers wait for its answer."""
     mesh = start_mesh()
     nap = request("sleeps", None, seconds=0.5).SerializeToString()
     with grpc.insecure_channel(mesh.gateway) as channel, ThreadPoolExecutor(1) as reader:
@@ -197,7 +200,7 @@ def asked(oip: Oip, method: str, message: Any, answer: type[Any]) -> Any:
 
 
 def test_statistics_count_what_happened(start_mesh: StartMesh) -> None:
-    """Calls that succeeded and failed, and the time that they took, are what the metrics say."""
+    """Successes, failures and their times are those of the metrics."""
     mesh = start_mesh()
     with grpc.insecure_channel(mesh.gateway) as channel:
         oip = Oip(channel)
@@ -221,7 +224,7 @@ def test_statistics_count_what_happened(start_mesh: StartMesh) -> None:
 
 
 def test_config_says_what_a_kernel_is(oip: Oip) -> None:
-    """Datatypes and dims as Triton has them, options as parameters."""
+    """The configuration has datatypes and dims as in Triton, and options as parameters."""
     answer = asked(oip, "ModelConfig", pb.ModelConfigRequest(name="matmul"), pb.ModelConfigResponse)
     config = answer.config
     assert (config.name, config.max_batch_size, config.model_transaction_policy.decoupled) == ("matmul", 0, False)
@@ -231,7 +234,7 @@ def test_config_says_what_a_kernel_is(oip: Oip) -> None:
 
 
 def test_metadata_says_what_the_protocol_has_no_room_for(oip: Oip) -> None:
-    """Other dtypes, axes, scalars with their defaults, and what a kernel does are parameters."""
+    """Parameters have what the protocol has no field for: dtypes, axes, scalars with defaults, and the description."""
     answer = asked(oip, "ModelMetadata", pb.ModelMetadataRequest(name="gaussian_blur"), pb.ModelMetadataResponse)
     (image,) = answer.inputs
     assert set(image.parameters["dtypes"].string_param.split(",")) >= {"float32", "float64", "uint8"}
@@ -244,7 +247,7 @@ def test_metadata_says_what_the_protocol_has_no_room_for(oip: Oip) -> None:
 
 
 def test_index_lists_every_kernel(oip: Oip) -> None:
-    """Each with its version, and ready."""
+    """Each kernel is listed with its version, and ready."""
     index = asked(oip, "RepositoryIndex", pb.RepositoryIndexRequest(ready=True), pb.RepositoryIndexResponse)
     listed = {model.name: (model.version, model.state) for model in index.models}
     assert listed["identity"] == listed["sleeps"] == ("1", "READY")
@@ -252,7 +255,7 @@ def test_index_lists_every_kernel(oip: Oip) -> None:
 
 @pytest.mark.parametrize("kind", ["SystemSharedMemory", "CudaSharedMemory"])
 def test_no_memory_is_shared(kind: str, oip: Oip) -> None:
-    """There are no regions, letting go of one is nothing, and registering one is not offered."""
+    """There are no regions: leaving one does nothing, and registering one is not offered."""
     assert oip.send(b"", f"{kind}Status") == b""
     assert oip.send(b"", f"{kind}Unregister") == b""
     assert oip.refusal(b"", f"{kind}Register").code == "UNIMPLEMENTED"

@@ -1,4 +1,4 @@
-"""What tests of security share: a gateway that asks who calls, and a caller who keeps to the rules meanwhile."""
+"""Fixtures of tests of security: a gateway that authenticates callers, and a caller that obeys the rules meanwhile."""
 
 import threading
 from collections.abc import Iterator
@@ -36,13 +36,13 @@ calls_in_flight = 2
 [tenants.hungry]
 cpu_seconds_per_minute = 0.3
 """
-# Short enough for tests, long enough for a machine that is busy.
+# Short enough for tests, long enough for a busy machine.
 FLAGS = ["--handshake-seconds", "2", "--max-connections", "80", "--message-seconds", "2", "--tls-grace-seconds", "4"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guarded:
-    """A mesh whose gateway asks for tokens, and who issues them."""
+    """A mesh whose gateway asks for tokens, and the issuer of them."""
 
     mesh: Mesh
     issuer: Issuer
@@ -56,7 +56,7 @@ class Guarded:
         return LaneEnd(self.channel, bearer(token))
 
     def refused(self, door: str, metadata: tuple[tuple[str, str], ...]) -> Refusal:
-        """How somebody who comes so is refused at a door."""
+        """Return how a caller with this metadata is refused at a door."""
         if door == "oip":
             return Oip(self.channel, metadata).refusal(vector("identity", 1.0))
         try:
@@ -67,7 +67,7 @@ class Guarded:
 
     @contextmanager
     def others_served(self) -> Iterator[None]:
-        """Within, somebody else's calls by both doors are all answered, of which there are some."""
+        """Check that all calls of another caller are answered through both doors inside the `with` block."""
         ended, answered, failed = threading.Event(), 0, []
 
         def call() -> None:
@@ -98,7 +98,7 @@ class Guarded:
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    """A mesh whose gateway asks who calls. What it has logged at the end has nothing in it that is secret."""
+    """A mesh whose gateway authenticates callers. At the end its log must contain no secret."""
     directory: Path = tmp_path_factory.mktemp("guarded")
     issuer = Issuer(directory)
     tenants = directory / "tenants.toml"

@@ -1,4 +1,4 @@
-"""Attacks on a gateway, each beside a caller who keeps to the rules, and who is answered throughout."""
+"""Attacks on a gateway, each beside a caller that obeys the rules and is answered throughout."""
 
 import random
 import socket
@@ -24,7 +24,7 @@ from unlatch.protos.unlatch_pb2 import Frames, LaneMessage, Piece
 
 MEBIBYTE = 1024 * 1024
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-# What a gateway's own memory may swing by: it serves somebody else meanwhile.
+# The gateway's own memory may vary by this much: it serves another caller meanwhile.
 SWING_BYTES = 48 * MEBIBYTE
 
 
@@ -42,7 +42,7 @@ def bounded(guarded: Guarded) -> object:
 
 @pytest.mark.parametrize("door", ["oip", "lane"])
 def test_oversized_metadata(guarded: Guarded, door: str) -> None:
-    """More of it than max_metadata_bytes is refused before anybody looks at it."""
+    """Metadata beyond max_metadata_bytes is refused before it is read."""
     metadata = (*bearer(guarded.issuer.token()), ("x-much", "a" * 60_000))
     with guarded.others_served():
         assert guarded.refused(door, metadata).code == "RESOURCE_EXHAUSTED"
@@ -50,7 +50,7 @@ def test_oversized_metadata(guarded: Guarded, door: str) -> None:
 
 @pytest.mark.parametrize("who", ["known caller", "stranger"])
 def test_message_that_grows_when_it_is_unpacked(guarded: Guarded, who: str) -> None:
-    """96 MiB in a hundred KiB: the limit is on what comes out, and a stranger's is not unpacked at all."""
+    """96 MiB in a hundred KiB: the limit counts unpacked bytes, and an unknown caller's message is not unpacked."""
     metadata = bearer(guarded.issuer.token()) if who == "known caller" else ()
     message = request("identity", {"x": np.zeros(12 * MEBIBYTE)})
     peak = resident_bytes(guarded.mesh.gateway_service.pid)
@@ -66,7 +66,7 @@ def test_message_that_grows_when_it_is_unpacked(guarded: Guarded, who: str) -> N
 
 @pytest.mark.parametrize("who", ["known caller", "stranger"])
 def test_ten_thousand_streams_opened_and_reset(guarded: Guarded, who: str) -> None:
-    """As fast as they can be written (CVE-2023-44487)."""
+    """Streams are opened and reset as fast as they can be written (CVE-2023-44487)."""
     metadata = bearer(guarded.issuer.token()) if who == "known caller" else ()
     opened = 0
     with guarded.others_served(), ExitStack() as stack:
@@ -78,12 +78,12 @@ def test_ten_thousand_streams_opened_and_reset(guarded: Guarded, who: str) -> No
                     opened += 1
                 connection.flush()
             except OSError:
-                # The gateway has had enough of this connection.
+                # The gateway has closed this connection.
                 connection = stack.enter_context(Http2(guarded.mesh.gateway))
 
 
 def test_connections_that_say_nothing_are_closed(guarded: Guarded) -> None:
-    """Half of a handshake, a word of one, a byte now and then: after handshake_seconds they are gone."""
+    """Half of a handshake, a single word, a byte now and then: after handshake_seconds the connection is closed."""
     with guarded.others_served(), ExitStack() as stack:
         silent = [stack.enter_context(_connected(guarded.mesh.gateway)) for _ in range(20)]
         talking = [stack.enter_context(_connected(guarded.mesh.gateway)) for _ in range(20)]
@@ -94,7 +94,7 @@ def test_connections_that_say_nothing_are_closed(guarded: Guarded) -> None:
 
 
 def test_handshakes_that_never_end(tmp_path: Path) -> None:
-    """Nothing of one, half of a hello, TLS and then not a word of HTTP/2: they are closed, and others are served."""
+    """No handshake, half of a hello, TLS without a word of HTTP/2: they are closed, and others are served."""
     authority = Authority()
     files = Renamed(tmp_path / "files", {**authority.issue("127.0.0.1"), "ca.crt": authority.pem})
     flags = ("--tls-cert", files["tls.crt"], "--tls-key", files["tls.key"], "--handshake-seconds", "2")
@@ -122,12 +122,12 @@ def test_handshakes_that_never_end(tmp_path: Path) -> None:
 
 
 def test_headers_that_drip(guarded: Guarded) -> None:
-    """An RPC whose headers never end, and one whose message never does: the first waits for nobody, the second ends."""
+    """An RPC with endless headers delays no other. An RPC with an endless message is ended."""
     with guarded.others_served(), Http2(guarded.mesh.gateway) as headers, Http2(guarded.mesh.gateway) as message:
         # HEADERS of one byte on stream 1, without END_HEADERS.
         headers.raw(b"\x00\x00\x01\x01\x00\x00\x00\x00\x01\x83")
         stream = message.begin(INFER, bearer(guarded.issuer.token()))
-        # 1 KiB is said to come, and a byte of it does.
+        # 1 KiB is announced, and one byte of it comes.
         message.h2.send_data(stream, b"\x00\x00\x00\x04\x00x")
         message.flush()
         trailers = message.trailers(stream)
@@ -136,7 +136,7 @@ def test_headers_that_drip(guarded: Guarded) -> None:
 
 
 def test_stranger_s_message_is_not_waited_for(guarded: Guarded) -> None:
-    """Who is not let in is told so by the headers alone."""
+    """A caller without credentials is refused by the headers alone."""
     with Http2(guarded.mesh.gateway) as connection:
         stream = connection.begin(INFER)
         connection.flush()
@@ -144,7 +144,7 @@ def test_stranger_s_message_is_not_waited_for(guarded: Guarded) -> None:
 
 
 def test_more_connections_than_there_may_be(guarded: Guarded) -> None:
-    """Those that are too many are closed; those that were there go on, and others come when some have gone."""
+    """Connections beyond the limit are closed. Earlier ones go on, and new ones are taken when some have gone."""
     with guarded.others_served(), ExitStack() as stack:
         connections = [stack.enter_context(_connected(guarded.mesh.gateway)) for _ in range(120)]
         assert sum(map(_ended_at_once, connections)) >= 40
@@ -170,7 +170,7 @@ GARBAGE: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("what", GARBAGE)
 def test_garbage_on_a_lane(guarded: Guarded, what: str) -> None:
-    """A known caller who breaks the protocol loses that lane, and has another served at once."""
+    """A known caller that breaks the protocol loses that lane, and gets another one at once."""
     with guarded.others_served():
         with guarded.lane(guarded.issuer.token()) as lane:
             lane.send_bytes(GARBAGE[what]())
@@ -180,7 +180,7 @@ def test_garbage_on_a_lane(guarded: Guarded, what: str) -> None:
 
 
 def test_flood_of_bad_tokens(guarded: Guarded) -> None:
-    """Each of them another, with a name that is known: each is looked at, and others are served meanwhile."""
+    """Each bad token is different and has a known name: each is checked, and others are served meanwhile."""
     head, claims, signature = guarded.issuer.token().split(".")
     with guarded.others_served(), grpc.insecure_channel(guarded.mesh.gateway) as channel:
         for number in range(500):
@@ -196,7 +196,7 @@ def _connected(address: str) -> socket.socket:
 
 
 def _hello(context: ssl.SSLContext) -> bytes:
-    """What a client says first."""
+    """Make a client's hello."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     with suppress(ssl.SSLWantReadError):
         context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1").do_handshake()
@@ -214,7 +214,7 @@ def _ended(connection: socket.socket) -> bool:
 
 
 def _ended_at_once(connection: socket.socket) -> bool:
-    """Whether the other end closes within a moment in which it has greeted who may stay."""
+    """Whether the other end closes within the time in which it greets a connection that may stay."""
     connection.settimeout(0.05)
     try:
         while connection.recv(1 << 16):

@@ -1,4 +1,4 @@
-"""Who a connection's certificate says that its caller is, by what gRPC makes of a real one."""
+"""Identities in certificates: the caller's name in a real certificate, as gRPC presents it."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -27,7 +27,7 @@ DNS = x509.DNSName("caller.example.org")
 
 
 class Authority:
-    """Issues certificates."""
+    """A certificate authority."""
 
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -40,7 +40,7 @@ class Authority:
         return self._certificate.public_bytes(Encoding.PEM)
 
     def issue(self, name: str, alternatives: Sequence[x509.GeneralName]) -> tuple[bytes, bytes]:
-        """A key and its certificate."""
+        """Issue a key and its certificate."""
         key = ec.generate_private_key(ec.SECP256R1())
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return pem, self._signed(name, alternatives, key).public_bytes(Encoding.PEM)
@@ -66,7 +66,7 @@ class Authority:
 
 
 async def name_of(alternatives: Sequence[x509.GeneralName], tokens: Tokens | None, metadata: Metadata) -> str:
-    """Who somebody is who comes with such a certificate, and with this metadata; or the status of the refusal."""
+    """Return the identity of a caller with this certificate and metadata, or the status of the refusal."""
     authority = Authority()
     authentication = Authentication(tokens, lambda _: None)
 
@@ -106,13 +106,13 @@ async def name_of(alternatives: Sequence[x509.GeneralName], tokens: Tokens | Non
 )
 @pytest.mark.asyncio
 async def test_certificate_names_its_caller(alternatives: Sequence[x509.GeneralName], name: str) -> None:
-    """SPIFFE before other URIs, these before DNS; nobody by what other names it has."""
+    """SPIFFE comes before other URIs, these before DNS. Other names give no identity."""
     assert await name_of(alternatives, None, ()) == name
 
 
 @pytest.mark.asyncio
 async def test_token_is_who_calls_whatever_the_certificate_says(tmp_path: Path) -> None:
-    """And one that does not hold is not made up for by a certificate that does."""
+    """A bad token is refused, also beside a good certificate."""
     issuer = Issuer(tmp_path)
     tokens = Tokens(
         str(issuer.file), issuer=ISSUER, audience=AUDIENCE, algorithms=("ES256",), leeway_seconds=0.0, claim="sub"

@@ -1,4 +1,4 @@
-"""What a gateway takes for keys, and what it says of what it does not take: never a word of it."""
+"""Key files of a gateway: which are accepted, and refusals that never quote them."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ SMALL = rsa.generate_private_key(65537, 1024)
 
 
 def tokens(directory: Path, content: str, algorithms: tuple[str, ...] = ASYMMETRIC) -> Tokens:
-    """What makes tokens hold, by keys of this file. Raises FileError."""
+    """Make a verifier of tokens with this file's keys. Raises FileError."""
     file = directory / "keys.json"
     file.write_text(content)
     made = Tokens(str(file), issuer=ISSUER, audience=AUDIENCE, algorithms=algorithms, leeway_seconds=0.0, claim="sub")
@@ -65,14 +65,14 @@ def signed(key: Any, algorithm: str) -> str:
     ],
 )
 def test_keys_that_are_not_taken(tmp_path: Path, content: str) -> None:
-    """The message names the file and not what is in it."""
+    """The message names the file, and not its contents."""
     with pytest.raises(FileError, match=r"keys\.json: ") as raised:
         tokens(tmp_path, content)
     assert SECRET not in str(raised.value)
 
 
 def test_key_is_used_for_what_fits_it(tmp_path: Path) -> None:
-    """An RSA key without `alg` for all of RSA's; one that names an algorithm for that alone; a curve for its own."""
+    """An RSA key without `alg` verifies all RSA algorithms, a key with `alg` that one, a curve its own."""
     public = RSAAlgorithm.to_jwk(LARGE.public_key(), as_dict=True)
     assert tokens(tmp_path, keys(public)).identify(signed(LARGE, "PS384")).name == "alice"
     bound = tokens(tmp_path, keys(public | {"alg": "RS256"}))
@@ -84,13 +84,13 @@ def test_key_is_used_for_what_fits_it(tmp_path: Path) -> None:
 
 
 def test_symmetric_keys_are_for_who_asks(tmp_path: Path) -> None:
-    """By the algorithm's name."""
+    """Symmetric keys are used only if their algorithm is named."""
     asked = tokens(tmp_path, keys({"kty": "oct", "k": SECRET}), ("HS256",))
     assert asked.identify(signed(jwt.utils.base64url_decode(SECRET), "HS256")).name == "alice"
 
 
 def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
-    """Of bad tokens, however many come."""
+    """The memory of bad tokens has a bound, however many come."""
     issuer = Issuer(tmp_path)
     made = tokens(tmp_path, issuer.file.read_text())
     good = issuer.token()
@@ -115,7 +115,7 @@ def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
     ],
 )
 def test_gateway_that_could_ask_nobody_does_not_start(flags: list[str], says: str) -> None:
-    """Code 2, and a line that says which file or flag."""
+    """The start ends with code 2, and a line that names the file or flag."""
     ports = ("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")
     command = [sys.executable, "-m", "gateway", *ports, *flags]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)

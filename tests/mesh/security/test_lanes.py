@@ -1,4 +1,4 @@
-"""Whose a client's lane is: what it may claim, and how long its token lets it in."""
+"""The identity of a client's lane: what its descriptors may claim, and how long its token is good for."""
 
 import asyncio
 import threading
@@ -33,7 +33,7 @@ X = np.arange(3.0)
 
 
 class Replica:
-    """A replica that keeps each descriptor as it comes, and answers with nothing."""
+    """A replica that keeps each descriptor, and answers with nothing."""
 
     def __init__(self) -> None:
         self.seen: list[Descriptor] = []
@@ -65,7 +65,7 @@ class Replica:
 
 @contextmanager
 def spying_replica(socket: Path) -> Iterator[Replica]:
-    """One on an event loop of its own."""
+    """Run such a replica on an event loop of its own."""
     replica, ready, ended = Replica(), threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_until_complete, args=(replica.serve(socket, ready, ended),))
@@ -80,14 +80,14 @@ def spying_replica(socket: Path) -> Iterator[Replica]:
 
 
 def test_what_a_descriptor_claims_is_not_believed(tmp_path: Path) -> None:
-    """Tenant, priority and what else is the gateway's to say reach no replica as a client has written them."""
+    """Tenant, priority and other fields that the gateway sets reach no replica as a client has written them."""
     issuer, socket = Issuer(tmp_path), tmp_path / "front.sock"
     with spying_replica(socket) as replica, gateway_to(socket, *issuer.flags) as gateway:
         gateway.wait_for("replica is ready")
         address = gateway.wait_for("serving")["listen"]
         claimed = descriptor(1, vector("identity", 1.0))
         claimed.tenant, claimed.priority = "admin", Priority.INTERACTIVE
-        # Fields that are the gateway's, and some that nobody knows.
+        # Fields that the gateway sets, and some unknown ones.
         frame = Descriptor.FromString(claimed.SerializeToString() + b"".join(bytes([n << 3, 7]) for n in range(8, 16)))
         with grpc.insecure_channel(address) as channel, LaneEnd(channel, bearer(issuer.token("alice"))) as lane:
             lane.send(Frames(calls=[frame]), *vector("identity", 1.0).raw_input_contents)
@@ -100,7 +100,7 @@ def test_what_a_descriptor_claims_is_not_believed(tmp_path: Path) -> None:
 
 
 def test_call_s_tenant_is_who_authentication_says_by_the_protocol_s_door(tmp_path: Path) -> None:
-    """The same descriptor leaves the gateway, whichever door a call came by."""
+    """The descriptor that leaves the gateway is the same for both doors."""
     issuer, socket = Issuer(tmp_path), tmp_path / "front.sock"
     with spying_replica(socket) as replica, gateway_to(socket, *issuer.flags) as gateway:
         gateway.wait_for("replica is ready")
@@ -111,7 +111,7 @@ def test_call_s_tenant_is_who_authentication_says_by_the_protocol_s_door(tmp_pat
 
 
 def test_lane_ends_with_its_token(guarded: Guarded) -> None:
-    """What came in time is answered; what comes later is refused; and then the lane is closed, saying why."""
+    """Calls in time are answered, later ones are refused, and then the lane is closed with the reason."""
     token = guarded.issuer.token(seconds=2)
     with guarded.lane(token) as lane:
         lane.call(1, request("sleeps", None, seconds=2.5))
@@ -123,7 +123,7 @@ def test_lane_ends_with_its_token(guarded: Guarded) -> None:
 
 
 def test_lane_whose_token_has_ended_is_cut_off_in_time(guarded: Guarded) -> None:
-    """A call that takes longer than the grace does not keep it open, and is not answered."""
+    """A call that takes longer than the grace does not keep the lane open, and is not answered."""
     with guarded.lane(guarded.issuer.token(seconds=2)) as lane:
         lane.call(1, request("sleeps", None, seconds=60.0))
         with pytest.raises(grpc.RpcError) as raised:
@@ -133,7 +133,7 @@ def test_lane_whose_token_has_ended_is_cut_off_in_time(guarded: Guarded) -> None
 
 
 def test_lane_goes_on_with_another_token_of_the_same_caller(guarded: Guarded) -> None:
-    """It is renewed by a frame; another caller's token, or a bad one, renews nothing."""
+    """A frame renews the token. Another caller's token, or a bad one, renews nothing."""
     token = guarded.issuer.token(seconds=2)
     with guarded.lane(token) as lane, guarded.lane(token) as other:
         lane.send(Frames(authorization=guarded.issuer.token()))
@@ -147,7 +147,7 @@ def test_lane_goes_on_with_another_token_of_the_same_caller(guarded: Guarded) ->
 
 @pytest.mark.asyncio
 async def test_client_renews_its_token_in_time(guarded: Guarded) -> None:
-    """Tokens of two seconds, and no call fails: the gateway asks before each one's end, on the one lane."""
+    """With tokens of two seconds no call fails: the gateway asks for a new one in time, on the same lane."""
     asked = 0
 
     async def token() -> str:
@@ -165,7 +165,7 @@ async def test_client_renews_its_token_in_time(guarded: Guarded) -> None:
 
 @pytest.mark.asyncio
 async def test_client_is_told_why_it_is_not_let_in(guarded: Guarded) -> None:
-    """By an error of its own kind, that quotes nothing; and with a right token the same client is served."""
+    """The error has its own type and quotes nothing. With a good token the same client is served."""
     tokens = [guarded.issuer.token(seconds=-5), guarded.issuer.token("stranger"), guarded.issuer.token()]
     async with Client(guarded.mesh.gateway, token=lambda: tokens.pop(0), timeout=10) as client:
         with pytest.raises(Unauthenticated, match="the token has expired"):
@@ -189,7 +189,7 @@ async def test_client_is_told_why_it_is_not_let_in(guarded: Guarded) -> None:
 
 
 def test_keys_swapped_under_load(start_mesh: StartMesh, tmp_path: Path) -> None:
-    """Key by key no call fails, and afterwards the old key's tokens are refused: on new lanes, on old ones, on none."""
+    """Keys are swapped one by one and no call fails. Afterwards the old key's tokens are refused on all lanes."""
     issuer = Issuer(tmp_path)
     mesh = start_mesh(gateway=issuer.flags)
     log = mesh.gateway_service
@@ -234,7 +234,7 @@ def test_keys_swapped_under_load(start_mesh: StartMesh, tmp_path: Path) -> None:
             with pytest.raises(grpc.RpcError) as raised, LaneEnd(channel, bearer(old)):
                 pass
             assert refusal_of(raised.value).code == "UNAUTHENTICATED"
-            # A file that is none changes nothing, and is told of without a word of what is in it.
+            # A broken file changes nothing, and the log reports it without its contents.
             seen = len(log.lines)
             issuer.replace(issuer.remember('{"keys": [{"kty": "oct", "k": "c2VjcmV0LXNlY3JldA"}]}'))
             log.wait_for("file not replaced, old content stays", after=seen)

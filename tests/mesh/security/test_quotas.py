@@ -1,4 +1,4 @@
-"""What tenants may: each limit, at both doors, with when to come back; and what a call is charged."""
+"""Quotas of tenants: each limit, at both doors, with a time to retry; and the charge for a call."""
 
 import os
 import time
@@ -22,7 +22,7 @@ from unlatch.protos.inference_pb2 import ModelInferRequest, ModelStatisticsReque
 
 
 def outcomes(guarded: Guarded, door: str, tenant: str, messages: Sequence[ModelInferRequest]) -> list[Refusal]:
-    """How calls end that a tenant makes all at once, in the order that it made them."""
+    """Return the outcomes of a tenant's calls made all at once, in the order of the calls."""
     token = guarded.issuer.token(tenant)
     if door == "lane":
         with guarded.lane(token) as lane:
@@ -34,7 +34,7 @@ def outcomes(guarded: Guarded, door: str, tenant: str, messages: Sequence[ModelI
 
 
 def settled(guarded: Guarded, tenant: str) -> None:
-    """Wait until none of a tenant's calls is in flight, whose quotas are then what they were."""
+    """Wait until a tenant has no call in flight, so that its quotas are full again."""
     wait_until(
         lambda: not Scrape(guarded.mesh.gateway_metrics).sum("unlatch_tenant_calls_in_flight", tenant=tenant),
         f"no call of {tenant} is in flight",
@@ -43,12 +43,12 @@ def settled(guarded: Guarded, tenant: str) -> None:
 
 @pytest.mark.parametrize("door", ["oip", "lane"])
 def test_calls_a_second(guarded: Guarded, door: str) -> None:
-    """A burst is let in, the next is refused until the time that it is told."""
-    # What the other door's test has used is there again.
+    """A burst is let in. The next call is refused until the time that the refusal names."""
+    # The other door's test has used some, which is there again.
     time.sleep(1.6)
     ended = outcomes(guarded, door, "frequent", [vector("identity", 1.0)] * 8)
     refused = [one for one in ended if one.code != "OK"]
-    # A call more for each half second that the eight took.
+    # A further call is allowed for each half second that the eight took.
     assert 3 <= 8 - len(refused) <= 6
     for one in refused:
         assert one.code == "RESOURCE_EXHAUSTED"
@@ -61,7 +61,7 @@ def test_calls_a_second(guarded: Guarded, door: str) -> None:
 
 @pytest.mark.parametrize("door", ["oip", "lane"])
 def test_calls_in_flight(guarded: Guarded, door: str) -> None:
-    """As many as the limit at a time; the next is let in once one has ended."""
+    """As many calls as the limit run at a time. The next is let in once one has ended."""
     ended = outcomes(guarded, door, "parallel", [request("sleeps", None, seconds=0.5)] * 5)
     refused = [one for one in ended if one.code != "OK"]
     assert len(refused) == 3
@@ -74,19 +74,19 @@ def test_calls_in_flight(guarded: Guarded, door: str) -> None:
 
 
 def test_processor_seconds(guarded: Guarded) -> None:
-    """Runs are paid for when they have ended; who has overdrawn waits until it has come back, at either door."""
+    """Runs are charged when they end. An overdrawn tenant waits until the time has come back, at either door."""
     assert outcomes(guarded, "oip", "hungry", [request("sleeps", None, seconds=0.5)])[0].code == "OK"
     for door in ("oip", "lane"):
         (one,) = outcomes(guarded, door, "hungry", [vector("identity", 1.0)])
         assert (one.code, one.quota) == ("RESOURCE_EXHAUSTED", "tenant:hungry")
         assert "cpu_seconds_per_minute=0.3" in one.message
-        # 0.2 s and a bit are missing, of which 0.005 come back a second.
+        # The tenant lacks a little over 0.2 s, and 0.005 s come back each second.
         assert 30 < one.retry_after_seconds <= 60
 
 
 @pytest.mark.parametrize("door", ["oip", "lane"])
 def test_kernels_allowed(guarded: Guarded, door: str) -> None:
-    """By patterns; what is not allowed is not told apart from what there is not."""
+    """Kernels are allowed by patterns. A forbidden kernel looks like a missing one."""
     allowed, forbidden, nowhere = outcomes(
         guarded, door, "modest", [request("sleeps", None, seconds=0), request("matmul"), request("no_such_kernel")]
     )
@@ -97,7 +97,7 @@ def test_kernels_allowed(guarded: Guarded, door: str) -> None:
 
 @pytest.mark.parametrize("door", ["oip", "lane"])
 def test_priority_allowed(guarded: Guarded, door: str) -> None:
-    """A higher one is refused to who asks for it; who asks for none gets the highest that it may have."""
+    """A higher priority is refused if it is asked for. A call without one gets the highest allowed."""
     asked = [vector("identity", 1.0, priority=name) for name in ("interactive", "normal", "background")]
     high, same, low = outcomes(guarded, door, "modest", asked)
     assert (high.code, high.fields) == ("PERMISSION_DENIED", ("priority",))
@@ -107,7 +107,7 @@ def test_priority_allowed(guarded: Guarded, door: str) -> None:
 
 
 def run_seconds(mesh: Mesh, oip: Oip) -> tuple[float, float]:
-    """What tenants were charged, and what a kernel's runs have taken by the protocol's statistics."""
+    """Return what tenants were charged, and what a kernel's runs have taken by the protocol's statistics."""
     asked = ModelStatisticsRequest(name="turned").SerializeToString()
     (model,) = ModelStatisticsResponse.FromString(oip.send(asked, "ModelStatistics")).model_stats
     charged = Scrape(mesh.gateway_metrics).sum("unlatch_tenant_run_seconds_total")
@@ -115,7 +115,7 @@ def run_seconds(mesh: Mesh, oip: Oip) -> tuple[float, float]:
 
 
 def test_calls_that_run_as_one_are_charged_for_one_run(mesh: Mesh, oip: Oip) -> None:
-    """Together what it took, and not as much each."""
+    """Together the calls are charged what the run took, and not each of them."""
     before = run_seconds(mesh, oip)
     x, z = np.ones((200, 3)), np.ones((200, 100), "c16")
     with BlockingClient(mesh.gateway) as client:
@@ -126,7 +126,7 @@ def test_calls_that_run_as_one_are_charged_for_one_run(mesh: Mesh, oip: Oip) -> 
 
 
 def test_tenants_file_is_read_again(guarded: Guarded) -> None:
-    """A new limit holds for who is connected already; a file that is broken changes nothing, and the log says where."""
+    """A new limit holds for connected callers too. A broken file changes nothing, and the log names the place."""
     gateway, whole = guarded.mesh.gateway_service, guarded.tenants.read_text()
 
     def replace(text: str, event: str) -> str:
@@ -164,7 +164,7 @@ def test_tenants_file_is_read_again(guarded: Guarded) -> None:
     ],
 )
 def test_broken_tenants_file_says_where(tmp_path: Path, text: str, says: str) -> None:
-    """A gateway does not start with one, and names table and field."""
+    """A gateway does not start with a broken file, and names table and field."""
     file = tmp_path / "tenants.toml"
     file.write_text(text)
     tenants = Tenants(str(file))
@@ -175,7 +175,7 @@ def test_broken_tenants_file_says_where(tmp_path: Path, text: str, says: str) ->
 
 
 def test_labels_are_bounded(tmp_path: Path) -> None:
-    """The first hundred tenants of the file have names in metrics; the rest, and callers of no table, are one."""
+    """The first hundred tenants of the file have names in metrics. All others share one label."""
     file = tmp_path / "tenants.toml"
     file.write_text("[default]\n" + "".join(f"[tenants.t{number}]\n" for number in range(150)))
     tenants = Tenants(str(file))
@@ -188,7 +188,7 @@ def test_labels_are_bounded(tmp_path: Path) -> None:
 
 
 def test_nobody_takes_a_tables_name(tmp_path: Path) -> None:
-    """A caller of no table is another tenant than the one whose table has its name, also once such a table comes."""
+    """A caller without a table is not the tenant whose table has its name, also if such a table is added later."""
     file = tmp_path / "tenants.toml"
     file.write_text('[default]\n[tenants.research]\nidentities = ["alice"]\n')
     tenants = Tenants(str(file))
@@ -206,7 +206,7 @@ def test_nobody_takes_a_tables_name(tmp_path: Path) -> None:
 
 
 def test_bucket_comes_back_with_time() -> None:
-    """At its rate, up to its most; what was overdrawn comes back first."""
+    """A bucket refills at its rate, up to its size. An overdraft is repaid first."""
     bucket = TokenBucket(2.0, 4.0, now=100.0)
     bucket.take(5.0, 100.0)
     assert bucket.left(100.0) == -1.0
@@ -216,7 +216,7 @@ def test_bucket_comes_back_with_time() -> None:
 
 
 def test_limits_that_stay_keep_what_was_used() -> None:
-    """Reading the file again gives nobody a burst anew; other limits begin afresh."""
+    """Reading the file again gives no tenant a new burst. Changed limits begin afresh."""
     tenant = Tenant("a", "a", QuotaLimits(calls_per_second=1.0, burst_calls=1.0), now=0.0)
     tenant.admit(0.0)
     tenant.limit(QuotaLimits(calls_per_second=1.0, burst_calls=1.0), now=0.0)

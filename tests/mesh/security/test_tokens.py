@@ -1,4 +1,4 @@
-"""Who is let in by a token, and who is not: at both doors, and while others are served."""
+"""Authentication by tokens: which are accepted and which are refused, at both doors, while others are served."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def _wrong_key(issuer: Issuer) -> str:
     return issuer.remember(other.token("research", kid="first"))
 
 
-# What comes in `authorization`, and a word of why it is refused.
+# Values of `authorization`, and a word of the reason for the refusal.
 BAD: dict[str, tuple[Callable[[Issuer], str | None], str]] = {
     "none at all": (lambda _: None, "no token"),
     "another scheme": (lambda _: "Basic cmVzZWFyY2g6c2VjcmV0", "bearer"),
@@ -73,7 +73,7 @@ BAD: dict[str, tuple[Callable[[Issuer], str | None], str]] = {
 @pytest.mark.parametrize("door", ["oip", "lane"])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_token_is_refused(guarded: Guarded, case: str, door: str) -> None:
-    """UNAUTHENTICATED at either door, with what is wrong with it and nothing of itself; the second time too."""
+    """A bad token is UNAUTHENTICATED at either door, with the reason and nothing of the token; the second time too."""
     make, word = BAD[case]
     value = make(guarded.issuer)
     metadata = (("authorization", value),) if value is not None else ()
@@ -85,14 +85,14 @@ def test_bad_token_is_refused(guarded: Guarded, case: str, door: str) -> None:
 
 
 def test_two_tokens_are_refused(guarded: Guarded) -> None:
-    """A right one beside another is none: whoever adds one must not win by its place."""
+    """A good token beside another is refused: the position of an added one must not matter."""
     both = (*bearer(guarded.issuer.token()), *bearer(guarded.issuer.token("modest")))
     for door in ("oip", "lane"):
         assert guarded.refused(door, both).code == "UNAUTHENTICATED"
 
 
 def test_good_token_is_let_in(guarded: Guarded) -> None:
-    """By both doors, and whatever letters its scheme is written in."""
+    """A good token is accepted at both doors, with its scheme in any case."""
     token = guarded.issuer.token()
     assert guarded.oip(token).serves()
     assert Oip(guarded.channel, (("authorization", f"bearer {token}"),)).serves()
@@ -101,21 +101,21 @@ def test_good_token_is_let_in(guarded: Guarded) -> None:
 
 
 def test_questions_about_kernels_need_a_token_too(guarded: Guarded) -> None:
-    """Not only calls: what is served is nobody's business either."""
+    """Questions about kernels need a token as calls do."""
     message = RepositoryIndexRequest().SerializeToString()
     assert Oip(guarded.channel).refusal(message, "RepositoryIndex").code == "UNAUTHENTICATED"
     assert guarded.oip(guarded.issuer.token()).send(message, "RepositoryIndex")
 
 
 def test_known_caller_who_is_no_tenant_is_refused(guarded: Guarded) -> None:
-    """PERMISSION_DENIED: the file has no table for everybody else."""
+    """The status is PERMISSION_DENIED: the file has no table for other callers."""
     for door in ("oip", "lane"):
         refusal = guarded.refused(door, tuple(bearer(guarded.issuer.token("stranger"))))
         assert (refusal.code, "tenants" in refusal.message) == ("PERMISSION_DENIED", True), refusal
 
 
 def test_stream_ends_with_its_token(guarded: Guarded) -> None:
-    """Each request of a stream is looked at as it comes: what comes after the token's end is refused."""
+    """Each request of a stream is checked when it comes: those after the token's end are refused."""
     token = guarded.issuer.token(seconds=2)
     message = vector("identity", 1.0).SerializeToString()
 
@@ -134,7 +134,7 @@ def test_stream_ends_with_its_token(guarded: Guarded) -> None:
 
 
 def test_command_line_brings_a_token_from_a_file(guarded: Guarded, tmp_path: Path) -> None:
-    """By flag or variable; a file that is not there is told by its name, and what is in one never."""
+    """The token's file is given by flag or variable. A missing file is named, and a token is never printed."""
     file = tmp_path / "token"
     call = [sys.executable, "-m", "unlatch", "call", "identity", "x=[1, 2]", "--json", "--server", guarded.mesh.gateway]
 

@@ -1,4 +1,4 @@
-"""Kernels in which there is nothing to find."""
+"""Kernels in which `unlatch check` finds nothing."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""One kernel for each kind of fault or note that `unlatch check` looks for; each is named as its kind."""
+"""Kernels with one fault or note each, of every kind that `unlatch check` looks for, and named after it."""
 
 import ctypes
 import os
@@ -87,13 +87,13 @@ def keeps_state__count(x: Vector) -> Vector:
 
 @kernel(pure=True)
 def keeps_state__generator(x: Vector) -> Vector:
-    """Every worker begins with the same one."""
+    """Every worker begins with the same generator."""
     return x + generator.standard_normal(len(x))
 
 
 @kernel(pure=True)
 def keeps_state__wrong_cache(x: Vector) -> Vector:
-    """Whoever comes second with a shape gets what the first got."""
+    """The second call with a shape gets the first one's result."""
     return cache.setdefault(x.shape, x * 2)
 
 

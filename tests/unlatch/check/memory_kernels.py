@@ -1,4 +1,4 @@
-"""Kernels whose need of memory is known."""
+"""Kernels that need a known amount of memory."""
 
 import numpy as np
 from jaxtyping import Float64

@@ -1,4 +1,4 @@
-"""Kernels that are rougher with their worker than any fault has a name for."""
+"""Kernels that do more harm to their worker than any kind of fault names."""
 
 import os
 import sys

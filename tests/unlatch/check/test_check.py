@@ -1,4 +1,4 @@
-"""`unlatch check` as its user runs it: each kind of fault is found, and nothing is found where there is nothing."""
+"""`unlatch check` as its user runs it: each kind of fault is found, and clean kernels have no findings."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ def fine(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
 
 
 def check(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command; it must end by itself, and without a traceback of ours."""
+    """Run the command. It must end by itself, and without a traceback of ours."""
     command = [sys.executable, "-m", "unlatch", "check", *map(str, arguments)]
     ran = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=50, check=False
@@ -44,14 +44,14 @@ def check(*arguments: object, **environment: str) -> subprocess.CompletedProcess
 
 
 def found(*arguments: object) -> tuple[int, dict[str, Any]]:
-    """Its exit code and what it found."""
+    """Return the command's exit code and what it found."""
     ran = check(*arguments, "--json")
     assert ran.stdout, ran.stderr
     return ran.returncode, json.loads(ran.stdout)
 
 
 def kinds(report: dict[str, Any]) -> dict[str, set[str]]:
-    """What was found of each kernel."""
+    """Return the kinds of findings for each kernel."""
     every: dict[str, set[str]] = {kernel: set() for kernel in report["kernels"]}
     for finding in report["findings"]:
         every.setdefault(finding["kernel"], set()).add(finding["kind"])
@@ -60,14 +60,14 @@ def kinds(report: dict[str, Any]) -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def faulty() -> dict[str, Any]:
-    """What is found in the module of faults."""
+    """The findings in the module of faults."""
     code, report = found(FAULTY, "--seconds", 2, "--most-mib", 0)
     assert code == 1
     return report
 
 
 def test_finds_a_seeded_fault_of_each_kind_and_no_other(faulty: dict[str, Any]) -> None:
-    """Each kernel of the module has the one fault that it is named after."""
+    """Each kernel of the module has exactly the fault that it is named after."""
     wanted = {kernel: {kernel.partition("__")[0].replace("_", "-")} for kernel in faulty["kernels"]}
     wanted["refuses_everything"].add("refuses")
     wanted["ends_its_worker__and_keeps_state"].add("keeps-state")
@@ -76,7 +76,7 @@ def test_finds_a_seeded_fault_of_each_kind_and_no_other(faulty: dict[str, Any]) 
 
 
 def test_faults_name_file_and_line(faulty: dict[str, Any]) -> None:
-    """Where the kernel's own code did it, and else where the kernel is defined."""
+    """A finding names the line of the kernel's own code that did it, or else the kernel's definition."""
     lines = FAULTY.read_text().splitlines()
     for finding in faulty["findings"]:
         file, _, line = finding["place"].rpartition(":")
@@ -89,7 +89,10 @@ def test_faults_name_file_and_line(faulty: dict[str, Any]) -> None:
 
 
 def test_a_line_says_what_why_and_what_to_do_and_no_process_is_left() -> None:
-    """One line a finding, a traceback's end beneath it, a count at the end; and what hung has been ended."""
+    """The report has a line for each finding, the end of a traceback below it, and a count.
+
+    Kernels that hung are killed.
+    """
     mark = f"{os.getpid()}-checks"
     ran = check(FAULTY, "--seconds", 2, "--most-mib", 0, UNLATCH_CHECK_TEST=mark)
     assert ran.returncode == 1
@@ -101,7 +104,7 @@ def test_a_line_says_what_why_and_what_to_do_and_no_process_is_left() -> None:
 
 
 def who_has(mark: str) -> list[str]:
-    """Processes with something in their environment."""
+    """Return the processes that have this in their environment."""
     found = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
@@ -111,7 +114,7 @@ def who_has(mark: str) -> list[str]:
 
 
 def test_finds_nothing_in_clean_kernels() -> None:
-    """Neither fault nor note, and a row for each size of each kernel that has sizes."""
+    """Clean kernels have neither faults nor notes, and a row for each size of each kernel that has sizes."""
     code, report = found(CLEAN, "--set", "scalars_alone.count=3")
     assert report["findings"] == []
     assert code == 0
@@ -125,7 +128,7 @@ def test_finds_nothing_in_clean_kernels() -> None:
 
 
 def test_measures_the_memory_of_temporaries() -> None:
-    """NumPy's allocations are seen, at their peak: a temporary that is gone by the end counts, the input does not."""
+    """NumPy's allocations count at their peak: a temporary that is gone by the end counts, and the input does not."""
     _, report = found(HERE / "memory_kernels.py")
     for name, multiple in (("no_temporary", 0.0), ("one_temporary", 1.0), ("three_at_once", 3.0)):
         last = report["growth"][name]["rows"][-1]
@@ -133,26 +136,26 @@ def test_measures_the_memory_of_temporaries() -> None:
 
 
 OWN = [f"unlatch.compute.kernels.{module.name}" for module in pkgutil.iter_modules(unlatch.compute.kernels.__path__)]
-# Some hold what others share, and no kernel.
+# Some modules hold what others share, and no kernel.
 BUILT_IN = [name for name in OWN if any(kernels_in(importlib.import_module(name)))]
 
 
 @pytest.mark.parametrize("module", [*BUILT_IN, "examples/own_kernels.py"])
 @pytest.mark.timeout(120)
 def test_own_kernels_pass(module: str) -> None:
-    """Unlatch's own kernels, and the examples', are held to the same rules."""
+    """Unlatch's own kernels and the examples' pass the same check."""
     _, report = found(module, "--most-mib", 0.25)
     assert [finding for finding in report["findings"] if finding["is_fault"]] == []
 
 
 def test_same_seed_same_findings(faulty: dict[str, Any]) -> None:
-    """Inputs come from the seed alone: two checks say the same, to the word."""
+    """Inputs depend on the seed alone: two checks print the same text."""
     _, again = found(FAULTY, "--seconds", 2, "--most-mib", 0)
     assert again["findings"] == faulty["findings"]
 
 
 def test_survives_whatever_a_kernel_does_to_its_worker() -> None:
-    """Death at any moment, a closed channel, children left behind: all is told, and what can be measured is."""
+    """Death at any moment, a closed channel and child processes are reported, and the rest is still measured."""
     mark = f"{os.getpid()}-rough"
     ran = check(HERE / "rough_kernels.py", "--seconds", 5, "--most-mib", 0.1, "--json", UNLATCH_CHECK_TEST=mark)
     report = json.loads(ran.stdout)
@@ -163,7 +166,7 @@ def test_survives_whatever_a_kernel_does_to_its_worker() -> None:
     wait_until(lambda: not who_has(mark), "nothing of it runs")
 
 
-# A module's text, and the line and what is said of it.
+# A module's text, and the line and the text of its finding.
 MODULES = {
     "syntax": ("def f(:\n", "does-not-load", 1, "SyntaxError"),
     "import": ("\nimport no_such_module\n", "does-not-load", 2, "no_such_module"),
@@ -191,7 +194,10 @@ MODULES = {
 
 @pytest.mark.parametrize(("text", "kind", "line", "says"), MODULES.values(), ids=MODULES)
 def test_finds_what_is_wrong_with_a_module(text: str, kind: str, line: int | None, says: str, tmp_path: Path) -> None:
-    """What importing it shows, at file and line where there is one; a second module is checked all the same."""
+    """The finding has what the import shows, with file and line where there is one.
+
+    A second module is still checked.
+    """
     path, beside = tmp_path / "wrong.py", tmp_path / "beside.py"
     path.write_text(text)
     beside.write_text(HEAD + FINE.replace("fine", "beside"))
@@ -206,7 +212,7 @@ def test_finds_what_is_wrong_with_a_module(text: str, kind: str, line: int | Non
 
 
 def test_scalars_are_given_by_name(tmp_path: Path) -> None:
-    """A kernel that refuses what was guessed is checked with what its user gives."""
+    """A kernel that refuses guessed scalars is checked with the ones that its user gives."""
     kernel = FINE.replace('"n"])', '"n"], *, order: int)').replace("return x", "return [x][10 - order]")
     (tmp_path / "mine.py").write_text(HEAD + kernel)
     _, guessed = found(tmp_path / "mine.py", "--most-mib", 0)
@@ -216,7 +222,7 @@ def test_scalars_are_given_by_name(tmp_path: Path) -> None:
 
 
 def test_positive_numbers_are_tried_where_negative_ones_are_refused() -> None:
-    """A price is never negative; its kernel is checked all the same, and what it refuses is a note."""
+    """A price is never negative: its kernel is still checked, and its refusal of negative numbers is a note."""
     code, report = found("unlatch.compute.kernels.finance", "--most-mib", 0.01)
     assert code == 0
     assert {finding["kind"] for finding in report["findings"]} == {"refuses"}
@@ -236,7 +242,7 @@ WRONG_USAGE: dict[str, Sequence[object]] = {
 
 @pytest.mark.parametrize("arguments", WRONG_USAGE.values(), ids=WRONG_USAGE)
 def test_wrong_usage_ends_with_2(arguments: Sequence[object]) -> None:
-    """And with a line that says what was wanted."""
+    """The command ends with 2 and a line that says what was wanted."""
     ran = check(*arguments)
     assert ran.returncode == 2
     assert "unlatch check: " in ran.stderr

@@ -1,4 +1,4 @@
-"""The command line as its users have it: its exit code, its stdout, its stderr."""
+"""The command line as users see it: its exit code, its stdout, its stderr."""
 
 import json
 import os
@@ -27,13 +27,13 @@ class Ran:
 
     @property
     def json(self) -> Any:
-        """Its only line on stdout."""
+        """The only line on stdout, parsed."""
         (line,) = self.out.splitlines()
         return json.loads(line)
 
     @property
     def error(self) -> dict[str, str]:
-        """What --json said of its failure on stderr."""
+        """The error that --json printed on stderr, parsed."""
         (line,) = self.err.splitlines()
         error: dict[str, str] = json.loads(line)["error"]
         return error
@@ -44,7 +44,7 @@ Unlatch = Callable[..., Ran]
 
 @pytest.fixture
 def unlatch(mesh: Mesh, capsys: pytest.CaptureFixture[str]) -> Unlatch:
-    """Runs a command in this process, against the shared mesh."""
+    """Run a command in this process, against the shared mesh."""
 
     def ran(command: str, *arguments: str) -> Ran:
         server = ["--server", mesh.gateway] if command in OF_A_GATEWAY else []
@@ -60,6 +60,6 @@ def unlatch(mesh: Mesh, capsys: pytest.CaptureFixture[str]) -> Unlatch:
 
 
 def process(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
-    """A command as a process of its own, from any directory."""
+    """Run a command as a process of its own, from any directory."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([*COMMAND, *arguments], env=environment, start_new_session=True, **options)

@@ -1,4 +1,4 @@
-"""`unlatch call`: every format in and out, dtypes as they are meant, errors that name the argument."""
+"""`unlatch call`: every format in and out, the right dtypes, and errors that name the argument."""
 
 import io
 import json
@@ -37,7 +37,7 @@ ARRAYS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_each_format_is_written_and_read(unlatch: Unlatch, tmp_path: Path, name: str) -> None:
-    """What `call` has written is what it reads: the same values, dtype and shape."""
+    """A file that `call` has written can be read by `call`, with the same values, dtype and shape."""
     given, first, second = tmp_path / "given.npy", tmp_path / name, tmp_path / f"again-{name}"
     np.save(given, ARRAYS[name])
     for source, target in ((given, first), (first, second)):
@@ -52,10 +52,10 @@ def test_each_format_is_written_and_read(unlatch: Unlatch, tmp_path: Path, name:
 
 
 def test_photographs_are_read_upright(unlatch: Unlatch, tmp_path: Path) -> None:
-    """JPEG as a camera makes it, palettes and black and white: uint8, the way up that a viewer shows."""
+    """Camera JPEGs, palettes and black and white become uint8, the way up that a viewer shows them."""
     lying = Image.fromarray(np.repeat(np.repeat(PIXELS, 8, axis=0), 8, axis=1))
     exif = lying.getexif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # The picture's tag asks for a turn by 90 degrees.
     lying.save(tmp_path / "camera.jpg", exif=exif)
     lying.convert("P").save(tmp_path / "palette.gif")
     lying.convert("1").save(tmp_path / "bits.png")
@@ -76,14 +76,14 @@ def test_photographs_are_read_upright(unlatch: Unlatch, tmp_path: Path) -> None:
     ],
 )
 def test_results_become_pixels(unlatch: Unlatch, tmp_path: Path, result: list[Any], pixels: list[Any]) -> None:
-    """Floats within 0 and 1 are brightness, others and integers are 0 to 255, rounded and clipped."""
+    """Floats within 0 and 1 are brightness. Other floats and integers are 0 to 255, rounded and clipped."""
     picture = tmp_path / "out.png"
     assert unlatch("call", "identity", f"x={json.dumps(result)}", "-o", str(picture)).code == 0
     np.testing.assert_array_equal(np.asarray(Image.open(picture)), pixels)
 
 
 def test_a_table_may_have_a_header(unlatch: Unlatch, tmp_path: Path) -> None:
-    """Its first line is skipped where it is no numbers; a kernel of one axis takes a row, one of two axes a column."""
+    """A first line that is not numbers is skipped. A kernel of one axis takes a row, one of two axes a column."""
     table = tmp_path / "table.csv"
     table.write_text("\ufeffa,b\n1,2\n3,4.5\n")
     (output,) = unlatch("call", "identity", f"x=@{table}", "--json").json["outputs"]
@@ -95,7 +95,7 @@ def test_a_table_may_have_a_header(unlatch: Unlatch, tmp_path: Path) -> None:
 
 
 def test_members_of_an_archive(unlatch: Unlatch, tmp_path: Path) -> None:
-    """The one that is named, else the only one, else the one that is named like the argument."""
+    """The named member is taken, else the only one, else the one that is named like the argument."""
     archive = tmp_path / "several.npz"
     np.savez(archive, x=np.full(2, 1.0), other=np.full(2, 2.0))
     for text, mean in ((f"@{archive}", 1.0), (f"@{archive}:other", 2.0)):
@@ -109,7 +109,7 @@ def test_members_of_an_archive(unlatch: Unlatch, tmp_path: Path) -> None:
 
 
 def test_pipes(mesh: Mesh) -> None:
-    """`-o -` is .npy on stdout, `@-` the same on stdin, large ones too."""
+    """`-o -` writes .npy to stdout and `@-` reads it from stdin, also large arrays."""
     server = ("--server", mesh.gateway)
     x = np.arange(300_000.0)
     given = io.BytesIO()
@@ -142,7 +142,7 @@ DTYPES = [
 def test_inputs_take_the_dtype_that_is_meant(
     unlatch: Unlatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, argument: str, dtype: str
 ) -> None:
-    """JSON, images and narrower dtypes fit a kernel that wants a wider one."""
+    """JSON, images and narrower dtypes fit a kernel that takes a wider dtype."""
     monkeypatch.chdir(tmp_path)
     for name in ("uint8", "float32", "int64"):
         np.save(f"{name}.npy", np.array([1, 2], name))
@@ -205,7 +205,10 @@ def test_what_is_wrong_is_named(
     message: str,
     field: str,
 ) -> None:
-    """Code 1, nothing on stdout, no file left; with --json an object on stderr, without it a line."""
+    """The command ends with 1, prints nothing on stdout and leaves no file.
+
+    Stderr has an object with --json, else a line.
+    """
     monkeypatch.chdir(tmp_path)
     np.save("complex.npy", np.array([1j]))
     np.save("alpha.npy", np.zeros((2, 2, 4), np.uint8))
@@ -229,7 +232,7 @@ def test_what_is_wrong_is_named(
 
 
 def test_images_need_pillow(unlatch: Unlatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it a picture is refused before the call, and the extra to install is named."""
+    """Without Pillow a picture is refused before the call, and the message names the extra to install."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     for arguments in (["image=@photo.png"], ["image=[[1]]", "-o", "out.png"]):
         ran = unlatch("call", "sobel", *arguments, "--json")
@@ -238,7 +241,7 @@ def test_images_need_pillow(unlatch: Unlatch, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_nobody_serves() -> None:
-    """A gateway that is not there is UNAVAILABLE, within the time given."""
+    """A missing gateway is UNAVAILABLE, within the given time."""
     gone = process("kernels", "--server", "127.0.0.1:1", "--timeout", "0.5", "--json", stderr=subprocess.PIPE)
     _, said = gone.communicate(timeout=20)
     assert gone.returncode == 1
@@ -266,7 +269,7 @@ USAGE = [
 
 @pytest.mark.parametrize(("arguments", "message"), USAGE, ids=[" ".join(case[0]) for case in USAGE])
 def test_wrong_usage(unlatch: Unlatch, arguments: list[str], message: str) -> None:
-    """Code 2, the near names where there are some; with --json as an object."""
+    """Wrong usage ends with 2, and similar names where there are some; with --json as an object."""
     ran = unlatch(*arguments)
     assert (ran.code, ran.out) == (2, "")
     if "--json" in arguments:
@@ -276,7 +279,7 @@ def test_wrong_usage(unlatch: Unlatch, arguments: list[str], message: str) -> No
 
 
 def test_small_results_are_shown_and_large_ones_summarised(unlatch: Unlatch, tmp_path: Path) -> None:
-    """Dtype, shape and rounded values; of many values the range, without the strange ones."""
+    """Results are shown with dtype, shape and rounded values. Many values are a range, without NaN and infinities."""
     ran = unlatch("call", "summarise", "x=[0.1, 0.2, 0.30000001]")
     assert ran.out == "mean: float64 ()\n0.2\nranks: int64 (3,)\n[0 1 2]\n"
     large = tmp_path / "large.npy"
@@ -287,13 +290,13 @@ def test_small_results_are_shown_and_large_ones_summarised(unlatch: Unlatch, tmp
 
 
 def test_nothing_that_a_terminal_obeys_is_printed(unlatch: Unlatch) -> None:
-    """Escapes in a kernel's message or in its strings arrive as harmless characters."""
+    """Escape sequences in a kernel's message or in its strings are printed as harmless characters."""
     assert "\x1b" not in unlatch("call", "raises_kernel_error", "message=\x1b[2J").err
     assert "\x1b" not in unlatch("call", "identity", 'x=["\\u001b[2J"]').out
 
 
 def test_json_holds_what_json_cannot(unlatch: Unlatch) -> None:
-    """NaN and infinities are strings, complex numbers pairs; several outputs come by name, files by path."""
+    """NaN and infinities are strings, complex numbers are pairs. Several outputs come by name, files by path."""
     told = unlatch("call", "identity", "x=[1.5, NaN, Infinity, -Infinity]", "--json").json
     assert told == {
         "kernel": "identity",
@@ -305,7 +308,7 @@ def test_json_holds_what_json_cannot(unlatch: Unlatch) -> None:
 
 
 def test_several_outputs(unlatch: Unlatch, tmp_path: Path) -> None:
-    """An .npz holds them by name; of other formats each has a file; stdout takes none of it."""
+    """An .npz holds all outputs by name. Other formats get a file for each output, and none goes to stdout."""
     x = "x=[3, 1, 2]"
     ran = unlatch("call", "summarise", x, "-o", str(tmp_path / "all.npz"), "--json")
     assert ran.json["files"] == [str(tmp_path / "all.npz")]

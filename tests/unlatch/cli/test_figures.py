@@ -1,4 +1,4 @@
-"""What `top` makes of readings, and how it draws them: on any terminal, whatever a kernel is called."""
+"""The figures that `top` computes from scrapes, and how it draws them: on any terminal, for any kernel name."""
 
 import io
 import math
@@ -70,7 +70,7 @@ def one_mesh(kernel: str = "burns", workers: int = 2) -> Figures:
 
 
 def test_rates_are_of_the_last_interval() -> None:
-    """Calls and errors a second, by the time between two readings; gateway first, workers by number."""
+    """Calls and errors a second come from the time between two scrapes. The gateway is first, workers go by number."""
     shown = one_mesh()
     assert shown.calls.calls_per_second == 12.0
     assert shown.calls.errors_per_second == {"INTERNAL": 2.0}
@@ -91,7 +91,7 @@ def test_rates_are_of_the_last_interval() -> None:
 
 
 def test_counters_that_begin_anew_give_no_negative_rate() -> None:
-    """After a restart what has been counted since is the gain; a series that was not there began at 0."""
+    """After a restart the new count is the gain. A series that was missing before began at 0."""
     assert increase(100.0, 3.0) == 3.0
     assert increase(None, 3.0) == 3.0
     assert increase(1.0, 3.0) == 2.0
@@ -103,7 +103,7 @@ def test_counters_that_begin_anew_give_no_negative_rate() -> None:
 
 
 def test_several_replicas_are_told_apart() -> None:
-    """With more than one replica processes carry its address, and calls are counted once, at the gateway."""
+    """With several replicas a process carries its replica's address, and calls are counted once, at the gateway."""
     doors = seen("g:1", gateway(10, good=0, bad=0), gateway(12, good=20, bad=0))
     replicas = [seen(name, front(name, 10, calls=0), front(name, 12, calls=10)) for name in ("a:1", "b:1")]
     shown = figures([doors, *replicas], 12.0)
@@ -121,7 +121,7 @@ def test_several_replicas_are_told_apart() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 def test_quantiles_lie_in_the_right_bucket(share: float) -> None:
-    """Of a thousand latencies the estimate lies between the bounds that hold the true one."""
+    """Of a thousand latencies the estimate lies between the bounds that contain the true quantile."""
     values = np.random.default_rng(3).lognormal(-4, 1, 1000)
     bounds = [*LATENCY_BUCKETS, math.inf]
     counts = np.bincount([bisect_left(bounds, value) for value in values], minlength=len(bounds))
@@ -132,7 +132,7 @@ def test_quantiles_lie_in_the_right_bucket(share: float) -> None:
 
 
 def test_quantiles_of_little() -> None:
-    """Of nothing there is none; beyond the last finite bound that bound is what is known."""
+    """An empty histogram has no quantile. Beyond the last finite bound, that bound is the estimate."""
     assert quantile(0.5, {}) is None
     assert quantile(0.5, {1.0: 0.0, math.inf: 0.0}) is None
     assert quantile(0.5, {1.0: 0.0, math.inf: 5.0}) == 1.0
@@ -149,7 +149,7 @@ def drawn(shown: Figures, width: int, height: int | None, signs: Signs = UNICODE
 @pytest.mark.parametrize("width", [20, 40, 59, 60, 79, 80, 100, 120, 250])
 @pytest.mark.parametrize("height", [5, 12, 24, None])
 def test_every_size_holds_the_picture(width: int, height: int | None) -> None:
-    """No line is wider than the terminal, nor is the picture higher; from 40 columns on all names can be read."""
+    """No line is wider than the terminal, and the picture is not higher. From 40 columns on all names can be read."""
     lines = drawn(one_mesh(), width, height)
     assert max(map(cell_len, lines)) <= width
     if height is None and width >= 40:
@@ -163,7 +163,7 @@ def test_every_size_holds_the_picture(width: int, height: int | None) -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 160])
 def test_names_are_shown_and_never_obeyed(width: int) -> None:
-    """Markup stays as it is written, control characters are replaced, long and wide names are cut."""
+    """Markup is printed as it is written, control characters are replaced, long and wide names are cut."""
     lines = drawn(one_mesh(kernel=HOSTILE), width, 24)
     text = "\n".join(lines)
     assert max(map(cell_len, lines)) <= width
@@ -172,14 +172,14 @@ def test_names_are_shown_and_never_obeyed(width: int) -> None:
 
 
 def test_more_workers_than_lines() -> None:
-    """What has no room is counted."""
+    """Workers that have no room are counted."""
     lines = drawn(one_mesh(workers=64), 80, 24)
     assert len(lines) <= 24
     assert "more processes" in "\n".join(lines)
 
 
 def test_an_outage_is_told() -> None:
-    """Since when, and why; what else is known is still drawn."""
+    """An outage is shown with its time and reason, and everything else is still drawn."""
     gone = Seen(address="f:1", since=0.0, why="Connection refused")
     text = "\n".join(drawn(figures([seen("g:1", None, gateway(1, good=1, bad=0)), gone], 1.0), 100, 24))
     assert "f:1 unreachable since " in text
@@ -188,14 +188,17 @@ def test_an_outage_is_told() -> None:
 
 
 def test_plain_characters_where_there_are_no_others() -> None:
-    """On a terminal that shows ASCII only, all is drawn with it."""
+    """A terminal that shows ASCII only gets a picture in ASCII."""
     text = "\n".join(drawn(one_mesh(), 120, 24, ASCII))
     assert text.isascii()
     assert "##########" in text
 
 
 def test_bars_and_sparklines() -> None:
-    """A bar is full at one core; a sparkline has a cell for each part of the last minute, blank where nothing was."""
+    """A bar is full at one core.
+
+    A sparkline has a cell for each part of the last minute, blank where there was nothing.
+    """
     assert bar(0.5, 10).plain == "█████░░░░░"
     assert bar(3.2, 10).plain == "█" * 10
     assert bar(0.0, 10).plain == "░" * 10

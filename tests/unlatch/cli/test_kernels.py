@@ -1,4 +1,4 @@
-"""`unlatch kernels`, `unlatch completion`, and what loads what."""
+"""`unlatch kernels`, `unlatch completion`, and which modules a command loads."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from tests.support.mesh import ROOT, Mesh
 from tests.unlatch.cli.conftest import Unlatch
 from unlatch.cli import COMMANDS, EXIT_CODES
 
-# Any numbers of the right shape will do for these.
+# Any numbers of the right shape will do for these kernels.
 SIMPLE = (
     *("batches", "conjugate", "default_scalars", "fft", "fixed_axes", "gaussian_blur", "halve", "histogram"),
     *("identity", "matmul", "monte_carlo_option", "process_id", "required_scalars", "shared_axes", "sobel", "svd"),
@@ -23,7 +23,7 @@ SIMPLE = (
 
 
 def test_table_and_names(unlatch: Unlatch) -> None:
-    """A line or more for each kernel: its name, signature and first sentence; --names has the names alone."""
+    """The table has a kernel's name, signature and first sentence; --names prints the names alone."""
     names = unlatch("kernels", "--names").out.split()
     assert names == sorted(names)
     table = unlatch("kernels").out
@@ -32,7 +32,7 @@ def test_table_and_names(unlatch: Unlatch) -> None:
 
 
 def test_one_kernel_in_full(unlatch: Unlatch, mesh: Mesh) -> None:
-    """Every argument with its dtypes and axes, the whole docstring, the options, and a command."""
+    """A kernel's page has every argument with its dtypes and axes, the whole docstring, the options, and a command."""
     out = unlatch("kernels", "fixed_axes").out
     assert "pixels: uint8[height width 3]" in out
     assert "The largest channel." in out
@@ -44,7 +44,7 @@ def test_one_kernel_in_full(unlatch: Unlatch, mesh: Mesh) -> None:
 
 
 def test_json(unlatch: Unlatch) -> None:
-    """All kernels are a list, one is an object; what JSON has no number for is a string."""
+    """All kernels are a list, one is an object. A value that JSON has no number for is a string."""
     listed = unlatch("kernels", "--json").json
     one = unlatch("kernels", "histogram", "--json").json
     assert one in listed
@@ -75,7 +75,7 @@ def test_help_lists_commands_and_exit_codes(unlatch: Unlatch) -> None:
 
 
 def test_docs_say_the_same() -> None:
-    """docs/cli.md lists every command and the exit codes as `--help` has them."""
+    """The page docs/cli.md lists every command, and the exit codes as `--help` has them."""
     page = (ROOT / "docs" / "cli.md").read_text()
     table = page[page.index("| command | does |") : page.index("`kernels`, `call` and `map` take")]
     assert all(f"`{name}" in table for name in COMMANDS)
@@ -84,7 +84,7 @@ def test_docs_say_the_same() -> None:
 
 
 def test_a_command_loads_only_itself() -> None:
-    """Neither a server's children nor `unlatch --help` import what a client, a table or an image needs."""
+    """Neither a server's children nor `unlatch --help` import what only a client, a table or an image needs."""
     for code in ("import unlatch.__main__", "import unlatch.cli; unlatch.cli.run(['--help'])"):
         program = f"import sys; {code}; print(*sys.modules)"
         ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -94,7 +94,7 @@ def test_a_command_loads_only_itself() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh", "fish"])
 def test_completion_script_is_valid(unlatch: Unlatch, tmp_path: Path, shell: str) -> None:
-    """It names every command; a shell that is here reads it without complaint."""
+    """The script names every command, and each shell on this machine reads it without complaint."""
     script = tmp_path / "completion"
     script.write_text(unlatch("completion", shell).out)
     assert all(name in script.read_text() for name in COMMANDS)
@@ -104,7 +104,7 @@ def test_completion_script_is_valid(unlatch: Unlatch, tmp_path: Path, shell: str
 
 
 def test_bash_completes(unlatch: Unlatch, tmp_path: Path) -> None:
-    """Commands, flags and the names of kernels, as a real bash asks for them."""
+    """A real bash completes commands, flags and the names of kernels."""
     if shutil.which("bash") is None:
         pytest.skip("no bash here")
     (tmp_path / "completion").write_text(unlatch("completion", "bash").out)

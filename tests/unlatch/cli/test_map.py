@@ -1,4 +1,4 @@
-"""`unlatch map`: many files, or rows; what is there is not done again, what fails fails alone."""
+"""`unlatch map`: many files, or rows. Existing results are skipped, and a failure affects its own item alone."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.unlatch.cli.conftest import Unlatch, process
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """Twelve files, two of them in a directory of their own."""
+    """Twelve files, two of them in a subdirectory."""
     directory = tmp_path / "in"
     (directory / "more").mkdir(parents=True)
     for number in range(12):
@@ -27,7 +27,7 @@ def inputs(tmp_path: Path) -> Path:
 
 
 def test_every_file_of_a_pattern(unlatch: Unlatch, inputs: Path, tmp_path: Path) -> None:
-    """Results are named after their inputs, directories below the pattern's root included, and hold what call gives."""
+    """Results are named after their inputs, with directories below the pattern's root, and equal what `call` gives."""
     ran = unlatch("map", "halve", f"x=@{inputs}/**/*.npy", "-o", str(tmp_path / "out"))
     assert (ran.code, ran.out) == (0, "")
     assert "12 done, 0 already there, 0 failed" in ran.err
@@ -37,7 +37,7 @@ def test_every_file_of_a_pattern(unlatch: Unlatch, inputs: Path, tmp_path: Path)
 
 
 def test_what_is_there_is_skipped(unlatch: Unlatch, inputs: Path, tmp_path: Path) -> None:
-    """Only missing results are made; a half-written one under another name counts for nothing."""
+    """Only missing results are made. A half-written one under another name does not count."""
     out = tmp_path / "out"
     command = ["map", "halve", f"x=@{inputs}/*.npy", "-o", str(out), "--json"]
     first = [json.loads(line) for line in unlatch(*command).out.splitlines()]
@@ -53,14 +53,14 @@ def test_what_is_there_is_skipped(unlatch: Unlatch, inputs: Path, tmp_path: Path
 
 
 def test_results_are_no_inputs(unlatch: Unlatch, inputs: Path) -> None:
-    """A pattern that reaches into the output directory gives the same items the second time."""
+    """A pattern that also matches the output directory gives the same items the second time."""
     command = ("map", "halve", f"x=@{inputs}/**/*.npy", "-o", str(inputs / "out"))
     assert "12 done, 0 already there" in unlatch(*command).err
     assert "0 done, 12 already there" in unlatch(*command).err
 
 
 def test_pictures_with_a_constant_beside(unlatch: Unlatch, tmp_path: Path) -> None:
-    """A pattern of images, scalars and constant arrays; --to says what is written, multiple outputs make an .npz."""
+    """A pattern of images, scalars and constant arrays; --to chooses the format, and several outputs make an .npz."""
     for number in range(3):
         Image.fromarray(np.full((4, 6, 3), 80 * number, np.uint8)).save(tmp_path / f"{number}.png")
     pattern = f"=@{tmp_path}/*.png"
@@ -76,7 +76,7 @@ def test_pictures_with_a_constant_beside(unlatch: Unlatch, tmp_path: Path) -> No
 
 
 def test_rows_of_an_array(unlatch: Unlatch, tmp_path: Path) -> None:
-    """Each row is a call, its result named by its number with as many digits as the last one has."""
+    """Each row is a call. Its result is named by its number, with as many digits as the last one has."""
     np.save(tmp_path / "points.npy", np.arange(36, dtype=np.float32).reshape(12, 3))
     np.savetxt(tmp_path / "points.csv", np.arange(36).reshape(12, 3), delimiter=",")
     for name in ("points.npy", "points.csv"):
@@ -97,7 +97,7 @@ def test_rows_of_a_table_take_the_kernels_dtype(unlatch: Unlatch, tmp_path: Path
 
 
 def test_one_failure_is_reported_and_the_rest_goes_on(unlatch: Unlatch, inputs: Path, tmp_path: Path) -> None:
-    """A file that cannot be read and one that the kernel refuses: code 1 and a count, every other result is there."""
+    """An unreadable file and one that the kernel refuses: the code is 1, with a count, and all other results exist."""
     (inputs / "05.npy").write_text("nonsense")
     np.save(inputs / "06.npy", np.ones((2, 2)))
     out = tmp_path / "out"
@@ -127,7 +127,7 @@ WRONG = [
 def test_what_cannot_begin_does_nothing(
     unlatch: Unlatch, inputs: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    """It is refused before any call, and leaves no directory."""
+    """Wrong usage is refused before any call, and leaves no directory."""
     np.save(inputs / "zero.npy", np.array(1.0))
     (inputs / "00.csv").write_text("1\n")
     ran = unlatch("map", "halve", *(word.format(inputs) for word in arguments), "-o", str(tmp_path / "out"))
@@ -137,7 +137,10 @@ def test_what_cannot_begin_does_nothing(
 
 
 def test_ctrl_c_leaves_what_is_finished(mesh: Mesh, tmp_path: Path) -> None:
-    """SIGINT in the middle ends with 130 and whole files only; the same command again does the rest and no more."""
+    """SIGINT in the middle ends with 130 and leaves whole files only.
+
+    The same command again does the rest and no more.
+    """
     images = tmp_path / "images.npy"
     np.save(images, np.random.default_rng(1).normal(size=(40, 400, 400)))
     out = tmp_path / "out"
@@ -168,7 +171,7 @@ def finished(directory: Path) -> set[Path]:
 
 
 def test_a_gateway_that_is_away_for_a_moment_costs_nothing(tmp_path: Path) -> None:
-    """Calls of a pure kernel are tried again until another gateway answers at the address; no item fails."""
+    """Calls of a pure kernel are tried again until another gateway answers at the address. No item fails."""
     image = tmp_path / "images.npy"
     np.save(image, np.random.default_rng(1).normal(size=(30, 200, 200)))
     any_port = "127.0.0.1:0"
@@ -189,7 +192,7 @@ def test_a_gateway_that_is_away_for_a_moment_costs_nothing(tmp_path: Path) -> No
 
 
 def test_a_gateway_that_stays_away_ends_the_map(tmp_path: Path) -> None:
-    """It does not go through thousands of items that cannot be called: it says how many are left, and ends with 1."""
+    """Without a gateway `map` does not go through thousands of items: it says how many are left, and ends with 1."""
     x = tmp_path / "x.npy"
     np.save(x, np.ones((5000, 3)))
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""`unlatch top` on a real terminal (tmux), beside a real mesh that works, loses a worker, goes and comes back."""
+"""`unlatch top` on a real terminal (tmux), beside a real mesh that works, loses a worker, ends and comes back."""
 
 import json
 import os
@@ -27,7 +27,7 @@ NAMES = ("gateway", "dispatcher", "forkserver", "worker-0", "worker-1")
 
 
 class Pane:
-    """A terminal of its own, in which a shell runs `unlatch top` and then says how that ended."""
+    """A terminal in which a shell runs `unlatch top` and then prints its exit code."""
 
     def __init__(self, directory: Path, width: int, height: int) -> None:
         self._tmux = ["tmux", "-u", "-f", "/dev/null", "-S", str(directory / "tmux")]
@@ -50,7 +50,7 @@ class Pane:
         return self("capture-pane", "-p")
 
     def row(self, name: str) -> str:
-        """The line of a process; empty while there is none."""
+        """Return the line of a process; empty while there is none."""
         return next((line for line in self.text.splitlines() if line.startswith(f"{name} ")), "")
 
     def wait_for(self, condition: Callable[[str], object], what: str) -> None:
@@ -62,7 +62,7 @@ class Pane:
 
 @pytest.fixture
 def pane(tmp_path: Path) -> Iterator[Callable[..., Pane]]:
-    """Opens terminals."""
+    """Open terminals for a test."""
     opened = []
 
     def open_(arguments: str, width: int = 100, height: int = 24) -> Pane:
@@ -78,14 +78,14 @@ def pane(tmp_path: Path) -> Iterator[Callable[..., Pane]]:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    """A mesh that these tests alone use, so that all it does is theirs."""
+    """A mesh that these tests alone use, so that all its work is theirs."""
     with running_mesh(tmp_path_factory.mktemp("top")) as running:
         yield running
 
 
 @contextmanager
 def load(mesh: Mesh, seconds: float) -> Iterator[None]:
-    """Four callers, each with one `burns` after the other, whatever becomes of a call."""
+    """Four callers, which call `burns` again and again, whatever becomes of a call."""
     ending = threading.Event()
 
     def call() -> None:
@@ -118,7 +118,7 @@ def percent(row: str) -> float:
 
 @needs_tmux
 def test_what_is_shown_is_what_is(own: Mesh, pane: Callable[..., Pane]) -> None:
-    """Under load: every process by name, its utilisation as /metrics has it, its bar, its memory, what it runs."""
+    """Under load the picture has every process by name, its utilisation as in /metrics, its bar, memory and run."""
     with load(own, 0.01):
         top = pane(watching(own), 120)
         top.wait_for(lambda text: all(f"{name} " in text for name in NAMES), "every process is there")
@@ -149,14 +149,14 @@ def test_what_is_shown_is_what_is(own: Mesh, pane: Callable[..., Pane]) -> None:
             return sum(calls) / len(calls) == pytest.approx(grown / (time.monotonic() - began), rel=0.3)
 
         wait_until(rate_agrees, "calls a second are those of /metrics")
-        # Where calls have ended since the last look.
+        # Calls have ended since the last scrape.
         top.wait_for(lambda text: re.search(r"p50 [\d.]+ m?s  p99 [\d.]+ m?s", text), "latencies are there")
         top.wait_for(lambda text: re.search(r"^burns +[\d.]+ +0 ", text, re.MULTILINE), "the kernel has its row")
 
 
 @needs_tmux
 def test_a_long_run_and_an_idle_worker(own: Mesh, pane: Callable[..., Pane], tmp_path: Path) -> None:
-    """What runs long is shown with its growing time; it says idle afterwards."""
+    """A long run is shown with its growing time. The worker is shown as idle afterwards."""
     top, gate = pane(watching(own)), Gate(tmp_path / "gate")
     with BlockingClient(own.gateway) as client:
         runs = threading.Thread(target=client.waits_for, kwargs={"path": str(gate)})
@@ -171,7 +171,7 @@ def test_a_long_run_and_an_idle_worker(own: Mesh, pane: Callable[..., Pane], tmp
 
 @needs_tmux
 def test_it_survives_being_resized(own: Mesh, pane: Callable[..., Pane]) -> None:
-    """Narrower, lower, wider again: the picture fits each time, and names are there."""
+    """Narrower, lower and wider again, the picture fits each time and has the names."""
     top = pane(watching(own), 100, 24)
     top.wait_for(lambda text: "worker-1 " in text, "it draws")
     for width, height, cells in ((80, 20, 10), (40, 12, 6), (20, 6, 6), (140, 30, 20)):
@@ -189,7 +189,7 @@ def _has(bar: str, text: str) -> bool:
 
 @needs_tmux
 def test_a_worker_that_is_killed_comes_back(own: Mesh, pane: Callable[..., Pane]) -> None:
-    """Its restarts go up by one, and its bar is there again, under the same name."""
+    """The killed worker's restarts go up by one, and its bar is there again under the same name."""
     top = pane(watching(own))
     top.wait_for(lambda text: "worker-1 " in text, "it draws")
     before = {name: int(top.row(name).split()[-1]) for name in ("worker-0", "worker-1")}
@@ -207,7 +207,7 @@ def test_a_worker_that_is_killed_comes_back(own: Mesh, pane: Callable[..., Pane]
 
 @needs_tmux
 def test_a_server_that_goes_and_comes_back(tmp_path: Path, pane: Callable[..., Pane]) -> None:
-    """It says since when nobody answers; then its figures again, and no negative rate though all began at 0."""
+    """The picture says since when a server is away; later it has figures again, and no negative rate."""
     socket = tmp_path / "front.sock"
     ports = ("--health-listen", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--replicas", f"unix:{socket}")
     with running_front(socket) as front:
@@ -237,7 +237,10 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path, pane: Callable[..., P
 @needs_tmux
 @pytest.mark.parametrize(("key", "code"), [("q", 0), ("C-c", 130), ("SIGTERM", 143)])
 def test_the_terminal_is_as_it_was(own: Mesh, pane: Callable[..., Pane], key: str, code: int) -> None:
-    """The key q ends with 0, Ctrl-C 130, SIGTERM 143; the screen from before is back, lines are edited and echoed."""
+    """The key q ends with 0, Ctrl-C with 130, SIGTERM with 143.
+
+    The old screen is back, and lines are edited and echoed.
+    """
     top = pane(watching(own))
     top.wait_for(lambda text: "worker-1 " in text and "before" not in text, "it draws")
     if key == "SIGTERM":
@@ -253,7 +256,7 @@ def test_the_terminal_is_as_it_was(own: Mesh, pane: Callable[..., Pane], key: st
 
 @needs_tmux
 def test_a_terminal_without_colour(own: Mesh, pane: Callable[..., Pane]) -> None:
-    """Nothing is coloured, and nothing is lost."""
+    """Nothing is coloured, and nothing is missing."""
     top = pane(watching(own))
     top.wait_for(lambda text: "worker-1 " in text, "it draws")
     coloured = top("capture-pane", "-p", "-e")
@@ -268,7 +271,7 @@ def test_a_terminal_without_colour(own: Mesh, pane: Callable[..., Pane]) -> None
 
 
 def test_once(own: Mesh, unlatch: Unlatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One picture, on no terminal; as JSON the same figures."""
+    """With --once one picture is printed without a terminal, and with --json the same figures."""
     monkeypatch.setenv("COLUMNS", "120")
     flags = ["top", "--once", *watching(own).split()]
     text = unlatch(*flags)
@@ -289,7 +292,7 @@ def test_once(own: Mesh, unlatch: Unlatch, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_terminal_of_few_letters(own: Mesh, mesh: Mesh) -> None:
-    """Where stdout takes ASCII only, pictures and texts are shown with it."""
+    """Where stdout takes ASCII only, pictures and texts are printed in ASCII."""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     once, text = f"top --once {watching(own)}", f"kernels default_scalars --server {mesh.gateway}"
     for command in (once.split(), text.split()):
@@ -299,7 +302,7 @@ def test_a_terminal_of_few_letters(own: Mesh, mesh: Mesh) -> None:
 
 
 def test_once_of_nobody(unlatch: Unlatch) -> None:
-    """Where nothing can be read that is the answer; where something can, the rest is said to be away."""
+    """If no address can be read, the output says so. If one can, the others are said to be away."""
     ran = unlatch("top", "--once", "--json", "--metrics", "127.0.0.1:1,127.0.0.1:2")
     assert ran.code == 1
     assert ran.error["code"] == "UNAVAILABLE"
@@ -307,7 +310,7 @@ def test_once_of_nobody(unlatch: Unlatch) -> None:
 
 
 def test_json_lines(own: Mesh) -> None:
-    """Without --once there is a line for every look, until somebody ends it."""
+    """Without --once a line is printed for every scrape, until the command is ended."""
     command = [*COMMAND, "top", "--json", *watching(own).split()]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as top:
         assert top.stdout is not None
@@ -319,7 +322,7 @@ def test_json_lines(own: Mesh) -> None:
 
 
 def test_several_replicas(own: Mesh, tmp_path: Path, unlatch: Unlatch) -> None:
-    """Processes of each are told apart by its address, errors by their code."""
+    """Processes are told apart by their replica's address, and errors by their code."""
     with running_front(tmp_path / "second.sock") as second, BlockingClient(own.gateway) as client:
         address = second.wait_for("serving")["metrics_listen"]
         addresses = f"{own.gateway_metrics},{own.front_metrics},{address}"
