@@ -67,10 +67,10 @@ class OpenLane:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def call(self, descriptor: Descriptor, body: Body, waiter: Any) -> int:  # noqa: ARG002 (Lane)
-        if waiter.breaks == "lane":
+    def call(self, descriptor: Descriptor, body: Body, listener: Any, started: Any = None) -> int:  # noqa: ARG002 (Lane)
+        if listener.breaks == "lane":
             raise ValueError("a mistake")
-        self.calls.append(waiter)
+        self.calls.append(listener)
         return len(self.calls)
 
     def cancel(self, number: int) -> None: ...
