@@ -106,6 +106,9 @@ class Call:
     def __post_init__(self) -> None:
         self.descriptor.request.kernel = "k"
 
+    def started(self) -> bool:
+        return False
+
     def remaining_microseconds(self) -> int:
         if self.breaks == "send":
             raise ValueError("a mistake")
