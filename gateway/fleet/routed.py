@@ -33,7 +33,7 @@ class Routed(ReplyListener, Protocol):
         """What is left of its time."""
 
     def started(self) -> bool:
-        """Note that a worker begins the call; returns whether the replica waits for an acknowledgement."""
+        """Note that a worker has begun it, or is about to; returns whether the replica waits to hear of that."""
 
     def sent(self, replica: "Replica", lane: "Lane", number: int) -> None:
         """Take note that it is on that lane to that replica now, under that number."""
