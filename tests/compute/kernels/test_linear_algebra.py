@@ -99,7 +99,7 @@ def well_conditioned(seed: int, n: int, dtype: str) -> np.ndarray[Any, Any]:
     seed=st.integers(0, 2**32),
 )
 def test_solve_agrees_with_scipy(n: int, columns: list[int], dtype: str, seed: int) -> None:
-    """One right-hand side, several and none are solved in every dtype."""
+    """Equations with one right-hand side, several and none are solved in every dtype."""
     a = well_conditioned(seed, n, dtype)
     b = random_matrix(seed + 1, (n, *columns), dtype)
     x = solve(a, b)

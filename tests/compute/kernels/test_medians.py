@@ -45,7 +45,7 @@ def test_a_nan_fills_its_square(size: int, dtype: str) -> None:
 
 
 def test_a_median_forgets_specks() -> None:
-    """One bright pixel in nine disappears, and an edge stays where it was."""
+    """A bright pixel among nine disappears, and an edge stays where it was."""
     image = np.zeros((9, 9), np.uint8)
     image[:, 5:] = 200
     speckled = image.copy()

@@ -1,4 +1,4 @@
-"""Meshes for faults: their workers serve kernels that misbehave, and their services may end other than asked to."""
+"""Meshes for faults: their workers serve kernels that misbehave, and their services may end in any way."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ ANY_PORTS = ("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"
 
 @contextmanager
 def gateway_to(socket: Path, *flags: str) -> Iterator[Service]:
-    """A gateway that may end any way; killed afterwards if it has not."""
+    """Run a gateway that may end in any way. It is killed afterwards if it has not ended."""
     arguments = ("--listen", "127.0.0.1:0", "--replicas", f"unix:{socket}", *ANY_PORTS, "--drain-seconds", "5")
     with Service("gateway", *arguments, *flags) as gateway:
         gateway.wait_for("serving")
@@ -30,7 +30,7 @@ def gateway_to(socket: Path, *flags: str) -> Iterator[Service]:
 
 @contextmanager
 def front_at(socket: Path, *flags: str) -> Iterator[Service]:
-    """The same of a replica."""
+    """Run a replica in the same way."""
     arguments = ("--listen", f"unix:{socket}", *ANY_PORTS, "--workers", "2", "--kernels", str(FAULT_KERNELS))
     with Service("compute", *arguments, *flags) as front:
         front.wait_for("serving")
@@ -38,7 +38,7 @@ def front_at(socket: Path, *flags: str) -> Iterator[Service]:
 
 
 async def answered(client: Client, within: float = 10.0) -> None:
-    """Wait until a call is answered: what was killed is up again, and this client knows it."""
+    """Wait until a call is answered: the killed process is replaced, and this client has noticed."""
     x = np.arange(3.0)
     end = time.monotonic() + within
     while True:
@@ -52,24 +52,24 @@ async def answered(client: Client, within: float = 10.0) -> None:
 
 
 def restarts(mesh: Mesh, reason: str = "") -> float:
-    """How many workers have been replaced; for one reason, where that is given."""
+    """Return how many workers have been replaced, for one reason if that is given."""
     labels = {"reason": reason} if reason else {}
     return Scrape(mesh.front_metrics).sum("unlatch_worker_restarts_total", **labels)
 
 
 def is_full(mesh: Mesh) -> bool:
-    """Whether both of its workers are there."""
+    """Whether both of the mesh's workers are up."""
     return Scrape(mesh.front_metrics).sum("unlatch_worker_up") == 2
 
 
 def gone(mesh: Mesh) -> float:
-    """How many callers have left, as far as the front knows."""
+    """Return how many cancelled calls the front has counted."""
     return Scrape(mesh.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
 
 
 @pytest.fixture(scope="session")
 def at_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where a file `way.start` makes the next worker of a mesh of faults die while it starts."""
+    """A file `way.start` in this directory makes the next worker of a mesh of faults die while it starts."""
     directory = tmp_path_factory.mktemp("start")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAULTS_DIRECTORY", str(directory))
@@ -78,14 +78,14 @@ def at_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
-    """A mesh of two workers that serve the kernels of faults; it must outlive every fault, and end cleanly.
+    """A mesh of two workers that serve the kernels of faults. It must survive every fault, and end cleanly.
 
-    However long they run, they do not count as long: calls are staged behind them.
+    Its runs never count as long, so that calls can be staged behind them.
     """
     flags = ["--kernels", str(FAULT_KERNELS), "--long-call-seconds", "3600", "--stopped-worker-seconds", "0.5"]
-    # What waits is to wait at the replica, which is what is hurt.
+    # Calls must wait at the replica, which is what the tests hurt.
     flags += ["--ahead-seconds", "3600"]
-    # A front that a test stops for a second is not to be taken for a frozen one.
+    # A front that a test stops for a second must not count as frozen.
     flags += ["--report-seconds", "1"]
     with running_mesh(tmp_path_factory.mktemp("faulty"), front=flags) as running:
         yield running
@@ -100,12 +100,12 @@ async def client(faulty: Mesh) -> AsyncIterator[Client]:
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Callable[[str], Gate]:
-    """Makes gates."""
+    """Make gates."""
     return lambda name: Gate(tmp_path / name)
 
 
 class Fleet:
-    """Replicas of one worker each, and a gateway to them all; each replica may end any way, and be started again."""
+    """Replicas of one worker each, and one gateway to them. Each replica may end in any way, and be started again."""
 
     def __init__(self, stack: ExitStack, directory: Path, count: int, flags: Sequence[str]) -> None:
         self._stack = stack
@@ -119,25 +119,25 @@ class Fleet:
         self.address, self.metrics = serving["listen"], serving["metrics_listen"]
 
     def start(self, number: int) -> None:
-        """Start a replica, in the place of one that has ended, and wait until the gateway has a lane to it."""
+        """Start a replica in the place of one that has ended, and wait until the gateway has a lane to it."""
         line = len(self.gateway.lines)
         self.fronts[number] = self._stack.enter_context(front_at(self.sockets[number], "--workers", "1", *self._flags))
         self.gateway.wait_for("replica is ready", after=line, replica=f"unix:{self.sockets[number]}")
 
     def running(self, record: Path) -> int:
-        """Which replica runs the kernel that has said who it is beside this record."""
+        """Return the replica whose worker has written its pid beside this record."""
         worker = int(Path(f"{record}.pid").read_text())
         fronts = enumerate(self.fronts)
         return next(number for number, front in fronts if front and worker in {one.pid for one in tree(front.pid)})
 
     def kill(self, number: int) -> None:
-        """SIGKILL."""
+        """Kill a replica."""
         front = self.fronts[number]
         assert front is not None
         front.kill()
 
     def stop(self, number: int) -> None:
-        """SIGTERM, and its drain."""
+        """Stop a replica by SIGTERM, and wait for its drain."""
         front = self.fronts[number]
         assert front is not None
         front.stop()
@@ -145,6 +145,6 @@ class Fleet:
 
 @pytest.fixture
 def start_fleet(tmp_path: Path) -> Iterator[Callable[..., Fleet]]:
-    """Starts a gateway that knows of so many replicas, none of which runs yet: `start_fleet(3, *flags of replicas)`."""
+    """Start a gateway that knows of this many replicas, none of them running: `start_fleet(3, *flags of replicas)`."""
     with ExitStack() as stack:
         yield lambda count, *flags: Fleet(stack, tmp_path, count, flags)

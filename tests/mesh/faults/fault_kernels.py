@@ -1,7 +1,7 @@
-"""Kernels that do what no kernel should: they die, hang, lie on their worker's socket and scribble over its memory.
+"""Kernels that no user should write: they die, hang, send false frames to the dispatcher and overwrite its memory.
 
-A test paces them by gates: named pipes that a kernel opens for reading, so that whoever opens one for writing knows
-that the kernel has come that far.
+A test paces them by gates. A gate is a named pipe that a kernel opens for reading. A test that opens it for writing
+knows that the kernel has come that far.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ Matrix = Float64[np.ndarray, "rows cols"]
 Scalar = Float64[np.ndarray, ""]
 
 _EVER = 3600.0
-# While a file named after a way to die lies here, the next worker to start takes it away and dies so.
+# A file in this directory that is named after a way to die makes the next worker take the file and die in that way.
 _AT_START = Path(os.environ.get("FAULTS_DIRECTORY", "/nonexistent"))
 
 
@@ -43,20 +43,20 @@ _AT_START = Path(os.environ.get("FAULTS_DIRECTORY", "/nonexistent"))
 
 @kernel
 def echo(x: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-    """What came."""
+    """Return the input."""
     return x
 
 
 @kernel
 def waits(x: Vector, *, gate: str) -> Vector:
-    """Write the worker's pid beside the gate, wait until it opens, and give the input back."""
+    """Write the worker's pid beside the gate, wait until the gate opens, and return the input."""
     _pass(gate)
     return x
 
 
 @kernel(pure=True)
 def doubles(x: Vector, *, seconds: float = 0.0, record: str = "") -> Vector:
-    """Twice what came, after that long. Each run leaves its first value in the record."""
+    """Return twice the input after that long. Each run adds its first value to the record."""
     _leave(record, x)
     time.sleep(seconds)
     return x * 2.0
@@ -64,7 +64,7 @@ def doubles(x: Vector, *, seconds: float = 0.0, record: str = "") -> Vector:
 
 @kernel
 def doubles_once(x: Vector, *, seconds: float = 0.0, record: str = "") -> Vector:
-    """The same, with an effect: nobody should see its value twice in the record."""
+    """Do the same in a kernel that is not pure: no value should be in the record twice."""
     _leave(record, x)
     time.sleep(seconds)
     return x * 2.0
@@ -72,7 +72,7 @@ def doubles_once(x: Vector, *, seconds: float = 0.0, record: str = "") -> Vector
 
 @kernel(pure=True)
 def repeats_when(x: Vector, *, times: int, there: str, record: str) -> Float64[np.ndarray, "m"]:
-    """What came, so many times, once that file is there. It says who it is, and each run leaves its first value."""
+    """Return the input this many times, once that file exists. Each run adds its pid and first value to the record."""
     Path(f"{record}.pid").write_text(str(os.getpid()))
     _leave(record, x)
     while not Path(there).exists():
@@ -82,7 +82,7 @@ def repeats_when(x: Vector, *, times: int, there: str, record: str) -> Float64[n
 
 @kernel(pure=True)
 def stays_at_first(x: Vector, *, record: str) -> Vector:
-    """Twice what came; the first run stays for ever."""
+    """Return twice the input. The first run never ends."""
     first = not Path(record).exists()
     _leave(record, x)
     if first:
@@ -92,7 +92,7 @@ def stays_at_first(x: Vector, *, record: str) -> Vector:
 
 @kernel
 def burns(*, seconds: float) -> Scalar:
-    """Use that much processor time, and say how much it was."""
+    """Use that much processor time, and return how much it was."""
     return np.array(_burn(seconds))
 
 
@@ -106,7 +106,7 @@ def burns_and_dies(*, seconds: float, record: str) -> Scalar:
 
 @kernel
 def half_busy(*, seconds: float, share: float) -> Scalar:
-    """For that long by the clock, keep a core busy for that share of the time."""
+    """Keep a core busy for this share of this time by the clock."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         began, used = time.monotonic(), time.process_time()
@@ -118,14 +118,14 @@ def half_busy(*, seconds: float, share: float) -> Scalar:
 
 @kernel
 def dawdles(x: Vector, *, seconds: float) -> Vector:
-    """What came, after that long."""
+    """Return the input after that long."""
     time.sleep(seconds)
     return x
 
 
 @kernel
 def waits_at_zero(x: Vector, *, gate: str) -> Vector:
-    """What came; of 0, once the gate has opened."""
+    """Return the input; for 0, wait until the gate has opened."""
     if x[0] == 0:
         _pass(gate)
     return x
@@ -133,7 +133,7 @@ def waits_at_zero(x: Vector, *, gate: str) -> Vector:
 
 @kernel
 def garbles(x: Vector) -> Shaped[np.ndarray, "n"]:
-    """Strings whose bytes, by a fault of the worker, are none."""
+    """Return strings whose bytes, by a fault of the worker, are not valid UTF-8."""
     names = vars(reply_module)
     packed = names["pack_bytes"]
 
@@ -154,16 +154,16 @@ class Twins(NamedTuple):
 
 @kernel
 def twins(x: Vector) -> Twins:
-    """Named outputs."""
+    """Return two named outputs."""
     return Twins(double=x * 2, length=np.array(len(x)))
 
 
-# Deaths. Those that leave the process alive wait for whatever the front does about it.
+# Deaths. Ways that leave the process alive wait for what the dispatcher does.
 
 
 @kernel
 def dies(x: Vector, *, how: str, gate: str = "") -> Vector:
-    """Die, or misbehave, in one of the ways below; once the gate opens, where one is named."""
+    """Die, or misbehave, in one of the ways below, once the gate opens if there is one."""
     run = _local("run")
     _pass(gate)
     _WAYS[how](run.members[0].call)
@@ -173,7 +173,7 @@ def dies(x: Vector, *, how: str, gate: str = "") -> Vector:
 
 @kernel
 def lies(x: Vector, *, how: str, gate: str) -> Vector:
-    """Misbehave in one of the ways below that leave the worker alive, and go on as if nothing had been."""
+    """Misbehave in one of the ways below that leave the worker alive, and then go on normally."""
     run = _local("run")
     _pass(gate)
     _WAYS[how](run.members[0].call)
@@ -182,7 +182,7 @@ def lies(x: Vector, *, how: str, gate: str) -> Vector:
 
 @kernel
 def dies_replying(x: Vector, *, how: str, gate: str = "") -> Vector:
-    """The same when half of the answer is written."""
+    """Die when half of the answer is written."""
     run, mapped = _local("run"), _worker()._mapped
     reply = mapped.reply
 
@@ -200,7 +200,7 @@ def dies_replying(x: Vector, *, how: str, gate: str = "") -> Vector:
 
 @kernel(pure=True)
 def dies_at_first(x: Vector, *, record: str, times: int = 1, how: str = "sigkill") -> Vector:
-    """Die so many times, as the record tells, and then answer."""
+    """Die this many times, as counted in the record, and then answer."""
     path = Path(record)
     died = len(path.read_bytes()) if path.exists() else 0
     if died < times:
@@ -212,18 +212,18 @@ def dies_at_first(x: Vector, *, record: str, times: int = 1, how: str = "sigkill
 
 @kernel
 def dies_while(x: Vector, *, record: str) -> Vector:
-    """Die while that file is there."""
+    """Die while that file exists."""
     if Path(record).exists():
         os.kill(os.getpid(), signal.SIGKILL)
     return x
 
 
-# Calls that nobody waits for.
+# Calls whose callers leave.
 
 
 @kernel
 def spins(*, seconds: float, record: str = "") -> Scalar:
-    """A loop in pure Python that asks nobody; it writes down that it has begun."""
+    """Loop in pure Python without asking whether the caller has left; write down that the loop has begun."""
     if record:
         Path(record).write_text(str(os.getpid()))
     end = time.monotonic() + seconds
@@ -234,7 +234,7 @@ def spins(*, seconds: float, record: str = "") -> Scalar:
 
 @kernel
 def lingers(x: Vector, *, seconds: float) -> Vector:
-    """What came, after that long, or as soon as nobody waits."""
+    """Return the input after that long, or as soon as the caller has left."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not cancelled():
         time.sleep(0.005)
@@ -243,7 +243,7 @@ def lingers(x: Vector, *, seconds: float) -> Vector:
 
 @kernel
 def notices(*, seconds: float, record: str) -> Scalar:
-    """The same, but it asks now and then whether anybody waits; it writes down when nobody did."""
+    """Do the same, but ask only now and then; write down that the caller had left."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if cancelled():
@@ -254,7 +254,7 @@ def notices(*, seconds: float, record: str) -> Scalar:
 
 @kernel(timeout=0.5)
 def timed(*, seconds: float) -> Scalar:
-    """A loop that may run for half a second."""
+    """Loop. The kernel's timeout is half a second."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         pass
@@ -263,20 +263,20 @@ def timed(*, seconds: float) -> Scalar:
 
 @kernel
 def dies_idle(x: Vector, *, how: str, gate: str) -> Vector:
-    """Answer; and die once the gate opens."""
+    """Answer, and die once the gate opens."""
 
     def later() -> None:
         _pass(gate)
         _WAYS[how](0)
 
-    _worker()  # found now: a thread has other frames
+    _worker()  # The thread is found here: later it has other frames.
     threading.Thread(target=later, daemon=True).start()
     return x
 
 
 @kernel
 def leaves_child(x: Vector, *, record: str, how: str = "") -> Vector:
-    """Start a process that outlives the call and has all its files, and write down its pid; then die, if wanted."""
+    """Start a process that outlives the call and has all its files; write down its pid; then die, if wanted."""
     child = os.fork()
     if child == 0:
         time.sleep(_EVER)
@@ -289,7 +289,7 @@ def leaves_child(x: Vector, *, record: str, how: str = "") -> Vector:
 
 @kernel
 def hangs(x: Vector, *, how: str, record: str) -> Vector:
-    """Never come back from C, and keep the interpreter lock meanwhile; write the worker's pid down first."""
+    """Write down the worker's pid, and then never return from C, with the interpreter lock held."""
     started = Path(record)
     started.with_suffix(".new").write_text(str(os.getpid()))
     started.with_suffix(".new").rename(started)
@@ -322,7 +322,7 @@ def leaves_thread(x: Vector, *, gate: str) -> Vector:
 
 @kernel
 def prints(x: Vector, *, megabytes: int, record: str = "") -> Vector:
-    """Write so much to stdout and to stderr; say so first."""
+    """Say so in a file, and then write this much to stdout and to stderr."""
     if record:
         Path(record).touch()
     for _ in range(megabytes):
@@ -358,14 +358,14 @@ _found: Any = None
 
 
 def _worker() -> Any:
-    """The object that serves this worker's calls."""
+    """Find the object that serves this worker's calls."""
     global _found
     _found = _found or _local("self", lambda value: hasattr(value, "_channel"))
     return _found
 
 
 def _end_this_thread() -> None:
-    """The main thread alone, in a way that no Python sees, while another goes on."""
+    """End the main thread alone, unseen by Python, while another thread goes on."""
     threading.Thread(target=time.sleep, args=(_EVER,)).start()
     exit_of_one_thread = {"x86_64": 60, "aarch64": 93}[os.uname().machine]
     ctypes.CDLL(None).syscall(exit_of_one_thread, 0)
@@ -386,7 +386,7 @@ def _send(frame: Any) -> None:
 
 
 def _done(call: int, *tensors: tuple[Any, ...], nanoseconds: int = 1) -> list[Any]:
-    """A Done frame as it is on the wire, right or wrong."""
+    """Make a Done frame as it is on the wire, right or wrong."""
     return ["done", [[call, [list(tensor) for tensor in tensors]]], nanoseconds]
 
 
@@ -395,7 +395,7 @@ def _grow(size: int, segment: int | None = None) -> None:
     number = next(iter(replies)) if segment is None else segment
     fd, _ = replies[number]
     os.ftruncate(fd, size)
-    # Not the whole of it, which nobody could map.
+    # Only the size is wrong: the whole segment could not be mapped.
     replies[number] = fd, mmap.mmap(fd, 1 << 24)
 
 
@@ -447,12 +447,12 @@ _WAYS: dict[str, Callable[[int], Any]] = {
 }
 
 
-# What a worker may try on the memory that it shares with the front.
+# Attempts of a worker on the memory that it shares with the dispatcher.
 
 
 @kernel
 def tampers(x: Vector, *, how: str) -> Shaped[np.ndarray, ""]:
-    """Try it; the name of the error that stopped it, or "done"."""
+    """Try one of them; return the name of the error that stopped it, or "done"."""
     try:
         _ATTEMPTS[how](_worker()._mapped)
     except OSError as error:
@@ -461,7 +461,7 @@ def tampers(x: Vector, *, how: str) -> Shaped[np.ndarray, ""]:
 
 
 def _input_fd(_: Any) -> int:
-    """A descriptor of an input segment, opened anew for reading and writing."""
+    """Open a descriptor of an input segment anew for reading and writing."""
     for number in os.listdir("/proc/self/fd"):
         try:
             if "unlatch-input" in os.readlink(f"/proc/self/fd/{number}"):
@@ -507,7 +507,7 @@ _ATTEMPTS: dict[str, Callable[[Any], Any]] = {
 
 @kernel
 def scribbles(*, megabytes: int, seconds: float) -> Float64[np.ndarray, "n"]:
-    """Ones; and for a while after the answer a thread writes noise over the whole of every reply segment."""
+    """Return ones. For a while after the answer a thread writes noise over the whole of every reply segment."""
     mapped = _worker()._mapped
 
     def scribble() -> None:
@@ -524,26 +524,26 @@ def scribbles(*, megabytes: int, seconds: float) -> Float64[np.ndarray, "n"]:
 
 @kernel
 def grows(x: Vector, *, size: int) -> Vector:
-    """Make the reply segment that large before the answer is written to it."""
+    """Enlarge the reply segment to this size before the answer is written to it."""
     _grow(size, _local("run").reply_segment)
     return x
 
 
-# Calls that run as one. Each tells, row by row, how many rows its run had.
+# Calls that run as one. Each returns, row by row, how many rows its run had.
 
 Rows = Float64[np.ndarray, "rows n"]
 Seen = Int64[np.ndarray, "rows"]
 
 
 class Together(NamedTuple):
-    """A result, and beside each row how many there were."""
+    """A result, and beside each row the number of the run's rows."""
 
     y: Rows
     seen: Seen
 
 
 class Mixed(NamedTuple):
-    """Two arrays as they came, and beside each row how many there were."""
+    """Two arrays as they came, and beside each row the number of the run's rows."""
 
     a: Shaped[np.ndarray, "rows ..."]
     b: Shaped[np.ndarray, "rows *more"]
@@ -556,49 +556,49 @@ def _seen(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 @kernel(pure=True, batch=True, max_batch_size=4096)
 def scaled(x: Rows, *, factor: float = 1.0, label: str = "") -> Together:
-    """Each row times a factor."""
+    """Multiply each row by a factor."""
     return Together(x * factor, _seen(x))
 
 
 @kernel(pure=True, batch=True, max_batch_size=4096)
 def rescaled(x: Rows, *, factor: float = 1.0) -> Together:
-    """The same under another name."""
+    """Do the same under another name."""
     return Together(x * factor, _seen(x))
 
 
 @kernel(pure=True)
 def scaled_alone(x: Rows, *, factor: float = 1.0) -> Together:
-    """The same, of which no calls run as one."""
+    """Do the same in a kernel whose calls never run as one."""
     return Together(x * factor, _seen(x))
 
 
 @kernel(pure=True, batch=True, max_batch_size=8)
 def scaled_by_eight(x: Rows, *, factor: float = 1.0) -> Together:
-    """The same, of at most eight rows at a time."""
+    """Do the same for at most eight rows at a time."""
     return Together(x * factor, _seen(x))
 
 
 @kernel(batch=True, max_batch_size=4096)
 def mixed(a: Shaped[np.ndarray, "rows ..."], b: Shaped[np.ndarray, "rows *more"]) -> Mixed:
-    """What came, of any dtype."""
+    """Return the input, of any dtype."""
     return Mixed(a, b, _seen(a))
 
 
 @kernel(batch=True)
 def addresses(x: Rows) -> Int64[np.ndarray, "rows 3"]:
-    """Of each row's array: the address modulo 64, whether it can be written to, and how many rows there were."""
+    """Return each row's address modulo 64, whether it can be written to, and the number of the run's rows."""
     return np.full((len(x), 3), [x.ctypes.data % 64, x.flags.writeable, len(x)])
 
 
 @kernel(batch=True, max_batch_size=4096)
 def stretched(x: Float64[np.ndarray, "rows"], *, length: int) -> Float64[np.ndarray, "rows length"]:
-    """Each number so many times."""
+    """Repeat each number this many times."""
     return np.repeat(x[:, None], length, axis=1)
 
 
 @kernel(batch=True, max_batch_size=4096)
 def picky(x: Rows) -> Together:
-    """Refuse numbers below zero, each in a way of its own."""
+    """Refuse numbers below zero, each in another way."""
     worst = x.min(initial=0.0)
     if worst == -1:
         raise KernelError(f"no {x[x < 0][0]:g} please")
@@ -619,7 +619,7 @@ def picky(x: Rows) -> Together:
 
 @kernel(pure=True, batch=True, timeout=1.5)
 def slow(x: Rows) -> Together:
-    """Three tenths of a second for each row."""
+    """Take three tenths of a second for each row."""
     time.sleep(0.3 * len(x))
     return Together(x, _seen(x))
 
@@ -634,13 +634,13 @@ def deadly(x: Rows) -> Together:
 
 @kernel(pure=True, batch=True, max_batch_size=4096)
 def deadly_pure(x: Rows) -> Together:
-    """The same, and it may be run again."""
+    """Die of numbers below zero, in a pure kernel."""
     return deadly(x)
 
 
 @kernel(batch=True, max_batch_size=4096)
 def waits_together(x: Rows, *, gate: str, record: str = "") -> Together:
-    """Wait until the gate opens, and then write down whether nobody waits any more."""
+    """Wait until the gate opens, and then write down whether all callers have left."""
     _pass(gate)
     if record:
         Path(record).write_text(str(cancelled()))
@@ -649,7 +649,7 @@ def waits_together(x: Rows, *, gate: str, record: str = "") -> Together:
 
 @kernel(batch=True)
 def spins_together(x: Rows, *, record: str) -> Together:
-    """A loop in pure Python that asks nobody; it writes down how many rows it has."""
+    """Loop in pure Python without asking whether callers have left; write down the number of rows."""
     Path(record).write_text(str(len(x)))
     while True:
         pass
@@ -657,7 +657,7 @@ def spins_together(x: Rows, *, record: str) -> Together:
 
 @kernel(batch=True, timeout=0.5)
 def timed_together(x: Rows) -> Together:
-    """A loop without end where a number is below zero; it may run for less than a third of a second."""
+    """Loop without end if a number is below zero. The kernel's timeout is less than a third of a second."""
     while (x < 0).any():
         pass
     return Together(x, _seen(x))
@@ -665,13 +665,13 @@ def timed_together(x: Rows) -> Together:
 
 @kernel(pure=True, batch=True, timeout=0.5)
 def timed_pure(x: Rows) -> Together:
-    """The same, and it may be run again."""
+    """Do the same in a pure kernel."""
     return timed_together(x)
 
 
 @kernel(batch=True)
 def lies_together(x: Float64[np.ndarray, "rows"], *, how: str) -> Float64[np.ndarray, "rows"]:
-    """Answer what cannot be, in one of the ways below, where there are several."""
+    """Answer for several calls with a false frame, in one of the ways below."""
     calls = [member.call for member in _local("run").members]
     if len(calls) > 1:
         for frame in _LIES_TOGETHER[how](calls):
@@ -702,11 +702,11 @@ _LIES_TOGETHER: dict[str, Callable[[list[int]], Any]] = {
 }
 
 
-# Starting.
+# Starts of workers.
 
 
 def _at_start() -> None:
-    """In the forkserver's new child: die where a test wants it."""
+    """Die in the forkserver's new child, if a test wants that."""
     for way in sorted(_AT_START.glob("*.start")) if _AT_START.is_dir() else ():
         try:
             way.unlink()
@@ -720,7 +720,7 @@ def _at_start() -> None:
         return
 
 
-# What is said on the socket by a worker that misbehaves there, and then waits.
+# False frames on the socket of a worker, which then waits.
 _BEGINNINGS: dict[str, Callable[[Any], Any]] = {
     "silent": lambda _: None,
     "closes": lambda channel: channel.close(),
@@ -741,7 +741,7 @@ def _misbegin(how: str) -> Callable[..., None]:
 
 
 def _at_fork() -> None:
-    """In the forkserver, which has a new child, and has told nobody of it yet: end where a test wants it."""
+    """End the forkserver when it has a new child and has not reported it yet, if a test wants that."""
     wanted = _AT_START / "forkserver.fork"
     if wanted.exists():
         wanted.unlink()

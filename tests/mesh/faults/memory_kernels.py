@@ -1,4 +1,4 @@
-"""Kernels that take memory: too much, around the limit, for ever, or more than they said."""
+"""Kernels that take memory: too much, around the limit, without end, or more than they have declared."""
 
 import ctypes
 import os
@@ -20,20 +20,20 @@ _kept: list[object] = []
 
 @kernel
 def own_pid() -> Pid:
-    """Which worker this is."""
+    """Return the worker's pid."""
     return np.array(os.getpid())
 
 
 @kernel
 def allocates(*, megabytes: int) -> Pid:
-    """An array of that size, written to and freed again."""
+    """Write to an array of that size, and free it."""
     np.ones(megabytes << 17)
     return np.array(os.getpid())
 
 
 @kernel(memory=DECLARED_BYTES)
 def declares(*, megabytes: int) -> Pid:
-    """The same of a kernel that has said how much it needs."""
+    """Do the same in a kernel that declares how much it needs."""
     np.ones(megabytes << 17)
     return np.array(os.getpid())
 
@@ -47,16 +47,16 @@ def waits(*, gate: str) -> Pid:
 
 @kernel(batch=True)
 def allocates_together(x: Vector) -> Vector:
-    """An array of as many megabytes as all rows say."""
+    """Allocate as many megabytes as all rows together say."""
     np.ones(int(x.sum()) << 17)
     return x
 
 
 @kernel
 def fills() -> Pid:
-    """Small objects until there is no room for one more."""
+    """Allocate small objects until there is no room for another."""
     held: list[object] = []
-    # Nothing but a collection gives this back.
+    # Only a collection of cycles frees this.
     held.append(held)
     while True:
         held.append(bytes(400))
@@ -64,23 +64,23 @@ def fills() -> Pid:
 
 @kernel
 def refuses(*, megabytes: int) -> Pid:
-    """An error while memory is in use."""
+    """Raise an error while memory is in use."""
     held = np.ones(megabytes << 17)
     raise KernelError(f"all {len(held)} of them")
 
 
 @kernel
 def keeps(*, megabytes: float) -> Pid:
-    """Memory that is never given back."""
+    """Keep memory for ever."""
     _kept.append(np.ones(int(megabytes * (1 << 17))))
     return np.array(os.getpid())
 
 
 @kernel(pure=True)
 def escapes(*, megabytes: int, seconds: float, record: str = "", gate: str = "") -> Pid:
-    """Memory that RLIMIT_DATA does not count: written and then made read-only, 16 MiB at a time.
+    """Take memory that RLIMIT_DATA does not count: it is written and then made read-only, 16 MiB at a time.
 
-    At the gate, where one is named, it has as much as anybody may.
+    At the gate, if there is one, the kernel has as much as it may have.
     """
     if record:
         with Path(record).open("a") as opened:

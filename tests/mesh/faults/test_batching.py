@@ -1,4 +1,4 @@
-"""Calls that run as one: each caller gets its own rows, and what is wrong with one of them is its own affair."""
+"""Calls that run as one: each caller gets its own rows, and an error in one of the calls affects no other."""
 
 import asyncio
 import itertools
@@ -46,9 +46,12 @@ ALL_RUN = ["--no-coalescing"]
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
-    """A mesh of one worker: what waits while it is busy waits together. Replies of more than 64 MiB are too large."""
+    """A mesh of one worker: calls that wait while it is busy wait together.
+
+    Replies of more than 64 MiB are too large.
+    """
     flags = ["--kernels", str(FAULT_KERNELS), "--workers", "1", "--long-call-seconds", "3600"]
-    # What waits is to wait at the replica, whatever one call alone has taken.
+    # Calls must wait at the replica, however long one call alone has taken.
     flags += ["--ahead-seconds", "3600"]
     limit = ["--max-reply-bytes", str(64 * MEBIBYTE)]
     with running_mesh(tmp_path_factory.mktemp("narrow"), front=[*flags, *limit], gateway=ALL_RUN) as running:
@@ -57,7 +60,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def client(narrow: Mesh) -> AsyncIterator[Client]:
-    """A client of that mesh."""
+    """A client of this mesh."""
     async with Client(narrow.gateway, timeout=30.0) as opened:
         yield opened
 
@@ -71,7 +74,7 @@ _gates = itertools.count()
 
 @pytest.fixture
 def begin(narrow: Mesh, client: Client, gate: GateMaker) -> Begin:
-    """Begins calls together: they come while the worker is busy, and when it is let go they have all come."""
+    """Begin calls together: they arrive while the worker is busy, and the worker goes on when all have arrived."""
 
     async def begun(calls: Sequence[Awaitable[object]]) -> list[asyncio.Future[Any]]:
         here = gate(f"busy{next(_gates)}")
@@ -89,7 +92,7 @@ def begin(narrow: Mesh, client: Client, gate: GateMaker) -> Begin:
 
 @pytest.fixture
 def together(begin: Begin) -> Begin:
-    """The results of calls that were begun together, errors among them."""
+    """Return the results of calls that were begun together, errors among them."""
 
     async def ended(calls: Sequence[Awaitable[object]]) -> list[Any]:
         return await asyncio.gather(*(await begin(calls)), return_exceptions=True)
@@ -98,7 +101,7 @@ def together(begin: Begin) -> Begin:
 
 
 async def test_calls_that_wait_run_as_one(narrow: Mesh, client: Client, together: Begin) -> None:
-    """However many rows each has, none included: one run, and each caller's own rows."""
+    """Calls of any number of rows, also none, are one run, and each caller gets its own rows."""
     before = Scrape(narrow.front_metrics)
     arrays = [np.full((rows, 3), float(number)) for number, rows in enumerate([1, 0, 5, 1, 17, 0, 2])]
     for x, (y, seen) in zip(arrays, await together([client.scaled(x, factor=2.0) for x in arrays]), strict=True):
@@ -117,7 +120,7 @@ async def test_calls_that_wait_run_as_one(narrow: Mesh, client: Client, together
 
 
 async def test_call_alone_waits_for_nobody(client: Client) -> None:
-    """One that finds the worker free runs by itself."""
+    """A call that finds the worker free runs by itself."""
     y, seen = await client.scaled(ROW, factor=3.0)
     assert (y.tolist(), seen.tolist()) == ([[3.0, 3.0]], [1])
 
@@ -137,7 +140,7 @@ MIXED: dict[str, Callable[[int], tuple[Array, Array]]] = {
 
 @pytest.mark.parametrize("kind", MIXED)
 async def test_every_dtype_runs_as_one(client: Client, together: Begin, kind: str) -> None:
-    """Several arrays in and out, of any dtype, in whatever segments they lie: back as they went."""
+    """Several arrays in and out, of any dtype and in any segments, come back unchanged."""
     given = [MIXED[kind](number) for number in (1, 0, 4, 2)]
     expected = [(await client.mixed(a, b))[:2] for a, b in given]
     results = await together([client.mixed(a, b) for a, b in given])
@@ -151,7 +154,7 @@ async def test_every_dtype_runs_as_one(client: Client, together: Begin, kind: st
 
 
 async def test_what_differs_never_mixes(client: Client, together: Begin) -> None:
-    """Other dtypes, trailing shapes, parameters (-0.0 is another than 0.0) and kernels run by themselves."""
+    """Other dtypes, trailing shapes, parameters (-0.0 differs from 0.0) and kernels run by themselves."""
     kinds: list[Callable[[], Awaitable[Any]]] = [
         lambda: client.scaled(np.ones((1, 2))),
         lambda: client.scaled(np.ones((1, 3))),
@@ -173,7 +176,7 @@ async def test_what_differs_never_mixes(client: Client, together: Begin) -> None
 
 
 async def test_rows_of_a_run_are_bounded(client: Client, together: Begin) -> None:
-    """By `max_batch_size`: a call of more rows runs alone, the others in as few runs as they fit."""
+    """A call of more rows than `max_batch_size` runs alone, and the others in as few runs as they fit."""
     rows = [3, 9, 3, 3, 2, 8, 0]
     results = await together([client.scaled_by_eight(np.ones((count, 2))) for count in rows])
     seen = [result.seen.tolist() for result in results]
@@ -190,7 +193,7 @@ async def test_urgent_calls_run_first(client: Client, together: Begin) -> None:
 
 
 async def test_run_is_within_the_kernels_timeout(narrow: Mesh, client: Client, together: Begin) -> None:
-    """Once it is known what a call takes, no more of them run as one than have the time."""
+    """Once it is known how long a call takes, only as many run as one as fit the timeout."""
     before = restarts(narrow)
     await client.slow(ROW)
     results = await together([client.slow(ROW) for _ in range(8)])
@@ -200,7 +203,7 @@ async def test_run_is_within_the_kernels_timeout(narrow: Mesh, client: Client, t
 
 
 async def test_statistics_are_of_runs(narrow: Mesh, together: Begin, client: Client) -> None:
-    """ModelStatistics: calls that went well as inferences, their runs as executions, and those by their sizes."""
+    """ModelStatistics counts successful calls as inferences and their runs as executions, and lists runs by size."""
 
     def told(kernel: str) -> tuple[int, int, dict[int, int]]:
         with grpc.insecure_channel(narrow.gateway) as channel:
@@ -221,13 +224,13 @@ async def test_statistics_are_of_runs(narrow: Mesh, together: Begin, client: Cli
 
 
 async def test_kernel_that_takes_no_batches_runs_alone(client: Client, together: Begin) -> None:
-    """Of one that does not say `batch=True` each call is a run."""
+    """Each call of a kernel without `batch=True` is a run."""
     for _, seen in await together([client.scaled_alone(ROW) for _ in range(4)]):
         assert seen.tolist() == [1]
 
 
 async def test_large_calls_run_alone(client: Client, together: Begin) -> None:
-    """What has more bytes than company is worth is not put side by side."""
+    """Calls with more bytes than a batch is worth are not put side by side."""
     arrays = [np.full((1, MEBIBYTE * 20 // 8), float(number)) for number in range(3)]
     for x, (y, seen) in zip(arrays, await together([client.scaled(x) for x in arrays]), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -235,7 +238,7 @@ async def test_large_calls_run_alone(client: Client, together: Begin) -> None:
 
 
 async def test_many_small_calls_fit_the_frames(client: Client, together: Begin) -> None:
-    """More calls than one Run can name are several, and each is answered."""
+    """More calls than a Run frame can name are several runs, and each is answered."""
     calls = 700
     results = await together([client.scaled(np.full((1, 1), float(number))) for number in range(calls)])
     assert [float(y[0, 0]) for y, _ in results] == [float(number) for number in range(calls)]
@@ -243,7 +246,7 @@ async def test_many_small_calls_fit_the_frames(client: Client, together: Begin) 
 
 
 async def test_inputs_of_a_run_are_as_of_one_alone(client: Client, together: Begin) -> None:
-    """On a 64-byte boundary and read-only."""
+    """Inputs begin on a 64-byte boundary, and are read-only."""
     assert (await client.addresses(ROW)).tolist() == [[0, 0, 1]]
     for row in await together([client.addresses(ROW) for _ in range(3)]):
         assert row.tolist() == [[0, 0, 3]]
@@ -264,7 +267,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("worst", REFUSED)
 async def test_one_that_is_refused_fails_alone(client: Client, narrow: Mesh, together: Begin, worst: int) -> None:
-    """With its own message, wherever it stands; the others are answered, and the worker goes on."""
+    """A refused call fails with its own message, in any position. The others are answered, and the worker goes on."""
     pids = set(narrow.workers)
     kind, message = REFUSED[worst]
     values = [1.0, float(worst), 2.0, 3.0]
@@ -280,7 +283,7 @@ async def test_one_that_is_refused_fails_alone(client: Client, narrow: Mesh, tog
 
 
 async def test_all_that_are_refused_fail_each_for_itself(client: Client, together: Begin) -> None:
-    """Every way at once: each hears what is wrong with itself."""
+    """Every kind of refusal at once: each caller gets its own."""
     results = await together([client.picky(np.full((1, 2), float(worst))) for worst in REFUSED])
     for result, (kind, message) in zip(results, REFUSED.values(), strict=True):
         assert isinstance(result, kind), result
@@ -288,14 +291,14 @@ async def test_all_that_are_refused_fail_each_for_itself(client: Client, togethe
 
 
 async def test_bytes_that_are_none_fail_alone(client: Client, together: Begin) -> None:
-    """What only the worker can see of one call's BYTES is that call's fault."""
+    """Invalid BYTES, which only the worker can see, fail their own call alone."""
     good = np.array([b"a"], object)
     results = await together([client.mixed(good, good), client.mixed(good, np.ones(1)), client.mixed(good, good)])
     assert [result.seen.tolist() for result in results] == [[2], [1], [2]]
 
 
 async def test_results_too_large_together_are_given_apart(client: Client, together: Begin) -> None:
-    """Calls whose results are within the limit each, and not all together, are answered; one beyond it fails alone."""
+    """Calls are answered if each result is within the limit and all together are not. One beyond it fails alone."""
     fits = 20 * MEBIBYTE // 8
     results = await together([client.stretched(np.full(1, float(number)), length=fits) for number in range(5)])
     for number, y in enumerate(results):
@@ -306,7 +309,7 @@ async def test_results_too_large_together_are_given_apart(client: Client, togeth
     assert isinstance(many, ResourceExhausted)
 
 
-# Callers who leave.
+# Callers that leave.
 
 
 async def left(task: "asyncio.Future[Any]") -> None:
@@ -318,7 +321,7 @@ async def left(task: "asyncio.Future[Any]") -> None:
 async def test_one_who_leaves_the_queue_is_not_run(
     narrow: Mesh, client: Client, gate: GateMaker, tmp_path: Path
 ) -> None:
-    """Queued, or staged with others behind a run: who leaves is not among the rows that are run."""
+    """A call that is abandoned while queued, or staged with others behind a run, is not among a run's rows."""
     first, second = gate("first"), gate("second")
     running = asyncio.ensure_future(client.waits(X, gate=str(first)))
     await until(lambda: first.reached, "the worker is busy")
@@ -346,7 +349,7 @@ async def test_one_who_leaves_the_queue_is_not_run(
 async def test_run_knows_that_nobody_waits_when_all_have_left(
     narrow: Mesh, client: Client, gate: GateMaker, together: Begin, begin: Begin, tmp_path: Path, leavers: int
 ) -> None:
-    """`cancelled()` is true once the last has left; until then the rest are waited for, and answered."""
+    """`cancelled()` is true once the last caller has left. Until then the others are waited for, and answered."""
     here, record = gate("together"), tmp_path / "cancelled"
     pids = set(narrow.workers)
     calls = await begin([client.waits_together(ROW, gate=str(here), record=str(record)) for _ in range(3)])
@@ -365,7 +368,7 @@ async def test_run_knows_that_nobody_waits_when_all_have_left(
 
 
 async def test_core_is_freed_when_all_have_left(narrow: Mesh, client: Client, begin: Begin, tmp_path: Path) -> None:
-    """A run that goes on for nobody loses its worker, and not before."""
+    """A run that goes on without callers loses its worker, and not before."""
     record, before = tmp_path / "rows", restarts(narrow)
     calls = await begin([client.spins_together(ROW, record=str(record)) for _ in range(3)])
     await until(lambda: record.exists() and record.read_text(), "they run")
@@ -378,7 +381,7 @@ async def test_core_is_freed_when_all_have_left(narrow: Mesh, client: Client, be
 
 
 async def test_many_who_leave_harm_nobody(narrow: Mesh, client: Client, gate: GateMaker, begin: Begin) -> None:
-    """A worker that listens to nobody while hundreds leave, of its run and of the next, answers those who stay."""
+    """Hundreds of callers leave a run and the next one, and the worker takes no notice. The others are answered."""
     here, ends, before = gate("here"), restarts(narrow), gone(narrow)
     calls = await begin(
         [client.waits_together(ROW, gate=str(here)) for _ in range(220)] + [client.scaled(ROW) for _ in range(220)]
@@ -397,7 +400,7 @@ async def test_many_who_leave_harm_nobody(narrow: Mesh, client: Client, gate: Ga
 
 
 async def test_run_that_dies_is_run_again_one_by_one(narrow: Mesh, client: Client, together: Begin) -> None:
-    """Of a pure kernel: the one that kills is refused after its second worker, the others are answered."""
+    """A pure kernel's calls run again. The one that kills is refused after its second worker."""
     before = restarts(narrow)
     one, killer, other = await together([client.deadly_pure(x) for x in (ROW, BAD, ROW)])
     assert isinstance(killer, FailedPrecondition), killer
@@ -407,7 +410,7 @@ async def test_run_that_dies_is_run_again_one_by_one(narrow: Mesh, client: Clien
 
 
 async def test_run_that_dies_of_an_impure_kernel_is_lost(narrow: Mesh, client: Client, together: Begin) -> None:
-    """All that were in it end UNAVAILABLE, and nobody else."""
+    """All calls of the run end UNAVAILABLE, and no others."""
     before = restarts(narrow)
     *lost, right = await together([*(client.deadly(x) for x in (ROW, BAD, ROW)), client.scaled(ROW)])
     for result in lost:
@@ -418,7 +421,7 @@ async def test_run_that_dies_of_an_impure_kernel_is_lost(narrow: Mesh, client: C
 
 
 async def test_timeout_of_a_run_ends_all_of_it(client: Client, together: Begin) -> None:
-    """Of a kernel that is not pure: which of the calls it was nobody knows."""
+    """All calls of a kernel that is not pure fail: nothing tells which of them took too long."""
     for result in await together([client.timed_together(x) for x in (ROW, BAD, ROW)]):
         assert isinstance(result, DeadlineExceeded), result
         assert "timeout of 0.5 s" in str(result)
@@ -450,14 +453,17 @@ LIES = {
 
 @pytest.mark.parametrize("how", LIES)
 async def test_lie_about_a_run_ends_the_worker(narrow: Mesh, client: Client, together: Begin, how: str) -> None:
-    """A worker that answers for its calls what cannot be is killed: nobody waits for ever, or is answered twice."""
+    """A worker that answers for its calls with a false frame is killed.
+
+    No caller waits for ever, or is answered twice.
+    """
     before = Scrape(narrow.front_metrics)
     calls = [client.lies_together(np.full(1, float(number)), how=how) for number in range(3)]
     *results, other = await together([*calls, client.scaled(ROW)])
     if how == "failed after done":
         assert all(not isinstance(result, Exception) for result in results), results
     elif how in ("done after failed", "failed twice"):
-        # One of them was given to the worker again before it was found out.
+        # One of them was given to the worker again before the false frame was found.
         assert sum(isinstance(result, Unavailable) for result in results) <= 1, results
     else:
         assert all(isinstance(result, Unavailable) for result in results), results
@@ -475,7 +481,7 @@ async def test_lie_about_a_run_ends_the_worker(narrow: Mesh, client: Client, tog
 
 
 async def test_large_replies_of_one_segment_stay_what_they_are(narrow: Mesh, client: Client, together: Begin) -> None:
-    """Replies that go out in pieces, while the worker is in its next runs already, are each its caller's to the end."""
+    """Large replies, sent in pieces while the worker runs its next calls, stay unchanged to the end."""
     length = 2 * MEBIBYTE // 8
     for _ in range(3):
         results = await together([client.stretched(np.full(1, float(number)), length=length) for number in range(40)])
@@ -484,7 +490,7 @@ async def test_large_replies_of_one_segment_stay_what_they_are(narrow: Mesh, cli
 
 
 async def test_runs_leave_nothing_behind(narrow: Mesh, client: Client, together: Begin) -> None:
-    """After many runs, refused, left and large ones among them, front and worker hold the memory that they held."""
+    """After many runs, also refused, abandoned and large ones, front and worker hold no more memory."""
     front = narrow.front_service.pid
 
     async def rounds(count: int) -> None:
@@ -515,7 +521,7 @@ _FACTORS = st.sampled_from([1.0, -0.0, 0.0, np.inf, 2.5])
 @given(members=st.lists(st.tuples(_ARRAYS, _FACTORS, st.booleans()), min_size=1, max_size=24))
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_together_is_as_alone(client: Client, together: Begin, members: list[tuple[Array, float, bool]]) -> None:
-    """Whatever is called together has the results and errors, to the last bit, that it has alone."""
+    """Calls that are made together have the results and errors, to the last bit, that each has alone."""
 
     def calls() -> Iterator[Awaitable[object]]:
         for x, factor, picky in members:

@@ -1,4 +1,4 @@
-"""When a call that may have effects begins: once its caller knows, who is not waited for, nor for who has left."""
+"""The beginning of a call that may have effects: once its caller knows, with a bound on waiting for that."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from unlatch.protos.unlatch_pb2 import Frames
 
 @pytest.fixture
 def lane(tmp_path: Path) -> Iterator[LaneEnd]:
-    """To a replica of one worker, behind whose runs others are staged however long they are expected to take."""
+    """A lane to a replica of one worker, where calls are staged behind runs however long they are expected to take."""
     flags = ("--workers", "1", "--long-call-seconds", "3600", "--ahead-seconds", "3600")
     with (
         front_at(tmp_path / "front.sock", *flags) as front,
@@ -30,21 +30,21 @@ def hear(lane: LaneEnd, number: int) -> None:
 
 
 def doubled(lane: LaneEnd, number: int) -> list[float]:
-    """What a call has come to."""
+    """Return a call's result."""
     reply, body = lane.reply(number)
     assert reply.HasField("response"), reply.failure
     return [float(value) for value in np.frombuffer(body)]
 
 
 def make_it_slow(lane: LaneEnd) -> None:
-    """Runs of the kernel are expected to take so long that what is staged behind one is not about to begin."""
+    """Make runs of the kernel count as so long that a call staged behind one is not about to begin."""
     for number in (101, 102, 103):
         lane.call(number, vector("doubles_once", 1.0, seconds=0.1))
         assert doubled(lane, number) == [2.0]
 
 
 def test_beginning_waits_until_its_caller_knows(lane: LaneEnd, tmp_path: Path) -> None:
-    """What may have effects has none before that."""
+    """A call that may have effects has none before its caller knows."""
     record = tmp_path / "record"
     lane.call(1, vector("doubles_once", 1.0, record=str(record)), attempt=1)
     lane.until_started(1)
@@ -55,7 +55,7 @@ def test_beginning_waits_until_its_caller_knows(lane: LaneEnd, tmp_path: Path) -
 
 
 def test_staged_call_begins_though_the_one_before_it_has_left(lane: LaneEnd) -> None:
-    """Its caller hears of it when it is next, and that may be because the other's caller went before it knew."""
+    """A staged call's caller hears of its beginning when it is next, also if the caller before it has left."""
     make_it_slow(lane)
     lane.call(1, vector("doubles_once", 1.0), attempt=1)
     lane.until_started(1)
@@ -67,7 +67,10 @@ def test_staged_call_begins_though_the_one_before_it_has_left(lane: LaneEnd) -> 
 
 
 def test_caller_who_never_says_that_it_knows_is_not_waited_for(lane: LaneEnd, tmp_path: Path) -> None:
-    """Its call ends UNAVAILABLE, not begun, and the one staged behind it is next."""
+    """If its caller does not say that it knows, a call ends UNAVAILABLE without having begun.
+
+    The staged one is next.
+    """
     make_it_slow(lane)
     record = tmp_path / "record"
     lane.call(1, vector("doubles_once", 1.0, record=str(record)), attempt=1)

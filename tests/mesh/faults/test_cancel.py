@@ -1,4 +1,4 @@
-"""Cancelling frees the core: what nobody waits for is dropped, notices, or loses its worker."""
+"""A cancel frees the core: an abandoned call is dropped, or its kernel notices, or it loses its worker."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 X = np.arange(3.0)
 ABANDONED = "abandoned"
 TIMED_OUT = "timed_out"
-# Far longer than any test: what ends it is what is tested.
+# This is far longer than any test: the tests are about ends that come before.
 EVER = 600.0
 
 
@@ -45,7 +45,7 @@ async def left(task: "asyncio.Future[object]") -> None:
 async def test_core_of_a_call_that_nobody_waits_for_is_freed(
     faulty: Mesh, client: Client, tmp_path: Path, how: str
 ) -> None:
-    """A loop that never asks loses its worker when its caller has left, and somebody else's call runs on that core."""
+    """A loop that never asks loses its worker when its caller has left, and another call runs on that core."""
     before, lost, records = restarts(faulty, ABANDONED), wasted(faulty), [tmp_path / "one", tmp_path / "two"]
     async with Client(faulty.gateway) as leaver:
         limit = 0.5 if how == "expired" else EVER
@@ -71,7 +71,7 @@ async def test_core_of_a_call_that_nobody_waits_for_is_freed(
 
 
 async def test_kernel_that_notices_keeps_its_worker(faulty: Mesh, client: Client, tmp_path: Path) -> None:
-    """One that asks `cancelled()` stops by itself; what it had used by then counts as wasted."""
+    """A kernel that asks `cancelled()` stops by itself. What it had used by then counts as wasted."""
     pids, lost = set(faulty.workers), wasted(faulty)
     record = tmp_path / "noticed"
     call = asyncio.ensure_future(client.notices(seconds=EVER, record=str(record)))
@@ -88,7 +88,7 @@ async def test_kernel_that_notices_keeps_its_worker(faulty: Mesh, client: Client
 async def test_call_that_was_not_begun_never_is(
     faulty: Mesh, client: Client, gate: Callable[[str], Gate], tmp_path: Path
 ) -> None:
-    """Queued or staged behind a call that goes on: when its caller leaves it is dropped, and no worker is lost."""
+    """A call that is queued or staged behind a run is dropped when its caller leaves, and no worker is lost."""
     pids = set(faulty.workers)
     gates = [gate("one"), gate("two")]
     busy = [asyncio.ensure_future(client.waits(X, gate=str(each))) for each in gates]
@@ -109,7 +109,7 @@ async def test_call_that_was_not_begun_never_is(
 
 
 async def test_kernels_timeout_ends_its_run(faulty: Mesh, client: Client) -> None:
-    """A kernel's own timeout is DEADLINE_EXCEEDED with its name and limit, and the core is free."""
+    """The call ends DEADLINE_EXCEEDED with the kernel's name and limit, and the core is free."""
     before = restarts(faulty, TIMED_OUT)
     with pytest.raises(DeadlineExceeded, match=r"kernel timed ran for longer than its timeout of 0\.5 s"):
         await client.timed(seconds=EVER)
@@ -119,7 +119,7 @@ async def test_kernels_timeout_ends_its_run(faulty: Mesh, client: Client) -> Non
 
 
 async def test_timeout_is_the_kernels_and_not_the_fronts(faulty: Mesh, client: Client) -> None:
-    """A run that ended in time is answered, though the front stood still until long after its kernel's timeout."""
+    """A run that ended in time is answered, though the front was stopped until long after the kernel's timeout."""
     pids = set(faulty.workers)
     for _ in range(3):
         call = asyncio.ensure_future(client.timed(seconds=0.1))
@@ -136,7 +136,7 @@ async def test_timeout_is_the_kernels_and_not_the_fronts(faulty: Mesh, client: C
 
 @pytest.mark.parametrize("how", DEATHS)
 async def test_pure_call_outlives_its_worker(client: Client, tmp_path: Path, how: str) -> None:
-    """A pure kernel's call runs once more when its worker dies, whatever it dies of, and its caller sees a result."""
+    """A pure kernel's call runs once more when its worker dies, for any reason, and its caller sees a result."""
     record = tmp_path / "deaths"
     np.testing.assert_array_equal(await client.dies_at_first(X, record=str(record), how=how), X)
     assert len(record.read_bytes()) == 1
@@ -144,7 +144,7 @@ async def test_pure_call_outlives_its_worker(client: Client, tmp_path: Path, how
 
 @pytest.mark.parametrize("how", DEATHS)
 async def test_call_that_kills_twice_is_not_run_again(faulty: Mesh, client: Client, tmp_path: Path, how: str) -> None:
-    """Two workers are enough: FAILED_PRECONDITION, and all others are served."""
+    """After two workers the call ends FAILED_PRECONDITION, and all others are served."""
     record = tmp_path / "deaths"
     with pytest.raises(FailedPrecondition, match="2 workers ended while they ran this call"):
         await client.dies_at_first(X, record=str(record), times=100, how=how)

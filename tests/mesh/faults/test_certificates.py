@@ -1,6 +1,6 @@
-"""Certificates on both doors and on lanes: who is refused, what a swap under load costs (nothing), what is told.
+"""Certificates at both doors and on lanes: refusals, files swapped under load without a failed call, and logs.
 
-Real services and certificates; files are swapped as Kubernetes swaps a secret's, and as others replace theirs.
+Services and certificates are real. Files are swapped as Kubernetes swaps a secret's, and as others replace theirs.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ NOBODY = {"tls.crt": b"", "tls.key": b""}
 
 @dataclass(frozen=True, kw_only=True)
 class Secured:
-    """A mesh whose every hop is TLS with both ends verified: its files, its processes, its gateway's address."""
+    """A mesh with TLS on every hop, both ends verified: its files, its processes, its gateway's address."""
 
     authority: Authority
     front_files: Renamed
@@ -59,19 +59,19 @@ class Secured:
 
 
 def serving(files: Renamed) -> tuple[str, ...]:
-    """The flags of a service that shows these files and asks its callers for theirs."""
+    """Return the flags of a service that serves with these files and asks its callers for certificates."""
     shown = "--tls-cert", files["tls.crt"], "--tls-key", files["tls.key"]
     return "--listen", f"{HERE}:0", *ANY_PORTS, *shown, "--tls-client-ca", files["ca.crt"]
 
 
 def calling(files: Renamed) -> tuple[str, ...]:
-    """The flags of a gateway that shows these files to its replicas."""
+    """Return the flags of a gateway that calls its replicas with these files."""
     return "--replica-ca", files["ca.crt"], "--replica-cert", files["tls.crt"], "--replica-key", files["tls.key"]
 
 
 @contextmanager
 def secured(directory: Path, kind: type[Renamed], *flags: str) -> Iterator[Secured]:
-    """A mesh of one replica with files of that kind; its services end cleanly, and no key is in what they logged."""
+    """Run a mesh of one replica with files of that kind. Its services end cleanly, and log no key."""
     authority = Authority()
     front_files, gateway_files = (
         kind(directory / name, {**authority.issue(HERE), "ca.crt": authority.pem}) for name in ("front", "gateway")
@@ -88,7 +88,7 @@ def secured(directory: Path, kind: type[Renamed], *flags: str) -> Iterator[Secur
             for service, files in ((gateway, gateway_files), (front, front_files)):
                 service.stop()
                 logged = "\n".join(service.lines)
-                # gRPC would have a line for each.
+                # gRPC would log a line for each.
                 assert "Handshake failed with error" not in logged
                 assert "PRIVATE" not in logged
                 assert not any(line in logged for line in Path(files["tls.key"]).read_text().splitlines()[1:-1])
@@ -96,19 +96,19 @@ def secured(directory: Path, kind: type[Renamed], *flags: str) -> Iterator[Secur
 
 @pytest.fixture(scope="module")
 def mesh_of_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """One for the tests that leave it as it was."""
+    """A shared mesh for tests that leave it unchanged."""
     with secured(tmp_path_factory.mktemp("secured"), Renamed) as running:
         yield running
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Callable[..., Renamed]:
-    """Makes a caller's files: `files(own certificate, bundle)`."""
+    """Make a caller's files: `files(own certificate, bundle)`."""
     return lambda own, bundle, name="caller": Renamed(tmp_path / name, {**own, "ca.crt": bundle})
 
 
 def channel(address: str, files: Renamed, **names: str) -> grpc.aio.Channel:
-    """A channel of any client's, on connections of its own, with what the files hold now."""
+    """Open a channel of any client, on connections of its own, with the files' present contents."""
     key, chain, ca = (Path(files[name]).read_bytes() for name in ("tls.key", "tls.crt", "ca.crt"))
     credentials = grpc.ssl_channel_credentials(ca, key or None, chain or None)
     options = [("grpc.use_local_subchannel_pool", 1), *(("grpc.ssl_target_name_override", n) for n in names.values())]
@@ -116,7 +116,7 @@ def channel(address: str, files: Renamed, **names: str) -> grpc.aio.Channel:
 
 
 async def infer(opened: grpc.aio.Channel, value: float = 5.0) -> float:
-    """A call by the protocol's door."""
+    """Make a call through the protocol's door."""
     rpc: Any = opened.unary_unary(INFER)
     answer: bytes = await rpc(vector("identity", value).SerializeToString(), timeout=20)
     (given,) = arrays_of(ModelInferResponse.FromString(answer))
@@ -124,7 +124,7 @@ async def infer(opened: grpc.aio.Channel, value: float = 5.0) -> float:
 
 
 async def status_of(opened: grpc.aio.Channel) -> grpc.StatusCode:
-    """How a call by the protocol's door ends."""
+    """Return how a call through the protocol's door ends."""
     try:
         await infer(opened)
     except grpc.aio.AioRpcError as error:
@@ -133,7 +133,7 @@ async def status_of(opened: grpc.aio.Channel) -> grpc.StatusCode:
 
 
 async def test_every_client_comes_in_by_tls(mesh_of_tls: Secured, files: Callable[..., Renamed]) -> None:
-    """A lane, a blocking client, the protocol's door, the command line; an authority between is no hindrance."""
+    """A lane, a blocking client, the protocol's door and the command line work, also with an intermediate authority."""
     authority = mesh_of_tls.authority
     own = files(authority.issue("caller.example", through=True), authority.pem)
     async with Client(mesh_of_tls.address, tls=own.tls) as client:
@@ -171,7 +171,7 @@ REFUSED: dict[str, Caller] = {
 async def test_who_shows_what_is_not_trusted_is_refused(
     mesh_of_tls: Secured, files: Callable[..., Renamed], way: str
 ) -> None:
-    """No call of theirs is answered, by either door or by a replica's; others are served meanwhile."""
+    """Callers with untrusted certificates are refused at both doors and by a replica. Others are served meanwhile."""
     ours = mesh_of_tls.authority
     good = files(ours.issue("good.example"), ours.pem, "good")
     bad = files(*REFUSED[way](ours, Authority()))
@@ -195,7 +195,7 @@ async def test_who_shows_what_is_not_trusted_is_refused(
 
 
 async def test_who_speaks_no_tls_is_refused(mesh_of_tls: Secured) -> None:
-    """Plaintext comes in by neither door."""
+    """Plaintext is refused at both doors."""
     async with grpc.aio.insecure_channel(mesh_of_tls.address) as opened:
         assert await status_of(opened) == grpc.StatusCode.UNAVAILABLE
     async with Client(mesh_of_tls.address) as client:
@@ -204,7 +204,7 @@ async def test_who_speaks_no_tls_is_refused(mesh_of_tls: Secured) -> None:
 
 
 async def test_a_servers_name_is_verified(mesh_of_tls: Secured, files: Callable[..., Renamed]) -> None:
-    """A certificate of another name is nobody's that was called, unless it is that name that is asked for."""
+    """A server with another name is refused, unless that name is the one that is asked for."""
     own = files(mesh_of_tls.authority.issue("caller.example"), mesh_of_tls.authority.pem)
     address = mesh_of_tls.address.replace(HERE, "localhost")
     async with Client(address, tls=own.tls) as client:
@@ -219,7 +219,7 @@ async def test_a_servers_name_is_verified(mesh_of_tls: Secured, files: Callable[
 def test_a_replica_that_cannot_be_verified_gets_nothing(
     mesh_of_tls: Secured, files: Callable[..., Renamed], wrong: str
 ) -> None:
-    """A gateway opens no lane to it, and its log says why."""
+    """The gateway opens no lane to such a replica, and its log says why."""
     ours = mesh_of_tls.authority
     trusted = Authority().pem if wrong == "authority" else ours.pem
     own = files({**ours.issue(HERE)}, trusted)
@@ -234,7 +234,7 @@ def test_a_replica_that_cannot_be_verified_gets_nothing(
 
 
 def test_metrics_tell_when_certificates_expire(mesh_of_tls: Secured) -> None:
-    """Each file's first expiry, by what it is for."""
+    """Metrics have each file's earliest expiry, by what the file is for."""
     for service, files, roles in (
         (mesh_of_tls.gateway, mesh_of_tls.gateway_files, {"tls-cert", "tls-client-ca", "replica-cert", "replica-ca"}),
         (mesh_of_tls.front, mesh_of_tls.front_files, {"tls-cert", "tls-client-ca"}),
@@ -248,7 +248,7 @@ def test_metrics_tell_when_certificates_expire(mesh_of_tls: Secured) -> None:
 
 
 class Load:
-    """Calls by one client's lane and by one channel, one after the other, for as long as it lasts."""
+    """Calls on one client's lane and on one channel, one after another, inside a `with` block."""
 
     def __init__(self, client: Client, opened: grpc.aio.Channel) -> None:
         self.answered = 0
@@ -256,12 +256,12 @@ class Load:
         self._tasks = [asyncio.create_task(self._calls(call)) for call in (client.identity, self._by(opened)) * 4]
 
     async def more(self) -> None:
-        """Wait until some more have been answered, or one has failed."""
+        """Wait until more calls have been answered, or one has failed."""
         wanted = self.answered + 50
         await until(lambda: self.answered >= wanted or any(task.done() for task in self._tasks), "calls are answered")
 
     async def end(self) -> None:
-        """Raises what a call failed of, if any did."""
+        """Raise the error of a failed call, if there was one."""
         self._ended = True
         await asyncio.gather(*self._tasks)
 
@@ -280,7 +280,7 @@ class Load:
 
 
 async def taken(mesh: Secured, since: dict[Service, int]) -> None:
-    """Wait until both services have taken what was put into their files, and the gateway has a new lane by it."""
+    """Wait until both services have taken the new files, and the gateway has a new lane with them."""
     for service, after in since.items():
         for files, names in ((mesh.front_files, "tls"), (mesh.gateway_files, "tls"), (mesh.gateway_files, "replica")):
             if (service is mesh.front) == (files is mesh.front_files):
@@ -293,7 +293,7 @@ async def taken(mesh: Secured, since: dict[Service, int]) -> None:
 
 @asynccontextmanager
 async def swapping(mesh: Secured, load: Load) -> AsyncIterator[None]:
-    """Files are swapped within; afterwards all have taken them, and calls are answered on."""
+    """Swap files inside the `with` block. Afterwards all services have taken them, and calls are still answered."""
     since = {service: len(service.lines) for service in mesh.services}
     yield
     await taken(mesh, since)
@@ -302,15 +302,15 @@ async def swapping(mesh: Secured, load: Load) -> AsyncIterator[None]:
 
 @pytest.mark.parametrize("kind", [Renamed, Mounted])
 async def test_certificates_swapped_under_load_cost_no_call(tmp_path: Path, kind: type[Renamed]) -> None:
-    """A new authority takes the old one's place everywhere: no call fails, and who still shows the old is refused then.
+    """A new authority replaces the old one everywhere: no call fails, and then the old certificates are refused.
 
-    On lanes and connections that were open as on new ones.
+    This holds on open lanes and connections as on new ones.
     """
     with secured(tmp_path, kind) as mesh:
         old, new = mesh.authority, Authority()
         own = kind(tmp_path / "caller", {**old.issue("caller.example"), "ca.crt": old.pem})
         stale = Renamed(tmp_path / "stale", {**old.issue("stale.example"), "ca.crt": old.pem + new.pem})
-        # This one's connection is opened by what holds to the end: any client's that reads no files again.
+        # The connection is opened with what holds to the end: most clients do not read their files again.
         lasting = Renamed(tmp_path / "lasting", {**new.issue("lasting.example"), "ca.crt": old.pem + new.pem})
         ends = mesh.front_files, mesh.gateway_files, own
         async with (
@@ -331,7 +331,7 @@ async def test_certificates_swapped_under_load_cost_no_call(tmp_path: Path, kind
                 async with swapping(mesh, load):
                     for files, name in zip(ends, (HERE, HERE, "caller.example"), strict=True):
                         files.swap(new.issue(name))
-                # The old is still as good as the new.
+                # The old certificate is still as good as the new one.
                 np.testing.assert_array_equal(await left_behind.identity(X), X)
                 async with swapping(mesh, load):
                     for files in ends:
@@ -348,7 +348,7 @@ async def test_certificates_swapped_under_load_cost_no_call(tmp_path: Path, kind
 async def test_a_lane_ends_with_the_certificate_it_was_opened_with(
     mesh_of_tls: Secured, files: Callable[..., Renamed]
 ) -> None:
-    """Once a peer's certificate has expired its open lanes and connections take no more calls; others' do."""
+    """Once a peer's certificate has expired, its open lanes and connections take no more calls. Others' do."""
     ours = mesh_of_tls.authority
     good = files(ours.issue("good.example"), ours.pem, "good")
     brief = files(ours.issue("brief.example", seconds=5.0), ours.pem, "brief")
@@ -366,13 +366,13 @@ async def test_a_lane_ends_with_the_certificate_it_was_opened_with(
 
 
 async def called_until(client: Client, end: float) -> None:
-    """Calls one after the other. Raises what the first that fails fails of."""
+    """Call again and again. Raises the error of the first call that fails."""
     while time.monotonic() < end:
         await client.identity(X, timeout=5.0)
 
 
 async def test_half_a_pair_is_not_taken(tmp_path: Path) -> None:
-    """A certificate without its key leaves everything as it is, and the log says so; with the key it is taken."""
+    """A certificate without its key changes nothing, and the log says so. With the key it is taken."""
     with secured(tmp_path, Renamed) as mesh:
         ours = mesh.authority
         own = Renamed(tmp_path / "caller", {**ours.issue("caller.example"), "ca.crt": ours.pem})
@@ -392,7 +392,7 @@ async def test_half_a_pair_is_not_taken(tmp_path: Path) -> None:
 
 
 def certificate_of(address: str, own: Renamed) -> bytes | None:
-    """What a server shows to a new connection."""
+    """Return the certificate that a server shows to a new connection."""
     context = ssl.create_default_context(cafile=own["ca.crt"])
     context.load_cert_chain(own["tls.crt"], own["tls.key"])
     context.set_alpn_protocols(["h2"])
@@ -406,7 +406,7 @@ def certificate_of(address: str, own: Renamed) -> bytes | None:
 
 
 async def test_connections_are_opened_anew_by_their_age(tmp_path: Path) -> None:
-    """Other clients' connections end when they are old enough; none of their calls fails, and lanes go on."""
+    """Other clients' connections end at a certain age. None of their calls fails, and lanes go on."""
     with secured(tmp_path, Renamed, "--tls-connection-seconds", "1") as mesh:
         ours = mesh.authority
         own = Renamed(tmp_path / "caller", {**ours.issue("caller.example"), "ca.crt": ours.pem})
@@ -423,7 +423,7 @@ async def test_connections_are_opened_anew_by_their_age(tmp_path: Path) -> None:
 
 
 def connections(pid: int, address: str) -> set[str]:
-    """The far ends of the connections to a service's port."""
+    """Return the far ends of the connections to a service's port."""
     port = f"{int(address.rpartition(':')[2]):04X}"
     tables = (Path(f"/proc/{pid}/net/{table}").read_text() for table in ("tcp", "tcp6"))
     rows = [line.split() for table in tables for line in table.splitlines()[1:]]
@@ -445,7 +445,7 @@ WRONG_FILES: dict[str, tuple[dict[str, bytes | None], str]] = {
 
 @pytest.mark.parametrize(("service", "way"), [*(("gateway", way) for way in WRONG_FILES), ("compute", "expired")])
 def test_wrong_files_end_the_start(tmp_path: Path, service: str, way: str) -> None:
-    """With code 2, and the flag, the file and what is wrong with it; nothing of the file itself."""
+    """The start ends with code 2, the flag, the file and the mistake, and quotes nothing of the file."""
     authority = Authority()
     given = Renamed(tmp_path / "files", {**authority.issue(HERE), "ca.crt": authority.pem})
     contents, told = WRONG_FILES[way]
@@ -460,6 +460,6 @@ def test_wrong_files_end_the_start(tmp_path: Path, service: str, way: str) -> No
 
 
 def test_wrong_files_end_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """So does the command line's."""
+    """The command line's start ends in the same way."""
     assert run(["call", "identity", "x=[1]", "--tls-ca", str(tmp_path / "none")]) == 2
     assert "tls.ca" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The Python client against a real mesh: what arrays come back, what a map keeps in flight, and what a fault leaves."""
+"""The Python client against a real mesh: the arrays that come back, a map's calls in flight, and faults."""
 
 import asyncio
 import itertools
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 X = np.arange(3.0)
 KIBIBYTE = np.arange(128.0)
 MEBIBYTE = np.arange(1 << 17, dtype="f8")
-# Far longer than any test: what ends it is what is tested.
+# This is far longer than any test: the tests are about ends that come before.
 EVER = 600.0
 
 
@@ -82,7 +82,7 @@ STRINGS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ARRAYS)
 async def test_array_comes_back(client: Client, name: str) -> None:
-    """Any array comes back with its dtype in the machine's byte order, its shape and its elements, and writable."""
+    """Any array comes back with its shape and elements, its dtype in the machine's byte order, and writable."""
     x = np.asarray(ARRAYS[name])
     y = await client.echo(ARRAYS[name])
     assert y.dtype == x.dtype.newbyteorder("=")
@@ -104,7 +104,7 @@ async def test_strings_come_back(client: Client, name: str) -> None:
 
 
 async def test_lists_and_numbers_become_arrays(client: Client) -> None:
-    """What is no array takes the kernel's dtype."""
+    """A list or a number gets the kernel's dtype."""
     np.testing.assert_array_equal(await client.dawdles([1, 2], seconds=0), np.array([1.0, 2.0]))
     assert await client.echo(3) == 3
 
@@ -120,7 +120,7 @@ async def test_outputs_have_names(client: Client) -> None:
 
 
 async def test_large_array_among_small_ones(client: Client) -> None:
-    """64 MiB go both ways while calls of 1 KiB pass on the same lane, and every one of them is right."""
+    """64 MiB go both ways while calls of 1 KiB pass on the same lane, and all results are right."""
     large = np.arange(8 << 20, dtype="f8")
     await client.echo(KIBIBYTE)
     call = asyncio.ensure_future(client.echo(large))
@@ -137,14 +137,14 @@ async def test_large_array_among_small_ones(client: Client) -> None:
 
 
 async def test_large_arrays_interleave(client: Client) -> None:
-    """Many bodies in pieces at a time, of different kernels, each come back as themselves."""
+    """Many bodies in pieces at a time, of different kernels, come back unchanged."""
     calls = [client.echo(MEBIBYTE[: 1000 * number] + number) for number in range(1, 100)]
     for number, y in enumerate(await asyncio.gather(*calls), 1):
         np.testing.assert_array_equal(y, MEBIBYTE[: 1000 * number] + number)
 
 
 async def test_two_clients_are_apart(faulty: Mesh, gate: Callable[[str], Gate]) -> None:
-    """Two lanes number their calls alike: bodies, replies and cancels still reach the call that they are for."""
+    """Two lanes use the same call numbers, and bodies, replies and cancels still reach their own calls."""
     async with Client(faulty.gateway, timeout=10.0) as one, Client(faulty.gateway, timeout=10.0) as other:
         await asyncio.gather(*(one.echo(X) for _ in range(5)))
 
@@ -168,7 +168,7 @@ async def test_two_clients_are_apart(faulty: Mesh, gate: Callable[[str], Gate]) 
 @pytest.mark.parametrize("size", [16, 100_000])
 @pytest.mark.parametrize("order", ["in order", "as ready"])
 async def test_map_gives_every_result(client: Client, order: str, size: int) -> None:
-    """A map gives each item's result once: in the items' order, or as they are ready."""
+    """A map gives each item's result once, in the items' order or as they are ready."""
     items = [np.full(size, float(number)) for number in range(60)]
     seen = [y[0] async for y in client.map("echo", items, in_flight=16, ordered=order == "in order")]
     assert sorted(seen) == list(range(60))
@@ -178,7 +178,7 @@ async def test_map_gives_every_result(client: Client, order: str, size: int) -> 
 async def test_unordered_map_does_not_wait_for_the_slowest(
     faulty: Mesh, client: Client, gate: Callable[[str], Gate]
 ) -> None:
-    """As they are ready, the slowest result lets by all but what its worker has staged; in order, all wait for it."""
+    """As they are ready, only what its worker has staged waits for the slowest. In order, all wait for it."""
     items = [np.array([float(number)]) for number in range(10)]
     here = gate("as ready")
     as_ready = []
@@ -201,14 +201,14 @@ async def test_unordered_map_does_not_wait_for_the_slowest(
 
 @pytest.mark.parametrize("order", ["in order", "as ready"])
 async def test_map_bounds_what_is_in_flight(faulty: Mesh, client: Client, order: str) -> None:
-    """No more than `in_flight` calls are under way, so no more items are taken than that beyond the results given."""
+    """At most `in_flight` calls run, so no more items are taken than that beyond the results given."""
     taken = given = 0
 
     def items() -> Iterator[np.ndarray[Any, Any]]:
         nonlocal taken
         for _ in range(30):
             taken += 1
-            # The item in hand waits for its turn.
+            # The current item waits for its turn.
             assert taken - given <= 5 + 1
             yield X
 
@@ -224,7 +224,7 @@ async def test_map_bounds_what_is_in_flight(faulty: Mesh, client: Client, order:
 
 
 async def test_leaving_a_map_cancels_what_is_in_flight(faulty: Mesh, client: Client) -> None:
-    """Whoever leaves the loop over a map early leaves nothing under way, and the lane serves on."""
+    """Leaving the loop over a map early leaves no call in flight, and the lane goes on."""
     before = ended(faulty, "dawdles", "CANCELLED")
     async for _ in client.map("dawdles", [X] * 100, in_flight=20, seconds=0.02):
         break
@@ -248,7 +248,7 @@ async def test_failure_ends_a_map(faulty: Mesh, client: Client) -> None:
 
 @pytest.mark.parametrize("x", [X, MEBIBYTE], ids=["small", "large"])
 async def test_cancelled_call_leaves_the_lane_usable(faulty: Mesh, client: Client, x: Any) -> None:
-    """A caller who cancels a call, at whatever moment, frees it everywhere, and the next one is answered."""
+    """A call that is cancelled at any moment is freed everywhere, and the next one is answered."""
     before = ended(faulty, "lingers", "CANCELLED")
     for _ in range(3):
         call = asyncio.ensure_future(client.lingers(x, seconds=EVER))
@@ -258,7 +258,7 @@ async def test_cancelled_call_leaves_the_lane_usable(faulty: Mesh, client: Clien
             await call
         await until(lambda: in_flight(faulty) == 0, "it is not any more")
     assert ended(faulty, "lingers", "CANCELLED") - before == 3
-    # At once: the call may not have left, or its body be on its way.
+    # At once: the call may not have been sent yet, or its body may be on its way.
     for turns in range(20):
         call = asyncio.ensure_future(client.echo(x))
         for _ in range(turns):
@@ -269,7 +269,7 @@ async def test_cancelled_call_leaves_the_lane_usable(faulty: Mesh, client: Clien
 
 
 async def test_deadline_passes(faulty: Mesh, client: Client) -> None:
-    """A call that takes longer than its time fails DEADLINE_EXCEEDED when that is over; the lane serves on."""
+    """A call that takes longer than its time fails DEADLINE_EXCEEDED at that time, and the lane goes on."""
     began = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=r"dawdles did not answer within 0.2 s"):
         await client.dawdles(X, seconds=EVER, timeout=0.2)
@@ -282,7 +282,7 @@ async def test_deadline_passes(faulty: Mesh, client: Client) -> None:
 
 
 async def test_garbled_reply_fails_its_call_alone(client: Client) -> None:
-    """A reply that is not what it says, which only its reader can see, fails one call and not the client's lane."""
+    """A reply that only its reader can see to be wrong fails its own call, and not the client's lane."""
     other = asyncio.ensure_future(client.dawdles(X, seconds=0.2))
     with pytest.raises(UnlatchError):
         await client.garbles(X, timeout=2.0)
@@ -290,7 +290,7 @@ async def test_garbled_reply_fails_its_call_alone(client: Client) -> None:
 
 
 async def test_blocking_client_serves_many_threads(faulty: Mesh) -> None:
-    """One blocking client, called from many threads at a time, gives each its own result."""
+    """A single blocking client, called from many threads at a time, gives each its own result."""
 
     def work(mesh: BlockingClient, thread: int) -> None:
         for number in range(20):
@@ -342,7 +342,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("how", [*SCRIPTS, "command line"])
 async def test_interrupted_caller_leaves_nothing(faulty: Mesh, tmp_path: Path, how: str) -> None:
-    """Ctrl-C ends a caller at once, and what it waited for is cancelled at the gateway."""
+    """Ctrl-C ends a caller at once, and its call is cancelled at the gateway."""
     if how == "command line":
         command = ["-m", "unlatch", "call", "dawdles", "x=[1.0]", "seconds=600", "--server", faulty.gateway]
     else:
@@ -372,7 +372,7 @@ async def test_interrupted_caller_leaves_nothing(faulty: Mesh, tmp_path: Path, h
 
 
 async def test_map_keeps_its_time_when_the_gateway_does_not(tmp_path: Path) -> None:
-    """A gateway that is stopped ends a map as it ends a call: after the time given, by the client's own clock."""
+    """A map on a stopped gateway ends as a call does: after the given time, by the client's own clock."""
     with running_mesh(tmp_path) as mesh:
         async with Client(mesh.gateway) as stopped:
             await stopped.identity(X)
@@ -387,7 +387,7 @@ async def test_map_keeps_its_time_when_the_gateway_does_not(tmp_path: Path) -> N
 
 
 async def test_caller_who_tries_again_at_once_gets_through(tmp_path: Path) -> None:
-    """A loop of nothing but calls sees the replica come back: what refuses a call lets the client hear of it."""
+    """A loop of failing calls sees the replica come back: each refusal lets the client notice it."""
     socket = tmp_path / "front.sock"
     with gateway_to(socket) as gateway, front_at(socket) as front:
         gateway.wait_for("replica is ready")
@@ -405,7 +405,7 @@ async def test_caller_who_tries_again_at_once_gets_through(tmp_path: Path) -> No
 
 
 async def test_client_of_nobody(client: Client) -> None:
-    """A client whose gateway is not there says so within its time, and works once it is."""
+    """A client without a gateway fails within its time, and works once there is one."""
     async with Client("127.0.0.1:1", timeout=0.5) as nobody:
         with pytest.raises(UnlatchError, match=r"127.0.0.1:1|did not answer"):
             await nobody.echo(X)

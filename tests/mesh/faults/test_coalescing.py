@@ -1,4 +1,4 @@
-"""Identical calls of a pure kernel share a run: each caller gets its own answer, and none spoils it for the others."""
+"""Identical calls of a pure kernel share a run: each caller gets its own answer, and none affects the others."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -29,20 +29,20 @@ SHARED = "unlatch_coalesced_calls_total"
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    """A mesh of two workers, whose gateway has yet to learn how long kernels run."""
+    """A mesh of two workers, whose gateway has not learned yet how long kernels run."""
     with running_mesh(tmp_path_factory.mktemp("coalescing"), front=["--kernels", str(FAULT_KERNELS)]) as running:
         yield running
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def client(mesh: Mesh) -> AsyncIterator[Client]:
-    """A client of the mesh."""
+    """A client of this mesh."""
     async with Client(mesh.gateway, timeout=60.0) as opened:
         yield opened
 
 
 async def learned(client: Client, kernel: str, size: int) -> None:
-    """The gateway knows that this kernel takes half a second for so many values."""
+    """Let the gateway learn that this kernel takes half a second for this many values."""
     await client.call(kernel, np.full(size, -1.0), seconds=0.5)
 
 
@@ -51,12 +51,12 @@ def shared(mesh: Mesh, kernel: str = "doubles") -> float:
 
 
 def runs(mesh: Mesh, kernel: str = "doubles") -> float:
-    """By the workers' own count."""
+    """Return the number of runs by the workers' own count."""
     return Scrape(mesh.front_metrics).sum("unlatch_worker_calls_total", kernel=kernel)
 
 
 async def test_identical_calls_cost_one_run(mesh: Mesh, client: Client) -> None:
-    """64 calls through both doors: one run, 64 answers, to each the id that it gave."""
+    """64 calls through both doors are one run and 64 answers, each with its own id."""
     x = np.arange(1.0, 101.0)
     await learned(client, "doubles", x.size)
     ran, joined = runs(mesh), shared(mesh)
@@ -88,7 +88,7 @@ async def test_identical_calls_cost_one_run(mesh: Mesh, client: Client) -> None:
 
 
 async def test_large_calls_are_told_apart_by_their_last_byte(mesh: Mesh, client: Client) -> None:
-    """Tensors that come in pieces share a run where they are the same, and the reply's pieces go to every caller."""
+    """Tensors that come in pieces share a run if they are equal, and the reply's pieces go to every caller."""
     x = np.arange(2.0**18)
     other = x.copy()
     other[-1] += 1.0
@@ -113,7 +113,7 @@ async def test_large_calls_are_told_apart_by_their_last_byte(mesh: Mesh, client:
 async def test_what_is_not_the_same_does_not_share(
     change: Callable[[ModelInferRequest], None], mesh: Mesh, client: Client
 ) -> None:
-    """Whatever a call says counts, but for its id."""
+    """Every field of a call counts, except its id."""
     x = np.array([3.0, 3.0])
     await learned(client, "doubles", x.size)
     message, changed = (request("doubles", {"x": x}, seconds=0.5) for _ in range(2))
@@ -123,14 +123,14 @@ async def test_what_is_not_the_same_does_not_share(
         rpc: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         one, two = rpc(message.SerializeToString()), rpc(changed.SerializeToString())
         await one
-        # One that is refused was not the same either.
+        # A refused call was not identical either.
         with suppress(grpc.aio.AioRpcError):
             await two
     assert shared(mesh) == before
 
 
 async def test_kernels_that_are_not_pure_share_nothing(mesh: Mesh, client: Client, tmp_path: Path) -> None:
-    """Each of their calls runs, and so does each of a kernel whose runs are short."""
+    """Each call of a kernel that is not pure runs, and so does each of a kernel whose runs are short."""
     await learned(client, "doubles_once", 1)
     record, x = tmp_path / "record", np.array([7.0])
     calls = [client.call("doubles_once", x, seconds=0.1, record=str(record)) for _ in range(4)]
@@ -139,7 +139,7 @@ async def test_kernels_that_are_not_pure_share_nothing(mesh: Mesh, client: Clien
 
 
 async def test_one_who_leaves_spoils_it_for_nobody(mesh: Mesh, client: Client, tmp_path: Path) -> None:
-    """Neither the first caller who leaves, nor one whose time is over: the others are answered, by the same run."""
+    """The first caller leaves, and another's time runs out: the others are answered by the same run."""
     x, record = np.array([11.0]), tmp_path / "record"
     await learned(client, "doubles", x.size)
     before = shared(mesh)
@@ -159,7 +159,7 @@ async def test_one_who_leaves_spoils_it_for_nobody(mesh: Mesh, client: Client, t
 
 
 async def test_when_all_have_left_the_core_is_free(start_mesh: StartMesh, tmp_path: Path) -> None:
-    """The last who leaves takes the run back from the worker."""
+    """When the last caller leaves, the run is cancelled at the worker."""
     mesh = start_mesh(front=["--kernels", str(FAULT_KERNELS), "--workers", "1", "--kill-grace-seconds", "0.1"])
     x, record = np.array([13.0]), tmp_path / "record"
     async with Client(mesh.gateway, timeout=60.0) as client:
@@ -174,7 +174,7 @@ async def test_when_all_have_left_the_core_is_free(start_mesh: StartMesh, tmp_pa
 
 
 async def test_a_failure_is_everybodys(mesh: Mesh, client: Client) -> None:
-    """What the run is refused with each caller hears."""
+    """Each caller gets the run's error."""
     x = np.array([17.0])
     await learned(client, "doubles", x.size)
     calls = [asyncio.create_task(client.call("doubles", x, seconds=-1.0)) for _ in range(3)]

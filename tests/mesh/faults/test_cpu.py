@@ -1,4 +1,4 @@
-"""What the counters say of processor time, against the kernels' own clocks and the system's."""
+"""Counters of processor time, compared with the kernels' own clocks and the system's."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def caller(three: Mesh) -> AsyncIterator[Client]:
-    """A client of it."""
+    """A client of this mesh."""
     async with Client(three.gateway, timeout=30.0) as opened:
         yield opened
 
@@ -43,7 +43,7 @@ def of_workers(scrape: Scrape) -> float:
 
 
 async def test_burnt_seconds_are_counted(three: Mesh, caller: Client, tmp_path: Path) -> None:
-    """A kernel's processor seconds by its own clock are its worker's counters', workers that died of it included."""
+    """A kernel's processor seconds by its own clock are its worker's counters, also if workers died of it."""
     before = Scrape(three.front_metrics)
     burnt = sum(float(seconds) for seconds in await asyncio.gather(*(caller.burns(seconds=0.3) for _ in range(3))))
     for number in range(4):
@@ -54,7 +54,7 @@ async def test_burnt_seconds_are_counted(three: Mesh, caller: Client, tmp_path: 
         await until(lambda: Scrape(three.front_metrics).sum("unlatch_worker_up") == 3, "the worker is replaced")
     after = Scrape(three.front_metrics)
     assert not after.fell_since(before)
-    # Starting a worker costs some milliseconds, and the system counts in hundredths of a second.
+    # The start of a worker costs some milliseconds, and the system counts in hundredths of a second.
     assert -0.02 <= of_workers(after) - of_workers(before) - burnt <= 0.03 + 4 * 0.03
     modes = {labels["mode"] for labels in after.labels(CPU)}
     assert modes == {"user", "system"}
@@ -63,7 +63,7 @@ async def test_burnt_seconds_are_counted(three: Mesh, caller: Client, tmp_path: 
 
 
 async def test_every_process_is_counted(three: Mesh) -> None:
-    """Gateway, front, forkserver and each worker have their time, utilisation and memory, as /proc has them."""
+    """Gateway, front, forkserver and each worker have the time, utilisation and memory of /proc."""
     seen = {Scrape(address) for address in (three.gateway_metrics, three.front_metrics)}
     names = {"gateway", "dispatcher", "forkserver", "worker-0", "worker-1", "worker-2"}
     for series in (CPU, RATIO, "unlatch_process_resident_memory_bytes"):
@@ -74,7 +74,10 @@ async def test_every_process_is_counted(three: Mesh) -> None:
 
 
 async def test_utilization_is_the_systems(three: Mesh, caller: Client) -> None:
-    """Over one window a busy, a half-busy and an idle worker read as their clocks say; busy seconds run on in a run."""
+    """Over one window a busy, a half-busy and an idle worker agree with their clocks.
+
+    Busy seconds grow during a run.
+    """
     started = tree(three.front_service.pid)
     workers = {process.pid for process in started if "forkserver" in process.command} & set(three.workers)
     assert len(workers) == 3
@@ -101,7 +104,7 @@ async def test_utilization_is_the_systems(three: Mesh, caller: Client) -> None:
         busy = sorted(last.sum(BUSY, worker=f"{slot}") - first.sum(BUSY, worker=f"{slot}") for slot in range(3))
         print(f"by clock {by_clock}, by metric {by_metric}, busy {busy} of {took:.2f} s, other load {others:.2f} s")
         assert by_metric == pytest.approx(by_clock, abs=0.05)
-        # Each reading is of some moment between its question and its answer.
+        # Each reading was made at some moment between its request and its answer.
         assert busy[0] == pytest.approx(0.0, abs=0.05)
         assert least - 0.05 <= busy[1] <= busy[2] <= took + (began - asked) + 0.05
         assert by_metric[0] < 0.02
@@ -116,8 +119,8 @@ async def test_utilization_is_the_systems(three: Mesh, caller: Client) -> None:
 
 
 def machine_seconds() -> float:
-    """Processor time that all processes and the kernel have used together."""
+    """Read the processor time that all processes and the kernel have used together."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     idle, iowait = int(fields[3]), int(fields[4])
-    # The last two are guests', counted in the first already.
+    # The last two fields are guests', and are part of the first ones.
     return (sum(map(int, fields[:8])) - idle - iowait) / os.sysconf("SC_CLK_TCK")

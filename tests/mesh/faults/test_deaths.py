@@ -1,4 +1,4 @@
-"""Deaths of workers: a way to die x a moment. One death hurts the calls in that worker's hands and nothing else."""
+"""Deaths of workers: a way to die x a moment. A death affects the calls that its worker has, and nothing else."""
 
 import asyncio
 import os
@@ -29,13 +29,13 @@ from unlatch import Client
 from unlatch.common.errors import InvalidArgument, Unavailable
 from unlatch.common.kernel.tensors import Array
 
-# gRPC wants one event loop a process.
+# gRPC wants one event loop in a process.
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 X = np.arange(3.0)
 GateMaker = Callable[[str], Gate]
 
-# How a worker that ends by itself is remembered: by the metrics, whose labels it does not choose.
+# The reason under which metrics count a worker that ends by itself, and whose text it does not choose.
 DEATHS = {
     "sigkill": "killed",
     "sigsegv": "segmentation_fault",
@@ -67,9 +67,9 @@ STORIES = {
     "unknown frame": "the worker sent an undecodable frame",
     "other call": "the worker answered a call that it was not running",
 }
-# A thread's end is no process's: in an idle worker nothing is amiss.
+# The end of a thread is not the end of the process: nothing is wrong in an idle worker.
 IDLE_DEATHS = DEATHS.keys() - {"main thread ends"}
-# Of those, the ones that tell nothing of what the worker does next: to the front it may have ended its run.
+# Some of these say nothing of what the worker does next: for the front it may have ended its run.
 SAID = ("garbage", "empty map", "unknown frame", "other call")
 LIES = (
     *("no output", "too many outputs", "outside", "before", "longer than segment", "negative length"),
@@ -84,7 +84,7 @@ _made = count()
 
 
 def fresh(size: int = 3) -> Array:
-    """An array that no call has had before: one that has met two deaths is refused."""
+    """Make an array that no call has had before: a call that has caused two deaths is refused."""
     return np.full(size, float(next(_made)))
 
 
@@ -94,7 +94,7 @@ def is_dead(process: Process) -> bool:
 
 @contextmanager
 def replaced(mesh: Mesh, reason: str, times: int = 1) -> Iterator[None]:
-    """Within, so many workers die for that reason; afterwards the pool is as it was, and has counted right."""
+    """Check that this many workers die for that reason inside the `with` block, and that the pool recovers."""
     before, ended = Scrape(mesh.front_metrics), restarts(mesh)
     yield
     wait_until(lambda: restarts(mesh) == ended + times, "restarts are counted")
@@ -110,7 +110,7 @@ def replaced(mesh: Mesh, reason: str, times: int = 1) -> Iterator[None]:
 
 
 async def busy(client: Client) -> None:
-    """Have every worker end a call: one that was replaced has then proved itself, and backs off no more."""
+    """Let every worker end a call, so that replaced ones have proved themselves and starts do not back off."""
     echoes = [client.burns(seconds=0.002) for _ in range(8)]
     assert all(burnt >= 0.002 for burnt in await asyncio.gather(*echoes))
 
@@ -135,7 +135,7 @@ async def test_death_in_a_call_fails_that_call(faulty: Mesh, client: Client, ker
 
 @pytest.mark.parametrize("how", LIES)
 async def test_lie_about_a_reply_ends_the_worker(faulty: Mesh, client: Client, how: str) -> None:
-    """A worker that answers what cannot be is killed, its call ends UNAVAILABLE, and the front is none the worse."""
+    """A worker that sends a false answer is killed, its call ends UNAVAILABLE, and the front is unharmed."""
     with replaced(faulty, ""):
         await fails(asyncio.ensure_future(client.dies(fresh(), how=how, timeout=5.0)), "worker")
     assert resident_bytes(faulty.front_service.pid) < 400e6
@@ -144,11 +144,11 @@ async def test_lie_about_a_reply_ends_the_worker(faulty: Mesh, client: Client, h
 
 @pytest.mark.parametrize("how", sorted(IDLE_DEATHS))
 async def test_death_of_an_idle_worker_fails_nothing(faulty: Mesh, client: Client, gate: GateMaker, how: str) -> None:
-    """A worker that dies between calls is replaced, and no call knows."""
+    """A worker that dies between calls is replaced, and no call notices."""
     here = gate("idle")
     np.testing.assert_array_equal(await client.dies_idle(X, how=how, gate=str(here)), X)
     await until(lambda: here.reached, "the thread waits")
-    # A worker that is not in a call takes the end of its socket for the end of its work.
+    # An idle worker takes the closing of its socket for the end of its work.
     with replaced(faulty, "exited" if how == "closes" else DEATHS[how]):
         here.open()
     await busy(client)
@@ -156,7 +156,7 @@ async def test_death_of_an_idle_worker_fails_nothing(faulty: Mesh, client: Clien
 
 @pytest.mark.parametrize("how", [*(how for how in DEATHS if how not in SAID), "from outside"])
 async def test_death_fails_no_call_that_was_not_begun(faulty: Mesh, client: Client, gate: GateMaker, how: str) -> None:
-    """The call that a dead worker ran ends UNAVAILABLE; the one staged behind it, and all others, are answered."""
+    """The call that a dead worker ran ends UNAVAILABLE. The staged one, and all others, are answered."""
     first, second = gate("first"), gate("second")
     with replaced(faulty, DEATHS.get(how, "killed")):
         # Ties go to the lowest slot: the staged calls go to the workers in the same order.
@@ -184,7 +184,7 @@ async def test_death_fails_no_call_that_was_not_begun(faulty: Mesh, client: Clie
 
 @pytest.mark.parametrize("how", DEATHS)
 async def test_death_in_its_grace_hurts_nobody(faulty: Mesh, client: Client, gate: GateMaker, how: str) -> None:
-    """A run that nobody waits for, and whose worker dies of it before it is ended for that, costs one worker."""
+    """An abandoned run whose worker dies before it is killed costs one worker."""
     here = gate("here")
     before = Scrape(faulty.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
     with replaced(faulty, ""):
@@ -196,7 +196,7 @@ async def test_death_in_its_grace_hurts_nobody(faulty: Mesh, client: Client, gat
             lambda: Scrape(faulty.front_metrics).sum("unlatch_calls_total", code="CANCELLED") == before + 1,
             "the front knows",
         )
-        # It may be too late for this: either way it is one end.
+        # It may be too late for this. Either way it is one end.
         here.open()
         for factor, y in enumerate(await asyncio.gather(*others)):
             np.testing.assert_array_equal(y, X * factor)
@@ -208,7 +208,7 @@ async def test_death_in_its_grace_hurts_nobody(faulty: Mesh, client: Client, gat
 async def test_worker_that_lies_may_have_gone_on(
     faulty: Mesh, client: Client, gate: GateMaker, tmp_path: Path, how: str, kernel: str
 ) -> None:
-    """It is killed when it has begun the call staged behind: that runs again if it is pure, and never twice if not."""
+    """The worker is killed after beginning the staged call, which runs again if it is pure, and otherwise not."""
     first, second, record = gate("first"), gate("second"), tmp_path / "record"
     front = faulty.front_service
     with replaced(faulty, ""):
@@ -220,7 +220,7 @@ async def test_worker_that_lies_may_have_gone_on(
         staged = asyncio.ensure_future(client.call(kernel, x, record=str(record)))
         others = [asyncio.ensure_future(client.echo(X)) for _ in range(3)]
         await until(lambda: Scrape(faulty.front_metrics).sum("unlatch_queue_depth") == 2, "one is staged behind each")
-        # The front hears of the lie when the next call has begun, and no sooner.
+        # The front sees the false frame only when the next call has begun.
         front.signal(signal.SIGSTOP)
         try:
             first.open()
@@ -252,7 +252,7 @@ async def test_death_while_starting_is_tried_again(faulty: Mesh, client: Client,
 
 
 async def test_dead_worker_takes_one_call_at_most(faulty: Mesh, client: Client) -> None:
-    """Of calls that come while an idle worker dies, the front gives it one at most before it knows."""
+    """Of calls that come while an idle worker dies, the front gives it one at most before it notices."""
     for _ in range(10):
         victim = Process.of(faulty.workers[-1])
         with replaced(faulty, "killed"):
@@ -265,7 +265,7 @@ async def test_dead_worker_takes_one_call_at_most(faulty: Mesh, client: Client) 
 
 
 async def test_many_deaths_leave_nothing(faulty: Mesh, client: Client) -> None:
-    """After many deaths the front has the descriptors and memory that it had, and no zombie is left anywhere."""
+    """After many deaths the front has the same descriptors and memory as before, and there is no zombie."""
     front, forkserver = faulty.front_service.pid, faulty.pids["forkserver"]
 
     async def deaths(count: int) -> None:
@@ -284,7 +284,7 @@ async def test_many_deaths_leave_nothing(faulty: Mesh, client: Client) -> None:
 
 
 async def test_forkserver_killed(faulty: Mesh, client: Client, gate: GateMaker) -> None:
-    """When the forkserver dies its workers go on, calls included; a worker killed later still gets a successor."""
+    """When the forkserver dies its workers go on, calls included. A worker killed later still gets a successor."""
     here = gate("here")
     running = asyncio.ensure_future(client.waits(X, gate=str(here)))
     await until(lambda: here.reached, "a call runs")
@@ -307,7 +307,10 @@ async def test_forkserver_killed(faulty: Mesh, client: Client, gate: GateMaker) 
 
 
 async def renew(faulty: Mesh, client: Client, processes: list[Process]) -> None:
-    """Workers whose parent is gone: nobody but the pidfd tells of their end. All die; the new one has the next two."""
+    """The workers' parent is gone: only the pidfd tells of their end.
+
+    All die, and the new one runs the next two calls.
+    """
     for process in processes:
         ours = process.pid in faulty.workers
         with replaced(faulty, "killed" if ours else "unknown"):
@@ -321,9 +324,9 @@ async def renew(faulty: Mesh, client: Client, processes: list[Process]) -> None:
 async def test_forkserver_killed_while_it_starts_a_worker(
     faulty: Mesh, client: Client, at_start: Path, gate: GateMaker, moment: str
 ) -> None:
-    """A forkserver that dies in the middle of a start is replaced, and so is the worker; the other serves meanwhile.
+    """A forkserver that dies in the middle of a start is replaced, and so is the worker. The other serves meanwhile.
 
-    At the fork it has told nobody of its child; at the child's start it may have, and then that one serves.
+    At the fork it has not reported its child; at the child's start it may have, and then that child serves.
     """
     forkserver = Process.of(faulty.pids["forkserver"])
     (at_start / f"forkserver.{moment}").touch()
@@ -339,13 +342,13 @@ async def test_forkserver_killed_while_it_starts_a_worker(
         each.open()
     await asyncio.gather(*calls)
     await renew(faulty, client, processes)
-    # One that was forked, but of which the front was never told, has ended by itself.
+    # A child that was forked, and not reported to the front, has ended by itself.
     ours = {faulty.pids["forkserver"], *faulty.workers}
     wait_until(lambda: forked(at_start) == ours, "no worker is left that nobody knows")
 
 
 def forked(mark: Path) -> set[int]:
-    """Forkservers and workers of meshes whose environment names that directory."""
+    """Return the forkservers and workers of meshes whose environment names that directory."""
     found = set()
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):
@@ -357,13 +360,13 @@ def forked(mark: Path) -> set[int]:
 
 
 async def test_kernel_that_prints_to_nobody_hangs_alone(faulty: Mesh, client: Client, tmp_path: Path) -> None:
-    """Megabytes on a stderr that nobody reads stop the kernel that prints them, as long as it is let; nobody else."""
+    """Megabytes on an unread stderr stop the kernel that prints them, until its timeout, and no other."""
     record = tmp_path / "prints"
     with faulty.front_service.unread():
         printing = asyncio.ensure_future(client.prints(fresh(), megabytes=4, record=str(record)))
         await until(record.exists, "it prints")
         for _ in range(4):
-            # The front logs each of these ends, to the same stderr.
+            # The front logs each of these ends to the same stderr.
             with replaced(faulty, "killed"):
                 await fails(asyncio.ensure_future(client.dies(fresh(), how="sigkill")), "SIGKILL")
             np.testing.assert_array_equal(await client.echo(X), X)
@@ -398,7 +401,7 @@ async def test_thread_that_a_kernel_leaves_holds_nobody_up(faulty: Mesh, client:
 async def test_child_that_keeps_the_socket_open_hides_no_death(
     faulty: Mesh, client: Client, tmp_path: Path, how: str
 ) -> None:
-    """A worker's end is seen though its end of the socket is not closed, and whoever holds that ends too."""
+    """A worker's end is seen though a child keeps its socket open. That child ends too."""
     record = tmp_path / "child"
     with replaced(faulty, DEATHS[how]):
         doomed = client.leaves_child(fresh(), record=str(record), how=how, timeout=5.0)
@@ -409,7 +412,7 @@ async def test_child_that_keeps_the_socket_open_hides_no_death(
 
 
 async def test_child_of_a_kernel_ends_with_its_worker(faulty: Mesh, client: Client, tmp_path: Path) -> None:
-    """What a kernel has started goes when its worker goes."""
+    """A process that a kernel has started is killed with its worker."""
     record = tmp_path / "child"
     await client.leaves_child(X, record=str(record))
     child = Process.of(int(record.read_text()))
@@ -437,19 +440,19 @@ SEALED = {
 
 @pytest.mark.parametrize("how", SEALED)
 async def test_shared_memory_is_sealed(faulty: Mesh, client: Client, how: str) -> None:
-    """A worker can write no input segment, and shrink no segment at all: the system refuses, and calls go on."""
+    """A worker can write to no input segment, and can shrink no segment: the system refuses, and calls go on."""
     assert str(await client.tampers(X, how=how)) == repr(SEALED[how].encode())
     np.testing.assert_array_equal(await client.echo(X), X)
 
 
 async def test_scribbling_worker_spoils_its_own_reply_alone(faulty: Mesh, client: Client) -> None:
-    """Noise written over a worker's reply segments while the front reads them reaches nobody else's reply."""
+    """Noise written over a worker's reply segments while the front reads them reaches no other reply."""
     with replaced(faulty, "killed"):
         spoilt = asyncio.ensure_future(client.scribbles(megabytes=64, seconds=1.5))
         await until(lambda: Scrape(faulty.front_metrics).sum("unlatch_worker_busy_seconds_total"), "it runs")
         for factor in range(100):
             y = await client.echo(np.full(1000, float(factor)))
-            # The scribbler may be who answers this, and then it may be noise too.
+            # The scribbling worker may be the one that answers this, and then the answer may be noise too.
             assert y.shape == (1000,)
         assert (await spoilt).shape == (64 << 17,)
         scribbler = max(faulty.workers, key=lambda pid: Path(f"/proc/{pid}/task").stat().st_nlink)
@@ -460,7 +463,7 @@ async def test_scribbling_worker_spoils_its_own_reply_alone(faulty: Mesh, client
 
 @pytest.mark.parametrize("size", [1 << 30, 1 << 46])
 async def test_huge_reply_segment_costs_the_front_nothing(faulty: Mesh, client: Client, size: int) -> None:
-    """A reply segment that its worker has made enormous, with a fair reply in it, is read as far as the reply goes."""
+    """An enormous reply segment with a valid reply in it is read only as far as the reply goes."""
     x = np.arange(1 << 18, dtype="f8")
     np.testing.assert_array_equal(await client.grows(x, size=size), x)
     assert resident_bytes(faulty.front_service.pid) < 400e6
@@ -468,6 +471,6 @@ async def test_huge_reply_segment_costs_the_front_nothing(faulty: Mesh, client: 
 
 
 async def test_wrong_call_after_deaths_is_refused_as_ever(client: Client) -> None:
-    """The pool that has outlived all this still tells a caller's fault from its own."""
+    """The pool that has survived all this still tells a caller's fault from its own."""
     with pytest.raises(InvalidArgument):
         await client.waits(X.astype("f4"), gate="")

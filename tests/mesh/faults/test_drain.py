@@ -1,4 +1,4 @@
-"""Drain, health and broken lanes: who is told, who is answered, who is refused, and when the process ends."""
+"""Drain, health and broken lanes: who is informed, answered and refused, and when the process ends."""
 
 import asyncio
 import signal
@@ -48,7 +48,7 @@ async def status(watch: Any) -> int:
 
 
 async def infer(channel: grpc.aio.Channel, message: ModelInferRequest) -> ModelInferResponse:
-    """A call by the Open Inference Protocol's door."""
+    """Make a call through the Open Inference Protocol's door."""
     rpc: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
     answer: bytes = await rpc(message.SerializeToString(), timeout=20)
     return ModelInferResponse.FromString(answer)
@@ -57,9 +57,9 @@ async def infer(channel: grpc.aio.Channel, message: ModelInferRequest) -> ModelI
 @pytest.mark.parametrize("draining", ["gateway", "front"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: signal.Signals) -> None:
-    """Told to stop, a service says NOT_SERVING, refuses new calls at once, answers what is in flight, ends with 0.
+    """A stopped service reports NOT_SERVING, refuses new calls at once, answers those in flight, and ends with 0.
 
-    All the while it is alive.
+    During all that it reports that it is alive.
     """
     socket = tmp_path / "front.sock"
     lane_gate, door_gate = gate("lane"), gate("door")
@@ -89,7 +89,7 @@ async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: sig
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await infer(channel, vector("echo", 1.0))
             assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-            # At once: while those that run wait for what only this test can give them.
+            # At once: running calls wait for what only this test can give them.
             assert not by_lane.done()
             assert not by_door.done()
             lane_gate.open()
@@ -101,7 +101,7 @@ async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: sig
 
 @pytest.mark.parametrize("draining", ["gateway", "front"])
 async def test_drain_is_bounded(tmp_path: Path, gate: GateMaker, draining: str) -> None:
-    """A call that takes longer than `drain_seconds` is cut off UNAVAILABLE, and the process still ends with 0."""
+    """A call that takes longer than `drain_seconds` ends UNAVAILABLE, and the process still ends with 0."""
     socket, here = tmp_path / "front.sock", gate("here")
     flags = ("--drain-seconds", "0.3")
     with front_at(socket, *flags) as front, gateway_to(socket, *flags) as gateway:
@@ -129,7 +129,7 @@ async def test_second_signal_ends_at_once(tmp_path: Path, gate: GateMaker) -> No
                 service.signal(signal.SIGTERM)
                 await asyncio.to_thread(service.wait_for, "draining")
                 service.signal(signal.SIGTERM)
-                # The call that runs has no end, and the drain would be a minute.
+                # The running call has no end, and the drain would take a minute.
                 assert await asyncio.to_thread(service.wait) == 128 + signal.SIGTERM
             with pytest.raises(Unavailable):
                 await call
@@ -155,9 +155,9 @@ async def test_calls_held_for_a_window_hear_of_a_broken_lane(tmp_path: Path, gat
 
 
 async def test_health_follows_the_replica(tmp_path: Path) -> None:
-    """A gateway is NOT_SERVING until it has a replica, SERVING while it has, and every watcher is told.
+    """A gateway is NOT_SERVING without a replica and SERVING with one, and every watcher is informed.
 
-    With none it is alive all the same.
+    Without a replica it still reports that it is alive.
     """
     socket = tmp_path / "front.sock"
     with gateway_to(socket) as gateway:
@@ -184,7 +184,7 @@ async def test_health_follows_the_replica(tmp_path: Path) -> None:
                 assert [await status(watch) for watch in watches] == [SERVING] * 3
                 for service in services:
                     assert (await check(health_pb2.HealthCheckRequest(service=service))).status == SERVING
-                # A watcher that leaves takes nobody along.
+                # A watcher that leaves affects no other.
                 door.cancel()
                 async with Client(entry["listen"]) as other:
                     np.testing.assert_array_equal(await other.echo(X), X)
@@ -199,7 +199,7 @@ async def test_health_follows_the_replica(tmp_path: Path) -> None:
 
 
 async def test_replica_says_when_it_serves(tmp_path: Path) -> None:
-    """A replica's own health knows its lane, its life, and no other service."""
+    """A replica's own health answers for its lane and its life, and for no other service."""
     with running_front(tmp_path / "front.sock") as front:
         address = front.wait_for("serving")["health_listen"]
         for service, expected in {
@@ -213,7 +213,7 @@ async def test_replica_says_when_it_serves(tmp_path: Path) -> None:
 
 
 async def test_reflection_lists_services(tmp_path: Path) -> None:
-    """Tools that ask a port what it serves are told, by gateway, replica and both health ports."""
+    """Gateway, replica and both health ports list their services by reflection."""
     socket = tmp_path / "front.sock"
     with running_front(socket) as front, gateway_to(socket) as gateway:
         door, replica = gateway.wait_for("serving"), front.wait_for("serving")

@@ -1,4 +1,4 @@
-"""Large calls pass through piece by piece: what they take on their way."""
+"""Memory of large calls, which pass through piece by piece."""
 
 import grpc
 import numpy as np
@@ -11,12 +11,13 @@ from unlatch import Client
 
 MEBIBYTE = 1024 * 1024
 SIZE = 256 * MEBIBYTE
-# Of its size: the gateway keeps a call's bytes, which may have to be sent elsewhere; the front has them in the arena.
+# Multiples of the call's size. The gateway keeps a call's bytes to send them again; the front has them in its
+# arena.
 GATEWAY, FRONT = 1.5, 1.2
 
 
 class Taken:
-    """What a process takes beyond what it has now, at its peak: memory of its own, shared arenas left out."""
+    """The memory that a process takes at its peak beyond what it has now, without shared arenas."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -43,7 +44,7 @@ async def test_large_call_is_in_memory_little_more_than_once(start_mesh: StartMe
 
 
 def test_slow_reader_costs_the_gateway_no_more(start_mesh: StartMesh) -> None:
-    """A caller who reads nothing of a large answer has the gateway hold that, and the call no more."""
+    """A caller that reads nothing of a large answer makes the gateway hold the answer, and no longer the call."""
     size = SIZE // 4
     mesh, x = start_mesh(), np.random.default_rng(1).random(size // 8)
     with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel, within=60.0) as lane:
@@ -57,5 +58,5 @@ def test_slow_reader_costs_the_gateway_no_more(start_mesh: StartMesh) -> None:
 
 
 def _is_all_there(mesh: Mesh) -> bool:
-    """Whether the front has sent the large answer's frame, and the gateway taken all of its bytes."""
+    """Whether the front has sent the large answer's frame, and the gateway has taken all of its bytes."""
     return Scrape(mesh.gateway_metrics).sum("unlatch_calls_total", kernel="identity", code="OK") >= 2

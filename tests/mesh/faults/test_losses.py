@@ -1,4 +1,4 @@
-"""Replicas that are lost: what was begun is sent again if it may be, what was not goes elsewhere, nobody runs twice."""
+"""Lost replicas: calls that had begun run again only if they may, others go elsewhere, and none runs twice wrongly."""
 
 import asyncio
 import signal
@@ -24,12 +24,12 @@ BUSY = 12
 
 
 def left_in(record: Path) -> Counter[float]:
-    """How often each value was left."""
+    """Return how often each value is in the record."""
     return Counter(map(float, record.read_text().split())) if record.exists() else Counter()
 
 
 class Callers:
-    """Callers that call one after another, each with values of its own, and look at every result."""
+    """Callers that call again and again, each with values of its own, and check every result."""
 
     def __init__(self, client: Client, kernel: str, record: Path) -> None:
         self._client = client
@@ -56,7 +56,7 @@ class Callers:
 
 
 async def test_replicas_are_killed_and_then_restarted_under_load(start_fleet: StartFleet, tmp_path: Path) -> None:
-    """Not one call of a pure kernel fails; of others some do, each is counted, and none has run twice."""
+    """No call of a pure kernel fails. Some of others do, each of them is counted, and none has run twice."""
     fleet = start_fleet(3)
     await asyncio.gather(*(asyncio.to_thread(fleet.start, number) for number in range(3)))
     async with Client(fleet.address) as client:
@@ -89,14 +89,14 @@ async def test_replicas_are_killed_and_then_restarted_under_load(start_fleet: St
 
 
 async def test_call_that_was_begun_is_sent_again_where_it_is_pure(start_fleet: StartFleet, tmp_path: Path) -> None:
-    """The replica that ran it is killed: another runs it, and it is told from those that nobody had begun."""
+    """The replica that runs the call is killed: another runs it, and metrics tell it from calls that had not begun."""
     fleet = start_fleet(2)
     await asyncio.to_thread(fleet.start, 0)
     x, record = np.arange(1.0, 4.0), tmp_path / "record"
     async with Client(fleet.address) as client:
         calling = asyncio.create_task(client.call("stays_at_first", x, record=str(record), timeout=60.0))
         await until(lambda: left_in(record), "it has begun")
-        # It is told of with the next message.
+        # The beginning is reported with the next message.
         await asyncio.sleep(0.1)
         await asyncio.to_thread(fleet.start, 1)
         await asyncio.to_thread(fleet.kill, 0)
@@ -109,7 +109,7 @@ async def test_call_that_was_begun_is_sent_again_where_it_is_pure(start_fleet: S
 async def test_calls_of_a_frozen_replica_go_elsewhere_or_are_told(
     start_fleet: StartFleet, tmp_path: Path, *, pure: bool
 ) -> None:
-    """Its connection stays, and its silence is noticed: what it ran is run by another if it may be, and no more."""
+    """The replica's connection stays and its silence is noticed: a pure run is run by another replica, no other is."""
     fleet = start_fleet(2)
     await asyncio.to_thread(fleet.start, 0)
     x, record, kernel = np.arange(1.0, 4.0), tmp_path / "record", "stays_at_first" if pure else "doubles_once"
@@ -129,14 +129,17 @@ async def test_calls_of_a_frozen_replica_go_elsewhere_or_are_told(
         else:
             with pytest.raises(Unavailable, match="may have had effect"):
                 await calling
-        # Whoever comes after it is noticed hears nothing of it.
+        # Calls that come after that do not notice it.
         for value in range(20):
             np.testing.assert_array_equal(await client.doubles(np.array([float(value)])), [2.0 * value])
     assert left_in(record) == {1.0: 2 if pure else 1}
 
 
 async def test_call_that_nobody_has_begun_is_sent_elsewhere(start_fleet: StartFleet, tmp_path: Path) -> None:
-    """What waits in a replica that is killed runs in another, once, pure or not; what ran is told that it may have."""
+    """A call that waits in a killed replica runs in another, once, pure or not.
+
+    The running call may have had effects.
+    """
     fleet = start_fleet(2)
     await asyncio.to_thread(fleet.start, 0)
     record = tmp_path / "record"
@@ -161,7 +164,7 @@ async def test_call_that_nobody_has_begun_is_sent_elsewhere(start_fleet: StartFl
 
 
 async def test_large_reply_that_breaks_off_begins_again(start_fleet: StartFleet, tmp_path: Path) -> None:
-    """A replica is killed while a reply of 128 MiB is on its way: its caller gets the whole of another one."""
+    """A replica is killed in the middle of a reply of 128 MiB: the caller gets the whole of another reply."""
     fleet = start_fleet(2)
     await asyncio.gather(*(asyncio.to_thread(fleet.start, number) for number in range(2)))
     x, record, there = np.arange(2.0**17), tmp_path / "record", tmp_path / "there"

@@ -1,4 +1,4 @@
-"""Ten thousand calls wait on one gateway at once, by both doors."""
+"""Ten thousand calls wait in one gateway at once, through both doors."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -16,7 +16,7 @@ from tests.support.watching import Gate, Scrape, resident_bytes, until
 from unlatch import Client
 from unlatch.protos.inference_pb2 import ModelInferResponse
 
-# By each door; a lane's window is 1,024 calls.
+# Through each door; a lane's window is 1,024 calls.
 CALLS, CALLERS = 5_000, 5
 MOST_BYTES_A_CALL = 40 * 1024
 WORKERS = 2
@@ -24,7 +24,7 @@ WORKERS = 2
 
 @pytest.mark.timeout(120)
 async def test_ten_thousand_calls_wait_and_are_answered(tmp_path: Path) -> None:
-    """While no worker is free each takes less than 40 KiB of the gateway; then each gets its own result."""
+    """While no worker is free each call takes less than 40 KiB of the gateway. Then each gets its own result."""
     gates = [Gate(tmp_path / f"gate{number}") for number in range(WORKERS)]
     async with AsyncExitStack() as stack:
         mesh = stack.enter_context(running_mesh(tmp_path, front=["--kernels", str(FAULT_KERNELS)]))
@@ -54,7 +54,7 @@ async def test_ten_thousand_calls_wait_and_are_answered(tmp_path: Path) -> None:
 
 
 async def _unary(stack: AsyncExitStack, address: str) -> Any:
-    # Each a connection of its own, as of as many callers.
+    # Each on a connection of its own, as from as many callers.
     options = [("grpc.use_local_subchannel_pool", 1)]
     channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=options))
     return channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")

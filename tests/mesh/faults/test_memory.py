@@ -1,4 +1,4 @@
-"""Memory of workers: a limit that one call meets alone, replacement that no call notices, and what is given back."""
+"""Memory of workers: a limit that fails one call alone, replacement that no call notices, and freed memory."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ EVER = 600.0
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    """One worker with a limit: whoever serves the next call is the one that was over it, or its successor."""
+    """A single worker with a limit: the next call runs on the worker that met the limit, or on its successor."""
     flags = (*KERNELS, "--workers", "1", "--worker-memory-bytes", str(LIMIT_BYTES))
     with running_mesh(tmp_path_factory.mktemp("limited"), front=flags) as running:
         yield running
@@ -51,7 +51,7 @@ async def pid_of(client: Client) -> int:
 
 
 async def fresh(mesh: Mesh, client: Client) -> int:
-    """Have the worker replaced: what ran before has left its heap in pieces. The new one's pid."""
+    """Replace the worker, whose heap earlier calls have fragmented; return the new one's pid."""
     killed = Process.of(await pid_of(client))
     os.kill(killed.pid, signal.SIGKILL)
     await until(lambda: not killed.alive and Scrape(mesh.front_metrics).sum("unlatch_worker_up"), "it is replaced")
@@ -64,7 +64,7 @@ def taken_bytes(mesh: Mesh) -> float:
 
 @asynccontextmanager
 async def replaced(mesh: Mesh, client: Client, reason: str) -> AsyncIterator[None]:
-    """Within, the only worker is replaced for that reason and no other, and its successor serves."""
+    """Check that the only worker is replaced for that reason alone, and that its successor serves."""
     before, all_before, pid = restarts(mesh, reason), restarts(mesh), await pid_of(client)
     yield
     await until(lambda: restarts(mesh, reason) == before + 1, "the worker is replaced")
@@ -85,7 +85,7 @@ async def replaced(mesh: Mesh, client: Client, reason: str) -> AsyncIterator[Non
 async def test_run_that_needs_too_much_fails_alone(
     limited: Mesh, client: Client, kernel: str, megabytes: int | None, limit: str
 ) -> None:
-    """It ends RESOURCE_EXHAUSTED naming the limit; the same worker serves the next call, which needs much of it too."""
+    """The call ends RESOURCE_EXHAUSTED with the limit. The same worker serves the next call, which needs much too."""
     pid, before = await pid_of(client), restarts(limited)
     arguments = {} if megabytes is None else {"megabytes": megabytes}
     for _ in range(3):
@@ -98,7 +98,7 @@ async def test_run_that_needs_too_much_fails_alone(
 async def test_call_that_needs_too_much_fails_alone_among_several(
     limited: Mesh, client: Client, gate: Callable[[str], Gate]
 ) -> None:
-    """Of calls that ran as one and were refused memory together, only the one that needs too much ends so."""
+    """Of calls that ran as one and were refused memory together, only the one that needs too much fails."""
     await fresh(limited, client)
     here = gate("here")
     waiting = asyncio.ensure_future(client.waits(gate=str(here)))
@@ -119,7 +119,7 @@ async def test_call_that_needs_too_much_fails_alone_among_several(
 
 
 async def test_error_holds_no_memory(limited: Mesh, client: Client) -> None:
-    """What a kernel had in use when it raised is free for the next run."""
+    """Memory that a kernel had in use when it raised is free for the next run."""
     await fresh(limited, client)
     for _ in range(5):
         with pytest.raises(InvalidArgument, match="all 13107200 of them"):
@@ -127,7 +127,7 @@ async def test_error_holds_no_memory(limited: Mesh, client: Client) -> None:
 
 
 async def test_declared_memory_bounds_a_run_whatever_ran_before(limited: Mesh, client: Client) -> None:
-    """What fits the declaration is served and what does not is refused, on a worker that keeps freed memory too."""
+    """A run within its declaration is served and one beyond it is refused, also on a worker that keeps freed memory."""
     await fresh(limited, client)
     for _ in range(3):
         await client.declares(megabytes=DECLARED_BYTES // MiB)
@@ -139,7 +139,7 @@ async def test_declared_memory_bounds_a_run_whatever_ran_before(limited: Mesh, c
 async def test_run_that_goes_around_the_limit_loses_its_worker(
     limited: Mesh, client: Client, gate: Callable[[str], Gate], tmp_path: Path
 ) -> None:
-    """RssAnon shows what RLIMIT_DATA does not: RESOURCE_EXHAUSTED, not UNAVAILABLE, and pure as it is it runs once."""
+    """RssAnon counts what RLIMIT_DATA does not: the call ends RESOURCE_EXHAUSTED, and runs once though it is pure."""
     record, here = tmp_path / "runs", gate("here")
     await fresh(limited, client)
     async with replaced(limited, client, OVER_LIMIT):
@@ -154,7 +154,7 @@ async def test_run_that_goes_around_the_limit_loses_its_worker(
 async def test_run_is_not_blamed_for_what_another_has_left(
     limited: Mesh, client: Client, gate: Callable[[str], Gate]
 ) -> None:
-    """The call behind the one that went around the limit is answered, whether that was caught in time or not."""
+    """The call behind the one that went around the limit is answered, whether that was noticed in time or not."""
     first, second = gate("first"), gate("second")
     before = restarts(limited, OVER_LIMIT)
     guilty = asyncio.ensure_future(client.escapes(megabytes=320, seconds=0.0, gate=str(first)))
@@ -174,7 +174,7 @@ async def test_run_is_not_blamed_for_what_another_has_left(
 
 
 async def test_worker_that_cannot_shrink_is_replaced_between_calls(limited: Mesh, client: Client) -> None:
-    """What a call has left behind is over the limit: the call is answered, and the worker goes."""
+    """A call leaves the worker over the limit: the call is answered, and the worker is replaced."""
     await fresh(limited, client)
     async with replaced(limited, client, OVER_LIMIT):
         await client.escapes(megabytes=272, seconds=0.0)
@@ -183,7 +183,7 @@ async def test_worker_that_cannot_shrink_is_replaced_between_calls(limited: Mesh
 async def test_worker_that_keeps_most_of_its_limit_is_replaced_when_it_runs_short(
     limited: Mesh, client: Client
 ) -> None:
-    """A leak would fail every call from now on: the one that met the limit is the last."""
+    """A leak would fail every later call: the one that met the limit is the last."""
     await client.keeps(megabytes=150)
     assert int(await client.allocates(megabytes=80)) == await pid_of(client)
     async with replaced(limited, client, OVER_LIMIT):
@@ -193,7 +193,7 @@ async def test_worker_that_keeps_most_of_its_limit_is_replaced_when_it_runs_shor
 
 
 async def test_idle_worker_gives_memory_back(limited: Mesh, client: Client) -> None:
-    """Seconds after its last call a worker has no more than it began with, and serves on."""
+    """Seconds after its last call a worker has no more memory than at first, and goes on serving."""
     pid = await fresh(limited, client)
     before = resident_bytes(pid)
     await client.allocates(megabytes=200)
@@ -210,7 +210,7 @@ async def test_idle_worker_gives_memory_back(limited: Mesh, client: Client) -> N
     ids=["growth", "calls"],
 )
 async def test_recycling_under_load_hurts_no_call(tmp_path: Path, flag: str, bound: int, reason: str) -> None:
-    """A kernel that leaks, at saturation: workers come and go, one at a time, and every call has its answer."""
+    """With a leaking kernel at saturation workers are replaced, one at a time, and every call is answered."""
     with running_mesh(tmp_path, front=[*KERNELS, "--workers", "2", flag, str(bound)]) as mesh:
         first = [Process.of(pid) for pid in mesh.workers]
         calls = 0
@@ -228,7 +228,7 @@ async def test_recycling_under_load_hurts_no_call(tmp_path: Path, flag: str, bou
             await until(lambda: Scrape(mesh.front_metrics).sum("unlatch_worker_up") == 2, "the pool is full")
         scrape = Scrape(mesh.front_metrics)
         name = "unlatch_worker_restarts_total"
-        # Of one scrape: another worker may be recycled at any moment.
+        # Both from one scrape: another worker may be recycled at any moment.
         assert scrape.sum(name) == scrape.sum(name, reason=reason)
         assert scrape.sum("unlatch_worker_calls_total", kernel="keeps", outcome="ok") == calls
         assert scrape.sum("unlatch_calls_total", kernel="keeps", code="OK") == calls

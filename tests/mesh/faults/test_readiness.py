@@ -57,7 +57,7 @@ BROKEN_LINE = BROKEN.count("\n")
 HANGING = GOOD + "\nimport time\ntime.sleep(3600)\n"
 # Late enough for the front to have seen that there was a process.
 DYING = GOOD + "\nimport time\nos.register_at_fork(after_in_child=lambda: (time.sleep(0.1), os._exit(7)))\n"
-# What is imported before a fork may be in the way of whoever is forked: a lock that is held, a hook.
+# An import before a fork may hinder every forked process: a lock that is held, a hook.
 STUCK = """\
 
 
@@ -72,7 +72,7 @@ def stick():
 import time
 os.register_at_fork(after_in_child=stick)
 """
-# Far longer than loading takes; it is what these tests last.
+# This is far longer than loading takes, and is how long these tests last.
 SOON = ("--worker-start-seconds", "10")
 
 
@@ -96,7 +96,7 @@ class Own:
             return bool(await check(request) == b"\x08\x01")
 
     def change(self, text: str) -> None:
-        """Another file of kernels, and nobody left who remembers the last one but the workers."""
+        """Replace the file of kernels, so that only running workers have the old ones."""
         self.module.write_text(text)
         for pid in children(self.front.pid):
             if "multiprocessing.forkserver" in Process.of(pid).command:
@@ -105,7 +105,7 @@ class Own:
 
 @contextmanager
 def own(directory: Path, workers: int, *flags: str, text: str = GOOD) -> Iterator[Own]:
-    """A mesh of this test alone; its replica ends as it should."""
+    """A mesh of this test alone. Its replica ends cleanly."""
     module, socket = directory / "mine.py", directory / "front.sock"
     module.write_text(text)
     arguments = ("--listen", f"unix:{socket}", *ANY_PORTS, "--workers", str(workers), "--kernels", str(module))
@@ -119,7 +119,7 @@ def own(directory: Path, workers: int, *flags: str, text: str = GOOD) -> Iterato
 
 
 async def worker_of(client: Client, gate: Gate) -> int:
-    """The pid of a worker that is idle now."""
+    """Return the pid of an idle worker."""
     call = asyncio.ensure_future(client.waits(X, gate=str(gate)))
     await until(lambda: gate.reached, "a call runs")
     pid = gate.pid
@@ -140,7 +140,7 @@ async def worker_of(client: Client, gate: Gate) -> int:
 async def test_kernels_that_stop_loading_end_readiness(
     tmp_path: Path, gate: GateMaker, text: str, flags: tuple[str, ...], says: str
 ) -> None:
-    """What waits and comes is refused with file and line, health and gateway know; once mended all is as before."""
+    """Waiting and new calls are refused with file and line, and health and gateway know. The mended file is served."""
     with own(tmp_path, 1, *flags) as mine:
         async with Client(mine.address, timeout=30.0) as client:
             await answered(client)
@@ -152,7 +152,7 @@ async def test_kernels_that_stop_loading_end_readiness(
             os.kill(here.pid, signal.SIGKILL)
             outcomes = await asyncio.gather(running, *waiting, return_exceptions=True)
             assert all(isinstance(outcome, Unavailable) for outcome in outcomes)
-            # The replica tells why; calls that wait at the gateway hear from that only that no replica takes calls.
+            # The replica says why; callers whose calls wait at the gateway hear only that no replica takes calls.
             assert any(says in str(outcome) for outcome in outcomes), outcomes
             await asyncio.to_thread(mine.gateway.wait_for, "replica drains")
             assert not await mine.is_serving()
@@ -171,18 +171,18 @@ async def test_kernels_that_stop_loading_end_readiness(
             mine.front.wait_for("replica takes no calls")
             said = [entry for entry in mine.front.entries if says in entry.get("message", "")]
             assert [entry["event"] for entry in said] == ["worker did not start", "replica takes no calls"]
-            # A forkserver that has failed to load is not asked again; any other has to go.
+            # A forkserver that has failed to load is not used again, and any other is ended.
             (mine.module.write_text if text is BROKEN else mine.change)(GOOD + MORE)
             await asyncio.to_thread(mine.front.wait_for, "replica takes calls again")
             await answered(client)
             assert await mine.is_serving()
-            # It has become another, and callers are told.
+            # The error is now another one, and callers hear of it.
             np.testing.assert_array_equal(await client.doubled(X), X * 2)
 
 
 @pytest.mark.parametrize("text", [BROKEN, GOOD + MORE], ids=["broken", "others"])
 async def test_worker_that_is_left_serves_on(tmp_path: Path, gate: GateMaker, text: str) -> None:
-    """As long as one worker has the kernels the replica serves with it; it is never joined by one that has others."""
+    """While one worker has the kernels the replica serves with it. No worker with other kernels joins it."""
     with own(tmp_path, 2) as mine:
         async with Client(mine.address, timeout=30.0) as client:
             await answered(client)
@@ -199,7 +199,10 @@ async def test_worker_that_is_left_serves_on(tmp_path: Path, gate: GateMaker, te
 
 
 async def test_worker_that_never_becomes_ready_is_ended(tmp_path: Path, gate: GateMaker) -> None:
-    """One that is stuck in its start is not waited for: the other serves meanwhile, and the next start is another."""
+    """A worker that is stuck in its start is ended after its time.
+
+    The other serves meanwhile, and the next start works.
+    """
     with own(tmp_path, 2, *SOON, text=GOOD + STUCK) as mine:
         async with Client(mine.address, timeout=30.0) as client:
             await answered(client)

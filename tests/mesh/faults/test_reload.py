@@ -1,4 +1,4 @@
-"""`unlatch serve --reload`: what is edited is served, what is broken leaves what was served, and nobody hangs."""
+"""`unlatch serve --reload`: edits are served, broken files leave the old kernels in place, and nothing hangs."""
 
 import asyncio
 import os
@@ -40,7 +40,7 @@ TIMES_3 = HEAD + KERNEL.format(name="times", text="return x * 3")
 
 @contextmanager
 def reloading(kernels: Path | str, **environment: str) -> Iterator[Service]:
-    """`unlatch serve --reload` once it watches; stopped, cleanly, at the end."""
+    """Run `unlatch serve --reload` until it watches. Stop it cleanly at the end."""
     command = ["serve", "--reload", "--workers", "2", "--kernels", str(kernels), *ANY_PORTS]
     with Service("unlatch", *command, environment=environment) as serve:
         serve.wait_for("replica is ready")
@@ -51,7 +51,7 @@ def reloading(kernels: Path | str, **environment: str) -> Iterator[Service]:
 
 
 def who_serves(kernels: Path | str) -> list[str]:
-    """Processes that have these kernels in their command line."""
+    """Return the processes that have these kernels in their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
@@ -65,13 +65,13 @@ def client_of(serve: Service) -> Client:
 
 
 async def heard(serve: Service, event: str, after: int) -> str:
-    """Wait for a line after so many; its message, if it has one."""
+    """Wait for a log line after this many others; return its message, if it has one."""
     entry = await asyncio.to_thread(serve.wait_for, event, after=after)
     return str(entry.get("message", ""))
 
 
 async def gives(client: Client, kernel: str, factor: float) -> None:
-    """Wait until a kernel gives this: a replica that has just started is found within moments."""
+    """Wait until a kernel gives this result: a replica that has just started is found within moments."""
     loop = asyncio.get_running_loop()
     end = loop.time() + 10.0
     while True:
@@ -90,7 +90,7 @@ def gateway_of(serve: Service) -> Process:
 
 
 async def test_what_is_edited_is_served_and_what_is_broken_is_not(tmp_path: Path) -> None:
-    """A client that stays connected sees an edit, not a mistake, and then the mended file with a new kernel in it."""
+    """A connected client sees an edit, does not see a mistake, and then sees the mended file with a new kernel."""
     path = tmp_path / "mine.py"
     path.write_text(TIMES_2)
     with reloading(path) as serve:
@@ -118,7 +118,7 @@ async def test_what_is_edited_is_served_and_what_is_broken_is_not(tmp_path: Path
 
 
 async def test_a_directory_that_is_made_anew_is_watched(tmp_path: Path) -> None:
-    """Switching a branch removes directories and makes them again: what lies there then is served, and watched."""
+    """Switching a branch removes directories and makes them again: the files there are served and watched."""
     directory = tmp_path / "kernels"
     directory.mkdir()
     path = directory / "mine.py"
@@ -141,7 +141,7 @@ async def test_a_directory_that_is_made_anew_is_watched(tmp_path: Path) -> None:
 
 
 async def test_what_a_file_imports_is_watched_too(tmp_path: Path) -> None:
-    """A module beside the file, and one that comes to be imported later."""
+    """A module beside the file is watched, and so is one that is imported later."""
     path, beside, later = tmp_path / "mine.py", tmp_path / "beside.py", tmp_path / "deep" / "later.py"
     later.parent.mkdir()
     text = HEAD + "from beside import FACTOR\n" + KERNEL.format(name="times", text="return x * FACTOR")
@@ -170,7 +170,7 @@ async def test_what_a_file_imports_is_watched_too(tmp_path: Path) -> None:
 
 
 async def test_a_package_is_watched(tmp_path: Path) -> None:
-    """By its dotted name; a file of it that the named module imports counts."""
+    """A package is given by its dotted name. Its files that the named module imports are watched."""
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -187,7 +187,7 @@ async def test_a_package_is_watched(tmp_path: Path) -> None:
 
 
 async def test_calls_in_flight_end(tmp_path: Path) -> None:
-    """One that would run for longer than the drain is answered UNAVAILABLE; the next one is served by the new file."""
+    """A call that would run for longer than the drain ends UNAVAILABLE. The next one is served by the new file."""
     path, begun = tmp_path / "mine.py", tmp_path / "begun"
     slow = f"open({str(begun)!r}, 'w').close(); time.sleep(60); return x"
     path.write_text(TIMES_2 + KERNEL.format(name="slow", text=slow))
@@ -205,7 +205,7 @@ async def test_calls_in_flight_end(tmp_path: Path) -> None:
 
 
 async def test_a_stop_in_the_middle_of_a_reload_leaves_nothing(tmp_path: Path) -> None:
-    """Told to stop while the replica is being replaced, it stops, with code 0."""
+    """A stop while the replica is being replaced ends with code 0."""
     path = tmp_path / "mine.py"
     path.write_text(TIMES_2)
     with reloading(path) as serve:
@@ -214,7 +214,7 @@ async def test_a_stop_in_the_middle_of_a_reload_leaves_nothing(tmp_path: Path) -
 
 
 async def test_a_replica_that_is_killed_is_started_again_beside_reloads(tmp_path: Path) -> None:
-    """Its end is no reload: it comes back with what is in the file, and a later edit is served as ever."""
+    """A killed replica comes back with what is in the file, without a reload. A later edit is served."""
     path = tmp_path / "mine.py"
     path.write_text(TIMES_2)
     with reloading(path) as serve:

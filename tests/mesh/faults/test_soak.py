@@ -1,4 +1,4 @@
-"""A short soak: what `make soak` does for minutes, for some seconds."""
+"""A short soak: `make soak` for a few seconds."""
 
 import subprocess
 import sys
@@ -11,7 +11,10 @@ from tests.support.mesh import ROOT
 @pytest.mark.alone
 @pytest.mark.timeout(150)
 def test_every_call_ends_once_and_rightly_while_workers_are_killed() -> None:
-    """Every reply right by its content, every failure one that the table predicts, none lost, none answered twice."""
+    """Every reply is right by its content, every failure is one that the table predicts.
+
+    None is lost or answered twice.
+    """
     ended = subprocess.run(
         [sys.executable, "-m", "bench.soak", "--seconds", "12"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""`unlatch serve`: what is killed under it is started again, what it cannot start ends it, and nothing outlives it."""
+"""`unlatch serve`: killed services are started again, failed starts end it, and no process outlives it."""
 
 import asyncio
 import os
@@ -40,7 +40,7 @@ GONE_WITHIN_SECONDS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """An `unlatch serve` of this test alone. `directory` is where it may leave files."""
+    """An `unlatch serve` of this test alone, which may leave files in `directory`."""
 
     service: Service
     address: str
@@ -63,10 +63,10 @@ class Serve:
 
 @contextmanager
 def starting(**listen: str) -> Iterator[Serve]:
-    """`unlatch serve`, just started, on free ports unless told otherwise."""
+    """Start `unlatch serve`, on free ports unless told otherwise."""
     names = ("listen", "metrics_listen", "health_listen", "compute_metrics_listen", "compute_health_listen")
     with ExitStack() as reserved:
-        # Not in the test's own directory: a socket's path has 107 characters at most, of which that may take 80.
+        # A directory apart from the test's: a socket's path has 107 characters at most, and the test's may take 80.
         scratch = Path(reserved.enter_context(tempfile.TemporaryDirectory(prefix="serve-")))
         addresses = {name: listen.pop(name, "") or reserved.enter_context(free_address()) for name in names}
         flags = {"workers": "2", "kernels": str(FAULT_KERNELS), **listen, **addresses}
@@ -78,7 +78,7 @@ def starting(**listen: str) -> Iterator[Serve]:
 
 @contextmanager
 def serving(**flags: str) -> Iterator[Serve]:
-    """The same once it serves."""
+    """Start it and wait until it serves."""
     with starting(**flags) as serve:
         serve.service.wait_for("serving", process="gateway")
         serve.service.wait_for("replica is ready", process="gateway")
@@ -87,9 +87,9 @@ def serving(**flags: str) -> Iterator[Serve]:
 
 @contextmanager
 def free_address() -> Iterator[str]:
-    """An address that the system gives to nobody who asks for any, and lets whoever names it listen at.
+    """Reserve an address, which the system gives to no process that asks for a free one, but lets be named.
 
-    So it does as long as both ends allow the address's reuse and only one of them listens (socket(7), SO_REUSEADDR).
+    This holds as long as both ends allow the address's reuse and only one of them listens (socket(7), SO_REUSEADDR).
     """
     with socket.socket() as reserving:
         reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -98,7 +98,7 @@ def free_address() -> Iterator[str]:
 
 
 def who_mentions(directory: Path) -> list[Process]:
-    """Processes that have a directory in their command line."""
+    """Return the processes that have a directory in their command line."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdecimal() and int(name) != os.getpid():
@@ -110,7 +110,7 @@ def who_mentions(directory: Path) -> list[Process]:
 
 
 async def stick(client: Client, directory: Path, how: str) -> list["asyncio.Task[object]"]:
-    """Have both workers hang in C, each with the interpreter lock: the calls, still in flight."""
+    """Let both workers hang in C, each with the interpreter lock; return the calls, which are in flight."""
     records = [directory / f"stuck-{number}" for number in range(2)]
     calls: list[asyncio.Task[object]] = []
     for record in records:
@@ -121,7 +121,7 @@ async def stick(client: Client, directory: Path, how: str) -> list["asyncio.Task
 
 
 async def gone(processes: list[Process], memory: set[int], what: str) -> None:
-    """Every process and every memfd is gone in time, with how long it took on stdout."""
+    """Check that every process and memfd is gone in time, and print how long it took."""
     seconds = await until(lambda: not alive(processes), f"{what}: no process is left", GONE_WITHIN_SECONDS)
     assert not memory & all_memory_files()
     print(f"{what}: nothing left after {seconds:.2f} s")
@@ -146,7 +146,7 @@ ENDS = {
     ],
 )
 async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> None:
-    """However the supervisor ends, in two seconds no process and no memory is left, hanging workers included."""
+    """However the supervisor ends, within two seconds no process and no memory is left, hanging workers included."""
     signals, codes = ENDS[end]
     with serving() as serve:
         async with Client(serve.address, timeout=30.0) as client:
@@ -170,7 +170,7 @@ async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> 
 
 
 async def test_interrupt_of_the_supervisors_group_reaches_it_alone() -> None:
-    """What a terminal's Ctrl-C sends: it stops its children itself, in order, and none is started again."""
+    """A terminal's Ctrl-C: the supervisor stops its children itself, in order, and starts none again."""
     with serving() as serve:
         pids = serve.service.pid, serve.gateway, serve.front
         assert len({os.getpgid(pid) for pid in pids}) == 3
@@ -181,7 +181,7 @@ async def test_interrupt_of_the_supervisors_group_reaches_it_alone() -> None:
 
 @pytest.mark.parametrize("doing", ["running", "replying"])
 async def test_front_killed_alone_takes_its_workers_along(tmp_path: Path, doing: str) -> None:
-    """A front without a supervisor that is killed leaves nothing either, whatever its workers are doing."""
+    """A killed front without a supervisor leaves nothing either, whatever its workers are doing."""
     address = tmp_path / "front.sock"
     with front_at(address) as front, gateway_to(address) as gateway:
         gateway.wait_for("replica is ready")
@@ -196,7 +196,7 @@ async def test_front_killed_alone_takes_its_workers_along(tmp_path: Path, doing:
 
 
 async def reply_half(client: Client, directory: Path) -> list["asyncio.Task[object]"]:
-    """Have both workers hang in the middle of writing a large reply: the calls, still in flight."""
+    """Let both workers hang in the middle of writing a large reply; return the calls, which are in flight."""
     gates = [Gate(directory / f"half-{number}") for number in range(2)]
     x = np.ones(1 << 20)
     calls = [asyncio.ensure_future(client.dies_replying(x, how="hangs", gate=str(gate))) for gate in gates]
@@ -207,7 +207,7 @@ async def reply_half(client: Client, directory: Path) -> list["asyncio.Task[obje
 
 
 async def test_front_killed_while_it_starts_workers(tmp_path: Path, at_start: Path) -> None:
-    """A worker that has been forked, and has not come to its channel yet, ends when it does: nobody is there."""
+    """A forked worker that has not reached its channel yet ends when it finds no front there."""
     (at_start / "waits.start").touch()
     gate = Gate(at_start / "gate")
     flags = ("--listen", f"unix:{tmp_path / 'front.sock'}", *ANY_PORTS, "--kernels", str(FAULT_KERNELS))
@@ -221,7 +221,7 @@ async def test_front_killed_while_it_starts_workers(tmp_path: Path, at_start: Pa
 
 
 async def test_gateway_killed_is_started_again() -> None:
-    """A gateway that is killed comes back on the same address, later each time, and the replica stays as it is."""
+    """A killed gateway comes back on the same address, later each time, and the replica stays as it is."""
     with serving() as serve:
         async with Client(serve.address, timeout=10.0) as client:
             await answered(client)
@@ -244,7 +244,7 @@ async def test_gateway_killed_is_started_again() -> None:
 
 
 async def test_front_killed_is_started_again(tmp_path: Path) -> None:
-    """A front that is killed takes its whole family along, hanging workers too; another serves the same gateway."""
+    """A killed front takes all its processes with it, hanging workers too. Another serves the same gateway."""
     with serving() as serve:
         async with Client(serve.address, timeout=10.0) as client:
             await answered(client)
@@ -261,7 +261,7 @@ async def test_front_killed_is_started_again(tmp_path: Path) -> None:
 
 
 async def test_workers_give_way_to_both_loops() -> None:
-    """All are of the supervisor's session, within which a nice value counts."""
+    """All are in the supervisor's session, within which a nice value counts."""
     with serving() as serve:
         supervisor = serve.service.pid
         everyone = [process.pid for process in tree(supervisor)]
@@ -299,7 +299,7 @@ def identity(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
     ids=["import fails", "no Python", "exits", "name is taken", "no file"],
 )
 async def test_wrong_kernels_stop_the_start(tmp_path: Path, text: str | None, says: str) -> None:
-    """Kernels that do not load end `serve` with code 2, and file and line on stderr; nothing is left."""
+    """Kernels that do not load end `serve` with code 2, and file and line on stderr. Nothing is left."""
     module = tmp_path / "bad.py"
     if text is not None:
         module.write_text(text)
@@ -311,7 +311,7 @@ async def test_wrong_kernels_stop_the_start(tmp_path: Path, text: str | None, sa
     "taken", ["listen", "metrics_listen", "health_listen", "compute_metrics_listen", "compute_health_listen"]
 )
 async def test_taken_port_stops_the_start(taken: str) -> None:
-    """An address that another process has ends `serve` with code 2 and a message that names it; nothing is left."""
+    """An address that another process has ends `serve` with code 2, and the message names it. Nothing is left."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -321,7 +321,7 @@ async def test_taken_port_stops_the_start(taken: str) -> None:
 
 
 async def test_sigterm_while_starting() -> None:
-    """A supervisor that is told to stop before it serves stops, with code 0, and nothing is left."""
+    """A supervisor that is stopped before it serves ends with code 0, and nothing is left."""
     with starting() as serve:
         await until(lambda: children(serve.service.pid), "a child is there")
         processes = tree(serve.service.pid)
@@ -332,7 +332,7 @@ async def test_sigterm_while_starting() -> None:
 
 
 async def complains(serve: Serve, says: str) -> None:
-    """It ends with code 2 and says so, in a line that is for people."""
+    """Check that the command ends with code 2 and one line for people."""
     assert serve.service.wait() == 2, serve.service
     said = [line for line in serve.service.lines if not line.startswith("{")]
     assert any(re.search(says, line) for line in said), serve.service
@@ -341,7 +341,7 @@ async def complains(serve: Serve, says: str) -> None:
 
 
 async def test_health_and_metrics_ports_are_each_their_own() -> None:
-    """Under `serve` both services answer for themselves on the ports that flags gave them."""
+    """Under `serve` both services answer on the ports that their flags name."""
     with serving() as serve:
         for process in ("gateway", "dispatcher"):
             entry = serve.service.wait_for("serving", process=process)

@@ -1,4 +1,4 @@
-"""Calls that kill: the third like it is refused, whoever sends it, and whoever did no harm is let through."""
+"""Calls that kill workers: the third identical one is refused, from any caller, and harmless calls are let through."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ from unlatch.common.kernel.tensors import Array
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-# Read on the event loop, and by a thread.
+# Small arrays are read on the event loop, and large ones by a thread.
 SIZES = {"small": 3, "large": 1 << 20}
 REFUSED = "2 workers ended while they ran this call, the last time because the worker was killed by SIGKILL"
 POISON_SECONDS = 2
@@ -24,14 +24,14 @@ POISON_SECONDS = 2
 
 @pytest.fixture
 def forgetful(tmp_path: Path) -> Iterator[Mesh]:
-    """A mesh that soon forgets."""
+    """A mesh that forgets such calls soon."""
     flags = ["--kernels", str(FAULT_KERNELS), "--poison-seconds", str(POISON_SECONDS)]
     with running_mesh(tmp_path, front=flags) as running:
         yield running
 
 
 def dice(size: int) -> Array:
-    """What no call has had before."""
+    """Make an array that no call has had before."""
     return np.frombuffer(os.urandom(8 * size), "u8").astype("f8")
 
 
@@ -42,7 +42,7 @@ async def kills(client: Client, x: Array, how: str = "sigkill") -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 async def test_call_that_killed_twice_is_refused(faulty: Mesh, client: Client, size: str) -> None:
-    """A caller who sends again what has killed hears it twice; from then on nobody's worker dies of it."""
+    """A caller that repeats a call that killed twice is refused. From then on no worker dies of it."""
     x = dice(SIZES[size])
     await kills(client, x)
     with pytest.raises(FailedPrecondition, match=REFUSED):
@@ -53,23 +53,23 @@ async def test_call_that_killed_twice_is_refused(faulty: Mesh, client: Client, s
             with pytest.raises(FailedPrecondition, match=r"it is refused for another \d+ s"):
                 await other.dies(x.copy(), how="sigkill")
     assert restarts(faulty) == before
-    # Another call of that kernel, of that size, is another call.
+    # A call of that kernel and size with other contents is another call.
     await kills(client, dice(SIZES[size]))
 
 
 async def test_many_calls_alike_kill_few_workers(faulty: Mesh, client: Client) -> None:
-    """What waits when a call turns out to be poison is held against it: the queue is no way around."""
+    """When a call turns out to be poison, identical ones in the queue are refused as well."""
     x, before = dice(3), restarts(faulty)
     outcomes = await asyncio.gather(*(client.dies(x, how="sigkill") for _ in range(60)), return_exceptions=True)
     refused = [outcome for outcome in outcomes if isinstance(outcome, FailedPrecondition)]
     assert all(isinstance(outcome, FailedPrecondition | Unavailable) for outcome in outcomes), outcomes
-    # Two that are counted; of the two workers each may have had another staged meanwhile.
+    # Two deaths are counted; each of the two workers may have had another one staged meanwhile.
     assert restarts(faulty) - before <= 6
     assert len(refused) >= 54
 
 
 async def test_call_that_did_no_harm_is_cleared(client: Client, tmp_path: Path) -> None:
-    """A worker that was lost for another reason is no lasting strike: one run to its end, and it is forgotten."""
+    """A worker that was lost for another reason is forgotten as soon as an identical call has run to its end."""
     record, x = tmp_path / "deadly", dice(3)
     for _ in range(3):
         record.touch()
@@ -80,7 +80,7 @@ async def test_call_that_did_no_harm_is_cleared(client: Client, tmp_path: Path) 
 
 
 async def test_worker_that_we_end_is_no_strike(client: Client) -> None:
-    """Calls that run for too long lose their workers again and again, and are never held to be poison."""
+    """Calls that take too long lose their workers again and again, and never count as poison."""
     for _ in range(3):
         with pytest.raises(DeadlineExceeded, match="kernel timed ran for longer"):
             await client.timed(seconds=60.0)
