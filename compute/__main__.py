@@ -11,7 +11,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Imported here: multiprocessing's children import this module again under another name.
     from unlatch.common.service.main import run
-    from unlatch.compute.pool.forkserver import StartError
+    from unlatch.compute.errors import StartError
     from unlatch.compute.server import serve
     from unlatch.compute.settings import ComputeSettings
 

@@ -1,9 +1,10 @@
-"""A call as the front holds it: from its descriptor's arrival until its reply is on its way."""
+"""A call as the dispatcher holds it: from its descriptor's arrival until its reply is on its way."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from typing import Protocol
 
 from unlatch.common.errors import UnlatchError
 from unlatch.common.kernel.datatypes import NP_DTYPE, carrier, is_carried
@@ -33,6 +34,13 @@ class Ran:
 _NOT_RUN = Ran(0.0, 0, 0)
 
 
+class Holder(Protocol):
+    """The part that has a call now: the poison check that reads it, the dispatcher's backlog, or a worker's runs."""
+
+    def withdraw(self, call: "Call") -> None:
+        """Let go of a call whose caller has left, as soon as that is safe. Raises nothing."""
+
+
 class Call:
     """One call. Exactly one of `answer`, `fail` and `abandon` ends it for its caller; `release` frees its memory."""
 
@@ -46,16 +54,17 @@ class Call:
         metrics: ComputeMetrics,
         tracing: Tracing,
         landed: Callable[["Call"], None],
-        abandoned: Callable[["Call"], None],
     ) -> None:
         self.spec = spec
         self.arguments = arguments
-        # The queue's, when it is admitted.
+        # The dispatcher's, when it is admitted.
         self.estimate = UNKNOWN
         self.ended = False
+        # None before its bytes are here, and once it is settled.
+        self.holder: Holder | None = None
         # Workers that ended while they ran it.
         self.deaths = 0
-        # What it is, once somebody has had reason to read it (compute/intake/poison.py).
+        # What it is, once somebody has had reason to read it (compute/dispatch/poison.py).
         self.digest = b""
         remaining = descriptor.remaining_microseconds
         self.arrived = monotonic()
@@ -71,7 +80,6 @@ class Call:
         self._metrics = metrics
         self._tracing = tracing
         self._when_landed = landed
-        self._when_abandoned = abandoned
         self._arrival = Arrival(self._lengths)
         self._starts, self.size = offsets(self._lengths)
         self.block: Block | None = None
@@ -180,16 +188,16 @@ class Call:
         self._end(failed(error), Body((), []), error.status, ran or _NOT_RUN, None)
 
     def abandon(self) -> None:
-        """Nobody waits for the reply any more."""
+        """Take in that no caller waits for the reply any more."""
         if self.ended:
             return
         self.ended = True
-        self._metrics.call_ended(self.spec.name, "CANCELLED")
-        if self.complete:
-            self._when_abandoned(self)
+        if self.holder is not None:
+            self.holder.withdraw(self)
         else:
-            # Nobody else knows of it before its bytes are here, and no more of them come.
+            # It has not been offered to any part before its bytes are here, and no more of them come.
             self.release()
+        self._metrics.call_ended(self.spec.name, "CANCELLED")
 
     def release(self) -> None:
         """Give its memory back. Only when no worker can be reading it."""
@@ -208,19 +216,20 @@ class Call:
         self.ended = True
         now = monotonic()
         queue = max(0.0, self.begun - self.landed)
-        if self._tracing.records:
-            self._trace(queue, code, ran)
         timings = reply.timings
         timings.transfer = round((self.landed - self.arrived) * 1e6)
         timings.queue = round(queue * 1e6)
         timings.run = round(ran.seconds * 1e6)
         timings.worker = ran.worker
         timings.batch = ran.calls
+        # First of all: whatever fails after this, the caller has its reply.
+        self._lane.reply(self._descriptor.call, reply, body, sent)
         self._metrics.call_ended(self.spec.name, code)
         self._metrics.stages(
             self.spec.name, self.landed - self.arrived, queue, ran.seconds, now - self.begun - ran.seconds
         )
-        self._lane.reply(self._descriptor.call, reply, body, sent)
+        if self._tracing.records:
+            self._trace(queue, code, ran)
 
     def _trace(self, queue: float, code: str, ran: Ran) -> None:
         """Tell of its wait and of its run, if it came to that, whose ends were seen here."""

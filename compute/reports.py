@@ -1,19 +1,20 @@
 """What a replica says of itself on every lane: how long calls would wait, and how much of them may be sent ahead.
 
-A gateway that knew nothing of the queue here would send all it has, and a call that waits here can go nowhere else. So
-a lane's window is no larger than keeps the workers busy: what each has in hand (one run, one staged), or else so many
-seconds of work as pass between a reply and the call that takes its place. Lanes that have calls share it.
+A gateway that knew nothing of the backlog here would send all it has, and a call that waits here can go nowhere else.
+So a lane's window is no larger than keeps the workers busy: what each has in flight (one run, one staged), or else so
+many seconds of work as pass between a reply and the call that takes its place. Lanes that have calls share it.
 
 The reports are a replica's heartbeat, too: each says when the next one comes at the latest.
 """
 
 import asyncio
 import math
-from typing import Protocol
 
 from unlatch.common.lane.lanes import Lanes
 from unlatch.common.rates import MovingMean
-from unlatch.compute.dispatch.queue import Queue
+from unlatch.common.telemetry.internal_errors import InternalErrors
+from unlatch.compute.dispatch.dispatcher import Dispatcher
+from unlatch.compute.pool.pool import Pool
 from unlatch.compute.settings import ComputeSettings
 from unlatch.protos.unlatch_pb2 import Load
 
@@ -31,24 +32,13 @@ _WEIGHT = 0.05
 _LONGEST_WAIT_SECONDS = 3600.0
 
 
-class Workers(Protocol):
-    """What is reported of the pool."""
-
-    @property
-    def workers(self) -> int:
-        """How many there are."""
-
-    @property
-    def busy_ratio(self) -> float:
-        """What part of them has a call in hand now."""
-
-
 class Reports:
     """How the pool stands, for the callers of its lanes."""
 
-    def __init__(self, pool: Workers, queue: Queue, settings: ComputeSettings) -> None:
+    def __init__(self, pool: Pool, dispatcher: Dispatcher, settings: ComputeSettings, errors: InternalErrors) -> None:
         self._pool = pool
-        self._queue = queue
+        self._errors = errors
+        self._dispatcher = dispatcher
         self._settings = settings
         self._utilization = MovingMean(_WEIGHT, start=0.0)
         self._told = self._wait_seconds
@@ -63,8 +53,8 @@ class Reports:
         long_calls = long_workers + 1 + long_workers // _WORKERS_A_LONG_CALL_AHEAD
         return Load(
             wait_microseconds=_microseconds(self._wait_seconds),
-            short_wait_microseconds=_microseconds(self._queue.wait_seconds(short=True)),
-            waiting=len(self._queue),
+            short_wait_microseconds=_microseconds(self._dispatcher.wait_seconds(short=True)),
+            waiting=len(self._dispatcher),
             workers=workers,
             utilization=self._utilization.value,
             least_calls=_share(_IN_HAND * workers, lanes),
@@ -92,12 +82,15 @@ class Reports:
         """Report on every lane, for ever: every so often, and sooner when waiting has become another matter."""
         while True:
             await asyncio.sleep(self.look_seconds)
-            if self.is_due():
-                lanes.report()
+            try:
+                if self.is_due():
+                    lanes.report()
+            except Exception as error:  # noqa: BLE001 (an entry point's guard: the loop goes on)
+                self._errors.caught("report", error)
 
     @property
     def _wait_seconds(self) -> float:
-        return self._queue.wait_seconds(short=False)
+        return self._dispatcher.wait_seconds(short=False)
 
     def _has_changed(self) -> bool:
         low, high = sorted((self._told, self._wait_seconds))

@@ -1,4 +1,4 @@
-"""The compute service put together: forkserver, pool, queue, lanes; in the order of their lives."""
+"""The compute service put together: forkserver, pool, dispatcher, lanes; in the order of their lives."""
 
 import asyncio
 import os
@@ -20,13 +20,11 @@ from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.telemetry.processes import ProcessWatch
 from unlatch.common.telemetry.recorder import Recorder
 from unlatch.common.telemetry.tracing import Tracing
-from unlatch.common.waiting.order import Policy
-from unlatch.compute.call import Call
-from unlatch.compute.dispatch.queue import Queue
-from unlatch.compute.intake.intake import Door
-from unlatch.compute.intake.poison import Suspects
+from unlatch.compute.dispatch.dispatcher import Dispatcher
+from unlatch.compute.dispatch.poison import Poison
+from unlatch.compute.intake.intake import CallIntake
 from unlatch.compute.ipc.arena import InputArena
-from unlatch.compute.ipc.memory_budget import share_out
+from unlatch.compute.ipc.memory_budget import memory_budget
 from unlatch.compute.ipc.memory_limits import MemoryLimits
 from unlatch.compute.metrics import FORKSERVER, ComputeMetrics
 from unlatch.compute.pool.forkserver import ForkServer
@@ -38,8 +36,8 @@ from unlatch.compute.settings import ComputeSettings
 from unlatch.protos.unlatch_pb2 import Welcome
 
 
-class Replica:
-    """What the parts of a replica tell one another."""
+class ComputeService:
+    """The parts of a replica, and what they tell one another."""
 
     def __init__(
         self,
@@ -52,42 +50,51 @@ class Replica:
         self._settings = settings
         self.forkserver = forkserver
         self.recorder = Recorder()
-        self._caught = InternalErrors(self.recorder).caught
+        self.errors = errors = InternalErrors(self.recorder)
         self.health = Health(SERVICE)
         self.arena = InputArena(arena_bytes)
-        self.queue = Queue(Policy[Call](settings.tenant_weights), settings.max_queued_calls, settings.long_call_seconds)
-        self.metrics = ComputeMetrics(self.recorder, processes, self.queue.__len__)
+        self.metrics = ComputeMetrics(self.recorder, processes, lambda: len(self.dispatcher))
         self.metrics.forkserver_runs(forkserver.pid)
-        self.suspects = Suspects(self.queue, settings.poison_seconds)
-        self.readiness = Readiness(self.readiness_changed)
         self.metrics.limited(limits.memory_bytes)
-        parts = self.queue, self.suspects, self.readiness, limits, settings
+        self.readiness = Readiness(self.readiness_changed)
+        parts = self.readiness, limits, settings, errors
         slots = [
             Slot(number, forkserver, self.metrics.worker(number), *parts) for number in range(settings.worker_count)
         ]
-        self.pool = Pool(slots, self.arena, self.queue, settings.workers_reserved)
-        self.queue.feed(self.pool)
-        beside = self.suspects, self.metrics, Tracing()
-        self._door = Door(self.readiness.kernels, self.arena, self.queue, *beside, settings.max_call_bytes)
+        self.pool = Pool(slots, self.arena, errors, reserved_workers=settings.workers_reserved)
+        self.poison = Poison(settings.poison_seconds, errors)
+        self.dispatcher = Dispatcher(
+            self.pool,
+            self.poison,
+            self.metrics,
+            errors,
+            weights=settings.tenant_weights,
+            max_calls=settings.max_queued_calls,
+            long_call_seconds=settings.long_call_seconds,
+        )
+        beside = self.metrics, Tracing(), errors
+        self._intake = CallIntake(self.readiness.kernels, self.arena, self.dispatcher, *beside, settings.max_call_bytes)
         self._welcome = Welcome()
-        self._reports = Reports(self.pool, self.queue, settings)
-        self.lanes = Lanes(lambda: self._welcome, self._caught, self._reports.load)
+        self._reports = Reports(self.pool, self.dispatcher, settings, errors)
+        self.lanes = Lanes(lambda: self._welcome, errors.caught, self._reports.load)
         self._reporting: asyncio.Task[None] | None = None
 
     async def open(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """A gateway opens a lane."""
-        await self.lanes.carry(LaneServer(self._door.accept, self._caught), context)
+        await self.lanes.carry(LaneServer(self._intake.accept, self.errors.caught), context)
 
     async def start(self) -> None:
         """Fill the pool. Raises StartError."""
-        await self.pool.start()
+        await self.dispatcher.start()
         self._welcome = self._greeting()
         self._reporting = asyncio.create_task(self._reports.run(self.lanes))
         self.health.set(serving=True)
 
     def readiness_changed(self, why: str) -> None:
         """Tell callers, probes and what waits whether calls are taken; `why` says why not."""
-        self.queue.shut(Unavailable(f"no worker can be started: {why}", retry_after_milliseconds=1000) if why else None)
+        self.dispatcher.shut(
+            Unavailable(f"no worker can be started: {why}", retry_after_milliseconds=1000) if why else None
+        )
         self.health.set(serving=not why)
         if why:
             self.lanes.rest()
@@ -101,7 +108,7 @@ class Replica:
             self._reporting.cancel()
         await self.pool.stop()
         await self.forkserver.close()
-        self.suspects.close()
+        self.poison.close()
         self.arena.close()
 
     def _greeting(self) -> Welcome:
@@ -117,9 +124,9 @@ class Replica:
 async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
     """Run a replica until it is told to stop. Raises StartError, BindError, CertificateError when it cannot start."""
     certificates = server_certificates(settings)
-    shares = share_out(settings, granted_memory())
+    budget = memory_budget(settings, granted_memory())
     limits = MemoryLimits(
-        memory_bytes=shares.worker_bytes,
+        memory_bytes=budget.worker_bytes,
         recycle_calls=settings.recycle_calls,
         recycle_growth_bytes=settings.recycle_growth_bytes,
     )
@@ -128,24 +135,24 @@ async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
     )
     with ProcessWatch(reaper=FORKSERVER) as processes:
         processes.watch("dispatcher", os.getpid())
-        replica = Replica(settings, forkserver, shares.arena_bytes, limits, processes)
-        report(replica.recorder, certificates)
+        service = ComputeService(settings, forkserver, budget.arena_bytes, limits, processes)
+        report(service.recorder, certificates)
         try:
-            await replica.start()
+            await service.start()
             await serve_until_stopped(
                 "dispatcher",
                 settings,
                 certificates=certificates,
-                lanes=replica.lanes,
-                handlers=[handlers(SERVICE, streams={"Open": replica.open})],
+                lanes=service.lanes,
+                handlers=[handlers(SERVICE, streams={"Open": service.open})],
                 reflected=[SERVICE],
                 max_message_bytes=MAX_MESSAGE_BYTES,
-                health=replica.health,
-                recorder=replica.recorder,
-                collectors=[replica.metrics, processes],
-                live=replica.queue.__len__,
-                drain=replica.lanes.drain,
+                health=service.health,
+                recorder=service.recorder,
+                collectors=[service.metrics, processes],
+                live=service.dispatcher.__len__,
+                drain=service.lanes.drain,
                 notify_socket=notify_socket,
             )
         finally:
-            await replica.close()
+            await service.close()

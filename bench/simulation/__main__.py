@@ -150,7 +150,7 @@ async def _run(world: World, coming: Sequence[Arrival]) -> Figures:
     clock.run(lambda: seen.ended == len(coming))
     for fleet in fleets:
         await fleet.close()
-    busy = sum(front.pool.busy_seconds for front in fronts)
+    busy = sum(front.busy_seconds for front in fronts)
     return _figures(world, coming, seen.imbalance, busy, seen.in_system_seconds)
 
 
@@ -184,8 +184,8 @@ class _Seen:
         self._here, self._since = self._here + change, self._clock.now
 
     def _look(self) -> None:
-        idle = sum(front.pool.idle for front in self._fronts)
-        waiting = sum(front.pool.waiting for front in self._fronts) + sum(way.held for way in self._ways)
+        idle = sum(front.idle for front in self._fronts)
+        waiting = sum(front.waiting for front in self._fronts) + sum(way.held for way in self._ways)
         workers = self._world.replicas * self._world.workers
         self._idle_while_waiting.append(min(idle, waiting) / workers)
         if self._clock.now + _LOOK_SECONDS < self._world.seconds:

@@ -1,6 +1,6 @@
 """A world by a clock of its own, for the simulation: gateways and replicas are their own code, as far as can be.
 
-    a call ──> a gateway's way to choose ── a hop ──> Queue ──> a worker's hand ──> runs ── a hop ──> answered
+    a call ──> a gateway's way to choose ── a hop ──> Dispatcher, Pool ──> a worker runs it ── a hop ──> answered
                │ Fleet, Members, Discovery,           └ Reports, every 250 ms and when waiting changes ──> Fleet
                │ Replica, Window, Backlog, Forecast      (compute/)
                │ (gateway/), or RoundRobin, LeastCalls
@@ -22,12 +22,20 @@ from typing import Any, Protocol, cast
 from unlatch.common.lane.body import Body
 from unlatch.common.security.tls import ChannelSecurity
 from unlatch.common.telemetry.internal_errors import InternalErrors
+from unlatch.common.telemetry.processes import ProcessWatch
 from unlatch.common.telemetry.recorder import Recorder
 from unlatch.common.waiting.demand import UNKNOWN, Demand, Estimate
-from unlatch.common.waiting.order import Policy
 from unlatch.common.waiting.priority import NORMAL, RANKS
 from unlatch.compute.call import Call as FrontCall
-from unlatch.compute.dispatch.queue import Queue
+from unlatch.compute.call import Holder, Ran
+from unlatch.compute.dispatch.dispatcher import Dispatcher
+from unlatch.compute.dispatch.poison import Poison
+from unlatch.compute.ipc.arena import InputArena, ReplySegments, Segment
+from unlatch.compute.ipc.frames import Done, Result
+from unlatch.compute.metrics import ComputeMetrics
+from unlatch.compute.pool.pool import Pool
+from unlatch.compute.pool.run import Replied, Run, Usage
+from unlatch.compute.pool.slot import Slot
 from unlatch.compute.reports import Reports
 from unlatch.compute.settings import ComputeSettings
 from unlatch.gateway.fleet.discovery import Discovery
@@ -38,7 +46,7 @@ from unlatch.protos.unlatch_pb2 import Descriptor, Kernel, Welcome
 
 # One way, with event loops, batching and network.
 HOP_SECONDS = 0.001
-_MOST_IN_HAND = 2
+_MAX_RUNS = 2
 
 
 class Clock:
@@ -76,6 +84,7 @@ class Arrival:
 class _Spec:
     name: str
     max_batch_size: int = 1
+    pure: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -84,123 +93,179 @@ class _Landed:
 
     arrival: Arrival
     gateway: int
-    answer: Callable[[float], None]
     spec: _Spec
     size: int
+    send: Callable[[], None]
     demand: Demand
     estimate: Estimate = UNKNOWN
-    begun: float = math.nan
+    digest: bytes = b""
+    ended: bool = False
+    must_be_known: bool = False
+    holder: Holder | None = None
+
+    def release(self) -> None:
+        """It has no memory."""
+
+    def answer(self, _: object, __: memoryview, ___: Ran, sent: Callable[[], None]) -> None:
+        self.ended = True
+        self.send()
+        sent()
 
 
-class Pool:
-    """A replica's workers, each with a run and one staged behind it at most; none is staged behind a long one."""
+class _Replies:
+    """Replies take no memory either."""
 
-    def __init__(self, clock: Clock, settings: ComputeSettings, slowness: float) -> None:
-        self.workers = workers = settings.workers
-        self.slowness = slowness
-        self.queue = Queue(Policy[FrontCall](), 1_000_000, settings.long_call_seconds)
-        self.queue.feed(self)
+    def give_back(self, segment: object) -> None:
+        """It was never lent."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    view: memoryview
+
+
+_NOWHERE = cast("Segment", _Segment(memoryview(b"")))
+_REPLIES = cast("ReplySegments", _Replies())
+
+
+class _Slot:
+    """A worker with a run and one staged behind it at most; none is staged behind a long one."""
+
+    recycling = None
+    bytes = 0
+
+    def __init__(self, number: int, clock: Clock, slowness: float, long_call_seconds: float) -> None:
         self.busy_seconds = 0.0
+        self.dispatcher: Dispatcher
+        self._number = number
         self._clock = clock
-        self._long_call_seconds = settings.long_call_seconds
-        self._reserved = settings.workers_reserved
-        # Other calls arrive all the time.
-        self.keeps_some_free = self._reserved > 0
-        self._hands: list[deque[_Landed]] = [deque() for _ in range(workers)]
+        self._slowness = slowness
+        self._long_call_seconds = long_call_seconds
+        self._runs: deque[Run] = deque()
 
     @property
-    def busy_ratio(self) -> float:
-        return sum(map(bool, self._hands)) / self.workers
+    def runs(self) -> int:
+        return len(self._runs)
+
+    @property
+    def runs_long(self) -> bool:
+        return any(run.first.estimate.long for run in self._runs)
+
+    def has_room(self, now: float) -> bool:
+        if not self._runs:
+            return True
+        first = self._runs[0]
+        return (
+            len(self._runs) < _MAX_RUNS
+            and not first.first.estimate.long
+            and now - first.begun < self._long_call_seconds
+        )
+
+    def seconds_left(self, now: float) -> float:
+        if not self._runs:
+            return 0.0
+        first = self._runs[0]
+        return sum(run.expected_seconds for run in self._runs) - min(first.expected_seconds, now - first.begun)
+
+    def run(self, calls: Sequence[FrontCall], now: float) -> None:
+        self._runs.append(Run(self._number, dict.fromkeys(calls, 1), _NOWHERE, _REPLIES, now))
+        if len(self._runs) == 1:
+            self._begin()
+
+    def _begin(self) -> None:
+        run = self._runs[0]
+        run.begin(self._clock.now)
+        seconds = cast("_Landed", run.first).arrival.seconds * self._slowness
+        self._clock.after(seconds, lambda: self._done(seconds))
+
+    def _done(self, seconds: float) -> None:
+        run = self._runs.popleft()
+        run.end()
+        self.busy_seconds += seconds
+        if self._runs:
+            self._begin()
+        self.dispatcher.happened(run, Replied(_DONE, Usage(seconds, seconds, finished=True)))
+        self.dispatcher.assign()
+
+
+_DONE = Done((Result(1, ()),), 0)
+
+
+class _Pool(Pool):
+    """A pool that keeps its reserved workers free all the time: calls that are not long come all the time."""
+
+    def keeps_some_free(self, now: float) -> bool:  # noqa: ARG002 (Pool's own)
+        return self._reserved_workers > 0
+
+
+class Front:
+    """A replica: its dispatcher and workers, and the reports that it makes to those who listen."""
+
+    def __init__(self, clock: Clock, workers: int, slowness: float, phase: float) -> None:
+        settings = ComputeSettings.model_construct(workers=workers)
+        self._slots = [_Slot(number, clock, slowness, settings.long_call_seconds) for number in range(workers)]
+        recorder = Recorder()
+        errors = InternalErrors(recorder)
+
+        def now() -> float:
+            return clock.now
+
+        slots = cast("Sequence[Slot]", self._slots)
+        pool = _Pool(slots, InputArena(0), errors, reserved_workers=settings.workers_reserved, clock=now)
+        self._dispatcher = Dispatcher(
+            pool,
+            Poison(0.0, errors),
+            ComputeMetrics(recorder, ProcessWatch(), lambda: len(self._dispatcher)),
+            errors,
+            max_calls=1_000_000,
+            long_call_seconds=settings.long_call_seconds,
+            clock=now,
+        )
+        for slot in self._slots:
+            slot.dispatcher = self._dispatcher
+        self.listeners: list[Callable[[Any], None]] = []
+        self._reports = Reports(pool, self._dispatcher, settings, errors)
+        self._clock = clock
+        self._slowness = slowness
+        # How many calls of each gateway it has: those that have none share no window.
+        self._calls: dict[int, int] = {}
+        clock.after(phase * self._reports.look_seconds, self._look)
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long its workers have run."""
+        return sum(slot.busy_seconds for slot in self._slots)
 
     @property
     def idle(self) -> int:
         """The number of workers without work."""
-        return self.workers - sum(map(bool, self._hands))
+        return sum(not slot.runs for slot in self._slots)
 
     @property
     def waiting(self) -> int:
-        """The number of calls that wait here: queued or staged."""
-        return len(self.queue) + sum(max(0, len(hand) - 1) for hand in self._hands)
-
-    def has_room(self, *, long: bool) -> bool:
-        if long and sum(map(_runs_long, self._hands)) >= self.workers - self._reserved:
-            return False
-        return any(map(self._takes_one, self._hands))
-
-    def wait_seconds(self, before: float, *, short: bool) -> float:
-        left, counted, idle = before, 0, False
-        for hand in self._hands:
-            if not (short and _runs_long(hand)):
-                counted += 1
-                idle = idle or not hand
-                left += sum(call.estimate.seconds for call in hand)
-                if hand:
-                    left -= min(hand[0].estimate.seconds, self._clock.now - hand[0].begun)
-        if not counted:
-            return math.inf
-        return 0.0 if idle and not before else left / counted
-
-    def run(self, calls: Sequence[FrontCall]) -> None:
-        call = cast("_Landed", calls[0])
-        hand = min(filter(self._takes_one, self._hands), key=len)
-        hand.append(call)
-        if len(hand) == 1:
-            self._begin(hand)
-
-    def abandon(self, call: FrontCall) -> None:
-        raise NotImplementedError  # no caller leaves in a simulation
-
-    def _takes_one(self, hand: deque[_Landed]) -> bool:
-        if not hand:
-            return True
-        soon = self._clock.now - hand[0].begun < self._long_call_seconds
-        return len(hand) < _MOST_IN_HAND and not hand[0].estimate.long and soon
-
-    def _begin(self, hand: deque[_Landed]) -> None:
-        call = hand[0]
-        call.begun = self._clock.now
-        seconds = call.arrival.seconds * self.slowness
-        self._clock.after(seconds, lambda: self._done(hand, seconds))
-
-    def _done(self, hand: deque[_Landed], seconds: float) -> None:
-        call = hand.popleft()
-        self.busy_seconds += seconds
-        self.queue.ran(cast("FrontCall", call), seconds, seconds, done=True)
-        self._clock.after(HOP_SECONDS, lambda: call.answer(seconds))
-        if hand:
-            self._begin(hand)
-        self.queue.pump()
-
-
-class Front:
-    """A replica: its queue and workers, and the reports that it makes to those who listen."""
-
-    def __init__(self, clock: Clock, workers: int, slowness: float, phase: float) -> None:
-        settings = ComputeSettings.model_construct(workers=workers)
-        self.pool = Pool(clock, settings, slowness)
-        self.listeners: list[Callable[[Any], None]] = []
-        self._reports = Reports(self.pool, self.pool.queue, settings)
-        self._clock = clock
-        # Number of calls of each gateway. Gateways without calls share no window.
-        self._calls: dict[int, int] = {}
-        clock.after(phase * self._reports.look_seconds, self._look)
+        """The number of calls that wait here: in the backlog or staged."""
+        return len(self._dispatcher) + sum(max(0, slot.runs - 1) for slot in self._slots)
 
     def send(self, arrival: Arrival, answered: Callable[[float], None]) -> None:
         """Take a call from a gateway; the answer has the duration of its run."""
         gateway = arrival.gateway
         self._calls[gateway] = self._calls.get(gateway, 0) + 1
+        seconds = arrival.seconds * self._slowness
 
-        def answer(seconds: float) -> None:
+        def answer() -> None:
             self._calls[gateway] -= 1
             answered(seconds)
 
+        def send() -> None:
+            self._clock.after(HOP_SECONDS, answer)
+
         landed = cast(
-            "FrontCall", _Landed(arrival, gateway, answer, _Spec(arrival.kernel), arrival.size, _demand(arrival))
+            "FrontCall", _Landed(arrival, gateway, _Spec(arrival.kernel), arrival.size, send, _demand(arrival))
         )
 
         def land() -> None:
-            self.pool.queue.admit(landed)
-            self.pool.queue.offer(landed)
+            self._dispatcher.admit(landed)
+            self._dispatcher.offer(landed)
 
         self._clock.after(HOP_SECONDS, land)
 
@@ -392,7 +457,3 @@ def addresses_of(replicas: int) -> list[str]:
 def _demand(arrival: Arrival) -> Demand:
     """What a call asks for: of one tenant and one priority, without a deadline, so that none is refused."""
     return Demand(arrival.kernel, arrival.size, "", RANKS[NORMAL], math.inf)
-
-
-def _runs_long(hand: deque[_Landed]) -> bool:
-    return any(call.estimate.long for call in hand)

@@ -3,13 +3,15 @@
 from unlatch.common.errors import ResourceExhausted, UnlatchError, no_kernel
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.lane.body import Body
+from unlatch.common.lane.frames import ProtocolViolation
 from unlatch.common.lane.replies import failed
 from unlatch.common.lane.server import LaneServer
+from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.telemetry.tracing import Tracing
 from unlatch.compute.call import Call
-from unlatch.compute.dispatch.queue import Queue
+from unlatch.compute.dispatch.dispatcher import Dispatcher
+from unlatch.compute.dispatch.outcomes import Fail
 from unlatch.compute.intake.arguments import check
-from unlatch.compute.intake.poison import Suspects
 from unlatch.compute.ipc.arena import InputArena
 from unlatch.compute.metrics import ComputeMetrics
 from unlatch.protos.unlatch_pb2 import Descriptor
@@ -17,42 +19,54 @@ from unlatch.protos.unlatch_pb2 import Descriptor
 _UNKNOWN = "unknown"
 
 
-class Door:
+class CallIntake:
     """Takes in what lanes bring: `accept` is what each lane calls for each descriptor."""
 
     def __init__(
         self,
         kernels: dict[str, KernelSpec],
         arena: InputArena,
-        queue: Queue,
-        suspects: Suspects,
+        dispatcher: Dispatcher,
         metrics: ComputeMetrics,
         tracing: Tracing,
+        errors: InternalErrors,
         max_call_bytes: int,
     ) -> None:
         self._kernels = kernels
         self._arena = arena
-        self._queue = queue
-        self._suspects = suspects
+        self._dispatcher = dispatcher
         self._metrics = metrics
         self._tracing = tracing
+        self._errors = errors
         self._max_call_bytes = max_call_bytes
 
     def accept(self, lane: LaneServer, descriptor: Descriptor, whole: list[memoryview] | None) -> Call | None:
-        """A descriptor becomes a call that waits for its bytes or for a worker, or is refused at once."""
+        """Make a descriptor a call that waits for its bytes or for a worker, or refuse it at once."""
+        call = None
         try:
             call = self._call(lane, descriptor)
+            if whole is not None:
+                call.land(whole)
+            elif call.complete:
+                call.land(())
+        except ProtocolViolation:
+            raise
         except UnlatchError as error:
-            kernel = descriptor.request.kernel
-            known = kernel if kernel in self._kernels else _UNKNOWN
-            self._metrics.call_ended(known, error.status)
-            lane.reply(descriptor.call, failed(error), Body((), []))
+            self._refuse(lane, descriptor, error)
             return None
-        if whole is not None:
-            call.land(whole)
-        elif call.complete:
-            call.land(())
+        except Exception as error:  # noqa: BLE001 (an entry point's guard: the lane and its other calls go on)
+            told = self._errors.caught("lane_accept", error)
+            if call is None:
+                self._refuse(lane, descriptor, told)
+            else:
+                self._dispatcher.settle(call, Fail(told))
+            return None
         return None if call.ended else call
+
+    def _refuse(self, lane: LaneServer, descriptor: Descriptor, error: UnlatchError) -> None:
+        kernel = descriptor.request.kernel
+        self._metrics.call_ended(kernel if kernel in self._kernels else _UNKNOWN, error.status)
+        lane.reply(descriptor.call, failed(error), Body((), []))
 
     def _call(self, lane: LaneServer, descriptor: Descriptor) -> Call:
         spec = self._spec(descriptor.request.kernel, descriptor.request.version)
@@ -63,12 +77,12 @@ class Door:
             )
         arguments = check(spec, descriptor)
         beside = self._arena, self._metrics, self._tracing
-        call = Call(lane, descriptor, spec, arguments, *beside, self._suspects.offer, self._suspects.withdraw)
-        self._queue.admit(call)
+        call = Call(lane, descriptor, spec, arguments, *beside, self._dispatcher.offer)
+        self._dispatcher.admit(call)
         try:
             call.make_room()
         except ResourceExhausted as error:
-            raise self._queue.full(error.message) from error
+            raise self._dispatcher.full(error.message) from error
         return call
 
     def _spec(self, name: str, version: str) -> KernelSpec:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import structlog
 
 from unlatch.common.net.settings import MiB
-from unlatch.compute.pool.forkserver import StartError
+from unlatch.compute.errors import StartError
 from unlatch.compute.settings import ComputeSettings
 
 log = structlog.get_logger()
@@ -23,14 +23,14 @@ _LEAST_WORKER_BYTES = 16 * MiB
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
+class MemoryBudget:
     """The limits of the input arena and of each worker; 0 where no limit is known."""
 
     arena_bytes: int
     worker_bytes: int
 
 
-def share_out(settings: ComputeSettings, granted_bytes: int) -> Shares:
+def memory_budget(settings: ComputeSettings, granted_bytes: int) -> MemoryBudget:
     """Divide the memory that the container grants (0 if no limit is known). Raises StartError if it is too little."""
     by_default = min(_ARENA_BYTES, granted_bytes // _ARENAS_PART) if granted_bytes else _ARENA_BYTES
     arena = settings.input_arena_bytes or by_default
@@ -39,7 +39,7 @@ def share_out(settings: ComputeSettings, granted_bytes: int) -> Shares:
         if granted_bytes and limit * settings.worker_count > granted_bytes:
             log.warning("workers may exceed container memory", granted_bytes=granted_bytes)
     elif not granted_bytes:
-        return Shares(arena, 0)
+        return MemoryBudget(arena, 0)
     else:
         replies = min(settings.max_reply_bytes, arena)
         limit = max(0, granted_bytes - arena - replies - _SERVICES_BYTES) // settings.worker_count
@@ -50,4 +50,4 @@ def share_out(settings: ComputeSettings, granted_bytes: int) -> Shares:
         )
     if limit < _LEAST_WORKER_BYTES:
         raise StartError(f"worker_memory_bytes: {whose} too little: a worker needs at least {_LEAST_WORKER_BYTES}")
-    return Shares(arena, limit)
+    return MemoryBudget(arena, limit)

@@ -1,10 +1,10 @@
-"""How a worker comes to its end, and what follows from it.
+"""The ways in which a worker exits, and what follows from each.
 
-reason      a snake_case code, which metrics and logs carry: one of those below, nothing that a worker can choose
-message     the same as a sentence, with what varies, for logs and callers
-is_strike   the call that it ran is held to have done it (compute/intake/poison.py)
-at_once     its slot is filled again at once, however often it happens
-went_on     it had said something of the run that it was in, and may have begun what was staged behind it
+reason                a snake_case code, which metrics and logs carry: one of those below, never chosen by a worker
+message               the same as a sentence, with what varies, for logs and callers
+blames_call           the call that the worker ran is held to have caused the exit (compute/dispatch/poison.py)
+at_once               the slot is filled again at once, however often this happens
+may_have_begun_next   the worker had said something of its run, and may have begun the run that was staged behind it
 """
 
 import signal
@@ -12,51 +12,58 @@ from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """One way to end."""
+class Exit:
+    """One way to exit."""
 
     reason: str
     message: str
-    is_strike: bool = True
+    blames_call: bool = True
     at_once: bool = False
-    # Also seen afterwards, of any end: it makes no other end of it.
-    went_on: bool = field(default=False, compare=False)
+    # Also seen afterwards, of any exit: it makes no other exit of it.
+    may_have_begun_next: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return self.message
 
-    def with_detail(self, detail: str) -> "End":
-        """The same end, with a detail in its message."""
+    def with_detail(self, detail: str) -> "Exit":
+        """The same exit, with a detail in its message."""
         return replace(self, message=f"{self.message}: {detail}")
 
 
-# By us, and nobody's fault or a caller's.
-POOL_STOPS = End("pool_stopped", "the pool was stopped", is_strike=False)
-ABANDONED = End("abandoned", "the worker ran a call that no caller waited for", is_strike=False, at_once=True)
-TIMED_OUT = End("timed_out", "the kernel ran for longer than its timeout", is_strike=False, at_once=True)
-# By us, because of what it has taken, by one call or by many; the latter as its settings plan it.
-OVER_LIMIT = End("memory_limit_exceeded", "the worker's memory was over the limit", is_strike=False, at_once=True)
-GROWN = End(
-    "recycled_after_growth", "the worker's memory had grown by recycle_growth_bytes", is_strike=False, at_once=True
+# Workers that we kill, and that neither their calls nor they themselves are to blame for.
+POOL_STOPS = Exit("pool_stopped", "the pool was stopped", blames_call=False)
+ABANDONED = Exit("abandoned", "the worker ran a call that no caller waited for", blames_call=False, at_once=True)
+TIMED_OUT = Exit("timed_out", "the kernel ran for longer than its timeout", blames_call=False, at_once=True)
+# Our own mistake. The slot backs off if it is made again and again.
+INTERNAL_ERROR = Exit(
+    "internal_error",
+    "the dispatcher met an internal error as it handled the worker",
+    blames_call=False,
+    may_have_begun_next=True,
 )
-HAS_RUN = End("recycled_after_calls", "the worker had run recycle_calls calls", is_strike=False, at_once=True)
+# Workers that we kill for the memory that they have taken, by one call or by many; the latter as its settings plan it.
+OVER_LIMIT = Exit("memory_limit_exceeded", "the worker's memory was over the limit", blames_call=False, at_once=True)
+GROWN = Exit(
+    "recycled_after_growth", "the worker's memory had grown by recycle_growth_bytes", blames_call=False, at_once=True
+)
+HAS_RUN = Exit("recycled_after_calls", "the worker had run recycle_calls calls", blames_call=False, at_once=True)
 PLANNED = (GROWN, HAS_RUN)
-# By us, before it was ready.
-MISFIT = End("unservable_kernels", "the pool cannot serve the worker's kernels", is_strike=False)
-UNREADY = End("start_timed_out", "the worker was not ready in time", is_strike=False)
-# By us, because of what it did. What has stopped a worker may have come from outside: the next need not wait for it.
-STOPPED = End("stopped", "the worker was stopped", at_once=True)
-HALF_GONE = End("main_thread_ended", "the worker's main thread ended, and its process did not", at_once=True)
-NO_FRAME = End("undecodable_frame", "the worker sent an undecodable frame", went_on=True)
-NOT_STARTING = End("unexpected_start_frame", "the worker sent a frame of its start after its start")
-OTHER_CALL = End("unexpected_reply", "the worker answered a call that it was not running", went_on=True)
-UNSOUND_REPLY = End("invalid_reply", "the worker sent an invalid reply", went_on=True)
-HUNG_UP = End("socket_closed", "the worker closed its socket")
-DEAF = End("socket_refused_frame", "the worker's socket refused a frame")
+# Workers that we kill before they are ready.
+MISFIT = Exit("unservable_kernels", "the pool cannot serve the worker's kernels", blames_call=False)
+UNREADY = Exit("start_timed_out", "the worker was not ready in time", blames_call=False)
+# Workers that we kill for what they did. A worker may have been stopped from outside: the next need not wait for it.
+STOPPED = Exit("stopped", "the worker was stopped", at_once=True)
+HALF_GONE = Exit("main_thread_ended", "the worker's main thread ended, and its process did not", at_once=True)
+NO_FRAME = Exit("undecodable_frame", "the worker sent an undecodable frame", may_have_begun_next=True)
+NOT_STARTING = Exit("unexpected_start_frame", "the worker sent a frame of its start after its start")
+OTHER_CALL = Exit("unexpected_reply", "the worker answered a call that it was not running", may_have_begun_next=True)
+UNSOUND_REPLY = Exit("invalid_reply", "the worker sent an invalid reply", may_have_begun_next=True)
+HUNG_UP = Exit("socket_closed", "the worker closed its socket")
+DEAF = Exit("socket_refused_frame", "the worker's socket refused a frame")
 
-# Those by which programs die, as strsignal(3) calls them. A kernel can choose any other too.
-_SIGNALS: dict[int, End] = {
-    number: End(reason, f"the worker was killed by {number.name}")
+# The signals by which programs die, as strsignal(3) calls them. A kernel can choose any other too.
+_SIGNALS: dict[int, Exit] = {
+    number: Exit(reason, f"the worker was killed by {number.name}")
     for number, reason in {
         signal.SIGKILL: "killed",
         signal.SIGSEGV: "segmentation_fault",
@@ -72,15 +79,18 @@ _SIGNALS: dict[int, End] = {
 }
 
 
-# What multiprocessing says of a process whose forkserver has gone, and with it whoever would have known.
+# What multiprocessing says of a process whose forkserver has ended, and with it the only process that would know.
 _UNSEEN_CODE = 255
 
 
-def by_itself(code: int | None) -> End:
-    """What an exit code says, as multiprocessing gives it: negative for a signal, None where it came too late."""
+def by_itself(code: int | None) -> Exit:
+    """The exit that an exit code stands for.
+
+    multiprocessing gives codes: negative for a signal, None where the code came too late.
+    """
     if code is None or code == _UNSEEN_CODE:
-        return End("unknown", "the worker ended, and its exit code is unknown")
+        return Exit("unknown", "the worker ended, and its exit code is unknown")
     if code >= 0:
-        return End("exited", f"the worker exited with code {code}")
+        return Exit("exited", f"the worker exited with code {code}")
     # Most real-time signals have no name.
-    return _SIGNALS.get(-code, End("signal", f"the worker was killed by signal {-code}"))
+    return _SIGNALS.get(-code, Exit("signal", f"the worker was killed by signal {-code}"))

@@ -18,6 +18,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple
 
+from unlatch.compute.errors import StartError
 from unlatch.compute.ipc.frames import PRELOAD_VARIABLE
 from unlatch.compute.worker.entry import enter
 
@@ -33,17 +34,6 @@ _THREAD_VARIABLES = (
 
 # What any Linux grants; it counts the system's own bookkeeping too, about 0.8 KiB a frame.
 _CHANNEL_BYTES = 208 * 1024
-
-
-class StartError(Exception):
-    """A worker cannot start; the message says why, with file and line where a kernel module is at fault.
-
-    `lasting` when the next will not either, as things stand.
-    """
-
-    def __init__(self, message: str, *, lasting: bool = False) -> None:
-        super().__init__(message)
-        self.lasting = lasting
 
 
 class Spawned(NamedTuple):

@@ -1,45 +1,72 @@
-"""The pool: N slots, each filled by a worker process that is replaced when it ends.
+"""The pool: N slots, each filled by a worker process that is replaced when it exits.
 
-A slot's number is what metrics and logs name; processes come and go in it. A worker has two runs in hand at most: the
-one it is in and one staged behind it, so that it finds work when the loop that feeds it is busy elsewhere.
+A slot's number is what metrics and logs name; processes come and go in it. A worker has two runs at most: the one that
+it is in and one staged behind it, so that it finds work when the loop that feeds it is busy elsewhere.
 """
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from time import monotonic
+from typing import NamedTuple
 
+from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.call import Call
-from unlatch.compute.dispatch.queue import Queue
 from unlatch.compute.ipc.arena import InputArena
-from unlatch.compute.pool.recycling import Upkeep
+from unlatch.compute.pool.in_flight import RunListener
+from unlatch.compute.pool.recycling import Recycling
 from unlatch.compute.pool.slot import Slot
 
 _SWEEP_SECONDS = 10.0
-# What a worker may take before anybody looks is what it can touch in this time: some 100 MB.
+# What a worker may take between two looks is what it can touch in this time: some 100 MB.
 _LOOK_SECONDS = 0.1
 # While calls that are not long have come within this time, long ones leave the reserved workers to them.
 _RESERVED_FOR_SECONDS = 10.0
 
 
+class Opening(NamedTuple):
+    """A slot whose worker can take one run more, and whether that may be a long one."""
+
+    slot: Slot
+    takes_long: bool
+
+    def takes(self, _: Call) -> Slot:
+        """The slot for a call: it is the same for each."""
+        return self.slot
+
+
 class Pool:
     """The workers of one replica. `reserved_workers` are those that long calls leave to others."""
 
-    def __init__(self, slots: Sequence[Slot], arena: InputArena, queue: Queue, reserved_workers: int) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        arena: InputArena,
+        errors: InternalErrors,
+        *,
+        reserved_workers: int = 0,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self._slots = slots
         self._arena = arena
-        self._queue = queue
+        self._errors = errors
         self._reserved_workers = reserved_workers
+        self._clock = clock
         self._last_short = -_RESERVED_FOR_SECONDS
+        self._keeping: dict[Slot, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self) -> None:
+    async def start(self, listener: RunListener) -> None:
         """Fill every slot. Raises StartError, with file and line, when the kernels do not load."""
+        loop = asyncio.get_running_loop()
+        starts = {slot: loop.create_future() for slot in self._slots}
+        self._keeping = {slot: asyncio.create_task(slot.keep(listener, started)) for slot, started in starts.items()}
         # All have started or failed before any failure ends the start: who is still being forked could not be stopped.
-        results = await asyncio.gather(*(slot.start() for slot in self._slots), return_exceptions=True)
+        results = await asyncio.gather(*starts.values(), return_exceptions=True)
         for failure in filter(None, results):
             raise failure
-        self._tasks = [asyncio.create_task(self._sweep()), asyncio.create_task(self._look_after())]
+        self._tasks = [asyncio.create_task(self._sweep()), asyncio.create_task(self._look_after(listener))]
 
     @property
     def workers(self) -> int:
@@ -48,80 +75,97 @@ class Pool:
 
     @property
     def busy_ratio(self) -> float:
-        """What part of them has a call in hand now."""
-        return sum(slot.in_hand > 0 for slot in self._slots) / len(self._slots)
+        """What part of them has a call now."""
+        return sum(slot.runs > 0 for slot in self._slots) / len(self._slots)
 
-    @property
-    def keeps_some_free(self) -> bool:
+    def keeps_some_free(self, now: float) -> bool:
         """Whether some workers are kept free of long calls now: that was asked for, and others have come of late."""
-        return self._reserved_workers > 0 and monotonic() - self._last_short < _RESERVED_FOR_SECONDS
+        return self._reserved_workers > 0 and now - self._last_short < _RESERVED_FOR_SECONDS
 
-    def has_room(self, *, long: bool) -> bool:
-        """Whether some worker can take one more call in hand; a long one, where workers are kept free of those."""
-        if long and self.keeps_some_free:
-            most = len(self._slots) - self._reserved_workers
-            return sum(slot.runs_long for slot in self._slots) < most and any(slot.has_room for slot in self._slots)
-        return any(slot.has_room for slot in self._slots)
+    def opening(self, now: float) -> Opening | None:
+        """The slot with least to do of those that can take one run more; None where none can."""
+        best, least = None, (0, 0)
+        for slot in self._slots:
+            if slot.has_room(now) and (best is None or _load(slot) < least):
+                best, least = slot, _load(slot)
+        if best is None:
+            return None
+        takes_long = not self.keeps_some_free(now) or (
+            sum(slot.runs_long for slot in self._slots) < len(self._slots) - self._reserved_workers
+        )
+        return Opening(best, takes_long)
 
-    def wait_seconds(self, before: float, *, short: bool) -> float:
-        """How long until a worker begins a call that has so many seconds of work before it in the queue.
+    def wait_seconds(self, before: float, now: float, *, short: bool) -> float:
+        """How long until a worker begins a call that has so many seconds of work before it in the backlog.
 
         With `short`, of the workers that run no long call.
         """
-        now, left, count, idle = monotonic(), before, 0, False
+        left, count, idle = before, 0, False
         for slot in self._slots:
             if not (short and slot.runs_long):
                 left += slot.seconds_left(now)
                 count += 1
-                idle = idle or not slot.in_hand
+                idle = idle or not slot.runs
         if not count:
             return math.inf
         return 0.0 if idle and not before else left / count
 
-    def run(self, calls: Sequence[Call]) -> None:
-        """Give a call, or several that run as one, to the worker with least in hand."""
+    def run(self, slot: Slot, calls: Sequence[Call], now: float) -> None:
+        """Give a slot's worker a call, or several that run as one. Raises ResourceExhausted: no memory for replies."""
         if not calls[0].estimate.long:
-            self._last_short = monotonic()
-        min((slot for slot in self._slots if slot.has_room), key=_in_hand).run(calls)
-
-    def abandon(self, call: Call) -> None:
-        """Nobody waits for a call any more that was given to a worker: its core is wanted back."""
-        for slot in self._slots:
-            slot.abandon(call)
+            self._last_short = now
+        slot.run(calls, now)
 
     async def stop(self) -> None:
-        """End every worker, whatever it is doing, and wait until they are gone."""
+        """Kill every worker, whatever it is doing, and wait until they are gone."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*(slot.stop() for slot in self._slots))
+        for slot, task in self._keeping.items():
+            if not slot.stop():
+                task.cancel()
+        await asyncio.gather(*self._keeping.values(), return_exceptions=True)
 
     async def _sweep(self) -> None:
         """Give memory back that has not been used for a while."""
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            dropped = self._arena.drop_idle()
+            try:
+                dropped = self._arena.drop_idle()
+            except Exception as error:  # noqa: BLE001 (an entry point's guard: the loop goes on)
+                self._errors.caught("sweep", error)
+                continue
             for slot in self._slots:
-                slot.sweep(dropped)
+                self._guarded("sweep", partial(slot.sweep, dropped))
 
-    async def _look_after(self) -> None:
+    async def _look_after(self, listener: RunListener) -> None:
         """Keep workers to their limits, and replace those that are due: one at a time, so that the others serve."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             for slot in self._slots:
-                slot.look()
+                self._guarded("look_after", slot.look)
             # Workers may have been kept free that need not be any more.
-            self._queue.pump()
-            kept = [slot.upkeep for slot in self._slots if slot.upkeep is not None and not slot.upkeep.retires]
-            due = [upkeep for upkeep in kept if upkeep.due]
-            if due and len(kept) == len(self._slots):
-                min(due, key=_since).retire()
+            listener.assign()
+            self._guarded("look_after", self._retire_one)
+
+    def _retire_one(self) -> None:
+        kept = [slot.recycling for slot in self._slots if slot.recycling is not None and not slot.recycling.retires]
+        due = [recycling for recycling in kept if recycling.due]
+        if due and len(kept) == len(self._slots):
+            min(due, key=_since).retire()
+
+    def _guarded(self, place: str, step: Callable[[], object]) -> None:
+        """Do a step of a loop, which goes on whatever comes of the step."""
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 (an entry point's guard)
+            self._errors.caught(place, error)
 
 
-def _since(upkeep: Upkeep) -> float:
-    return upkeep.since
+def _since(recycling: Recycling) -> float:
+    return recycling.since
 
 
-def _in_hand(slot: Slot) -> tuple[int, int]:
+def _load(slot: Slot) -> tuple[int, int]:
     # Of two workers that both run a call, the next is staged behind the one with less to go through.
-    held = slot.in_hand
-    return held, slot.bytes_in_hand if held else 0
+    held = slot.runs
+    return held, slot.bytes if held else 0

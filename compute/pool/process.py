@@ -1,10 +1,10 @@
-"""One worker process, from its start to its end.
+"""One worker process, from its start to its exit.
 
-    forkserver forks          worker sends Loaded…, Ready      ──> on_frame
-    send()   ── Run ──>       worker sends Done or Failed      ──> on_frame
-    kill()   ── SIGKILL ──>   worker ends, this way or another ──> on_end(End)
+    forkserver forks          worker sends Loaded…, Ready       ──> on_frame
+    send()   ── RunFrame ──>  worker sends Done or Failed       ──> on_frame
+    kill()   ── SIGKILL ──>   worker exits, this way or another ──> on_exit(Exit)
 
-An end is an event: the pidfd becomes readable. (A sentinel alone would not do: when the forkserver dies, all its
+An exit is an event: the pidfd becomes readable. (A sentinel alone would not do: when the forkserver dies, all its
 children's sentinels fire although they live.) The reason follows once the forkserver has reaped the process.
 """
 
@@ -21,10 +21,10 @@ from multiprocessing.context import ForkServerProcess
 import msgspec
 import structlog
 
-from unlatch.compute.ipc import frames as wire
-from unlatch.compute.pool import exits as ends
-from unlatch.compute.pool.exits import End
-from unlatch.compute.pool.stopped import Standstill
+from unlatch.compute.ipc.frames import ToDispatcher, ToWorker, decode_for_dispatcher, encode
+from unlatch.compute.pool import exits
+from unlatch.compute.pool.exits import Exit
+from unlatch.compute.pool.stopped import StoppedWatch
 
 log = structlog.get_logger()
 
@@ -36,16 +36,20 @@ _RECEIVE_BYTES = 256 * 1024
 
 
 class WorkerProcess:
-    """A process that was started. `on_frame` and `on_end` are called on the event loop."""
+    """A process that was started. `on_frame` and `on_exit` are called on the event loop, and raise nothing.
+
+    `on_error` is told of exceptions that no code expected, and of the place where they were caught.
+    """
 
     def __init__(
         self,
         process: ForkServerProcess,
         channel: socket.socket,
-        on_frame: Callable[[wire.ToDispatcher], None],
-        on_end: Callable[[End], None],
+        on_frame: Callable[[ToDispatcher], None],
+        on_exit: Callable[[Exit], None],
         *,
         stopped_seconds: float = 0.0,
+        on_error: Callable[[str, Exception], object] | None = None,
     ) -> None:
         assert process.pid is not None
         self.pid = process.pid
@@ -53,21 +57,23 @@ class WorkerProcess:
         self._channel = channel
         self._pidfd = os.pidfd_open(self.pid)
         self._on_frame = on_frame
-        self._on_end = on_end
+        self._on_exit = on_exit
+        self._on_error = on_error or _log_error
         self._loop = asyncio.get_running_loop()
-        self._verdict: End | None = None
+        self._cause: Exit | None = None
         self._grace: asyncio.TimerHandle | None = None
         # From the first sign of its end on: nothing more is to be given to it.
         self.ending = False
+        self._gone = False
         self._loop.add_reader(self._channel, self._readable)
         self._loop.add_reader(self._pidfd, self._ended)
-        self._standstill = Standstill(self.pid, stopped_seconds, self.kill)
+        self._stopped = StoppedWatch(self.pid, stopped_seconds, self.kill)
 
-    def send(self, frame: wire.ToWorker, fd: int | None = None) -> None:
+    def send(self, frame: ToWorker, fd: int | None = None) -> None:
         """Send a frame, with a descriptor or none. A worker whose socket takes none is beyond help and killed."""
         if self.ending:
             return
-        encoded = wire.encode(frame)
+        encoded = encode(frame)
         try:
             if fd is None:
                 self._channel.send(encoded)
@@ -76,7 +82,7 @@ class WorkerProcess:
         except (BrokenPipeError, ConnectionResetError):
             self._hung_up()
         except OSError as error:
-            self.kill(ends.DEAF.with_detail(error.strerror or str(error)))
+            self.kill(exits.DEAF.with_detail(error.strerror or str(error)))
 
     @property
     def cpu_seconds(self) -> float:
@@ -87,9 +93,12 @@ class WorkerProcess:
         except OSError:
             return 0.0
 
-    def kill(self, end: End) -> None:
-        """End the worker and whatever it started. `on_end` follows, with the first end that it was given."""
-        self._verdict = self._verdict or end
+    def kill(self, cause: Exit) -> None:
+        """Kill the worker and all that it started. `on_exit` follows, with the first cause that was given."""
+        if self._gone:
+            # Another process may have its number.
+            return
+        self._cause = self._cause or cause
         self._hear_no_more()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
@@ -113,20 +122,20 @@ class WorkerProcess:
             self._hung_up()
             return False
         try:
-            message = wire.decode_for_dispatcher(frame)
+            message = decode_for_dispatcher(frame)
         except msgspec.DecodeError as error:
             # The worker chooses what the error says: callers are not told, and the log has it no longer than this.
             log.warning("worker sent an undecodable frame", pid=self.pid, error=str(error)[:200])
-            self.kill(ends.NO_FRAME)
+            self.kill(exits.NO_FRAME)
             return False
         self._on_frame(message)
         return True
 
     def _hung_up(self) -> None:
-        """Its end of the socket is closed, so it can never answer again: it ends now, or is ended."""
+        """Take in that the worker has closed its socket: it can never answer again, so it exits now or is killed."""
         self._hear_no_more()
         if self._grace is None:
-            self._grace = self._loop.call_later(_ENDS_WITHIN_SECONDS, self.kill, ends.HUNG_UP)
+            self._grace = self._loop.call_later(_ENDS_WITHIN_SECONDS, self.kill, exits.HUNG_UP)
 
     def _hear_no_more(self) -> None:
         if not self.ending:
@@ -135,28 +144,46 @@ class WorkerProcess:
 
     def _ended(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        self._standstill.close()
-        self._hear_no_more()
-        if self._grace is not None:
-            self._grace.cancel()
-        # What it said before it ended still counts; of what it said after it was to be killed only that it did.
-        with contextlib.suppress(OSError, msgspec.DecodeError):
-            while frame := self._channel.recv(_RECEIVE_BYTES):
-                if self._verdict:
-                    self._verdict = replace(self._verdict, went_on=True)
-                    break
-                self._on_frame(wire.decode_for_dispatcher(frame))
+        try:
+            self._hear_the_last()
+        except Exception as error:  # noqa: BLE001 (an entry point's guard: the exit must be told)
+            self._on_error("worker_exit", error)
         self._channel.close()
         self._timeout = self._loop.call_later(_REAPED_WITHIN_SECONDS, self._reaped)
         self._loop.add_reader(self._process.sentinel, self._reaped)
 
+    def _hear_the_last(self) -> None:
+        """Take in what the worker said before it exited; of what it said after it was to be killed only that it did."""
+        self._stopped.close()
+        self._hear_no_more()
+        if self._grace is not None:
+            self._grace.cancel()
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            while frame := self._channel.recv(_RECEIVE_BYTES):
+                if self._cause:
+                    self._cause = replace(self._cause, may_have_begun_next=True)
+                    break
+                self._on_frame(decode_for_dispatcher(frame))
+
     def _reaped(self) -> None:
         self._timeout.cancel()
         self._loop.remove_reader(self._process.sentinel)
-        code = self._process.exitcode
+        self._gone = True
+        code = None
+        try:
+            code = self._process.exitcode
+            self._let_go()
+        except Exception as error:  # noqa: BLE001 (an entry point's guard: the exit must be told)
+            self._on_error("worker_exit", error)
+        self._on_exit(self._cause or exits.by_itself(code))
+
+    def _let_go(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         os.close(self._pidfd)
         with contextlib.suppress(ValueError):  # not reaped within the time: the forkserver is in trouble itself
             self._process.close()
-        self._on_end(self._verdict or ends.by_itself(code))
+
+
+def _log_error(place: str, error: Exception) -> None:
+    log.error("internal error", place=place, exc_info=error)

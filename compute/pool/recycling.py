@@ -1,11 +1,11 @@
-"""The front's end of a worker's limits: what it has taken, and whether another process is to take its place.
+"""Recycling: how much memory a worker has taken, and whether another process is to take its place.
 
     look()  ten times a second:  over the limit, or grown    ──> Shrink ──> Shrunk: still so?  ──> retires, or is due
                                  far over it by a run        ──> that ends RESOURCE_EXHAUSTED, and the worker with it
                                  has run its calls           ──> due
 
 A worker that is due is replaced when the pool says so, which it says to one at a time. One that retires is given
-nothing more, and ends when it has nothing in hand: no call is hurt.
+nothing more, and ends when it has no call: no call is hurt.
 """
 
 from contextlib import suppress
@@ -13,9 +13,9 @@ from time import monotonic
 
 from unlatch.compute.ipc.frames import Shrink, Shrunk
 from unlatch.compute.ipc.memory_limits import Footprint, MemoryLimits
-from unlatch.compute.pool import exits as ends
-from unlatch.compute.pool.exits import End
-from unlatch.compute.pool.in_flight import Hand
+from unlatch.compute.pool import exits
+from unlatch.compute.pool.exits import Exit
+from unlatch.compute.pool.in_flight import InFlight
 from unlatch.compute.pool.process import WorkerProcess
 
 # RLIMIT_DATA stops a worker at its limit; one that is so far over it has gone around that.
@@ -26,12 +26,12 @@ _TOO_MUCH_IN_USE = 0.5
 _ASKED_EVERY_SECONDS = 2.0
 
 
-class Upkeep:
+class Recycling:
     """One for each worker process, from when it is ready. Raises OSError where it has ended already."""
 
-    def __init__(self, process: WorkerProcess, hand: Hand, limits: MemoryLimits) -> None:
+    def __init__(self, process: WorkerProcess, in_flight: InFlight, limits: MemoryLimits) -> None:
         self._process = process
-        self._hand = hand
+        self._in_flight = in_flight
         self._limits = limits
         self._footprint = Footprint(process.pid)
         try:
@@ -43,10 +43,10 @@ class Upkeep:
         # What it has taken since it was ready: the pages of its own that are in RAM.
         self.taken_bytes = 0
         # Why it is to be replaced, if it is.
-        self.due: End | None = None
+        self.due: Exit | None = None
         self.retires = False
         self._asked = -_ASKED_EVERY_SECONDS
-        # At the last look, how many calls it had ended; and what it may take before the run in hand is ended.
+        # At the last look, how many calls it had ended; and what it may take before its present run is ended.
         self._calls = 0
         self._tolerated_bytes = limits.memory_bytes * _FAR_OVER
 
@@ -54,17 +54,17 @@ class Upkeep:
         """See what it has taken, and do something about it."""
         if self._process.ending:
             return
-        # A run that it was not given yet may have been taken out of its hand.
+        # A run that it was not given yet may have been taken from it.
         self.rested()
         with suppress(OSError):  # it has just ended, and its slot is about to hear of that
             self.taken_bytes = max(0, self._footprint.read().resident - self._start.resident)
-        if self._limits.memory_bytes and self.taken_bytes > self._tolerated_bytes and self._hand:
+        if self._limits.memory_bytes and self.taken_bytes > self._tolerated_bytes and self._in_flight:
             self._far_over()
         elif (self._is_over(self.taken_bytes) or self._has_grown(self.taken_bytes)) and not self.retires:
             self._ask_to_shrink()
-        if self._limits.recycle_calls and self._hand.calls >= self._limits.recycle_calls:
-            self.due = self.due or ends.HAS_RUN
-        self._calls = self._hand.calls
+        if self._limits.recycle_calls and self._in_flight.calls >= self._limits.recycle_calls:
+            self.due = self.due or exits.HAS_RUN
+        self._calls = self._in_flight.calls
 
     def shrunk(self, left: Shrunk) -> None:
         """It has given back what it could."""
@@ -74,19 +74,19 @@ class Upkeep:
         left_bytes = left.resident_bytes - self._start.resident
         in_use = left.data_bytes - self._start.data
         if self._is_over(left_bytes) or (limit and left.ran_short and in_use > limit * _TOO_MUCH_IN_USE):
-            self.due = ends.OVER_LIMIT
+            self.due = exits.OVER_LIMIT
             self.retire()
         elif self._has_grown(left_bytes):
-            self.due = self.due or ends.GROWN
+            self.due = self.due or exits.GROWN
 
     def retire(self) -> None:
-        """Give it nothing more, and end it once it has nothing in hand."""
+        """Give it nothing more, and end it once it has no call."""
         self.retires = True
         self.rested()
 
     def rested(self) -> None:
         """It has ended a call, or had none."""
-        if self.retires and self.due and not self._hand:
+        if self.retires and self.due and not self._in_flight:
             self._process.kill(self.due)
 
     def close(self) -> None:
@@ -94,14 +94,14 @@ class Upkeep:
         self._footprint.close()
 
     def _far_over(self) -> None:
-        if self._hand.calls == self._calls:
+        if self._in_flight.calls == self._calls:
             limit = self._limits.memory_bytes
             told = f"took {self.taken_bytes} bytes of memory, more than a worker may have: worker_memory_bytes={limit}"
-            self._hand.refuse(told, ends.OVER_LIMIT)
+            self._in_flight.refuse(told, exits.OVER_LIMIT)
         else:
             # A run that has ended since the last look may have left it: the present one is to blame for more only.
             self._tolerated_bytes = self.taken_bytes * _FAR_OVER
-            self.due = ends.OVER_LIMIT
+            self.due = exits.OVER_LIMIT
             self.retire()
 
     def _ask_to_shrink(self) -> None:

@@ -1,6 +1,6 @@
-"""A worker that stands still is told apart from one that is busy: by what the system says of its main thread.
+"""The watch that tells a stopped worker from a busy one, by what the system says of its main thread.
 
-One that was stopped (SIGSTOP, a terminal, a debugger) can neither answer nor end by itself. Nor can one whose main
+A worker that was stopped (SIGSTOP, a terminal, a debugger) can neither answer nor end by itself. Nor can one whose main
 thread has ended while others go on: the process's end, which the pidfd would tell, comes with the last of them.
 """
 
@@ -8,24 +8,25 @@ import asyncio
 import os
 from collections.abc import Callable
 
-from unlatch.compute.pool import exits as ends
-from unlatch.compute.pool.exits import End
+from unlatch.compute.pool import exits
+from unlatch.compute.pool.exits import Exit
 
 _LOOK_SECONDS = 0.25
 # As far as the state in proc_pid_stat(5): a number and a name of at most 64 bytes come before it.
 _HEAD_BYTES = 128
-_STILL = {b"T": ends.STOPPED, b"t": ends.STOPPED, b"Z": ends.HALF_GONE}
+_STILL = {b"T": exits.STOPPED, b"t": exits.STOPPED, b"Z": exits.HALF_GONE}
 
 
-class Standstill:
-    """Looks at a process a few times a second, and says when it has stood still for so long. 0 seconds: never.
+class StoppedWatch:
+    """Look at a process a few times a second, and call `on_stopped` once it has stood still for so many seconds.
 
-    What counts are looks in a row, and not the clock: when the front itself was stopped no time has passed.
+    0 seconds is never. Looks in a row count, and not the clock: when the dispatcher itself was stopped no time has
+    passed.
     """
 
-    def __init__(self, pid: int, seconds: float, on_still: Callable[[End], None]) -> None:
+    def __init__(self, pid: int, seconds: float, on_stopped: Callable[[Exit], None]) -> None:
         self._most_looks = max(1, round(seconds / _LOOK_SECONDS))
-        self._on_still = on_still
+        self._on_stopped = on_stopped
         self._looks = 0
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -51,7 +52,7 @@ class Standstill:
             head = os.pread(self._stat, _HEAD_BYTES, 0)
         except OSError:
             return  # it has just ended
-        end = _STILL.get(head[head.rindex(b")") + 2 :][:1])
-        self._looks = self._looks + 1 if end is not None else 0
-        if end is not None and self._looks == self._most_looks:
-            self._on_still(end)
+        cause = _STILL.get(head[head.rindex(b")") + 2 :][:1])
+        self._looks = self._looks + 1 if cause is not None else 0
+        if cause is not None and self._looks == self._most_looks:
+            self._on_stopped(cause)

@@ -14,7 +14,7 @@ from unlatch.common.machine.memory import granted_memory
 from unlatch.common.service import serve as life
 from unlatch.common.service.health import LIVENESS
 from unlatch.compute import settings
-from unlatch.compute.ipc import memory_budget as shares
+from unlatch.compute.ipc import memory_budget
 from unlatch.compute.pool import process
 from unlatch.compute.settings import ComputeSettings
 from unlatch.gateway.settings import GatewaySettings
@@ -191,10 +191,10 @@ def test_workers_cannot_take_the_container_over_its_limit(
     granted = granted_memory(tmp_path, own)
     assert granted == in_bytes(limits["memory"])
     found = manifests.settings("compute", ComputeSettings)
-    shared = shares.share_out(found, granted)
+    shared = memory_budget.memory_budget(found, granted)
     workers = shared.worker_bytes * found.worker_count
     replies = min(found.max_reply_bytes, shared.arena_bytes)
-    assert shared.arena_bytes + replies + shares._SERVICES_BYTES + workers <= granted
+    assert shared.arena_bytes + replies + memory_budget._SERVICES_BYTES + workers <= granted
     assert shared.worker_bytes >= 64 * MiB
 
 

@@ -15,7 +15,7 @@ from unlatch.check.worker import CheckWorkers
 from unlatch.common.errors import InvalidArgument, near
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.net.settings import MiB
-from unlatch.compute.pool.forkserver import StartError
+from unlatch.compute.errors import StartError
 from unlatch.compute.worker.trial import TriedKernel, TriedModule, tried
 
 _IMPORT_SECONDS = 60.0

@@ -17,6 +17,7 @@ from typing import Self
 from unlatch.check.cases import Case
 from unlatch.check.probes import SETTLE
 from unlatch.common.kernel.tensors import Array, dtype_name, pack_bytes, view
+from unlatch.compute.errors import StartError
 from unlatch.compute.ipc.arena import Segment, offsets
 from unlatch.compute.ipc.frames import (
     Done,
@@ -33,8 +34,8 @@ from unlatch.compute.ipc.frames import (
     Tensor,
     ToDispatcher,
 )
-from unlatch.compute.pool.exits import POOL_STOPS, End
-from unlatch.compute.pool.forkserver import ForkServer, StartError
+from unlatch.compute.pool.exits import POOL_STOPS, Exit
+from unlatch.compute.pool.forkserver import ForkServer
 from unlatch.compute.pool.process import WorkerProcess
 
 _FIRST_REPLY_BYTES = 1024 * 1024
@@ -228,10 +229,10 @@ class CheckWorker:
         if not isinstance(frame, Loaded | Shrunk) and not self._answer.done():
             self._answer.set_result(frame)
 
-    def _ended(self, end: End) -> None:
+    def _ended(self, cause: Exit) -> None:
         self._gone.set()
         if not self._answer.done():
-            self._answer.set_result(Lost(reason=str(end)))
+            self._answer.set_result(Lost(reason=str(cause)))
 
 
 class _Printed:

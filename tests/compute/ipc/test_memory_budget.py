@@ -3,8 +3,8 @@
 import pytest
 
 from unlatch.common.net.settings import MiB
-from unlatch.compute.ipc.memory_budget import Shares, share_out
-from unlatch.compute.pool.forkserver import StartError
+from unlatch.compute.errors import StartError
+from unlatch.compute.ipc.memory_budget import MemoryBudget, memory_budget
 from unlatch.compute.settings import ComputeSettings
 
 # The services themselves get 256 MiB.
@@ -36,8 +36,8 @@ def settings(workers: int, worker_memory_bytes: int = 0) -> ComputeSettings:
 )
 def test_share(workers: int, own: int, granted: int, limit: int) -> None:
     """The rest beside arena, replies and services is divided evenly. A limit that is set is taken as it is."""
-    found = share_out(settings(workers, own), granted)
-    assert found == Shares(ARENA, limit)
+    found = memory_budget(settings(workers, own), granted)
+    assert found == MemoryBudget(ARENA, limit)
     if not own:
         assert limit * workers + ARENA + REPLIES <= granted or not granted
 
@@ -54,7 +54,7 @@ def test_share(workers: int, own: int, granted: int, limit: int) -> None:
 def test_too_little_is_refused(workers: int, own: int, granted: int, says: str) -> None:
     """A worker that could compute nothing is not started. The message has every number of the calculation."""
     with pytest.raises(StartError, match=f"^worker_memory_bytes: .*{says}"):
-        share_out(settings(workers, own), granted)
+        memory_budget(settings(workers, own), granted)
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_too_little_is_refused(workers: int, own: int, granted: int, says: str) 
 )
 def test_arena_follows_the_container(granted: int, arena: int, worker: int) -> None:
     """An arena whose size is not set is a part of the container's memory, so that small containers serve too."""
-    assert share_out(ComputeSettings.model_validate({"workers": 2}), granted) == Shares(arena, worker)
+    assert memory_budget(ComputeSettings.model_validate({"workers": 2}), granted) == MemoryBudget(arena, worker)

@@ -4,16 +4,16 @@ import re
 from itertools import chain
 
 from tests.support.mesh import ROOT
-from unlatch.compute.pool import exits as ends
-from unlatch.compute.pool.exits import End
+from unlatch.compute.pool import exits
+from unlatch.compute.pool.exits import Exit
 
-NAMED = {name: value for name, value in vars(ends).items() if isinstance(value, End)}
+NAMED = {name: value for name, value in vars(exits).items() if isinstance(value, Exit)}
 CODES = [*range(-64, 256), None]
 
 
 def test_reasons_are_distinct_codes() -> None:
     """Each way to end that is declared has a snake_case code of its own, a message, and a place in the docs."""
-    declared = [*NAMED.values(), *{end.reason: end for end in map(ends.by_itself, CODES)}.values()]
+    declared = [*NAMED.values(), *{end.reason: end for end in map(exits.by_itself, CODES)}.values()]
     reasons = [end.reason for end in declared]
     assert len(set(reasons)) == len(reasons)
     assert [reason for reason in reasons if not re.fullmatch(r"[a-z]+(_[a-z]+)*", reason)] == []
@@ -28,19 +28,19 @@ def test_reasons_are_distinct_codes() -> None:
 
 def test_worker_chooses_no_label() -> None:
     """Every exit code and every signal that there is comes under a dozen reasons, none of which has a number."""
-    found = {ends.by_itself(code) for code in CODES}
+    found = {exits.by_itself(code) for code in CODES}
     reasons = {end.reason for end in found}
     assert len(reasons) == 13
     assert not any(map(str.isdigit, chain.from_iterable(reasons)))
     # What is told of them tells them apart all the same, but for two that nobody saw.
-    assert len({str(ends.by_itself(code)) for code in CODES}) == len(CODES) - 1
+    assert len({str(exits.by_itself(code)) for code in CODES}) == len(CODES) - 1
 
 
 def test_detail_is_no_label() -> None:
     """What a system call says is told, and counted under what it was about."""
-    detailed = ends.DEAF.with_detail("No buffer space available")
+    detailed = exits.DEAF.with_detail("No buffer space available")
     assert str(detailed) == "the worker's socket refused a frame: No buffer space available"
-    assert detailed.reason == ends.DEAF.reason
+    assert detailed.reason == exits.DEAF.reason
 
 
 def test_what_follows_from_each_end() -> None:
@@ -48,6 +48,9 @@ def test_what_follows_from_each_end() -> None:
     of_limits = {"OVER_LIMIT", "GROWN", "HAS_RUN"}
     at_once = {"ABANDONED", "TIMED_OUT", "STOPPED", "HALF_GONE"} | of_limits
     assert {name for name, end in NAMED.items() if end.at_once} == at_once
-    blameless = {"POOL_STOPS", "ABANDONED", "TIMED_OUT", "MISFIT", "UNREADY"} | of_limits
-    assert {name for name, end in NAMED.items() if not end.is_strike} == blameless
-    assert all(ends.by_itself(code).is_strike and not ends.by_itself(code).at_once for code in (-9, -11, 0, 3, None))
+    blameless = {"POOL_STOPS", "ABANDONED", "TIMED_OUT", "MISFIT", "UNREADY", "INTERNAL_ERROR"} | of_limits
+    assert {name for name, end in NAMED.items() if not end.blames_call} == blameless
+    by_itself = [exits.by_itself(code) for code in (-9, -11, 0, 3, None)]
+    assert all(end.blames_call and not end.at_once for end in by_itself)
+    told = {"NO_FRAME", "OTHER_CALL", "UNSOUND_REPLY", "INTERNAL_ERROR"}
+    assert {name for name, end in NAMED.items() if end.may_have_begun_next} == told

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 import pytest
 
 from tests.support.watching import descriptors, until
-from unlatch.compute.pool import exits as ends
-from unlatch.compute.pool.exits import End
-from unlatch.compute.pool.stopped import Standstill
+from unlatch.compute.pool import exits
+from unlatch.compute.pool.exits import Exit
+from unlatch.compute.pool.stopped import StoppedWatch
 
 Runs = Callable[[str], int]
 
@@ -42,20 +42,20 @@ async def test_stopped_process_is_found_and_no_other(runs: Runs) -> None:
     waits = "import time; time.sleep(600)"
     pids = {"computes": runs("while True: pass"), "waits": runs(waits), "stopped": runs(waits)}
     os.kill(pids["stopped"], signal.SIGSTOP)
-    found: list[tuple[str, End]] = []
+    found: list[tuple[str, Exit]] = []
     looks = [
-        Standstill(pid, 0.5, lambda end, name=name: found.append((name, end)))  # type: ignore[misc]
+        StoppedWatch(pid, 0.5, lambda end, name=name: found.append((name, end)))  # type: ignore[misc]
         for name, pid in pids.items()
     ]
-    off = Standstill(pids["stopped"], 0.0, lambda end: found.append(("off", end)))
+    off = StoppedWatch(pids["stopped"], 0.0, lambda end: found.append(("off", end)))
     await until(lambda: found, "it is found")
-    assert found == [("stopped", ends.STOPPED)]
+    assert found == [("stopped", exits.STOPPED)]
     for look in (*looks, off):
         look.close()
 
 
 async def test_process_that_has_gone_is_not_looked_at(gone: int) -> None:
     """One that has ended is somebody else's news, and nothing is kept of it."""
-    look = Standstill(gone, 0.5, lambda end: pytest.fail(str(end)))
+    look = StoppedWatch(gone, 0.5, lambda end: pytest.fail(str(end)))
     assert not [opened for opened in descriptors(os.getpid()).values() if opened.startswith(f"/proc/{gone}/")]
     look.close()

@@ -1,16 +1,16 @@
 """Calls that workers have died of, remembered by what they are: one that is sent again does no more harm.
 
-    offer ──> nothing like it has a strike ────────────────────────────> the queue
-      └─ same kernel, same size as one that has: it is read ──┬─ other ─> the queue
-                                                              └─ poison ─> FAILED_PRECONDITION
-    strike ──> it is read and remembered for a while; the second strike within that makes it poison
-    clear ───> one like it was run and did no harm: forgotten
+    suspects ──> nothing like the call has a strike: it waits for a worker
+    judge ─────> same kernel, same size as one that has: it is read ──┬─ other ─> it waits for a worker
+                                                                      └─ poison ─> FAILED_PRECONDITION
+    strike ────> it is read and remembered for a while; the second strike within that makes it poison
+    clear ─────> one like it was run and did no harm: forgotten
 
-What a call is, whoever sends it and under whatever id: its kernel and version, its parameters, its arrays' dtypes,
-shapes and bytes; as a digest (BLAKE2b, RFC 7693). Nothing is read as long as no worker dies.
+What a call is, under any id and from any caller: its kernel and version, its parameters, its arrays' dtypes, shapes
+and bytes; as a digest (BLAKE2b, RFC 7693). Nothing is read as long as no worker dies.
 
 A strike stays with what it was counted for, not with the call: a kernel that is not pure is not run again by us, but
-its caller may send the call again. A worker that was killed from outside gives a strike too, since nobody can tell;
+its caller may send the call again. A worker that was killed from outside gives a strike too, since the two look alike;
 calls like the one that it ran are then run, and clear it.
 """
 
@@ -25,23 +25,21 @@ from time import monotonic
 
 import msgspec
 
-from unlatch.common.errors import FailedPrecondition
+from unlatch.common.errors import FailedPrecondition, UnlatchError
+from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.call import Call
-from unlatch.compute.dispatch.queue import Queue
-from unlatch.compute.pool.exits import End
 
-# A call is run again when its worker ends, but not when that looks like its own doing.
-_MOST_DEATHS = 2
-_MOST_REMEMBERED = 1024
+# A call is run again when its worker exits, but not when that looks like its own doing.
+_MAX_DEATHS = 2
+_MAX_REMEMBERED = 1024
 # Read on the event loop, in a tenth of a millisecond; what is larger is read by a thread, without the interpreter lock.
 _INLINE_BYTES = 64 * 1024
-_RECONSIDERED_AT_ONCE = 16
 # How much of a call is read before its caller is asked after.
 _PIECE_BYTES = 16 * 1024 * 1024
 
 _Kind = tuple[str, int]
-# What is to happen once a worker's death is counted: with an error where the call is poison.
-Then = Callable[[FailedPrecondition | None], None]
+# What is to happen once a call is read: with an error where the call is poison, or could not be read.
+Then = Callable[[UnlatchError | None], None]
 
 
 @dataclass(slots=True)
@@ -54,44 +52,55 @@ class _Strikes:
     why: str = ""
 
 
-class Suspects:
-    """Stands before the queue: a call is offered to it and withdrawn from it. `poison_seconds=0` remembers nothing."""
+class Poison:
+    """What is remembered. `poison_seconds=0` remembers nothing. A call that is being read has this as its holder."""
 
-    def __init__(self, queue: Queue, poison_seconds: float) -> None:
-        self._queue = queue
+    def __init__(self, poison_seconds: float, errors: InternalErrors) -> None:
         self._poison_seconds = poison_seconds
+        self._errors = errors
         # By digest, the oldest strike first.
         self._remembered: dict[bytes, _Strikes] = {}
         # What calls are read: the kinds of those remembered, and of those about to be.
         self._kinds: Counter[_Kind] = Counter()
         # One thread: reading takes no more than one core from the workers.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="digest")
-        self._reading: set[Call] = set()
 
-    def offer(self, call: Call) -> None:
-        """Let a call go to the queue, unless it is poison."""
-        if self._kinds:
-            self._forget_old()
-            if _kind(call) in self._kinds:
-                self._read(call, partial(self._judge, call))
-                return
-        self._queue.offer(call)
+    def suspects(self, call: Call) -> bool:
+        """Whether a call must be judged before it may run: one of its kernel and its size has a strike."""
+        if not self._kinds:
+            return False
+        self._forget_old()
+        return _kind(call) in self._kinds
+
+    def judge(self, call: Call, then: Then) -> None:
+        """Find out whether a call is poison, and tell `then`."""
+        call.holder = self
+        self._read(call, partial(self._judge, call, then), then)
 
     def withdraw(self, call: Call) -> None:
-        """A call's caller has left. One that is being read is let go when that is over."""
-        if call not in self._reading:
-            self._queue.withdraw(call)
+        """Do nothing: a call whose caller leaves while it is read is dropped when that is over."""
 
-    def strike(self, call: Call, end: End, then: Then) -> None:
-        """A worker has died while it ran this call, which is in nobody's hands until `then` is called."""
+    def strike(self, call: Call, why: str, then: Then) -> None:
+        """Count that a worker has died while it ran this call, and tell `then` whether the call is poison."""
+        call.holder = self
         call.deaths += 1
         if not self._poison_seconds:
-            then(_refusal(call.deaths, str(end), 0.0) if call.deaths >= _MOST_DEATHS else None)
+            then(_refusal(call.deaths, why, 0.0) if call.deaths >= _MAX_DEATHS else None)
             return
         self._forget_old()
         # Before it is read: one like it that comes meanwhile is read after it.
-        self._kinds[_kind(call)] += 1
-        self._read(call, partial(self._remember, call, str(end), then))
+        kind = _kind(call)
+        self._kinds[kind] += 1
+        self._read(call, partial(self._remember, call, why, then), partial(self._unread, kind, then))
+
+    def matcher(self, call: Call) -> Callable[[Call], bool]:
+        """Tells of calls that wait whether they may be like this one, as long as this one is remembered."""
+        kind, digest = _kind(call), call.digest
+
+        def matches(other: Call) -> bool:
+            return digest in self._remembered and _kind(other) == kind and other.digest in (b"", digest)
+
+        return matches
 
     def clear(self, call: Call) -> None:
         """A call was run, and its worker lives."""
@@ -102,15 +111,12 @@ class Suspects:
         """Read nothing more."""
         self._reader.shutdown(wait=False, cancel_futures=True)
 
-    def _judge(self, call: Call) -> None:
+    def _judge(self, call: Call, then: Then) -> None:
         known = self._remembered.get(call.digest)
-        if call.ended:
-            call.release()
-        elif known is not None and known.count >= _MOST_DEATHS:
-            call.fail(_refusal(known.count, known.why, known.until - monotonic()))
-            call.release()
+        if not call.ended and known is not None and known.count >= _MAX_DEATHS:
+            then(_refusal(known.count, known.why, known.until - monotonic()))
         else:
-            self._queue.offer(call)
+            then(None)
 
     def _remember(self, call: Call, why: str, then: Then) -> None:
         kind = _kind(call)
@@ -122,7 +128,7 @@ class Suspects:
         known = self._remembered.pop(call.digest, None)
         if known is None:
             known = _Strikes(kind, 0.0)
-            if len(self._remembered) >= _MOST_REMEMBERED:
+            if len(self._remembered) >= _MAX_REMEMBERED:
                 self._forget(next(iter(self._remembered)))
         else:
             self._drop_kind(kind)
@@ -130,23 +136,11 @@ class Suspects:
         # The call itself may know of more: what was remembered of it may have had to go.
         known.count, known.why = max(known.count + 1, call.deaths), why
         known.until = monotonic() + self._poison_seconds
-        if known.count < _MOST_DEATHS:
-            then(None)
-            return
-        then(_refusal(known.count, why, self._poison_seconds))
-        self._reconsider(kind, call.digest)
+        then(_refusal(known.count, why, self._poison_seconds) if known.count >= _MAX_DEATHS else None)
 
-    def _reconsider(self, kind: _Kind, poison: bytes) -> None:
-        """Hold what waits against what is known now. By turns, since many may wait."""
-        if poison not in self._remembered:
-            return  # it was cleared meanwhile
-        found = self._queue.take_back(
-            lambda call: _kind(call) == kind and call.digest in (b"", poison), _RECONSIDERED_AT_ONCE
-        )
-        for call in found:
-            self.offer(call)
-        if found:
-            asyncio.get_running_loop().call_soon(self._reconsider, kind, poison)
+    def _unread(self, kind: _Kind, then: Then, error: UnlatchError | None) -> None:
+        self._drop_kind(kind)
+        then(error)
 
     def _forget_old(self) -> None:
         now = monotonic()
@@ -161,21 +155,24 @@ class Suspects:
         if not self._kinds[kind]:
             del self._kinds[kind]
 
-    def _read(self, call: Call, then: Callable[[], None]) -> None:
-        """Give a call its digest, and go on: at once, or when a thread has read it."""
+    def _read(self, call: Call, after: Callable[[], None], then: Then) -> None:
+        """Give a call its digest, and go on with `after`: at once, or when a thread has read it."""
         if call.digest or call.block is None or call.block.size <= _INLINE_BYTES:
             call.digest = call.digest or _digest(call)
-            then()
+            after()
             return
-        self._reading.add(call)
         reading = asyncio.get_running_loop().run_in_executor(self._reader, _digest, call)
-        reading.add_done_callback(partial(self._was_read, call, then))
+        reading.add_done_callback(partial(self._was_read, call, after, then))
 
-    def _was_read(self, call: Call, then: Callable[[], None], reading: "asyncio.Future[bytes]") -> None:
-        self._reading.discard(call)
-        if not reading.cancelled():
+    def _was_read(self, call: Call, after: Callable[[], None], then: Then, reading: "asyncio.Future[bytes]") -> None:
+        if reading.cancelled():
+            return
+        try:
             call.digest = reading.result()
-            then()
+        except Exception as error:  # noqa: BLE001 (an entry point's guard)
+            then(self._errors.caught("poison_read", error))
+            return
+        after()
 
 
 def _kind(call: Call) -> _Kind:

@@ -1,104 +1,50 @@
 """What makes two calls the same call, and what of those that killed is kept, for how long."""
 
-import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.guards import unexpected
+from tests.support.dispatch import Desk
 from tests.support.watching import until
-from unlatch.common.errors import FailedPrecondition, Unavailable
-from unlatch.common.kernel.spec import ArraySpec, KernelSpec, ScalarSpec
-from unlatch.common.kernel.tensors import Array
-from unlatch.common.lane.server import LaneServer
-from unlatch.common.telemetry.processes import ProcessWatch
-from unlatch.common.telemetry.recorder import Recorder
-from unlatch.common.telemetry.tracing import Tracing
-from unlatch.common.waiting.demand import Estimate
-from unlatch.common.waiting.order import Policy
+from unlatch.common.errors import FailedPrecondition, Unavailable, UnlatchError, from_code
 from unlatch.compute.call import Call
-from unlatch.compute.dispatch.queue import Queue
-from unlatch.compute.intake.arguments import check
-from unlatch.compute.intake.poison import Suspects
-from unlatch.compute.ipc.arena import InputArena
-from unlatch.compute.metrics import ComputeMetrics
-from unlatch.compute.pool import exits as ends
-from unlatch.protos.unlatch_pb2 import Descriptor
+from unlatch.compute.dispatch.outcomes import REQUEUE, Strike
+from unlatch.compute.pool import exits
 
-SIGKILL = ends.by_itself(-9)
+SIGKILL = exits.by_itself(-9)
 # Read by a thread.
 LARGE = 1 << 19
 
 
-class Ward:
-    """A queue without workers, what stands before it, and what calls need."""
+class Ward(Desk):
+    """A dispatcher without workers."""
 
     def __init__(self, poison_seconds: float = 600.0) -> None:
-        self.arena = InputArena(1 << 30)
-        self.policy = Policy[Call]()
-        self.queue = Queue(self.policy, 10_000, 0.1)
-        self.suspects = Suspects(self.queue, poison_seconds)
-        self._metrics = ComputeMetrics(Recorder(), ProcessWatch(), self.queue.__len__)
-        self._lane = LaneServer(lambda *_: None, unexpected)
-
-    def sent(
-        self,
-        a: Array,
-        b: Array | None = None,
-        *,
-        k: float = 1.0,
-        version: str = "1",
-        identity: str = "",
-        cost_seconds: float = 0.0,
-        remaining_microseconds: int = 0,
-    ) -> Call:
-        """A call that has landed."""
-        arrays = {"a": a} if b is None else {"a": a, "b": b}
-        descriptor = Descriptor(call=1, remaining_microseconds=remaining_microseconds)
-        descriptor.request.id = identity
-        descriptor.request.parameters["k"].double_param = k
-        for name, array in arrays.items():
-            datatype = {"f": "FP", "i": "INT"}[array.dtype.kind] + str(8 * array.itemsize)
-            descriptor.request.tensors.add(name=name, datatype=datatype, shape=array.shape)
-            descriptor.lengths.append(array.nbytes)
-        spec = kernel(arrays, version)
-        suspects = self.suspects
-        beside = self.arena, self._metrics, Tracing()
-        arguments = check(spec, descriptor)
-        call = Call(self._lane, descriptor, spec, arguments, *beside, suspects.offer, suspects.withdraw)
-        call.estimate = Estimate(cost_seconds)
-        call.make_room()
-        call.land([memoryview(array.tobytes()) for array in arrays.values()])
-        return call
+        super().__init__(poison_seconds=poison_seconds)
 
     def taken(self) -> Call:
         """The one call that waits, as a worker gets it."""
-        (call,) = self.queue.take_back(lambda _: True, 2)
+        (call,) = self.take(lambda _: True, 2)
         return call
 
+    def take(self, fits: Callable[[Call], bool], most: int) -> list[Call]:
+        """The first calls that wait and fit: they wait no more."""
+        found = list(islice(filter(fits, self.backlog), most))
+        for call in found:
+            self.backlog.remove(call)
+        return found
+
     async def struck(self, call: Call) -> FailedPrecondition | None:
-        """What comes of a worker's death of it."""
-        heard: asyncio.Future[FailedPrecondition | None] = asyncio.get_running_loop().create_future()
-        self.suspects.strike(call, SIGKILL, heard.set_result)
-        error = await heard
-        call.release()
-        return error
-
-
-def kernel(arrays: Mapping[str, Array], version: str) -> KernelSpec:
-    rest: dict[str, Any] = {"batch": False, "max_batch_size": 1, "timeout_seconds": None, "memory_bytes": None}
-    return KernelSpec(
-        name="k",
-        version=version,
-        doc="",
-        inputs=tuple(ArraySpec(name=name, dtypes=(), dims=("...",)) for name in arrays),
-        scalars=(ScalarSpec(name="k", type="float", required=True, default=None),),
-        outputs=(),
-        pure=False,
-        **rest,
-    )
+        """What a call's caller hears when a worker has died of it, where that is that it is poison."""
+        self.dispatcher.settle(call, Strike(str(SIGKILL), Unavailable("its worker ended")))
+        await until(lambda: call.ended, "it is read")
+        (reply,) = self.replies(call)
+        error = from_code(reply.failure.code, reply.failure.message)
+        assert isinstance(error, FailedPrecondition | Unavailable)
+        return error if isinstance(error, FailedPrecondition) else None
 
 
 A, B = np.arange(6.0), np.ones(6)
@@ -122,7 +68,7 @@ async def test_calls_are_told_apart(what: str) -> None:
     ward.sent(**deadly, identity="one")
     assert await ward.struck(ward.taken()) is None
     ward.sent(**deadly, identity="two")
-    await until(lambda: len(ward.queue), "it waits for a worker")
+    await until(lambda: len(ward.backlog), "it waits for a worker")
     poison = await ward.struck(ward.taken())
     assert poison is not None
     assert poison.message.startswith(
@@ -130,7 +76,7 @@ async def test_calls_are_told_apart(what: str) -> None:
     )
     refused = ward.sent(**deadly, identity="three")
     waiting = ward.sent(**harmless)
-    await until(lambda: len(ward.queue) and refused.ended, "one is let through and one is not")
+    await until(lambda: len(ward.backlog) and refused.ended, "one is let through and one is not")
     assert ward.taken() is waiting
     assert not waiting.ended
     waiting.release()
@@ -141,16 +87,16 @@ async def test_what_waits_is_held_against_what_is_known_now() -> None:
     """Calls like one that turns out to be poison leave the queue, whenever they came; others wait on."""
     ward = Ward()
     calls = [ward.sent(A + 1 if number % 3 else A) for number in range(100)]
-    deadly, *_ = ward.queue.take_back(lambda _: True, 1)
+    deadly, *_ = ward.take(lambda _: True, 1)
     assert await ward.struck(deadly) is None
     # These are read when they come, as the others were not.
     calls += [ward.sent(A + 1 if number % 3 else A) for number in range(100)]
-    deadly, *_ = ward.queue.take_back(lambda call: bool(call.digest), 1)
+    deadly, *_ = ward.take(lambda call: bool(call.digest), 1)
     assert await ward.struck(deadly) is not None
     alike = [call for number, call in enumerate(calls) if not number % 100 % 3][1:]
     await until(lambda: all(call.ended for call in alike if call is not deadly), "they are refused")
-    await until(lambda: len(ward.queue) == 132, "the rest waits")
-    assert {call.ended for call in ward.queue.take_back(lambda _: True, 200)} == {False}
+    await until(lambda: len(ward.backlog) == 132, "the rest waits")
+    assert {call.ended for call in ward.take(lambda _: True, 200)} == {False}
 
 
 @pytest.mark.parametrize("how", ["strike", "offer"])
@@ -158,22 +104,17 @@ async def test_caller_who_leaves_while_the_call_is_read(how: str) -> None:
     """Its memory is given back when the reading is over, not before, and the call goes nowhere."""
     ward, x = Ward(), np.zeros(LARGE)
     ward.sent(x)
-    call = ward.taken()
-    heard: list[FailedPrecondition | None] = []
-    ward.suspects.strike(call, SIGKILL, heard.append)
-    leaver = call
-    if how == "offer":
-        await until(lambda: heard, "it is read")
-        call.release()
+    leaver = ward.taken()
+    if how == "strike":
+        ward.dispatcher.settle(leaver, Strike(str(SIGKILL), Unavailable("its worker ended")))
+    else:
+        assert await ward.struck(leaver) is None
         leaver = ward.sent(x)
     leaver.abandon()
     assert ward.arena.used_bytes == x.nbytes
-    if how == "strike":
-        await until(lambda: heard, "it is read")
-        assert heard == [None]
-        call.release()
     await until(lambda: not ward.arena.used_bytes, "its memory is free")
-    assert not len(ward.queue)
+    assert not ward.replies(leaver)
+    assert not len(ward.backlog)
 
 
 async def test_what_is_remembered_is_bounded() -> None:
@@ -185,7 +126,7 @@ async def test_what_is_remembered_is_bounded() -> None:
     for number, is_known in ((0, False), (1099, True)):
         ward.sent(np.array([float(number)]))
         assert (await ward.struck(ward.taken()) is not None) == is_known
-    assert len(ward.suspects._remembered) == sum(ward.suspects._kinds.values()) == 1024
+    assert len(ward.poison._remembered) == sum(ward.poison._kinds.values()) == 1024
 
 
 async def test_what_did_no_harm_is_forgotten() -> None:
@@ -195,7 +136,7 @@ async def test_what_did_no_harm_is_forgotten() -> None:
     await ward.struck(ward.taken())
     again = ward.sent(A)
     assert again.digest
-    ward.suspects.clear(again)
+    ward.poison.clear(again)
     assert not ward.sent(A).digest
 
 
@@ -212,9 +153,9 @@ async def test_nothing_is_remembered_where_nothing_is_to_be() -> None:
     ward = Ward(poison_seconds=0.0)
     ward.sent(A)
     call = ward.taken()
-    heard: list[FailedPrecondition | None] = []
+    heard: list[UnlatchError | None] = []
     for _ in range(2):
-        ward.suspects.strike(call, SIGKILL, heard.append)
+        ward.poison.strike(call, str(SIGKILL), heard.append)
     first, second = heard
     assert first is None
     assert second is not None
@@ -225,14 +166,14 @@ async def test_queue_that_is_shut_keeps_nothing() -> None:
     """Where there will be no worker all that waits, comes or comes back is refused, until there is one again."""
     ward = Ward()
     calls = [ward.sent(A) for _ in range(100)]
-    ward.queue.shut(Unavailable("the kernels do not load"))
+    ward.dispatcher.shut(Unavailable("the kernels do not load"))
     await until(lambda: all(call.ended for call in calls), "what waited is refused")
     assert ward.sent(A).ended
-    ward.queue.shut(None)
+    ward.dispatcher.shut(None)
     ward.sent(A)
     call = ward.taken()
-    ward.queue.shut(Unavailable("the kernels do not load"))
-    ward.queue.put_back(call)
+    ward.dispatcher.shut(Unavailable("the kernels do not load"))
+    ward.dispatcher.settle(call, REQUEUE, refund=True)
     assert call.ended
     assert not ward.arena.used_bytes
-    assert not len(ward.queue)
+    assert not len(ward.backlog)

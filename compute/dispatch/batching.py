@@ -1,0 +1,37 @@
+"""Which calls run as one: calls of one kernel that are alike but for the lengths of their first axes."""
+
+import math
+from collections.abc import Iterable
+from itertools import islice
+
+from unlatch.compute.call import Call
+from unlatch.compute.ipc.frames import MAX_MEMBERS_BYTES, described_bytes
+
+# Larger calls gain nothing by company, and putting them side by side takes their memory again.
+_MAX_BATCH_BYTES = 32 * 1024 * 1024
+# Of many calls that would fit one by one but not together, the dispatcher has no time to look at all.
+_MAX_LOOKED_AT = 1024
+
+
+def companions(call: Call, alike: Iterable[Call], now: float) -> list[Call]:
+    """The calls, of those `alike` that wait, that run as one with this one."""
+    rows, size, seconds = call.rows, call.size, call.estimate.seconds
+    most = MAX_MEMBERS_BYTES // described_bytes(len(shape) for shape in call.arguments.shapes)
+    most_seconds = _seconds_for(call, now)
+    found: list[Call] = []
+    for other in islice(alike, _MAX_LOOKED_AT):
+        if rows >= call.spec.max_batch_size or len(found) + 1 >= most:
+            break
+        if other.estimate.long and not call.estimate.long:
+            # It may be that this worker is kept free of those.
+            continue
+        more = rows + other.rows, size + other.size, seconds + other.estimate.seconds
+        if more[0] <= call.spec.max_batch_size and more[1] <= _MAX_BATCH_BYTES and more[2] <= most_seconds:
+            rows, size, seconds = more
+            found.append(other)
+    return found
+
+
+def _seconds_for(call: Call, now: float) -> float:
+    """What a run of several may take, as far as is known: none is to be late, or over its limit, for the others."""
+    return min(call.demand.deadline - now, call.spec.timeout_seconds or math.inf)

@@ -1,0 +1,375 @@
+"""The dispatcher: calls whose bytes have landed wait in the backlog for a worker of the pool.
+
+    admit ──> its bytes land ──> offer ──> waits ──> given to a worker, alone or with others like it ──> settled
+      └ refused: it could not       └ refused: it is   └ failed: its time is over, or would be before it is done
+        be answered in time           poison, or the
+                                      backlog is full
+
+The backlog says which call is next (common/waiting/backlog.py), the pool which worker has room. What becomes of the
+calls that a worker has is decided in outcomes.py and done in `settle`.
+
+Each entry point has a guard: an exception that no code expected fails the calls at hand, is counted and logged, and
+what follows goes on.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import partial
+from time import monotonic
+
+from unlatch.common.errors import ResourceExhausted, Unavailable, UnlatchError
+from unlatch.common.fair import ByTurns
+from unlatch.common.telemetry.internal_errors import InternalErrors
+from unlatch.common.waiting.admission import MARGIN, retry_milliseconds
+from unlatch.common.waiting.backlog import Backlog, Send
+from unlatch.common.waiting.demand import Estimate
+from unlatch.compute.call import Call
+from unlatch.compute.dispatch.batching import companions
+from unlatch.compute.dispatch.outcomes import (
+    DROP,
+    Answer,
+    Fail,
+    FailRunning,
+    Outcome,
+    Requeue,
+    RunAlone,
+    Settled,
+    Strike,
+    outcomes,
+    unexpected,
+    verdict,
+)
+from unlatch.compute.dispatch.poison import Poison
+from unlatch.compute.metrics import ComputeMetrics
+from unlatch.compute.pool import exits
+from unlatch.compute.pool.pool import Pool
+from unlatch.compute.pool.run import Event, Replied, Run, WorkerExited
+from unlatch.compute.pool.slot import Slot
+
+# What a call is expected to take beyond its wait and its run, on its way back to its caller.
+_REPLY_SECONDS = 0.002
+# Refusing one takes about 20 µs.
+_REFUSED_AT_ONCE = 32
+_RECONSIDERED_AT_ONCE = 16
+
+
+class Dispatcher:
+    """Owns the calls that wait, and the pool. `weights` are the tenants' shares.
+
+    `max_calls` trades memory and waiting against refusals: what is over it is refused at once.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        poison: Poison,
+        metrics: ComputeMetrics,
+        errors: InternalErrors,
+        *,
+        weights: Mapping[str, float] | None = None,
+        max_calls: int = 10_000,
+        long_call_seconds: float = 0.1,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._pool = pool
+        self._poison = poison
+        self._metrics = metrics
+        self._errors = errors
+        self._long_call_seconds = long_call_seconds
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        caught = partial(errors.caught, "assign")
+        self._backlog = Backlog[Call](
+            weights or {},
+            reply_seconds=_REPLY_SECONDS,
+            caught=caught,
+            max_calls=max_calls,
+            full=lambda: self.full(f"the queue is full: max_queued_calls={max_calls}"),
+        )
+        # By turns: after a standstill all calls that wait may be late.
+        self._assigning = ByTurns(self._assign, at_once=_REFUSED_AT_ONCE, caught=caught)
+        self._refusing = ByTurns(self._refuse, at_once=_REFUSED_AT_ONCE, caught=partial(errors.caught, "shut"))
+        # Whether work is to be handed out in the loop's next round.
+        self._assigns_soon = False
+
+    def __len__(self) -> int:
+        return len(self._backlog)
+
+    async def start(self) -> None:
+        """Fill the pool. Raises StartError."""
+        await self._pool.start(self)
+
+    def admit(self, call: Call) -> None:
+        """Estimate a new call. Raises ResourceExhausted where it could not be answered in time, by what runs took."""
+        seconds = self._backlog.forecast.expected(call.spec.name, call.size)
+        call.estimate = Estimate(seconds, seconds > self._long_call_seconds)
+        if call.demand.deadline == math.inf:
+            return
+        now = self._clock()
+        left = call.demand.deadline - now
+        wait = self._wait_seconds(call, (left - _REPLY_SECONDS) / MARGIN - seconds, now)
+        refusal = self._backlog.refusal_in_time(call, wait_seconds=wait, run_seconds=seconds)
+        if refusal is not None:
+            raise refusal
+
+    def wait_seconds(self, *, short: bool) -> float:
+        """How long a new call would wait; with `short`, one that is not long."""
+        now = self._clock()
+        short = short and self._pool.keeps_some_free(now)
+        return self._pool.wait_seconds(self._backlog.seconds(short=short), now, short=short)
+
+    def full(self, what: str) -> ResourceExhausted:
+        """The error for a caller for whom there is no room: to come back when a tenth of what waits is done."""
+        waited = self.wait_seconds(short=False)
+        return ResourceExhausted(what, retry_after_milliseconds=retry_milliseconds(waited / 10))
+
+    def offer(self, call: Call) -> None:
+        """Let a call wait, or run at once; once it is judged, where calls like it have killed workers."""
+        try:
+            if self._poison.suspects(call):
+                self._poison.judge(call, partial(self._judged, call))
+                return
+            self._enqueue(call)
+        except Exception as error:  # noqa: BLE001 (an entry point's guard)
+            self._rescue("offer", error, call)
+        self.assign()
+
+    def withdraw(self, call: Call) -> None:
+        """Drop a call that waits: its caller has left."""
+        try:
+            self._backlog.withdraw(call)
+        except Exception as error:  # noqa: BLE001 (an entry point's guard)
+            self._errors.caught("withdraw", error)
+        self.settle(call, DROP)
+
+    def shut(self, why: Unavailable | None) -> None:
+        """Refuse what waits and what comes, since there will be no worker for it; until told that there is (None)."""
+        self._backlog.shut(why)
+        self._refusing.start()
+
+    def changed(self) -> None:
+        """Hand out work in the loop's next round: a worker may have room, or a call has come back."""
+        if not self._assigns_soon:
+            self._assigns_soon = True
+            self._loop.call_soon(self._assign_soon)
+
+    def assign(self) -> None:
+        """Hand out calls while a worker has room for one."""
+        if self._backlog:
+            self._assigning.start()
+
+    def happened(self, run: Run, event: Event) -> None:
+        """Settle a run's calls as what happened to it demands."""
+        try:
+            rows = outcomes(run, event)
+        except Exception as error:  # noqa: BLE001 (an entry point's guard)
+            rows = unexpected(run, event, self._errors.caught("outcomes", error))
+        if isinstance(event, Replied | WorkerExited):
+            try:
+                self._account(run, event, rows)
+            except Exception as error:  # noqa: BLE001 (an entry point's guard)
+                self._errors.caught("account", error)
+        back: list[Settled] = []
+        for row in rows:
+            if isinstance(row.outcome, Requeue | RunAlone):
+                back.append(row)
+            else:
+                self.settle(row.call, row.outcome, refund=row.refund, run=run)
+        # From the last to the first: each goes back before all that wait.
+        for row in reversed(back):
+            self.settle(row.call, row.outcome, refund=row.refund, run=run)
+
+    def settle(self, call: Call, outcome: Outcome, *, refund: bool = False, run: Run | None = None) -> None:
+        """Do with a call what an outcome says: the one place where a call's time here ends, or begins anew.
+
+        `refund` gives back what its tenant was charged when its turn came. `run` is the one that it was in.
+        """
+        try:
+            # What goes back to the backlog unrun is refunded there.
+            if refund and not isinstance(outcome, Requeue):
+                self._backlog.not_run(call)
+            self._perform(call, outcome, run)
+        except Exception as error:  # noqa: BLE001 (an entry point's guard)
+            outcome = self._perform_instead(call, outcome, self._errors.caught("settle", error), run)
+        if run is not None and not isinstance(outcome, Answer | FailRunning):
+            run.read(call)
+
+    def _perform(self, call: Call, outcome: Outcome, run: Run | None) -> None:
+        if isinstance(outcome, FailRunning):
+            call.fail(outcome.error, outcome.ran)
+        elif isinstance(outcome, Requeue | RunAlone):
+            self._put_back(call, outcome)
+        elif isinstance(outcome, Strike):
+            self._poison.strike(call, outcome.why, partial(self._struck, call, outcome))
+        else:
+            call.holder = None
+            # No worker reads it any more.
+            call.release()
+            if isinstance(outcome, Answer):
+                assert run is not None
+                call.answer(outcome.tensors, run.segment.view, outcome.ran, partial(run.read, call))
+            elif isinstance(outcome, Fail):
+                call.fail(outcome.error, outcome.ran)
+
+    def _perform_instead(self, call: Call, outcome: Outcome, told: UnlatchError, run: Run | None) -> Outcome:
+        """Fail a call whose outcome could not be performed as it stands."""
+        if isinstance(outcome, Answer) and call.ended:
+            # Its reply may be on its way: the segment is kept until it is sent.
+            return outcome
+        instead = FailRunning(told) if isinstance(outcome, FailRunning) else Fail(told)
+        self._backlog.withdraw(call)
+        self._perform(call, instead, run)
+        return instead
+
+    def _put_back(self, call: Call, outcome: Requeue | RunAlone) -> None:
+        """Have a call wait again, before all others. It has waited its turn, so no bound is in its way."""
+        call.holder = self
+        if isinstance(outcome, RunAlone):
+            call.demand = call.demand._replace(batch=None)
+            call.deaths += outcome.died
+            refusal = self._backlog.put_back_after_run(call)
+        else:
+            refusal = self._backlog.put_back(call)
+        if refusal is not None:
+            self._perform(call, Fail(refusal.error), None)
+        self.changed()
+
+    def _struck(self, call: Call, strike: Strike, poison: UnlatchError | None) -> None:
+        """Settle a call that a worker has died of, and hold what waits against what is known now."""
+        matches = self._poison.matcher(call)
+        self.settle(call, verdict(call, strike, poison))
+        if poison is not None:
+            self._reconsider(matches)
+
+    def _reconsider(self, matches: Callable[[Call], bool]) -> None:
+        """Judge calls that wait and may be poison. By turns, since many may wait."""
+        try:
+            found = self._backlog.take_out(matches, _RECONSIDERED_AT_ONCE)
+            for call in found:
+                self.offer(call)
+        except Exception as error:  # noqa: BLE001 (an entry point's guard)
+            self._errors.caught("reconsider", error)
+            return
+        if found:
+            self._loop.call_soon(self._reconsider, matches)
+
+    def _judged(self, call: Call, poison: UnlatchError | None) -> None:
+        """Let a call wait that has been judged, unless it is poison or its caller has left."""
+        if call.ended:
+            self.settle(call, DROP)
+        elif poison is not None:
+            self.settle(call, Fail(poison))
+        else:
+            try:
+                self._enqueue(call)
+            except Exception as error:  # noqa: BLE001 (an entry point's guard)
+                self._rescue("offer", error, call)
+            self.assign()
+
+    def _enqueue(self, call: Call) -> None:
+        """Let a call wait. Where too many wait one is refused: the one that can best be done without."""
+        call.holder = self
+        refusal = self._backlog.add(call)
+        if refusal is not None:
+            self.settle(refusal.entry, Fail(refusal.error))
+
+    def _rescue(self, place: str, error: Exception, call: Call) -> None:
+        """Fail a call that could not be taken in."""
+        told = self._errors.caught(place, error)
+        self._backlog.withdraw(call)
+        self.settle(call, Fail(told))
+
+    def _assign_soon(self) -> None:
+        self._assigns_soon = False
+        self.assign()
+
+    def _assign(self) -> Iterator[None]:
+        """Give calls to workers while one has room. Each call that is refused is a step."""
+        while self._backlog:
+            # Once for each decision: what is free by one look at the clock must not be taken by another.
+            now = self._clock()
+            opening = self._pool.opening(now)
+            if opening is None:
+                return
+            kinds: set[Hashable] = {False, True} if opening.takes_long else {False}
+            decision = self._backlog.next(kinds, opening.takes, partial(self._seconds_until_done, now))
+            if decision is None:
+                return
+            if isinstance(decision, Send):
+                self._hand_out(decision.place, decision.entry, now)
+            else:
+                self.settle(decision.entry, DROP if decision.entry.ended else Fail(decision.error))
+                yield
+
+    def _hand_out(self, slot: Slot, call: Call, now: float) -> None:
+        """Give a call to the slot that was free for it, with others that run as one with it."""
+        if call.ended:
+            self.settle(call, DROP, refund=True)
+            return
+        calls = [call]
+        try:
+            if call.demand.batch is not None:
+                for other in companions(call, self._backlog.alike(call), now):
+                    self._backlog.take(other)
+                    calls.append(other)
+            self._pool.run(slot, calls, now)
+        except ResourceExhausted as error:
+            for refused in calls:
+                self.settle(refused, Fail(error), refund=True)
+        except Exception as error:  # noqa: BLE001 (an entry point's guard)
+            self._not_handed_out(slot, calls, self._errors.caught("assign", error))
+
+    def _not_handed_out(self, slot: Slot, calls: list[Call], told: UnlatchError) -> None:
+        """Fail calls that may have reached a worker or not. A worker that has them is killed: its exit lets go."""
+        for call in calls:
+            if slot.holds(call):
+                slot.kill(exits.INTERNAL_ERROR)
+                self.settle(call, FailRunning(told))
+            else:
+                self.settle(call, Fail(told), refund=True)
+
+    def _seconds_until_done(self, now: float, call: Call, _: Slot) -> float:
+        """How long until a call would be done; 0 where it may try all the same.
+
+        What cannot be done in time must not keep a worker from what can. A call that is handed out may be staged,
+        behind one that is not long.
+        """
+        seconds, left = call.estimate.seconds, call.demand.deadline - now
+        if len(self._backlog) < 2 or left > MARGIN * (self._long_call_seconds + seconds):
+            return 0.0
+        return self._pool.wait_seconds(0.0, now, short=not call.estimate.long) + seconds
+
+    def _wait_seconds(self, call: Call, longest: float, now: float) -> float:
+        """How long a call would wait; where it is `longest` at most, no better way is looked for."""
+        wait = self._pool.wait_seconds(self._backlog.seconds_before(call), now, short=False)
+        if call.estimate.long or wait <= max(0.0, longest) or not self._pool.keeps_some_free(now):
+            return wait
+        before = self._backlog.seconds_before(call, short=True)
+        return min(wait, self._pool.wait_seconds(before, now, short=True))
+
+    def _account(self, run: Run, event: Replied | WorkerExited, rows: list[Settled]) -> None:
+        """Learn what a run has taken, and charge its calls: each an equal part, whatever becomes of it.
+
+        Seconds by the clock tell how long others wait; processor seconds are what a call has cost its tenant.
+        """
+        usage = event.usage
+        ran = [row for row in rows if not row.refund]
+        if usage is None or not ran:
+            return
+        seconds, cpu_seconds = usage.seconds / len(ran), usage.cpu_seconds / len(ran)
+        forecast = self._backlog.forecast
+        learn = forecast.learn if usage.finished else forecast.learn_at_least
+        for call, outcome, _ in ran:
+            learn(call.spec.name, call.size, seconds)
+            self._backlog.ran(call, cpu_seconds)
+            if call.ended:
+                self._metrics.worker_wasted(str(run.worker), cpu_seconds)
+            elif isinstance(event, Replied) and not isinstance(outcome, RunAlone):
+                self._poison.clear(call)
+
+    def _refuse(self) -> Iterator[None]:
+        """Fail the calls that wait, as long as no worker can be started. Each is a step."""
+        for refusal in self._backlog.refusals_while_shut():
+            self.settle(refusal.entry, Fail(refusal.error))
+            yield
