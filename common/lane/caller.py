@@ -34,7 +34,7 @@ class _Unanswered:
 
 
 class LaneCaller:
-    """One lane, from its opening to its end. Not used again afterwards.
+    """The calling end of one lane, from its opening to its end. Not used again afterwards.
 
     `caught` settles exceptions that no code expected (common/lane/listener.py).
     """

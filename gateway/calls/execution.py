@@ -26,7 +26,7 @@ _MUCH_LATER = 0.1
 
 
 class Execution:
-    """One execution, from its first call until its reply is here, or no call waits for it any more.
+    """A run of a kernel, from its first call until its reply is here, or no call waits for it any more.
 
         routed ──> held by the fleet ──> sent ──> replied ──> pieces ──> over
           ↑                               │  └── failed, no call waits ──┘

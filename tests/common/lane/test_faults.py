@@ -116,7 +116,7 @@ class Turns:
 
 
 class Pipe:
-    """One direction of a stream."""
+    """A direction of a stream."""
 
     def __init__(self) -> None:
         self._messages: asyncio.Queue[object] = asyncio.Queue()

@@ -29,7 +29,7 @@ def learn(gateway: HandGateway, seconds: float) -> None:
 
 
 async def test_answered_call_holds_nothing() -> None:
-    """One end for the caller and the record; its replica's window, its bytes and its tenant's count are free."""
+    """The caller and the record hear of one end; its replica's window, its bytes and its tenant's count are free."""
     async with hand_gateway() as gateway:
         call, answer = gateway.begin()
         (sent,) = gateway.sent
@@ -156,7 +156,7 @@ async def test_caller_who_leaves_cancels_the_execution() -> None:
 
 
 async def test_caller_who_leaves_with_a_whole_reply_was_answered() -> None:
-    """Whoever leaves in the middle of being told has what was asked for."""
+    """A caller that leaves while it is being told has what it asked for."""
     async with hand_gateway() as gateway:
         call, answer = gateway.begin()
         answer.replied = lambda *_: call.leave()  # type: ignore[method-assign]
@@ -227,7 +227,7 @@ async def test_identical_calls_share_one_execution(size: int) -> None:
 
 
 async def test_shared_reply_in_pieces_is_read_by_each_at_its_pace() -> None:
-    """What all cursors have passed is freed; a caller who comes after the reply has an execution of its own."""
+    """Buffers that all cursors have passed are freed; a caller who comes after the reply has an execution of its own."""
     async with hand_gateway(1) as gateway:
         learn(gateway, 0.2)
         calls = [gateway.begin(name=name) for name in ("a", "b")]
