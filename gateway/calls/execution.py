@@ -61,8 +61,8 @@ class Execution:
         self.demand = Demand(kernel.name, body.size, descriptor.tenant, RANKS[descriptor.priority], 0.0)
         # The fleet's, when the execution is routed.
         self.estimate = UNKNOWN
-        # A hash of all that the call says, where identical calls may share this execution; and what is told when it is
-        # over (both gateway/calls/coalescing.py).
+        # A hash of all that the call says, where identical calls may share this execution; and who is told when it is
+        # over (both are gateway/calls/coalescing.py's).
         self.digest = b""
         self.when_over: Callable[[Execution], None] | None = None
         # A replica that has just failed it.

@@ -227,7 +227,7 @@ async def test_identical_calls_share_one_execution(size: int) -> None:
 
 
 async def test_shared_reply_in_pieces_is_read_by_each_at_its_pace() -> None:
-    """Buffers that all cursors have passed are freed; a caller who comes after the reply has an execution of its own."""
+    """Buffers that all cursors have passed are freed; a call after the reply has an execution of its own."""
     async with hand_gateway(1) as gateway:
         learn(gateway, 0.2)
         calls = [gateway.begin(name=name) for name in ("a", "b")]
@@ -259,6 +259,20 @@ async def test_failure_of_a_shared_execution_reaches_all() -> None:
         assert [(type(error), error.field) for error in errors] == [(InvalidArgument, "x")] * 2
         assert errors[0] is not errors[1]
         assert gateway.metrics.codes == ["INVALID_ARGUMENT"] * 2
+        assert gateway.at_rest()
+
+
+async def test_call_that_is_left_while_it_is_digested_keeps_no_bytes() -> None:
+    """Its pieces are freed with its execution, and not when the garbage collector comes."""
+    async with hand_gateway(1) as gateway:
+        learn(gateway, 2.0)
+        body = Body([2 * LARGE])
+        call, _ = gateway.begin(body=body)
+        body.feed(memoryview(bytes(LARGE)))
+        call.leave()
+        assert body.buffers == []
+        await asyncio.sleep(0.01)
+        assert gateway.sent == []
         assert gateway.at_rest()
 
 

@@ -87,7 +87,7 @@ async def test_fault_as_a_reply_is_handed_on(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_fault_as_a_failure_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes that the call held are free, its record is told once, and one that shares the execution hears of the failure."""
+    """What it held is freed, its record is told once, and a call that shares the execution hears of the failure."""
     async with hand_gateway(1) as gateway:
         learn(gateway, 0.2)
         _, broken = gateway.begin(name="broken")

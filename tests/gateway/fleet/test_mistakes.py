@@ -67,10 +67,10 @@ class OpenLane:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def call(self, descriptor: Descriptor, body: Body, waiter: Any) -> int:  # noqa: ARG002 (Lane)
-        if waiter.breaks == "lane":
+    def call(self, _: Descriptor, __: Body, listener: Any, ___: Any = None) -> int:
+        if listener.breaks == "lane":
             raise ValueError("a mistake")
-        self.calls.append(waiter)
+        self.calls.append(listener)
         return len(self.calls)
 
     def cancel(self, number: int) -> None: ...
@@ -110,6 +110,9 @@ class Call:
         if self.breaks == "send":
             raise ValueError("a mistake")
         return 1
+
+    def started(self) -> bool:
+        raise AssertionError("no worker begins it")
 
     def sent(self, replica: Replica, _: Lane, __: int) -> None:
         if self.breaks == "sent":
