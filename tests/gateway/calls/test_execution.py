@@ -1,6 +1,7 @@
 """Calls, executions and coalescing over lanes whose other end is the test: every state, without a network."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ async def test_answered_call_holds_nothing() -> None:
         ("pure", {"max_live_bytes": 3}, ResourceExhausted),
     ],
 )
-async def test_refused_call_is_over_as_it_begins(kernel: str, settings: dict[str, object], error: type) -> None:
+async def test_refused_call_is_over_as_it_begins(kernel: str, settings: dict[str, Any], error: type) -> None:
     """`begin` raises nothing: the caller is told, and so is the record, once."""
     async with hand_gateway(**settings) as gateway:
         call, answer = gateway.begin(kernel)
