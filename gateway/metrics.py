@@ -1,4 +1,4 @@
-"""What the gateway reports. Its files tell what happened; this says under which names it is seen."""
+"""The gateway's metrics: other modules tell what happened, this one gives it names and labels."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -14,11 +14,11 @@ from unlatch.gateway.fleet.status import ReplicaStatus
 from unlatch.protos.unlatch_pb2 import Timings
 
 Answer = TypeVar("Answer")
-# What gRPC calls: with the request, or a stream of them, and the RPC's context.
+# A method as gRPC calls it: with the request, or a stream of them, and the RPC's context.
 Method = Callable[[Any, Any], Awaitable[Answer]]
 
-# Prometheus' rate() does not see what a series is born with. So where it matters series are there before they count:
-# of a kernel's calls those whose end is not its caller's doing, from its first call on.
+# Prometheus' rate() does not see the first value of a series. So where it matters series exist before they count: for
+# a kernel's calls, the codes that are not the caller's fault exist from its first call on.
 _FAULTS = ("DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
 _RETRIED = ("not_begun", "lost", "failed")
 _NOT_RETRIED = ("not_pure", "attempts", "budget")
@@ -27,14 +27,18 @@ _OF_REPLICAS: tuple[tuple[str, str, Callable[[ReplicaStatus], float]], ...] = (
     ("unlatch_replica_up", "Whether a replica takes calls.", lambda one: one.up),
     ("unlatch_replica_calls_in_flight", "This gateway's calls on a replica.", lambda one: one.calls),
     ("unlatch_replica_wait_seconds", "How long a new call would wait on a replica.", lambda one: one.wait_seconds),
-    ("unlatch_replica_utilization_ratio", "Share of a replica's workers busy of late.", lambda one: one.utilization),
+    (
+        "unlatch_replica_utilization_ratio",
+        "Share of a replica's workers busy recently.",
+        lambda one: one.utilization,
+    ),
     ("unlatch_replica_ejected", "Whether a replica gets no calls since it failed.", lambda one: one.ejected),
-    ("unlatch_replica_heartbeat_age_seconds", "How long nothing was heard of one.", lambda one: one.silent_seconds),
+    ("unlatch_replica_heartbeat_age_seconds", "Seconds since a replica's last report.", lambda one: one.silent_seconds),
 )
 
 
 class GatewayMetrics:
-    """The gateway's metrics. The calls that have not ended, the fleet and the tenants are asked at each scrape."""
+    """Counters, histograms and gauges of the gateway. Calls in flight, fleet and tenants are read at each scrape."""
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class GatewayMetrics:
         recorder.gauge("unlatch_calls_in_flight", "Calls that have not ended.", read=lambda: float(live()))
         self._retries = recorder.counter(
             "unlatch_retries_total",
-            "Runs that were sent again: for free what no worker had begun, within the budget what was lost, or failed.",
+            "Runs that were sent again: not begun by any worker, which is free; lost or failed, within the budget.",
             ("reason",),
         )
         self._not_retried = recorder.counter(
@@ -88,13 +92,15 @@ class GatewayMetrics:
             ("tenant", "code"),
         )
         self._tenants_runs = recorder.counter(
-            "unlatch_tenant_run_seconds_total", "How long runs for a tenant have taken.", ("tenant",)
+            "unlatch_tenant_run_seconds_total", "Seconds that runs for a tenant have taken.", ("tenant",)
         )
         recorder.gauge(
             "unlatch_tenant_calls_in_flight", "A tenant's calls that have not ended.", ("tenant",), read=tenants_live
         )
         self._unauthenticated = recorder.counter(
-            "unlatch_unauthenticated_total", "Who was not let in because nobody knows who it is, by why.", ("reason",)
+            "unlatch_unauthenticated_total",
+            "Callers that were refused because they could not be identified.",
+            ("reason",),
         )
         rpc = ("grpc_type", "grpc_service", "grpc_method")
         self._started = recorder.counter("grpc_server_started_total", "RPCs that began.", rpc)
@@ -104,23 +110,23 @@ class GatewayMetrics:
         self._handling = recorder.histogram("grpc_server_handling_seconds", "How long RPCs took.", rpc)
 
     def retry_budget(self, left: Callable[[], float]) -> None:
-        """Where a scrape finds how many retries there may be."""
-        self._recorder.gauge("unlatch_retry_budget", "How many runs that were begun may be sent again now.", read=left)
+        """Export how many retries there may be, as `left` returns it at each scrape."""
+        self._recorder.gauge("unlatch_retry_budget", "Runs that had begun and may be sent again now.", read=left)
 
     def retried(self, reason: str) -> None:
-        """A run is sent again."""
+        """Count a run that is sent again."""
         self._retries.add(1, reason)
 
     def not_retried(self, reason: str) -> None:
-        """A run was lost and is not sent again."""
+        """Count a run that was lost and is not sent again."""
         self._not_retried.add(1, reason)
 
     def coalesced(self, kernel: str) -> None:
-        """A call shares another's run."""
+        """Count a call that shares another's run."""
         self._coalesced.add(1, kernel)
 
     def call_ended(self, kernel: str, code: str, seconds: float, timings: Timings | None) -> None:
-        """A call has its answer, or needs none any more."""
+        """Count a call that has its answer, or needs none any more."""
         if self._calls.seen(kernel, code) is None:
             for fault in _FAULTS:
                 self._calls.labels(kernel, fault)
@@ -134,39 +140,39 @@ class GatewayMetrics:
             self._stages.observe(max(0.0, seconds - queue - run), kernel, "transfer")
 
     def ran(self, kernel: str, timings: Timings) -> None:
-        """A replica has run what it was sent, alone or with others."""
+        """Count a call that a replica has run, alone or with others."""
         calls, total = self._ran.setdefault(kernel, {}).get(timings.batch, (0, 0.0))
         self._ran[kernel][timings.batch] = calls + 1, total + timings.run / 1e6
 
     def tenants_call_ended(self, tenant: str, code: str) -> None:
-        """A tenant's call has its answer, or needs none any more."""
+        """Count a tenant's call that has its answer, or needs none any more."""
         self._tenants_calls.add(1, tenant, code)
 
     def tenants_run_ended(self, tenant: str, seconds: float) -> None:
-        """A run for a tenant has taken so long."""
+        """Add the seconds of a run for a tenant."""
         self._tenants_runs.add(seconds, tenant)
 
     def unauthenticated(self, reason: str) -> None:
-        """Somebody was not let in."""
+        """Count a caller that could not be identified."""
         self._unauthenticated.add(1, reason)
 
     def stage(self, kernel: str, stage: str) -> tuple[int, float]:
-        """How many of a kernel's calls have been through a stage, and the seconds that they spent in it."""
+        """Return how many of a kernel's calls have been through a stage, and the seconds that they spent in it."""
         series = self._stages.seen(kernel, stage)
         return (sum(series.counts), series.sum) if series is not None else (0, 0.0)
 
     def runs(self, kernel: str) -> dict[int, tuple[int, float]]:
-        """By how many calls shared them: how many runs a kernel's calls were in, and the seconds of those runs."""
+        """Return a kernel's runs and their seconds, by the number of calls that shared a run."""
         ran = self._ran.get(kernel, {})
         return {shared: (round(calls / shared), total / shared) for shared, (calls, total) in ran.items() if shared}
 
     def last_call_seconds(self, kernel: str) -> float:
-        """When a call of a kernel last ended, in seconds since the epoch; 0 where none has."""
+        """Return when a call of a kernel last ended, in seconds since the epoch; 0 where none has."""
         series = self._last.seen(kernel)
         return series.value if series is not None else 0.0
 
     def measured(self, service: str, name: str, method: Method[Answer], kind: str = "unary") -> Method[Answer]:
-        """A method that counts, and whose errors become statuses: only our own errors' text reaches a caller."""
+        """Return a method that counts, and whose errors become statuses: only our own errors' text reaches a caller."""
         labels = (kind, service, name)
         started, handling = self._started.labels(*labels), self._handling.labels(*labels)
 

@@ -95,8 +95,12 @@ class ArrivingArrays:
 
     def arrays(self) -> list[Array]:
         """Return the arrays of a complete reply."""
-        self._cursor.close()
         return arrays(self._reply.response.tensors, self._memory)
+
+    def close(self) -> None:
+        """Let go of the memory: body, cursor and this hold one another, and the garbage collector would come late."""
+        self._cursor.close()
+        self._memory = []
 
 
 def arrays(tensors: Sequence[Tensor], memory: Sequence[bytearray | memoryview]) -> list[Array]:

@@ -219,13 +219,14 @@ class PendingCall:
         self._spec = spec
         self._size = size
         self._over = False
+        self._arriving: ArrivingArrays | None = None
 
     def replied(self, reply: Reply, body: Body) -> None:
         """Take the reply's arrays, which may still be arriving."""
         if body.complete:
             self._give(lambda: arrays(reply.response.tensors, [bytearray(piece) for piece in body.buffers]))
         else:
-            arriving = ArrivingArrays(reply, body)
+            self._arriving = arriving = ArrivingArrays(reply, body)
             body.when_complete(lambda: self._give(arriving.arrays))
 
     def _give(self, outputs: Callable[[], list[Any]]) -> None:
@@ -264,4 +265,6 @@ class PendingCall:
             self._over = True
             if self._timer is not None:
                 self._timer.cancel()
+            if self._arriving is not None:
+                self._arriving.close()
             self._link.ended(self._size)

@@ -1,1 +1,1 @@
-"""The lane: one stream that carries many calls. Both ends, their messages, their pace."""
+"""The lane: one stream that carries many calls. Its two ends, their messages and their pace."""

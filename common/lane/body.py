@@ -120,7 +120,7 @@ class Body:
 
 
 class Cursor:
-    """One reader's position in a body. Its reader closes it when it needs no more of the body."""
+    """The position of one reader in a body. The reader closes it when it needs no more of the body."""
 
     __slots__ = ("_body", "_offset", "passed", "wake")
 

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count, islice
-from typing import Any
+from typing import Any, TypeVarTuple
 
 from unlatch.common.errors import Unavailable, UnlatchError
 from unlatch.common.lane.body import Body, Buffer
@@ -17,6 +17,8 @@ from unlatch.common.lane.listener import Caught, ReplyListener
 from unlatch.common.lane.outbox import Outbox
 from unlatch.common.lane.replies import raised
 from unlatch.protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
+
+Arguments = TypeVarTuple("Arguments")
 
 # Listeners that are told at once that the lane broke. Each may send its call elsewhere, which takes some 50 µs.
 _TOLD_AT_ONCE = 32
@@ -34,7 +36,7 @@ class _Unanswered:
 
 
 class LaneCaller:
-    """One lane, from its opening to its end. Not used again afterwards.
+    """The calling end of one lane, from its opening to its end. Not used again afterwards.
 
     `caught` settles exceptions that no code expected (common/lane/listener.py).
     """
@@ -130,10 +132,7 @@ class LaneCaller:
     def _receive(self, message: bytes) -> None:
         self.heard += 1
         frames, payload = unpack(message)
-        try:
-            self._hear(frames)
-        except Exception as error:  # noqa: BLE001 (the guard: the message's calls go on)
-            self._caught("lane_frame", error)
+        self._hear(frames)
         for number in frames.started:
             self._begun(number)
         at = 0
@@ -151,22 +150,25 @@ class LaneCaller:
             self._feed(piece.call, payload[at])
             at += 1
         if frames.draining:
-            try:
-                self._on_draining()
-            except Exception as error:  # noqa: BLE001 (the guard: the lane goes on)
-                self._caught("lane_frame", error)
+            self._guarded(self._on_draining)
 
     def _hear(self, frames: Frames) -> None:
         """Take what the server says of itself, and of this lane."""
         if self._on_load is not None and frames.HasField("load"):
-            self._on_load(frames.load)
+            self._guarded(self._on_load, frames.load)
         if frames.HasField("welcome"):
             self.welcomed = True
-            self._on_welcome(frames.welcome)
+            self._guarded(self._on_welcome, frames.welcome)
         if frames.HasField("authorization"):
-            self._on_token_ends()
+            self._guarded(self._on_token_ends)
         if frames.reopen:
             self.reopen_asked.set()
+
+    def _guarded(self, tell: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
+        try:
+            tell(*arguments)
+        except Exception as error:  # noqa: BLE001 (the guard: the message's other frames, and its calls, go on)
+            self._caught("lane_frame", error)
 
     def _begun(self, number: int) -> None:
         call = self._calls.get(number)

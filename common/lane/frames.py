@@ -21,12 +21,12 @@ METHOD = f"/{SERVICE}/Open"
 # the gateway's doors refuse larger ones.
 MAX_DESCRIPTOR_BYTES = 128 * 1024
 MAX_TENSORS = 256
-# The outbox closes a message, too, at so many calls or replies, which hold their reader's loop for a millisecond or
-# two, or at so many entries.
+# The outbox closes a message, too, at this number of calls or replies, which hold their reader's loop for a millisecond
+# or two, or at this number of entries.
 MAX_FRAMES = 64
+MAX_ENTRIES = 1024
 # Calls in a message that arrives. A message with more is not from our outbox, and would hold the loop.
 MAX_CALLS = 2 * MAX_FRAMES
-MAX_ENTRIES = 1024
 # Bytes of frames and bodies that a server has still to send to a caller who reads slowly. Past it the server stops
 # reading from that caller.
 MAX_UNSENT_BYTES = 256 * 1024 * 1024

@@ -15,7 +15,7 @@ class Malformed(ValueError):
     """Bytes that are no protobuf message."""
 
 
-def split(message: bytes, bulk_field: int, max_entries: int) -> tuple[bytes, list[memoryview]]:  # noqa: C901, PLR0912 (one loop, on every call's path)
+def split(message: bytes, bulk_field: int, max_entries: int) -> tuple[bytes, list[memoryview]]:  # noqa: C901 (one loop, on every call's path)
     """Return a message without its `bulk_field` entries, and those entries in order, as slices of `message`.
 
     The slices keep `message` alive. Raises Malformed when the top level cannot be walked to its end, or has more
@@ -52,12 +52,8 @@ def split(message: bytes, bulk_field: int, max_entries: int) -> tuple[bytes, lis
                     continue
             elif kind == _VARINT:
                 _, at = _varint(message, at)
-            elif kind == _FIXED64:
-                at += 8
-            elif kind == _FIXED32:
-                at += 4
             else:
-                raise Malformed(f"wire type {kind} at byte {start} is not one of protobuf's")
+                at += _fixed_bytes(kind, start)
             fields += 1
             if fields > _MAX_FIELDS:
                 raise Malformed(f"it has more than {_MAX_FIELDS} fields")
@@ -65,9 +61,17 @@ def split(message: bytes, bulk_field: int, max_entries: int) -> tuple[bytes, lis
         raise Malformed("the message ends within a field") from None
     if at > end:
         raise Malformed("the message ends within a field")
-    if kept_from < end:
-        kept.append(view[kept_from:end])
+    kept.append(view[kept_from:])
     return b"".join(kept), bulk
+
+
+def _fixed_bytes(kind: int, at: int) -> int:
+    """Return the length of a value of a wire type that has one. Raises Malformed for a type that is none."""
+    if kind == _FIXED64:
+        return 8
+    if kind == _FIXED32:
+        return 4
+    raise Malformed(f"wire type {kind} at byte {at} is not one of protobuf's")
 
 
 def varint(value: int) -> bytes:

@@ -59,7 +59,7 @@ class _Taken:
 
 
 class LaneServer:
-    """One lane, from its opening to its end.
+    """The serving end of one lane, from its opening to its end.
 
     `accept` is called for each descriptor, with the tensors' bytes where they came along. It returns what takes the
     other bytes, or None when it has replied already. `renew` is given each token that the caller is to be authenticated

@@ -35,7 +35,7 @@ class CallLog:
 
 
 class _Ration:
-    """So many lines a second; those of one second may come at once."""
+    """A bound on lines a second; those of one second may come at once."""
 
     def __init__(self, per_second: float) -> None:
         self.left_out = 0

@@ -114,7 +114,7 @@ class Calls:
 
 
 class LiveCall:
-    """One caller's call, from its admission until its caller has left with the answer.
+    """A caller's call, from its admission until its caller has left with the answer.
 
         begin ──> shares an execution ──> replied ──> pieces ──> over ──> left
           └── refused ─────── failed, expired ───────────────────┘

@@ -83,7 +83,12 @@ class _Digest:
             self._done()
         else:
             self._cursor = body.subscribe(self._more)
+            # The cursor keeps what is not read: it must not outlive the execution.
+            self._execution.when_over = self._close
             self._more()
+
+    def _close(self, _: Execution) -> None:
+        self._cursor.close()
 
     def _more(self) -> None:
         # By turns, however much has come at once.
@@ -94,12 +99,11 @@ class _Digest:
     def _read(self) -> None:
         try:
             self._is_due = False
-            if self._execution.over or self._read_some():
+            if not self._execution.over and self._read_some():
                 self._cursor.close()
-                if not self._execution.over:
-                    self._done()
+                self._execution.when_over = None
+                self._done()
         except Exception as error:  # noqa: BLE001 (the guard: its calls hear of it)
-            self._cursor.close()
             self._execution.failed(self._metrics.errors.caught("coalescing", error))
 
     def _read_some(self) -> bool:

@@ -26,7 +26,7 @@ _MUCH_LATER = 0.1
 
 
 class Execution:
-    """One execution, from its first call until its reply is here, or no call waits for it any more.
+    """A run of a kernel, from its first call until its reply is here, or no call waits for it any more.
 
         routed ──> held by the fleet ──> sent ──> replied ──> pieces ──> over
           ↑                               │  └── failed, no call waits ──┘
@@ -61,8 +61,8 @@ class Execution:
         self.demand = Demand(kernel.name, body.size, descriptor.tenant, RANKS[descriptor.priority], 0.0)
         # The fleet's, when the execution is routed.
         self.estimate = UNKNOWN
-        # A hash of all that the call says, where identical calls may share this execution; and what is told when it is
-        # over (both gateway/calls/coalescing.py).
+        # A hash of all that the call says, where identical calls may share this execution; and who is told when it is
+        # over (both are gateway/calls/coalescing.py's).
         self.digest = b""
         self.when_over: Callable[[Execution], None] | None = None
         # A replica that has just failed it.

@@ -1,14 +1,14 @@
-"""Retries: whether a run that was lost with its replica is sent again, and what for, so that retries feed no outage.
+"""Retries: whether an execution that was lost with its replica is sent again, so that retries feed no outage.
 
     its kernel is pure   a worker had begun it
     either               no                     sent elsewhere for free: nothing has happened
-    yes                  yes, or nobody knows   sent again where the budget has one for it
-    no                   yes, or nobody knows   its caller hears that it may have had effect
+    yes                  yes, or unknown        sent again where the budget has a retry for it
+    no                   yes, or unknown        its caller hears that it may have had effect
 
-The budget is a tenth of the calls of late, and a reserve of what one replica's loss may cost: the most runs that one
-has had at a time. So one replica may always be lost, however few calls there are; but when all are lost again and
-again, what they are sent again is a tenth of what they are sent. (A token bucket, as Finagle's RetryBudget and gRPC's
-retry throttling are: docs/decisions/0014.)
+The budget is a tenth of recent calls, and a reserve for the loss of one replica: the most executions that one replica
+has had at a time. So one replica may always be lost, however few calls there are. But when all replicas are lost again
+and again, retries are a tenth of what is sent to them. (A token bucket, as Finagle's RetryBudget and gRPC's retry
+throttling are: docs/decisions/0014.)
 """
 
 import math
@@ -18,14 +18,15 @@ from time import monotonic
 from unlatch.common.errors import Unavailable
 from unlatch.gateway.metrics import GatewayMetrics
 
-# What each call adds.
+# Tokens that each call adds.
 _SHARE = 0.1
-# What is above the reserve is forgotten by and by: the share is of the calls of this time, not of all that ever were.
+# Time in which tokens above the reserve decay: the share is of recent calls, not of all that ever were.
 _RECENT_SECONDS = 10.0
-# However it ended: one that has met so many ends may well be what ended them.
-_MOST_BEGUN = 3
-# Of those that cost nothing: each time a replica was lost, and there cannot have been many while its callers wait.
-_MOST_SENT = 10
+# Times that an execution may be begun: after as many lost workers or replicas it may well be the cause.
+_MAX_BEGUN = 3
+# Times that an execution may be sent, retries for free included. Each time a replica was lost, and few can have been
+# lost while the callers wait.
+_MAX_SENT = 10
 
 
 class RetryBudget:
@@ -39,12 +40,12 @@ class RetryBudget:
 
     @property
     def left(self) -> float:
-        """How many retries it has."""
+        """The number of retries that there may be now."""
         self._forget()
         return self._tokens
 
     def called(self, at_stake: int) -> None:
-        """A call is sent for the first time, to a replica that so many are at now."""
+        """Add a new call's share. `at_stake` is how many executions its replica has now."""
         self._forget()
         self._tokens += _SHARE
         if at_stake > self._reserve:
@@ -52,7 +53,7 @@ class RetryBudget:
             self._reserve = at_stake
 
     def take(self) -> bool:
-        """Whether there is a retry left; it is taken."""
+        """Take one retry; returns whether there was one."""
         self._forget()
         if self._tokens < 1.0:
             return False
@@ -68,7 +69,7 @@ class RetryBudget:
 
 
 class Retries:
-    """What is sent again, and the count of it."""
+    """Decides which executions are sent again, and counts them."""
 
     def __init__(self, metrics: GatewayMetrics) -> None:
         self._metrics = metrics
@@ -76,20 +77,20 @@ class Retries:
         metrics.retry_budget(lambda: self._budget.left)
 
     def called(self, at_stake: int) -> None:
-        """A run is sent for the first time, to a replica that so many are at now."""
+        """Note a first sending. `at_stake` is how many executions the replica has now."""
         self._budget.called(at_stake)
 
     def refusal(self, *, pure: bool, begun: bool | None, times_begun: int, times_sent: int, why: str) -> str:
-        """Why a run is not to be sent again; nothing where it is. `begun` is None where nobody knows.
+        """Return why an execution is not sent again; "" where it is.
 
-        `why` is a label: how it was lost.
+        `begun` is None where that is unknown. `why`, how the execution was lost, is a label of the count.
         """
-        if begun is False and times_sent < _MOST_SENT:
+        if begun is False and times_sent < _MAX_SENT:
             self._metrics.retried("not_begun")
             return ""
         if not pure and begun is not False:
             refused, told = "not_pure", "it was begun, or may have been, and may have had effect"
-        elif times_begun >= _MOST_BEGUN or times_sent >= _MOST_SENT:
+        elif times_begun >= _MAX_BEGUN or times_sent >= _MAX_SENT:
             refused, told = "attempts", f"it was sent {times_sent} times"
         elif self._budget.take():
             self._metrics.retried(why)
@@ -101,5 +102,5 @@ class Retries:
 
 
 def not_sent_again(error: Unavailable, told: str) -> Unavailable:
-    """What the caller hears of a run that is lost for good."""
+    """Return the error that callers hear of an execution that is lost and not sent again."""
     return Unavailable(f"{error.message}; {told}", retry_after_milliseconds=error.retry_after_milliseconds)

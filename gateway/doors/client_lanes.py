@@ -29,7 +29,7 @@ from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 log = structlog.get_logger()
 
-# How long before a token ends its lane asks for another: so many seconds, or this part of its time if that is less.
+# How long before a token ends its lane asks for another: in seconds, or as a part of its time if that is less.
 _ASK_SECONDS = 30.0
 _ASK_PART = 0.2
 # How long a token still holds whose key was taken away, so that its caller can send another.
@@ -126,7 +126,7 @@ class ClientLanes:
 
 
 class _ClientLane:
-    """One lane, its caller's identity, and until when that holds."""
+    """An open lane, its caller's identity, and until when that holds."""
 
     def __init__(self, door: ClientLanes, identity: Identity, token: str) -> None:
         self.server = LaneServer(self._accept, door.caught, self._renew)

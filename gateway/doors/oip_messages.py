@@ -22,7 +22,7 @@ from unlatch.protos.inference_pb2 import (
     ModelInferResponse,
     ModelStreamInferResponse,
 )
-from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Tensor
+from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Request, Tensor
 
 _RAW_INPUTS = ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 _RAW_OUTPUTS = ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
@@ -50,20 +50,24 @@ def read_request(message: bytes, max_message_bytes: int) -> tuple[Descriptor, Bo
         descriptor.request.MergeFromString(header)
     except (Malformed, DecodeError) as error:
         raise InvalidArgument(f"the message is no ModelInferRequest: {error}") from None
-    tensors = descriptor.request.tensors
-    typed = typed or [tensor.typed_contents for tensor in tensors if tensor.typed_contents]
-    if not typed:
-        return descriptor, Body([len(entry) for entry in raw], list(raw))
+    typed = typed or [tensor.typed_contents for tensor in descriptor.request.tensors if tensor.typed_contents]
+    buffers: list[Buffer] = _buffers(descriptor.request, raw, typed) if typed else list(raw)
+    return descriptor, Body([len(buffer) for buffer in buffers], buffers)
+
+
+def _buffers(request: Request, raw: Sequence[memoryview], typed: list[bytes]) -> list[Buffer]:
+    """Take the typed contents out of a request, and return them as raw bytes. Raises InvalidArgument."""
     if raw:
         raise InvalidArgument(
             "contents: raw_input_contents came too; a request brings one or the other", field="contents"
         )
+    tensors = request.tensors
     if len(typed) != len(tensors):
         typed = [tensor.typed_contents for tensor in tensors]
     buffers: list[Buffer] = [_raw(tensor, contents) for tensor, contents in zip(tensors, typed, strict=True)]
     for tensor in tensors:
         tensor.ClearField("typed_contents")
-    return descriptor, Body([len(buffer) for buffer in buffers], buffers)
+    return buffers
 
 
 def write_response(reply: Reply, buffers: list[Buffer]) -> bytes:

@@ -5,7 +5,9 @@ certificate. Where a gateway has neither keys for tokens nor a CA for certificat
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Any
+
+import grpc.aio
 
 from unlatch.gateway.tenants.tokens import CredentialError, Identity, Tokens
 
@@ -17,11 +19,7 @@ _NAMES = ("peer_spiffe_id", "peer_uri", "peer_dns")
 ANYBODY = Identity(name="")
 
 
-class Context(Protocol):
-    """What an RPC's context tells of who calls."""
-
-    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
-    def auth_context(self) -> Mapping[str, Iterable[bytes]]: ...
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Authentication:

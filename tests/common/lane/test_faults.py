@@ -116,7 +116,7 @@ class Turns:
 
 
 class Pipe:
-    """One direction of a stream."""
+    """A direction of a stream."""
 
     def __init__(self) -> None:
         self._messages: asyncio.Queue[object] = asyncio.Queue()
@@ -383,6 +383,18 @@ async def test_fault_of_a_frame_about_the_lane(
         say(ends)
         await ends.served()
         assert len(ends.heard) > heard
+
+
+async def test_fault_of_a_report_does_not_cost_the_welcome_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames about the lane that come in one message are taken one by one."""
+    async with lane() as ends:
+        await asyncio.sleep(0.01)
+        monkeypatch.setattr(ends, "loaded", once(ends.loaded))
+        ends.server.load(Load(workers=3))
+        ends.server.welcome(Welcome(server="again"))
+        await ends.served()
+        assert ends.heard == ["echo", "again"]
+        assert ends.caught.places == ["lane_frame"]
 
 
 async def test_fault_as_buffers_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ class Peer:
 
     @property
     def order(self) -> list[int]:
-        """Whose pieces came, in order."""
+        """The calls whose pieces came, in order."""
         return [piece.call for frames, _ in self.messages for piece in frames.pieces]
 
 
@@ -126,7 +126,7 @@ async def test_frames_without_bodies_hold_up_a_caller_who_reads_nothing() -> Non
 
 
 async def test_dropping_the_last_body_lets_go_of_who_waits() -> None:
-    """Whoever waits until all is sent does not wait for a body that is not to be sent any more."""
+    """A task that waits until all is sent does not wait for a body that was dropped."""
     outbox, peer = an_outbox(), Peer()
     outbox.reply(1, Reply(), Body([100_000]))
     running = asyncio.ensure_future(outbox.run(peer.take))
@@ -193,7 +193,7 @@ async def test_many_frames_are_bounded_too() -> None:
 
 @pytest.mark.parametrize(("said", "draining"), [("draining, welcome", False), ("welcome, draining", True)])
 async def test_welcome_takes_back_that_no_calls_are_wanted(said: str, *, draining: bool) -> None:
-    """What was said last holds, though both go out as one message, in which `draining` is applied last."""
+    """The last of the two holds, though both go out as one message, in which `draining` is applied last."""
     outbox, peer = an_outbox(), Peer()
     for word in said.split(", "):
         if word == "draining":
@@ -240,7 +240,7 @@ async def test_dropped_body_is_let_go_of() -> None:
 
 
 async def test_closed_outbox_gives_every_buffer_back() -> None:
-    """A lane that is gone holds nobody's memory."""
+    """A lane that is gone holds no reply's memory."""
     outbox = an_outbox()
     given_back: list[int] = []
     for call in (1, 2):
@@ -271,7 +271,7 @@ def fed(lengths: Sequence[int], *pieces: bytes) -> Callable[[], None]:
     ],
 )
 def test_piece_that_does_not_fit_is_a_violation(feed: Callable[[], None]) -> None:
-    """One that crosses a tensor's end, carries nothing, or comes after the end."""
+    """A piece is refused that crosses a tensor's end, carries nothing, or comes after the end."""
     with pytest.raises(ProtocolViolation):
         feed()
 

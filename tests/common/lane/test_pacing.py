@@ -18,7 +18,7 @@ def test_the_more_calls_the_longer_but_at_most_two_milliseconds() -> None:
 
 
 def test_a_slow_calls_reply_may_wait_for_an_eighth_of_its_time() -> None:
-    """What it waits is a share of what it has taken, and bounded."""
+    """The wait is a share of the call's time so far, and bounded."""
     assert gathered(100, taken_seconds=0.08) == 0.01
     assert gathered(100, taken_seconds=60.0) == 0.016
 

@@ -55,7 +55,7 @@ def test_split_takes_fields_in_any_order(one: ModelInferRequest, other: ModelInf
 
 @given(st.binary(max_size=60))
 def test_split_of_any_bytes_agrees_with_protobuf(message: bytes) -> None:
-    """What split takes and protobuf's runtime takes too means the same; nothing but Malformed is raised."""
+    """Bytes that both split and protobuf's runtime accept mean the same; nothing but Malformed is raised."""
     try:
         _, bulk = split(message, LaneMessage.PAYLOAD_FIELD_NUMBER, MOST)
     except Malformed:

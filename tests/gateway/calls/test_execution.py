@@ -1,6 +1,7 @@
 """Calls, executions and coalescing over lanes whose other end is the test: every state, without a network."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def learn(gateway: HandGateway, seconds: float) -> None:
 
 
 async def test_answered_call_holds_nothing() -> None:
-    """One end for the caller and the record; its replica's window, its bytes and its tenant's count are free."""
+    """The caller and the record hear of one end; its replica's window, its bytes and its tenant's count are free."""
     async with hand_gateway() as gateway:
         call, answer = gateway.begin()
         (sent,) = gateway.sent
@@ -49,7 +50,7 @@ async def test_answered_call_holds_nothing() -> None:
         ("pure", {"max_live_bytes": 3}, ResourceExhausted),
     ],
 )
-async def test_refused_call_is_over_as_it_begins(kernel: str, settings: dict[str, int], error: type) -> None:
+async def test_refused_call_is_over_as_it_begins(kernel: str, settings: dict[str, Any], error: type) -> None:
     """`begin` raises nothing: the caller is told, and so is the record, once."""
     async with hand_gateway(**settings) as gateway:
         call, answer = gateway.begin(kernel)
@@ -156,7 +157,7 @@ async def test_caller_who_leaves_cancels_the_execution() -> None:
 
 
 async def test_caller_who_leaves_with_a_whole_reply_was_answered() -> None:
-    """Whoever leaves in the middle of being told has what was asked for."""
+    """A caller that leaves while it is being told has what it asked for."""
     async with hand_gateway() as gateway:
         call, answer = gateway.begin()
         answer.replied = lambda *_: call.leave()  # type: ignore[method-assign]
@@ -227,7 +228,7 @@ async def test_identical_calls_share_one_execution(size: int) -> None:
 
 
 async def test_shared_reply_in_pieces_is_read_by_each_at_its_pace() -> None:
-    """What all cursors have passed is freed; a caller who comes after the reply has an execution of its own."""
+    """Buffers that all cursors have passed are freed; a call after the reply has an execution of its own."""
     async with hand_gateway(1) as gateway:
         learn(gateway, 0.2)
         calls = [gateway.begin(name=name) for name in ("a", "b")]
@@ -259,6 +260,20 @@ async def test_failure_of_a_shared_execution_reaches_all() -> None:
         assert [(type(error), error.field) for error in errors] == [(InvalidArgument, "x")] * 2
         assert errors[0] is not errors[1]
         assert gateway.metrics.codes == ["INVALID_ARGUMENT"] * 2
+        assert gateway.at_rest()
+
+
+async def test_call_that_is_left_while_it_is_digested_keeps_no_bytes() -> None:
+    """Its pieces are freed with its execution, and not when the garbage collector comes."""
+    async with hand_gateway(1) as gateway:
+        learn(gateway, 2.0)
+        body = Body([2 * LARGE])
+        call, _ = gateway.begin(body=body)
+        body.feed(memoryview(bytes(LARGE)))
+        call.leave()
+        assert body.buffers == []
+        await asyncio.sleep(0.01)
+        assert gateway.sent == []
         assert gateway.at_rest()
 
 

@@ -87,7 +87,7 @@ async def test_fault_as_a_reply_is_handed_on(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_fault_as_a_failure_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the call held is free, its record is told once, and one that shares the execution hears of the failure."""
+    """What it held is freed, its record is told once, and a call that shares the execution hears of the failure."""
     async with hand_gateway(1) as gateway:
         learn(gateway, 0.2)
         _, broken = gateway.begin(name="broken")
@@ -247,7 +247,7 @@ class OpenGuard:
 @pytest.mark.parametrize(("owner", "name"), [(oip, "read_request"), (oip, "write_response"), (OpenGuard, "tenant")])
 async def test_fault_in_a_stream(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one call is answered with the id of the log entry, in its place; the stream's other calls are served."""
-    async with hand_gateway() as gateway:
+    async with hand_gateway(1) as gateway:
         guard = OpenGuard(gateway)
         calls = OipCalls(gateway.calls, guard, 1 << 20, gateway.errors.caught)  # type: ignore[arg-type]
         messages = [ModelInferRequest(model_name="pure", id=name).SerializeToString() for name in ("a", "b")]

@@ -31,7 +31,7 @@ def taken(budget: RetryBudget) -> int:
 
 
 def test_nothing_was_called(clock: Clock) -> None:
-    """Who calls nothing retries nothing."""
+    """A gateway without calls has no retries."""
     assert not RetryBudget(clock).take()
 
 
@@ -54,7 +54,7 @@ def test_a_tenth_of_the_calls(clock: Clock) -> None:
 
 
 def test_calls_of_long_ago_count_for_nothing(clock: Clock) -> None:
-    """What a busy day has earned is not there for the night's outage; the reserve is."""
+    """The tokens that a busy day has earned are not there for the night's outage; the reserve is."""
     budget = RetryBudget(clock)
     for _ in range(10_000):
         budget.called(8)

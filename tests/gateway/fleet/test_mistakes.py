@@ -67,7 +67,7 @@ class OpenLane:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def call(self, descriptor: Descriptor, body: Body, listener: Any, started: Any = None) -> int:  # noqa: ARG002 (Lane)
+    def call(self, _: Descriptor, __: Body, listener: Any, ___: Any = None) -> int:
         if listener.breaks == "lane":
             raise ValueError("a mistake")
         self.calls.append(listener)
@@ -106,13 +106,13 @@ class Call:
     def __post_init__(self) -> None:
         self.descriptor.request.kernel = "k"
 
-    def started(self) -> bool:
-        return False
-
     def remaining_microseconds(self) -> int:
         if self.breaks == "send":
             raise ValueError("a mistake")
         return 1
+
+    def started(self) -> bool:
+        raise AssertionError("no worker begins it")
 
     def sent(self, replica: Replica, _: Lane, __: int) -> None:
         if self.breaks == "sent":
