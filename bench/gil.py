@@ -25,7 +25,7 @@ AWAITED = "awaited"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One row of the table: one work, done in one way."""
+    """A row of the table: one work, done in one way."""
 
     name: str
     subject: str

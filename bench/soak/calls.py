@@ -27,7 +27,7 @@ _TOO_LATE = {"DEADLINE_EXCEEDED": "", "RESOURCE_EXHAUSTED": ""}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """One kind of call: vectors of a random length from `doubles`, or as many rows of `columns`.
+    """A kind of call: vectors of a random length from `doubles`, or as many rows of `columns`.
 
     `may` has the failures that are not our fault: a status, and text that its message must contain. A caller that
     `leaves` does so after up to that many seconds. `refusal` is the kernel's error for a vector that it refuses.

@@ -69,13 +69,7 @@ async def _check(options: argparse.Namespace) -> int:
     findings = [finding for module in trial.modules for finding in _of_module(module)]
     growths: dict[str, Growth] = {}
     if kernels:
-        workers = CheckWorkers(
-            [module.name for module in trial.modules if not module.failure],
-            seconds=options.seconds,
-            memory_bytes=options.memory_mib * MiB,
-            # The default of a service: one worker for each core, one thread for each worker.
-            blas_threads=1,
-        )
+        workers = _workers([module.name for module in trial.modules if not module.failure], options)
         for name, kernel in kernels.items():
             cases = Cases(kernel.spec, options.seed, scalars.get(name, {}))
             found, growths[name] = await _of_kernel(kernel, cases, workers, options.most_mib)
@@ -85,6 +79,11 @@ async def _check(options: argparse.Namespace) -> int:
     else:
         for_people(findings, growths, len(kernels))
     return 1 if any(finding.is_fault for finding in findings) else 0
+
+
+def _workers(modules: Sequence[str], options: argparse.Namespace) -> CheckWorkers:
+    # One thread, the default of a service with a worker for each core.
+    return CheckWorkers(modules, seconds=options.seconds, memory_bytes=options.memory_mib * MiB, blas_threads=1)
 
 
 async def _of_kernel(
