@@ -43,8 +43,7 @@ def run(only: frozenset[str], quick: bool, console: Console) -> Findings:
     """Measure the selected parts."""
     plan = QUICK if quick else FULL
     names, works_asked, of_pool = only & SUBJECTS or SUBJECTS, only & WORKS, only & pool.FIGURES
-    implied = {part for part, named in (("throughput", works_asked), ("pool", of_pool)) if named}
-    parts = only & PARTS or frozenset(implied) or PARTS
+    parts = _parts(only)
     with console.status("calibrating") as status:
         works = oip.works()
         findings = Findings(settings=_settings(only, quick, works))
@@ -62,24 +61,38 @@ def run(only: frozenset[str], quick: bool, console: Console) -> Findings:
                     works, running, bare,
                     rounds=rounds, seconds=seconds, on_step=status.update, only_works=works_asked,
                 )  # fmt: skip
-            if "unlatch" in names:
-                if "client" in parts:
-                    rounds, seconds = plan["client"]
-                    findings.cells += clients.measure(
-                        running["unlatch"], rounds=rounds, seconds=seconds, on_step=status.update
-                    )
-                if "responsive" in parts:
-                    rounds, seconds = plan["responsive"]
-                    findings.responsive = responsive.measure(
-                        running["unlatch"], works["spin10"], rounds=rounds, seconds=seconds, on_step=status.update
-                    )
-                if "beside" in parts:
-                    passes, seconds = plan["beside"]
-                    findings.beside = clients.beside_64mib(
-                        running["unlatch"], passes=passes, seconds=seconds, on_step=status.update
-                    )
+            if "unlatch" in names and parts & {"client", "responsive", "beside"}:
+                _measure_clients(findings, parts, plan, works, running["unlatch"], status.update)
         _measure_apart(findings, parts, plan, works, names, of_pool, status.update)
     return findings
+
+
+def _parts(only: frozenset[str]) -> frozenset[str]:
+    """The selected parts, or those of the selected works and figures, or all."""
+    implied = {part for part, named in (("throughput", only & WORKS), ("pool", only & pool.FIGURES)) if named}
+    return only & PARTS or frozenset(implied) or PARTS
+
+
+def _measure_clients(
+    findings: Findings,
+    parts: frozenset[str],
+    plan: Mapping[str, tuple[int, float]],
+    works: dict[str, oip.Work],
+    subject: subjects.Subject,
+    on_step: Callable[[str], None],
+) -> None:
+    """Measure the parts that use Unlatch's own server."""
+    if "client" in parts:
+        rounds, seconds = plan["client"]
+        findings.cells += clients.measure(subject, rounds=rounds, seconds=seconds, on_step=on_step)
+    if "responsive" in parts:
+        rounds, seconds = plan["responsive"]
+        findings.responsive = responsive.measure(
+            subject, works["spin10"], rounds=rounds, seconds=seconds, on_step=on_step
+        )
+    if "beside" in parts:
+        passes, seconds = plan["beside"]
+        findings.beside = clients.beside_64mib(subject, passes=passes, seconds=seconds, on_step=on_step)
 
 
 def _measure_apart(

@@ -25,7 +25,7 @@ AWAITED = "awaited"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One row of the table: one work, done in one way."""
+    """A row of the table: one work, done in one way."""
 
     name: str
     subject: str
@@ -87,9 +87,7 @@ def measure(
     rows: list[Row] = []
     idle: list[Idle] = []
     for count in sorted({1, min(2, len(cores()))}):
-        bound = [core for core in cores() if core != load_core()][:1] if count == 1 else cores()[-2:]
-        if not bound:
-            bound = cores()
+        bound = _cores(count)
         with ExitStack() as stack:
             wanted = {way.subject for way in WAYS} & names
             subjects = {name: start(stack, name, cpus=bound, workers=count) for name in sorted(wanted)}
@@ -104,6 +102,12 @@ def measure(
                 _visit(row, subjects[row.way.subject], works[row.way.work], probes[row.way.subject], seconds)
             rows += here
     return rows, idle
+
+
+def _cores(count: int) -> list[int]:
+    """One core that is not the load generator's, or two cores."""
+    bound = [core for core in cores() if core != load_core()][:1] if count == 1 else cores()[-2:]
+    return bound or cores()
 
 
 def _turns(rows: list[Row], rounds: int) -> Iterator[tuple[Row, int]]:

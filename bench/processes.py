@@ -30,7 +30,7 @@ class BenchError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """One process of a tree, as read from /proc."""
+    """A process of a tree, as read from /proc."""
 
     pid: int
     parent: int
@@ -38,7 +38,7 @@ class Seen:
 
 
 class Process:
-    """One child in a process group of its own, so that Ctrl-C reaches the bench first. The child ends with the bench.
+    """A child in a process group of its own, so that Ctrl-C reaches the bench first. The child ends with the bench.
 
     Callers, servers and workers share one session, in which niceness has an effect. Between sessions the system divides
     cores whatever runs there, and callers were seen to wait 60 ms while a worker had their core (docs/decisions/0007).

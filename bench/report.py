@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -315,15 +315,18 @@ def _gil_table(rows: Sequence[Row], idle: Sequence[Idle]) -> Table:
         table.add_column(f"calls/s, {count} core(s)", justify="right")
         table.add_column(f"health p99 ms, {count} core(s)", justify="right")
     for name in dict.fromkeys(row.way.name for row in rows):
-        each = {row.cores: row for row in rows if row.way.name == name}
-        figures = [figure for count in counts for figure in (f"{each[count].rate:,.0f}", f"{each[count].p99_ms:,.1f}")]
-        table.add_row(next(iter(each.values())).way.says, *figures)
+        table.add_row(*_gil_cells({row.cores: row for row in rows if row.way.name == name}, counts))
     quiet = [f"{max(i.health_p99_ms for i in idle if i.cores == count):,.1f}" for count in counts]
     table.add_row(
         "(no load; the worst of the servers)", *(cell for figure in quiet for cell in ("", figure)), style="dim"
     )
     table.caption = "A waiting kernel occupies a worker, so Unlatch's waits are bounded by its workers."
     return table
+
+
+def _gil_cells(each: Mapping[int, Row], counts: Sequence[int]) -> list[str]:
+    figures = [figure for count in counts for figure in (f"{each[count].rate:,.0f}", f"{each[count].p99_ms:,.1f}")]
+    return [next(iter(each.values())).way.says, *figures]
 
 
 def _bound_table(limits: dict[str, dict[str, Any]], findings: Findings) -> Table:

@@ -1,6 +1,6 @@
 """Calls a second and CPU time of each call, for every work and subject. Each round measures every cell once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -59,13 +59,7 @@ def measure(
     only_works: frozenset[str],
 ) -> list[Cell]:
     """Run all cells that these subjects allow."""
-    cells = [
-        Cell(work=name, in_flight=in_flight, subject=subject)
-        for (name, in_flight), wanted in CASES.items()
-        if not only_works or name in only_works
-        for subject in wanted
-        if subject in subjects or (subject == "bare" and bare is not None)
-    ]
+    cells = _cells({*subjects, *(["bare"] if bare is not None else [])}, only_works)
     for subject in subjects.values():
         await_ready(subject, works["identity_1k"])
     replies = dict(_checked(works, subjects, cells))
@@ -79,10 +73,7 @@ def measure(
                     _note(cell, rate, 0.0, {"workers": cpu}, 0)
                 continue
             key = (cell.case, cell.subject)
-            warm = max(
-                cell.in_flight, WARM_CALLS.get(cell.work, WARM_CALLS_OTHERWISE) // (4 if cell.in_flight == 1 else 1)
-            )
-            calls = calls_for(seconds, rates[key], cell.in_flight) if number else warm
+            calls = calls_for(seconds, rates[key], cell.in_flight) if number else _warm_calls(cell)
             loaded, cpu_us = loaded_with_cpu(
                 subjects[cell.subject], works[cell.work], calls, cell.in_flight, replies[(cell.subject, cell.work)]
             )
@@ -92,6 +83,21 @@ def measure(
     on_step("checking replies")
     dict(_checked(works, subjects, cells))
     return cells
+
+
+def _cells(subjects: Collection[str], only_works: frozenset[str]) -> list[Cell]:
+    return [
+        Cell(work=name, in_flight=in_flight, subject=subject)
+        for (name, in_flight), wanted in CASES.items()
+        if not only_works or name in only_works
+        for subject in wanted
+        if subject in subjects
+    ]
+
+
+def _warm_calls(cell: Cell) -> int:
+    calls = WARM_CALLS.get(cell.work, WARM_CALLS_OTHERWISE)
+    return max(cell.in_flight, calls // 4 if cell.in_flight == 1 else calls)
 
 
 def loaded_with_cpu(

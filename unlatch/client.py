@@ -147,7 +147,7 @@ class Client:
         return link
 
     async def _linked(self, timeout: float | None) -> Link:
-        """The current lane, opened anew if the last one broke."""
+        """The current lane; a new one if the last one broke."""
         security = self._security or await self._secured()
         if self._link is None or self._link.broken:
             self._link = self._opened(security)

@@ -1,4 +1,4 @@
-"""One lane of a client, from its opening to its end, and the calls on it."""
+"""A client's lane, from its opening to its end, and the calls on it."""
 
 import asyncio
 import secrets

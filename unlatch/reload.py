@@ -25,7 +25,7 @@ log = structlog.get_logger()
 _IMPORT_SECONDS = 60.0
 _IMPORT_BYTES = 8192 * MiB
 # An editor writes a file in several steps: changes within this time count as one.
-_STEP_MILLISECONDS, _AT_MOST_MILLISECONDS = 50, 500
+_STEP_MILLISECONDS, _MAX_MILLISECONDS = 50, 500
 # Interval of checks that the directories are still the ones that are watched.
 _LOOK_MILLISECONDS = 1000
 _AGAIN_SECONDS = 1.0
@@ -100,7 +100,7 @@ class Reload:
             watch_filter=self._concerns,
             recursive=False,
             step=_STEP_MILLISECONDS,
-            debounce=_AT_MOST_MILLISECONDS,
+            debounce=_MAX_MILLISECONDS,
             rust_timeout=_LOOK_MILLISECONDS,
             yield_on_timeout=True,
         )

@@ -59,7 +59,7 @@ class ServeSettings(Settings):
 
 
 class Child:
-    """One of the two services: a process that is started again whenever it ends, until the supervisor stops."""
+    """A service's process, which is started again whenever it ends, until the supervisor stops."""
 
     def __init__(self, name: str, arguments: Sequence[str], directory: Path, drain_seconds: float) -> None:
         self._name = name

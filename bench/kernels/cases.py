@@ -40,7 +40,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Case(NamedTuple):
-    """One kernel with one size of input. `variant` distinguishes further cases of a kernel."""
+    """A kernel with one size of input. `variant` distinguishes further cases of a kernel."""
 
     kernel: str
     size: str

@@ -1,4 +1,4 @@
-"""One process of one kind of Python client; kinds differ only in how they call. Controlled by JSON lines.
+"""A process of one kind of Python client; kinds differ only in how they call. Controlled by JSON lines.
 
 - `map`: `Client.map`, in order, 64 in flight
 - `call`: `Client.call`, each awaited before the next

@@ -10,7 +10,7 @@ import grpc.aio
 
 from unlatch.common.lane.frames import unpack
 
-_MOST_TOLD = 20
+_MAX_TOLD = 20
 
 
 class Answers:
@@ -48,7 +48,7 @@ class Answers:
                 self._wanted[piece.call] = wanted - len(entry)
 
     def _tell(self, what: str) -> None:
-        if len(self.wrong) < _MOST_TOLD:
+        if len(self.wrong) < _MAX_TOLD:
             self.wrong.append(what)
 
 
@@ -64,7 +64,7 @@ class CountedChannel:
         await self._channel.close()
 
     def stream_stream(self, method: str) -> Callable[..., "CountedStream"]:
-        """Open a lane's stream with a count of its own, since calls are numbered anew on each lane."""
+        """Open a lane's stream with a count of its own, since each lane numbers its calls from 1."""
         opening: Any = self._channel.stream_stream(method)
 
         def opened(**options: Any) -> CountedStream:

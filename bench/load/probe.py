@@ -31,7 +31,7 @@ Ask = Callable[[], Awaitable[object]]
 
 
 class Probe:
-    """One kind of check on its schedule."""
+    """A kind of check on its schedule."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask

@@ -36,7 +36,7 @@ KILL_SECONDS = 1.0
 WARM_SHARE = 0.5
 # In a shorter run the slope depends on the calls that happen to be running.
 JUDGED_SECONDS = 60.0
-MOST_MIB_A_MINUTE = 1.0
+MAX_MIB_A_MINUTE = 1.0
 RESTORED_SECONDS = 10.0
 SERVICES = ("gateway", "dispatcher")
 
@@ -89,7 +89,7 @@ def run(seconds: float, processes: int, seed: int, console: Console) -> list[str
         if seconds >= JUDGED_SECONDS:
             for name in SERVICES:
                 slope, unsure = watched.growth(name)
-                if slope - unsure >= MOST_MIB_A_MINUTE:
+                if slope - unsure >= MAX_MIB_A_MINUTE:
                     wrong.append(f"{name}: its memory grows by {slope:.1f} ± {unsure:.1f} MiB a minute")
     show(doors, watched, total(after["dispatcher"], "unlatch_worker_restarts_total"), seconds, console)
     return wrong

@@ -1,4 +1,4 @@
-"""One process of the soak's callers. A JSON line tells how long to call; the answer tells how every call ended.
+"""A process of the soak's callers. A JSON line tells how long to call; the answer tells how every call ended.
 
 They use all interfaces at once: a Client's lane, a lane whose answers are counted, unary RPCs of the Open Inference
 Protocol, and a counted lane directly to the dispatcher.
@@ -30,7 +30,7 @@ CALLERS_A_DOOR = 8
 # A call that takes this much longer than its own limit counts as never ended.
 LATE_SECONDS = 3.0
 NOISE_DOUBLES = 2 << 20
-MOST_TOLD = 20
+MAX_TOLD = 20
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 DATATYPES = {"float64": "FP64", "int64": "INT64"}
 
@@ -53,7 +53,7 @@ class Tally:
             self.tell(wrong)
 
     def tell(self, wrong: str) -> None:
-        if len(self.wrong) < MOST_TOLD:
+        if len(self.wrong) < MAX_TOLD:
             self.wrong.append(wrong)
 
 

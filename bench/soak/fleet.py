@@ -132,6 +132,12 @@ async def _run(fleet: Fleet, seconds: float, dice: random.Random, console: Conso
     for kernel in OTHER:
         if more := ended.codes[kernel, "UNAVAILABLE"] - lost[kernel]:
             ended.wrong.append(f"{kernel}: {more} calls were lost to a rolling restart")
+    _check_counts(fleet, ended, kills, len(callers), seconds, console)
+    return ended.wrong
+
+
+def _check_counts(fleet: Fleet, ended: Ended, kills: int, callers: int, seconds: float, console: Console) -> None:
+    """Compare the gateway's counters with the callers' counts, and show both."""
     calls = sum(ended.codes.values())
     told = scrape(fleet.metrics_port)
     counted = sum(value for (name, labels), value in told.items() if name == "unlatch_calls_total" and labels)
@@ -141,10 +147,9 @@ async def _run(fleet: Fleet, seconds: float, dice: random.Random, console: Conso
         dict(labels)["reason"]: value for (name, labels), value in told.items() if name.endswith("retries_total")
     }
     spent = sum(value for reason, value in retries.items() if reason != "not_begun")
-    if spent > _SHARE * calls + len(callers):
+    if spent > _SHARE * calls + callers:
         ended.wrong.append(f"{spent:.0f} retries are more than a tenth of {calls} calls, and a replica's worth")
     _show(ended, kills, retries, seconds, console)
-    return ended.wrong
 
 
 async def _call(client: Client, kernel: str, noise: np.random.Generator, ended: Ended, stop: asyncio.Event) -> None:

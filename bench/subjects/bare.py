@@ -1,4 +1,4 @@
-"""One bare worker process: a kernel's function in a loop, and nothing else. Controlled by JSON lines."""
+"""A bare worker process: a kernel's function in a loop, and nothing else. Controlled by JSON lines."""
 
 import json
 import sys

@@ -20,7 +20,7 @@ TARGET_SECONDS = 0.010
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One kernel with one input: the request's bytes, and the expected array."""
+    """A kernel with one input: the request's bytes, and the expected array."""
 
     name: str
     kernel: str

@@ -69,7 +69,7 @@ class NotValidYet(CertificateError):
 
 
 class Certificates:
-    """One end's present certificates. `watch` has seen the files as they were before they were read."""
+    """The present certificates of one end. `watch` has the files' state from before they were read."""
 
     def __init__(self, files: Files, contents: Contents, watch: FileWatch) -> None:
         self.files = files

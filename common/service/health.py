@@ -19,7 +19,7 @@ LIVENESS = "liveness"
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """One state for the server as a whole (service "") and for each named service, at first NOT_SERVING."""
+    """The health of the server as a whole (service "") and of each named service, at first NOT_SERVING."""
 
     def __init__(self, *services: str) -> None:
         self._services = {"", LIVENESS, *services}

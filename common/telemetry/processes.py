@@ -55,7 +55,7 @@ _NOTHING: Usage = (0, 0, 0, 0)
 
 
 class _Life:
-    """One process under a name. `gone` means reaped; `leaving` means ended but not yet reaped."""
+    """A process under a name. `gone` means reaped; `leaving` means ended but not yet reaped."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -256,16 +256,17 @@ class ProcessWatch:
         gone = [(name, life) for name, life in lives if life.gone]
         if self._reaper is not None and not self._reaper.gone:
             self._reaper.read(self._window_seconds)
-        between = False
-        for _, life in lives:
-            if not life.gone and life is not self._reaper:
-                life.read(self._window_seconds)
-                # The end of an orphan is left to other processes, and may take them long.
-                between |= life.gone or (life.leaving and life.reaper is not None and life.reaper is self._reaper)
-        if between:
+        going = [self._goes(life) for _, life in lives if not life.gone and life is not self._reaper]
+        if any(going):
             return False
         self._settle(gone)
         return True
+
+    def _goes(self, life: _Life) -> bool:
+        """Read a process. Returns whether it has just gone, or is about to."""
+        life.read(self._window_seconds)
+        # The end of an orphan is left to other processes, and may take them long.
+        return life.gone or (life.leaving and life.reaper is not None and life.reaper is self._reaper)
 
     def _settle(self, gone: list[tuple[_Name, _Life]]) -> None:
         reaped: list[_Life] = []

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class CounterSeries:
-    """One counter under one set of labels."""
+    """A counter under one set of labels."""
 
     __slots__ = ("value",)
 
@@ -43,7 +43,7 @@ class CounterSeries:
 
 
 class GaugeSeries:
-    """One gauge under one set of labels."""
+    """A gauge under one set of labels."""
 
     __slots__ = ("value",)
 
@@ -56,7 +56,7 @@ class GaugeSeries:
 
 
 class HistogramSeries:
-    """One histogram under one set of labels. `counts` are those of each bucket, not cumulative; the last is +Inf's."""
+    """A histogram under one set of labels. `counts` are those of each bucket, not cumulative; the last is +Inf's."""
 
     __slots__ = ("bounds", "counts", "sum")
 

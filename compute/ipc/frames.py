@@ -37,7 +37,7 @@ Parameters = dict[str, bool | int | float | str]
 
 
 class Tensor(msgspec.Struct, array_like=True, frozen=True):
-    """One array: its dtype and shape, and its place in a segment."""
+    """An array: its dtype and shape, and its place in a segment."""
 
     dtype: str
     shape: tuple[Number, ...]
@@ -53,7 +53,7 @@ class Learn(msgspec.Struct, array_like=True, tag="learn"):
 
 
 class Member(msgspec.Struct, array_like=True, frozen=True):
-    """One call of a RunFrame. The segment is -1 for a call without bytes."""
+    """A call of a RunFrame. The segment is -1 for a call without bytes."""
 
     call: int
     segment: int
@@ -106,7 +106,7 @@ class Misfit(msgspec.Struct, array_like=True, tag="misfit"):
 
 
 class Result(msgspec.Struct, array_like=True, frozen=True):
-    """One call's outputs, in the reply segment that its RunFrame named."""
+    """The outputs of one call, in the reply segment that its RunFrame named."""
 
     call: Number
     tensors: tuple[Tensor, ...]
@@ -148,5 +148,5 @@ decode_for_dispatcher = msgspec.msgpack.Decoder(ToDispatcher).decode
 
 
 def described_bytes(axes: Iterable[int]) -> int:
-    """Maximum bytes of a frame that a call's tensors take, each with so many axes, a dtype, an offset and a length."""
+    """Maximum bytes of a frame that a call's tensors take, given the number of axes of each."""
     return 16 + sum(40 + 9 * count for count in axes)

@@ -14,7 +14,7 @@ _STRIP_ROWS = 128
 
 
 class Band(NamedTuple):
-    """One block of an axis: the output pixels `pixels` are `weights` times the input pixels `seen`."""
+    """A block of an axis: the output pixels `pixels` are `weights` times the input pixels `seen`."""
 
     pixels: slice
     seen: slice

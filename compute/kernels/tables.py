@@ -14,7 +14,7 @@ _DENSE_KEYS_PER_ROW = 4
 
 
 class Groups(NamedTuple):
-    """One row for each key that occurs, in ascending order."""
+    """A row for each key that occurs, in ascending order."""
 
     keys: Integer[np.ndarray, "groups"]
     counts: Int64[np.ndarray, "groups"]

@@ -1,4 +1,4 @@
-"""One call of a kernel: its input arrays, the function itself, and checks of its outputs.
+"""A kernel's call: its input arrays, the function itself, and checks of its outputs.
 
 members' bytes in the arena ──> input_arrays ──> call_kernel ──> outputs, as the kernel declares them
 """

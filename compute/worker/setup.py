@@ -20,8 +20,8 @@ def become_worker(dispatcher_alive: int) -> None:
     # When the dispatcher is gone, for whatever reason, the kernel sends SIGIO to the group. Its default action ends
     # even a worker that is deep in C code and holds the interpreter lock.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
-    # Opened anew, since the owner of the signal belongs to the open file: with a shared one, only the last worker would
-    # get it.
+    # Opened again, since the receiver of the signal belongs to the open file: with a shared one, only the last worker
+    # would get it.
     own = os.open(f"/proc/self/fd/{dispatcher_alive}", os.O_RDONLY | os.O_NONBLOCK)
     os.close(dispatcher_alive)
     fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgid(0))

@@ -42,7 +42,7 @@ class Variable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Board:
-    """One board. `top` holds the first panels; below them come rows, by title."""
+    """A board. `top` holds the first panels; below them come rows, by title."""
 
     uid: str
     says: str

@@ -1,7 +1,7 @@
 """Inputs that a kernel's signature allows: every declared dtype, axes of several lengths, values from a seed."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -25,7 +25,7 @@ _SCALARS: Mapping[str, bool | int | float | str] = {"bool": True, "int": 2, "flo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One call's arguments. `says` describes them; `finite` is false if NaN and infinities are among them."""
+    """The arguments of one call. `says` describes them; `finite` is false if NaN and infinities are among them."""
 
     says: str
     arrays: tuple[Array, ...]
@@ -38,7 +38,7 @@ class Case:
         return sum(array.nbytes for array in self.arrays)
 
     def row(self, number: int) -> "Case":
-        """One row of a batch, as a batch of one."""
+        """A single row of a batch, as a batch of one."""
         arrays = tuple(array[number : number + 1] for array in self.arrays)
         return Case(says=f"row {number} of {self.says}", arrays=arrays, scalars=self.scalars)
 
@@ -59,11 +59,7 @@ class Cases:
     def dry(self) -> Iterator[Case]:
         """Yield each edge case once: every dtype, then lengths 0 and 1, then NaN and infinity."""
         families = [_dtypes(array) for array in self._spec.inputs]
-        # First all arrays with the same dtype, then each with another.
-        for apart in (0, 1) if sum(len(family) > 1 for family in families) > 1 else (0,):
-            for turn in range(max(map(len, families), default=1)):
-                dtypes = [family[(turn + apart * place) % len(family)] for place, family in enumerate(families)]
-                yield self._case(_SMALL, dtypes=dtypes)
+        yield from self._every_dtype(families)
         if not families:
             return
         for length in (0, 1):
@@ -105,6 +101,13 @@ class Cases:
         named = any(not _is_many(dim) and not dim.isdecimal() for array in self._spec.inputs for dim in array.dims)
         return 0 if named else 1
 
+    def _every_dtype(self, families: Sequence[tuple[str, ...]]) -> Iterator[Case]:
+        """Cases with every dtype of each array: first all arrays with the same dtype, then each with another."""
+        for apart in (0, 1) if sum(len(family) > 1 for family in families) > 1 else (0,):
+            for turn in range(max(map(len, families), default=1)):
+                dtypes = [family[(turn + apart * place) % len(family)] for place, family in enumerate(families)]
+                yield self._case(_SMALL, dtypes=dtypes)
+
     def _lengths(self, length: int) -> dict[str, int]:
         """A length for each axis name, all different, so that mixed-up axes are noticed."""
         names = dict.fromkeys(dim for array in self._spec.inputs for dim in array.dims if not dim.isdecimal())
@@ -133,6 +136,11 @@ class Cases:
             _values(random, dtype, shape, finite=finite, positive=self.positive)
             for dtype, shape in zip(dtypes, shapes, strict=True)
         )
+        says = self._says(dtypes, shapes, finite=finite)
+        return Case(says=says, arrays=arrays, scalars=dict(self._scalars), finite=finite)
+
+    def _says(self, dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]], *, finite: bool) -> str:
+        """A description of a case's arguments."""
         says = ", ".join(
             f"{array.name}: {dtype}[{', '.join(map(str, shape))}]"
             for array, dtype, shape in zip(self._spec.inputs, dtypes, shapes, strict=True)
@@ -142,7 +150,7 @@ class Cases:
         if self.positive:
             says += " of positive numbers"
         says += "".join(f", {name}={value!r}" for name, value in self._scalars.items())
-        return Case(says=says or "no arguments", arrays=arrays, scalars=dict(self._scalars), finite=finite)
+        return says or "no arguments"
 
 
 def _dtypes(array: ArraySpec) -> tuple[str, ...]:

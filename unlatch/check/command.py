@@ -3,7 +3,7 @@
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unlatch.check.cases import Cases
@@ -16,7 +16,7 @@ from unlatch.common.errors import InvalidArgument, near
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.net.settings import MiB
 from unlatch.compute.errors import StartError
-from unlatch.compute.worker.trial import TriedKernel, TriedModule, tried
+from unlatch.compute.worker.trial import Trial, TriedKernel, TriedModule, tried
 
 _IMPORT_SECONDS = 60.0
 _SLOW_IMPORT_SECONDS = 1.0
@@ -69,22 +69,32 @@ async def _check(options: argparse.Namespace) -> int:
     findings = [finding for module in trial.modules for finding in _of_module(module)]
     growths: dict[str, Growth] = {}
     if kernels:
-        workers = CheckWorkers(
-            [module.name for module in trial.modules if not module.failure],
-            seconds=options.seconds,
-            memory_bytes=options.memory_mib * MiB,
-            # The default of a service: one worker for each core, one thread for each worker.
-            blas_threads=1,
-        )
-        for name, kernel in kernels.items():
-            cases = Cases(kernel.spec, options.seed, scalars.get(name, {}))
-            found, growths[name] = await _of_kernel(kernel, cases, workers, options.most_mib)
-            findings += found
+        found, growths = await _of_kernels(trial, kernels, scalars, options)
+        findings += found
     if options.json:
         for_programs(findings, growths, list(kernels), options.seed)
     else:
         for_people(findings, growths, len(kernels))
     return 1 if any(finding.is_fault for finding in findings) else 0
+
+
+async def _of_kernels(
+    trial: Trial, kernels: Mapping[str, TriedKernel], scalars: Scalars, options: argparse.Namespace
+) -> tuple[list[Finding], dict[str, Growth]]:
+    workers = CheckWorkers(
+        [module.name for module in trial.modules if not module.failure],
+        seconds=options.seconds,
+        memory_bytes=options.memory_mib * MiB,
+        # The default of a service: one worker for each core, one thread for each worker.
+        blas_threads=1,
+    )
+    findings: list[Finding] = []
+    growths: dict[str, Growth] = {}
+    for name, kernel in kernels.items():
+        cases = Cases(kernel.spec, options.seed, scalars.get(name, {}))
+        found, growths[name] = await _of_kernel(kernel, cases, workers, options.most_mib)
+        findings += found
+    return findings, growths
 
 
 async def _of_kernel(

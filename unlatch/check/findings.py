@@ -65,7 +65,7 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One fault or note. `place` is file:line; `detail` may have several lines: the end of a traceback."""
+    """A fault or a note. `place` is file:line; `detail` may have several lines: the end of a traceback."""
 
     place: str
     kernel: str

@@ -1,4 +1,4 @@
-"""One real worker process, and the outcomes of runs in it.
+"""A real worker process, and the outcomes of runs in it.
 
 The worker is a service's: the same forkserver forks it, and its inputs lie in sealed shared memory. A check only adds
 limits to the time of a run and to the worker's memory, so that a misbehaving kernel does no harm.

@@ -17,7 +17,7 @@ from unlatch.common.kernel.tensors import Array
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One item. `name` is the path of its results in the output directory, without suffix. `read` may raise."""
+    """A file or row. `name` is the path of its results in the output directory, without suffix. `read` may raise."""
 
     name: str
     source: str

@@ -75,7 +75,7 @@ def client_parser(command: str, description: str) -> Parser:
 
 
 def token(options: argparse.Namespace) -> "Token | None":
-    """A function that reads the token file, each time anew since tokens are renewed. None without --token-file."""
+    """A function that reads the token file on each call, since tokens are renewed. None without --token-file."""
     path = options.token_file
 
     def read() -> str:

@@ -124,7 +124,7 @@ class _Bar:
 
     def show(self, outcome: ItemOutcome) -> None:
         if outcome.status == "skipped":
-            # The bar begins anew, so that its rate counts only items that were worked on.
+            # The bar is reset, so that its rate counts only items that were worked on.
             self._skipped += 1
             self._progress.reset(self._task, completed=self._skipped)
         else:

@@ -82,12 +82,17 @@ def _table(path: str, wanted: ArraySpec) -> Array:
             table = np.loadtxt(path, np.float64, **load)
     if not table.size:
         raise _refusal(wanted, f"{path} has no numbers")
+    return untyped(_with_wanted_axes(table, wanted), wanted)
+
+
+def _with_wanted_axes(table: Array, wanted: ArraySpec) -> Array:
+    """A table with one axis rather than two, if the kernel wants that, or if the table is a single column."""
     axes = None if any(dim == ELLIPSIS or dim.startswith("*") for dim in wanted.dims) else len(wanted.dims)
     if axes != 2 and table.shape[1] == 1:
         table = table[:, 0]
     elif axes == 1 and table.shape[0] == 1:
         table = table[0]
-    return untyped(table, wanted)
+    return table
 
 
 def _is_numbers(path: str) -> bool:

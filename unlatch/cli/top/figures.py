@@ -69,11 +69,7 @@ def figures(sources: Sequence[Seen], at: float) -> Figures:
     return Figures(
         at=at,
         sources=sources,
-        processes=[
-            process
-            for seen in (*gateways, *dispatchers)
-            for process in _processes(seen, replica=seen.address if len(sources) > 2 else "")
-        ],
+        processes=_all_processes([*gateways, *dispatchers], named=len(sources) > 2),
         calls=_traffic(telling, lambda _: True),
         kernels={name: _traffic(telling, _is(name)) for name in kernels},
         queue_depth=_total(dispatchers, "unlatch_queue_depth"),
@@ -117,6 +113,11 @@ def _now(seen: Seen, name: str) -> Mapping[Labels, float]:
 
 def _total(sources: Sequence[Seen], name: str) -> float | None:
     return sum(sum(_now(seen, name).values()) for seen in sources) if sources else None
+
+
+def _all_processes(sources: Sequence[Seen], *, named: bool) -> list[Process]:
+    """The processes of all sources; `named` adds their source's address."""
+    return [process for seen in sources for process in _processes(seen, replica=seen.address if named else "")]
 
 
 def _processes(seen: Seen, replica: str) -> list[Process]:

@@ -6,6 +6,7 @@ Colour only repeats what characters show. Names come from users, so all are `Tex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
@@ -17,7 +18,7 @@ from unlatch.cli.top.sources import HISTORY_SECONDS, Point, Seen
 
 _MAX_KERNELS = 10
 _MAX_LABEL_CELLS = 24
-# For terminals of at least so many columns: the cells of a bar and of a sparkline.
+# The minimum columns of a terminal, then the cells of a bar and of a sparkline on it.
 _CELLS = ((120, 20, 30), (100, 12, 20), (70, 10, 12), (0, 6, 0))
 
 
@@ -113,29 +114,33 @@ def _fitting(processes: Sequence[Process], room: int | None) -> tuple[Sequence[P
 def _processes(processes: Sequence[Process], now: float, width: int, signs: Signs) -> Table:
     """A table with fewer columns on a narrow terminal: first the sparkline goes, then memory and restarts."""
     label_cells = max(10, min(_MAX_LABEL_CELLS, width // 3))
-    is_wide, is_narrow = width >= 100, width < 60
     bar_cells, spark_cells = next(cells for least, *cells in _CELLS if width >= least)
     columns = [
         Column("process", no_wrap=True, max_width=label_cells),
         Column("use", width=bar_cells),
         Column("", justify="right"),
+        Column("last minute", width=spark_cells, no_wrap=True),
+        Column("memory", justify="right", no_wrap=True),
+        Column("runs", ratio=1, no_wrap=True),
+        Column("calls/s", justify="right", no_wrap=True),
+        Column("restarts", justify="right", no_wrap=True),
     ]
-    columns += [Column("last minute", width=spark_cells, no_wrap=True)] if spark_cells else []
-    columns += [] if is_narrow else [Column("memory", justify="right", no_wrap=True)]
-    columns += [Column("runs", ratio=1, no_wrap=True)]
-    columns += [Column("calls/s", justify="right", no_wrap=True)] if is_wide else []
-    columns += [] if is_narrow else [Column("restarts", justify="right", no_wrap=True)]
-    table = Table(*columns, box=None, pad_edge=False, expand=True, header_style="bold")
+    is_wide, is_narrow = width >= 100, width < 60
+    shown = (True, True, True, bool(spark_cells), not is_narrow, True, is_wide, not is_narrow)
+    table = Table(*compress(columns, shown), box=None, pad_edge=False, expand=True, header_style="bold")
     for process in processes:
         worker = process.worker
-        cells = [Text(_label(process, label_cells)), bar(process.utilization_ratio, bar_cells, signs)]
-        cells.append(Text(f"{process.utilization_ratio:.0%}"))
-        cells += [sparkline(process.history, now, spark_cells, signs)] if spark_cells else []
-        cells += [] if is_narrow else [Text(_bytes(process.resident_bytes))]
-        cells.append(_runs(worker, signs))
-        cells += [Text(_number(worker.calls_per_second) if worker else "")] if is_wide else []
-        cells += [] if is_narrow else [Text(str(worker.restarts) if worker else "")]
-        table.add_row(*cells)
+        cells = [
+            Text(_label(process, label_cells)),
+            bar(process.utilization_ratio, bar_cells, signs),
+            Text(f"{process.utilization_ratio:.0%}"),
+            sparkline(process.history, now, spark_cells, signs) if spark_cells else Text(),
+            Text(_bytes(process.resident_bytes)),
+            _runs(worker, signs),
+            Text(_number(worker.calls_per_second) if worker else ""),
+            Text(str(worker.restarts) if worker else ""),
+        ]
+        table.add_row(*compress(cells, shown))
     return table
 
 

@@ -24,7 +24,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One scrape. `at` is the monotonic clock in seconds. Series are keyed by name, then by their sorted labels."""
+    """A scrape. `at` is the monotonic clock in seconds. Series are keyed by name, then by their sorted labels."""
 
     at: float
     series: Mapping[str, Mapping[Labels, float]]
@@ -48,7 +48,7 @@ class Seen:
 
 
 class Source:
-    """One /metrics at host:port. Its thread calls `told` after every attempt."""
+    """A /metrics at host:port. Its thread calls `told` after every attempt."""
 
     def __init__(self, address: str, interval_seconds: float, told: Callable[[], None]) -> None:
         self.seen = Seen(address=address)
