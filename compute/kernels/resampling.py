@@ -22,7 +22,7 @@ _MAX_DRAWS = 2_000_000_000
 _BLOCK_DRAWS = 65_536
 
 
-class Estimate(NamedTuple):
+class BootstrapEstimate(NamedTuple):
     """The sample's statistic, its standard error, and the ends of its interval."""
 
     estimate: Float64[np.ndarray, ""]
@@ -39,7 +39,7 @@ def bootstrap(
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
-) -> Estimate:
+) -> BootstrapEstimate:
     """Compute a confidence interval of a sample's mean or median, by bootstrap: resampling with replacement.
 
     `x` has shape (n,) and finite elements; integers are taken as float64. `statistic` is "mean" or "median". `low` and
@@ -66,7 +66,7 @@ def bootstrap(
     with np.errstate(over="ignore", invalid="ignore"):
         drawn = _drawn(sample, statistic, resamples, np.random.Generator(np.random.PCG64(seed)))
         low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return Estimate(*(np.asarray(value) for value in (summary(sample), drawn.std(ddof=1), low, high)))
+        return BootstrapEstimate(*(np.asarray(value) for value in (summary(sample), drawn.std(ddof=1), low, high)))
 
 
 def _drawn(sample: np.ndarray, statistic: str, resamples: int, draws: np.random.Generator) -> np.ndarray:
