@@ -10,7 +10,7 @@ error. Its owner performs that.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, KeysView, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from copy import copy
 from itertools import islice
 from time import monotonic
@@ -58,6 +58,8 @@ class Backlog(Generic[Entry]):
     ) -> None:
         self.forecast = Forecast()
         self._policy = Policy[Entry](weights, kind)
+        # The kinds of the calls that wait, as they are at any time.
+        self.kinds = self._policy.kinds
         self._reply_seconds = reply_seconds
         self._caught = caught
         self._max_calls = max_calls
@@ -66,11 +68,6 @@ class Backlog(Generic[Entry]):
 
     def __len__(self) -> int:
         return len(self._policy)
-
-    @property
-    def kinds(self) -> KeysView[Hashable]:
-        """The kinds of the calls that wait."""
-        return self._policy.kinds
 
     def seconds(self, *, short: bool = False) -> float:
         """The expected cost of all calls that wait. With `short`, of those that are not long."""
@@ -82,6 +79,9 @@ class Backlog(Generic[Entry]):
 
     def refusal_in_time(self, entry: Entry, *, wait_seconds: float, run_seconds: float) -> ResourceExhausted | None:
         """The refusal of a new call that could not wait, run and be answered before its deadline; None if it could."""
+        if not wait_seconds:
+            # It finds an idle worker, and may try.
+            return None
         demand = entry.demand
         return refusal_in_time(
             demand,

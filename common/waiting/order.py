@@ -18,10 +18,10 @@ kind, so that the next call among the kinds with room is found without a search 
 
 import math
 from bisect import bisect_left, insort
-from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Hashable, Iterator, KeysView, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from itertools import count
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from unlatch.common.waiting.demand import Demand, Estimate
 
@@ -70,15 +70,6 @@ class _Tenant(Generic[Call]):
         self.calls = 0
 
 
-class _Place(NamedTuple, Generic[Call]):
-    """Where a call waits, and the values that it came with."""
-
-    line: _Line[Call]
-    arrival: int
-    demand: Demand
-    estimate: Estimate
-
-
 def by_length(call: Waiting) -> Hashable:
     """A call's kind where only its length matters: whether it is long."""
     return call.estimate.long
@@ -97,10 +88,14 @@ class Policy(Generic[Call]):
         self._kind = kind
         self._tenants: dict[_Key, _Tenant[Call]] = {}
         self._waiting: dict[_Key, _Tenant[Call]] = {}
-        # By the call's identity: a call whose caller leaves is found without a search.
-        self._places: dict[int, _Place[Call]] = {}
+        # By the call's identity, its line, its arrival, and the values that it came with: a call whose caller leaves is
+        # found without a search.
+        self._places: dict[int, tuple[_Line[Call], int, Demand, Estimate]] = {}
         self._returned: list[tuple[Hashable, Call]] = []
-        self._kinds: Counter[Hashable] = Counter()
+        # How many lines there are of each kind, and calls that were put back.
+        self._kinds: dict[Hashable, int] = {}
+        # The kinds of the calls that wait, as they are at any time.
+        self.kinds = self._kinds.keys()
         self._batches: dict[Hashable, dict[int, dict[int, Call]]] = {}
         # By priority, the time of the tenants that wait.
         self._clocks: defaultdict[int, float] = defaultdict(float)
@@ -109,16 +104,11 @@ class Policy(Generic[Call]):
     def __len__(self) -> int:
         return len(self._places) + len(self._returned)
 
-    @property
-    def kinds(self) -> KeysView[Hashable]:
-        """The kinds of the calls that wait."""
-        return self._kinds.keys()
-
     def kind_of(self, call: Call) -> Hashable:
         """The kind that a call waits under; of a call that does not wait, the kind that it has now."""
         place = self._places.get(id(call))
         if place is not None:
-            return place.line.kind
+            return place[0].kind
         return next((kind for kind, returned in self._returned if returned is call), self._kind(call))
 
     def seconds(self, *, short: bool = False) -> float:
@@ -147,11 +137,11 @@ class Policy(Generic[Call]):
         line = tenant.lines.get(kind)
         if line is None:
             line = tenant.lines[kind] = _Line(kind, long=estimate.long)
+            self._kinds[kind] = self._kinds.get(kind, 0) + 1
         arrival = next(self._arrivals)
         insort(line.entries, (demand.deadline, arrival, call))
         line.seconds += estimate.seconds
-        self._places[id(call)] = _Place(line, arrival, demand, estimate)
-        self._kinds[kind] += 1
+        self._places[id(call)] = line, arrival, demand, estimate
         if demand.batch is not None:
             self._batches.setdefault(demand.batch, {}).setdefault(demand.priority, {})[id(call)] = call
 
@@ -160,23 +150,23 @@ class Policy(Generic[Call]):
         self.charge(call, -call.estimate.seconds)
         kind = self._kind(call)
         self._returned.append((kind, call))
-        self._kinds[kind] += 1
+        self._kinds[kind] = self._kinds.get(kind, 0) + 1
 
     def remove(self, call: Call) -> bool:
         """Remove a call, for example when its caller has left; whether it waited."""
         place = self._places.pop(id(call), None)
         if place is None:
             return self._remove_returned(call)
-        line, demand = place.line, place.demand
-        del line.entries[bisect_left(line.entries, (demand.deadline, place.arrival))]
-        line.seconds -= place.estimate.seconds
+        line, arrival, demand, estimate = place
+        del line.entries[bisect_left(line.entries, (demand.deadline, arrival))]
+        line.seconds -= estimate.seconds
         tenant = self._waiting[demand.tenant, demand.priority]
         tenant.calls -= 1
         if not line.entries:
             del tenant.lines[line.kind]
+            self._forget_kind(line.kind)
         if not tenant.calls:
             del self._waiting[demand.tenant, demand.priority]
-        self._forget_kind(line.kind)
         if demand.batch is not None:
             self._forget_alike(call, demand)
         return True
@@ -192,9 +182,8 @@ class Policy(Generic[Call]):
 
     def take_before_others(self, call: Call) -> None:
         """Take a waiting call whose turn has come, since there is no room for the calls of other kinds before it."""
-        place = self._places.get(id(call))
-        if place is not None:
-            self._move_clock(place.demand.priority)
+        if id(call) in self._places:
+            self._move_clock(call.demand.priority)
         self.take(call)
 
     def take(self, call: Call) -> None:
@@ -214,20 +203,14 @@ class Policy(Generic[Call]):
         for kind, call in reversed(self._returned):
             if kinds is None or kind in kinds:
                 return call
-        best_priority: float = math.inf
-        best_clock = math.inf
-        best: tuple[float, int, Call] | None = None
-        for (_, priority), tenant in self._waiting.items():
-            clock = tenant.clock
-            if priority > best_priority or (priority == best_priority and clock > best_clock):
-                continue
-            for kind, line in tenant.lines.items():
-                if kinds is not None and kind not in kinds:
-                    continue
-                head = line.entries[0]
-                if best is None or priority < best_priority or clock < best_clock or head < best:
-                    best_priority, best_clock, best = priority, clock, head
-        return None if best is None else best[2]
+        # Arrivals differ, so that calls are never compared.
+        heads = [
+            (priority, tenant.clock, *line.entries[0])
+            for (_, priority), tenant in self._waiting.items()
+            for kind, line in tenant.lines.items()
+            if kinds is None or kind in kinds
+        ]
+        return min(heads)[-1] if heads else None
 
     def one_too_many(self, came: Call) -> Call:
         """The call to refuse when `came` is one call too many: the latest of the tenant with most calls for its weight.
@@ -253,8 +236,8 @@ class Policy(Generic[Call]):
 
     def charge(self, call: Call, seconds: float) -> None:
         """Charge a call's tenant for what the call has cost beyond what was expected; less than that is negative."""
-        charged = self._tenant(call.demand)
-        charged.clock += seconds / charged.weight
+        tenant = self._tenant(call.demand)
+        tenant.clock += seconds / tenant.weight
 
     def seconds_before(self, call: Call, *, short: bool = False) -> float:
         """Seconds of work expected before a call that has yet to be added. With `short`, of calls that are not long.
@@ -282,8 +265,9 @@ class Policy(Generic[Call]):
 
     def _move_clock(self, priority: int) -> None:
         """Move a priority's time on to that of its tenant that is furthest behind."""
-        behind = min(tenant.clock for (_, other), tenant in self._waiting.items() if other == priority)
-        self._clocks[priority] = max(self._clocks[priority], behind)
+        behind = min([tenant.clock for (_, other), tenant in self._waiting.items() if other == priority])
+        if behind > self._clocks[priority]:
+            self._clocks[priority] = behind
 
     def _remove_returned(self, call: Call) -> bool:
         # There are as many as workers have just ended: a handful.
@@ -309,7 +293,7 @@ class Policy(Generic[Call]):
             del self._batches[demand.batch]
 
     def _tenant(self, demand: Demand) -> _Tenant[Call]:
-        key = _key(demand)
+        key = demand.tenant, demand.priority
         tenant = self._tenants.get(key)
         if tenant is None:
             if len(self._tenants) > 2 * len(self._waiting) + _MAX_AWAY:

@@ -160,7 +160,7 @@ class Fleet:
 
     def _has_room(self) -> None:
         """Send held calls: a replica may have room for more."""
-        if self.held:
+        if self._backlog.kinds:
             self._sending.start()
 
     def _offer(self, name: str, version: str) -> Offer:
@@ -181,7 +181,8 @@ class Fleet:
         together = kernel.max_batch_size if kernel.batch else 1
         is_long = seconds > min([replica.window.long_seconds for replica in offer.replicas])
         call.estimate = Estimate(seconds, is_long, together)
-        replica = self._choose(call, offer) if _kind(call) not in self._backlog.kinds else None
+        kinds = self._backlog.kinds
+        replica = None if kinds and _kind(call) in kinds else self._choose(call, offer)
         refusal = self._refusal_in_time(call, offer, replica, expected)
         if refusal is not None:
             return refusal

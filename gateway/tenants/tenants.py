@@ -81,29 +81,42 @@ class Tenants:
         """Take the tenants of a file. Raises ValueError."""
         default, tables = _read(content)
         now = monotonic()
-        named: dict[str, Tenant] = {}
-        identities: dict[str, Tenant] = {}
-        patterns: list[tuple[str, Tenant]] = []
-        for name, limits in tables.items():
-            # A tenant that was there before keeps its calls in flight, and what it has used where its limits stay.
-            tenant = named[name] = self._named.get(name) or Tenant(name, OTHER, limits, now)
-            for identity in limits.identities or (name,):
-                if "*" in identity:
-                    patterns.append((identity, tenant))
-                elif identities.setdefault(identity, tenant) is not tenant:
-                    raise ValueError(f"tenants.{name}.identities: {identity!r} is another tenant's too")
+        # A tenant that was there before keeps its calls in flight, and what it has used where its limits stay.
+        named = {name: self._named.get(name) or Tenant(name, OTHER, limits, now) for name, limits in tables.items()}
+        identities, patterns = _by_identity(named, tables)
+        # From here on the file holds.
         for place, (name, tenant) in enumerate(named.items()):
             tenant.label = name if place < _MAX_LABELS else OTHER
             tenant.limit(tables[name], now)
         self._default, self._named, self._identities, self._patterns = default, named, identities, patterns
-        others, self._others = self._others, {}
-        if default is not None:
-            self._others = {name: tenant for name, tenant in others.items() if self._is_other(name)}
-            for name, tenant in self._others.items():
-                tenant.name = self._apart(name)
-                tenant.limit(default, now)
+        self._keep_others(default, now)
         self.weights.clear()
         self.weights.update({name: limits.weight for name, limits in tables.items()})
+
+    def _keep_others(self, default: QuotaLimits | None, now: float) -> None:
+        """Keep the callers that no table names, where there still are default limits for them."""
+        others, self._others = self._others, {}
+        if default is None:
+            return
+        self._others = {name: tenant for name, tenant in others.items() if self._is_other(name)}
+        for name, tenant in self._others.items():
+            tenant.name = self._apart(name)
+            tenant.limit(default, now)
+
+
+def _by_identity(
+    named: Mapping[str, Tenant], tables: Mapping[str, QuotaLimits]
+) -> tuple[dict[str, Tenant], list[tuple[str, Tenant]]]:
+    """The tenants by identity, and by identities with * in them. Raises ValueError where two have the same."""
+    identities: dict[str, Tenant] = {}
+    patterns: list[tuple[str, Tenant]] = []
+    for name, tenant in named.items():
+        for identity in tables[name].identities or (name,):
+            if "*" in identity:
+                patterns.append((identity, tenant))
+            elif identities.setdefault(identity, tenant) is not tenant:
+                raise ValueError(f"tenants.{name}.identities: {identity!r} is another tenant's too")
+    return identities, patterns
 
 
 def _read(content: bytes) -> tuple[QuotaLimits | None, dict[str, QuotaLimits]]:
