@@ -46,7 +46,11 @@ class Service:
         # A service ends itself when its supervisor is gone.
         supervised = {**inherited, "UNLATCH_SUPERVISOR": str(os.getpid()), **(environment or {})}
         self._child = subprocess.Popen(
-            [*(runner or (sys.executable, "-m")), module if runner else f"unlatch.{module}", *flags],
+            [
+                *(runner or (sys.executable, "-m")),
+                module if runner or module == "unlatch" else f"unlatch.{module}",
+                *flags,
+            ],
             cwd=directory,
             env=supervised,
             stdin=subprocess.DEVNULL,

@@ -86,7 +86,7 @@ async def gives(client: Client, kernel: str, factor: float) -> None:
 
 def gateway_of(serve: Service) -> Process:
     found = [Process.of(pid) for pid in children(serve.pid)]
-    return next(process for process in found if "-m gateway" in process.command)
+    return next(process for process in found if "-m unlatch.gateway" in process.command)
 
 
 async def test_what_is_edited_is_served_and_what_is_broken_is_not(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ async def test_a_replica_that_is_killed_is_started_again_beside_reloads(tmp_path
     with reloading(path) as serve:
         async with client_of(serve) as client:
             await gives(client, "times", 2)
-            front = next(pid for pid in children(serve.pid) if "-m compute " in Process.of(pid).command)
+            front = next(pid for pid in children(serve.pid) if "-m unlatch.compute " in Process.of(pid).command)
             os.kill(front, signal.SIGKILL)
             await heard(serve, "restarting service", 0)
             await gives(client, "times", 2)

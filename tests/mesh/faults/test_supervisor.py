@@ -56,7 +56,7 @@ class Serve:
 
     def _child(self, module: str) -> int:
         for pid in children(self.service.pid):
-            if f"-m {module} " in Process.of(pid).command:
+            if f"-m unlatch.{module} " in Process.of(pid).command:
                 return pid
         raise AssertionError(f"no {module}; {self.service}")
 

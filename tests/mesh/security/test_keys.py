@@ -117,7 +117,7 @@ def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
 def test_gateway_that_could_ask_nobody_does_not_start(flags: list[str], says: str) -> None:
     """The start ends with code 2, and a line that names the file or flag."""
     ports = ("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")
-    command = [sys.executable, "-m", "gateway", *ports, *flags]
+    command = [sys.executable, "-m", "unlatch.gateway", *ports, *flags]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert ran.returncode == 2
     assert says in ran.stderr
