@@ -266,8 +266,7 @@ class Policy(Generic[Call]):
     def _move_clock(self, priority: int) -> None:
         """Move a priority's time on to that of its tenant that is furthest behind."""
         behind = min([tenant.clock for (_, other), tenant in self._waiting.items() if other == priority])
-        if behind > self._clocks[priority]:
-            self._clocks[priority] = behind
+        self._clocks[priority] = max(self._clocks[priority], behind)
 
     def _remove_returned(self, call: Call) -> bool:
         # There are as many as workers have just ended: a handful.
