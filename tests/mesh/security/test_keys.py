@@ -111,7 +111,7 @@ def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
             "/nowhere/keys.json: No",
         ),
         (["--tenants", "/nowhere/tenants.toml"], "/nowhere/tenants.toml: No"),
-        (["--token-algorithms", "none"], "there is no 'none'"),
+        (["--token-algorithms", "none"], "unknown algorithm 'none'"),
     ],
 )
 def test_gateway_that_could_ask_nobody_does_not_start(flags: list[str], says: str) -> None:
