@@ -15,9 +15,8 @@ from unlatch.common.lane.server import LaneServer
 from unlatch.common.telemetry.tracing import Tracing
 from unlatch.common.waiting.demand import UNKNOWN, Demand
 from unlatch.common.waiting.priority import NORMAL, RANKS
-from unlatch.compute.intake.arguments import Arguments
 from unlatch.compute.ipc.arena import Block, InputArena, offsets
-from unlatch.compute.ipc.frames import Tensor
+from unlatch.compute.ipc.frames import Parameters, Tensor
 from unlatch.compute.metrics import ComputeMetrics
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
@@ -32,6 +31,20 @@ class Ran:
 
 
 _NOT_RUN = Ran(0.0, 0, 0)
+
+
+@dataclass(slots=True)
+class Arguments:
+    """A call's arguments, and the outputs that it wants.
+
+    `order[i]` is the position in the descriptor of the kernel's i-th array; `outputs` are positions in the spec.
+    """
+
+    dtypes: list[str]
+    shapes: list[tuple[int, ...]]
+    order: list[int]
+    parameters: Parameters
+    outputs: Sequence[int]
 
 
 class Holder(Protocol):

@@ -184,11 +184,12 @@ class _Slot:
         self.busy_seconds += seconds
         if self._runs:
             self._begin()
-        self.dispatcher.happened(run, Replied(_DONE, Usage(seconds, seconds, finished=True)))
+        self.dispatcher.happened(run, Replied(_DONE, _RESULTS, Usage(seconds, seconds, finished=True)))
         self.dispatcher.assign()
 
 
-_DONE = Done((Result(1, ()),), 0)
+_RESULTS = {1: Result(1, ())}
+_DONE = Done((_RESULTS[1],), 0)
 
 
 class _Pool(Pool):

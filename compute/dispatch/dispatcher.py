@@ -52,6 +52,10 @@ _REPLY_SECONDS = 0.002
 # Refusing one takes about 20 µs.
 _REFUSED_AT_ONCE = 32
 _RECONSIDERED_AT_ONCE = 16
+# Tuples: to make a union takes longer than to look into it.
+_ENDS = (Replied, WorkerExited)
+_WAITS_AGAIN = (Requeue, RunAlone)
+_KEEPS_SEGMENT = (Answer, FailRunning)
 
 
 class Dispatcher:
@@ -165,14 +169,14 @@ class Dispatcher:
             rows = outcomes(run, event)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
             rows = unexpected(run, event, self._errors.caught("outcomes", error))
-        if isinstance(event, Replied | WorkerExited):
+        if isinstance(event, _ENDS):
             try:
                 self._account(run, event, rows)
             except Exception as error:  # noqa: BLE001 (an entry point's guard)
                 self._errors.caught("account", error)
         back: list[Settled] = []
         for row in rows:
-            if isinstance(row.outcome, Requeue | RunAlone):
+            if isinstance(row.outcome, _WAITS_AGAIN):
                 back.append(row)
             else:
                 self.settle(row.call, row.outcome, refund=row.refund, run=run)
@@ -192,13 +196,13 @@ class Dispatcher:
             self._perform(call, outcome, run)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
             outcome = self._perform_instead(call, outcome, self._errors.caught("settle", error), run)
-        if run is not None and not isinstance(outcome, Answer | FailRunning):
+        if run is not None and not isinstance(outcome, _KEEPS_SEGMENT):
             run.read(call)
 
     def _perform(self, call: Call, outcome: Outcome, run: Run | None) -> None:
         if isinstance(outcome, FailRunning):
             call.fail(outcome.error, outcome.ran)
-        elif isinstance(outcome, Requeue | RunAlone):
+        elif isinstance(outcome, (Requeue, RunAlone)):
             self._put_back(call, outcome)
         elif isinstance(outcome, Strike):
             self._poison.strike(call, outcome.why, partial(self._struck, call, outcome))

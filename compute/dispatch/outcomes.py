@@ -14,7 +14,7 @@ import msgspec
 
 from unlatch.common.errors import DeadlineExceeded, ResourceExhausted, Unavailable, UnlatchError, from_code
 from unlatch.compute.call import Call, Ran
-from unlatch.compute.ipc.frames import Done, Failed, Tensor
+from unlatch.compute.ipc.frames import Failed, Tensor
 from unlatch.compute.pool.run import (
     Event,
     MemoryExceeded,
@@ -124,15 +124,12 @@ def verdict(call: Call, strike: Strike, poison: UnlatchError | None) -> Outcome:
 
 
 def _replied(run: Run, event: Replied) -> list[Settled]:
-    return _done(run, event, event.frame) if isinstance(event.frame, Done) else _failed(run, event, event.frame)
-
-
-def _done(run: Run, event: Replied, done: Done) -> list[Settled]:
-    results = {result.call: result for result in done.results}
-    ran = Ran(event.usage.seconds, run.worker, len(results))
+    if isinstance(event.frame, Failed):
+        return _failed(run, event, event.frame)
+    ran = Ran(event.usage.seconds, run.worker, len(event.results))
     rows = []
     for call, number in run.numbers.items():
-        result = results.get(number)
+        result = event.results.get(number)
         if result is None:
             # It was cancelled before the worker began it.
             rows.append(Settled(call, DROP, refund=True))

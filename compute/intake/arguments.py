@@ -5,31 +5,17 @@ checks. Every error is an InvalidArgument that names the argument, what was want
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 from unlatch.common.errors import InvalidArgument, near
 from unlatch.common.kernel.datatypes import NP_DTYPE, seen_by_numpy
 from unlatch.common.kernel.parameters import Value, scalar
 from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec, one_by_one
+from unlatch.compute.call import Arguments
 from unlatch.compute.ipc.frames import MAX_STRING_BYTES, Parameters
 from unlatch.protos.unlatch_pb2 import Descriptor, Parameter, RequestedOutput
 
 # A parameter of the protocol's HTTP extension; here every output is binary.
 _BINARY_DATA = "binary_data"
-
-
-@dataclass(slots=True)
-class Arguments:
-    """A call's arguments, and the outputs that it wants.
-
-    `order[i]` is the position in the descriptor of the kernel's i-th array; `outputs` are positions in the spec.
-    """
-
-    dtypes: list[str]
-    shapes: list[tuple[int, ...]]
-    order: list[int]
-    parameters: Parameters
-    outputs: Sequence[int]
 
 
 def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:

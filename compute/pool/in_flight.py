@@ -209,16 +209,17 @@ class InFlight:
         """Take in that the worker has ended a run. False where it cannot have: then it is killed."""
         run = self._runs[0] if self._runs and self._runs[0].is_sent else None
         named = [result.call for result in frame.results] if isinstance(frame, Done) else [frame.call]
-        if run is None or not named or len(set(run.numbers.values()) & set(named)) < len(named):
+        if run is None or not named or len(set(run.numbers.values()).intersection(named)) < len(named):
             self._process.kill(exits.OTHER_CALL)
             return False
-        if isinstance(frame, Done) and not self._is_whole(frame, run):
+        results = {result.call: result for result in frame.results} if isinstance(frame, Done) else {}
+        if results and not self._is_whole(results, run):
             self._process.kill(exits.UNSOUND_REPLY)
             return False
         # A call that was cancelled may not have been begun, or may have stopped when it noticed.
-        finished = (isinstance(frame, Done) or len(run.numbers) == 1) and run.wanted
+        finished = (bool(results) or len(run.numbers) == 1) and run.wanted
         usage = self._used(frame.run_nanoseconds / 1e9, self._process.cpu_seconds, finished=finished)
-        self.calls += len(named) if isinstance(frame, Done) else len(run.numbers)
+        self.calls += len(results) or len(run.numbers)
         self._runs.popleft()
         try:
             run.end()
@@ -226,10 +227,10 @@ class InFlight:
             self._go_on()
             if isinstance(frame, Failed) and frame.log:
                 log.error("kernel failed", kernel=run.spec.name, worker=self._worker, story=frame.log)
-            self._count(run, frame)
+            self._count(run, results)
         finally:
             # Whatever fails before: from here on only the listener can settle the run.
-            self._listener.happened(run, Replied(frame, usage))
+            self._listener.happened(run, Replied(frame, results, usage))
         return True
 
     def lost(self, cause: Exit, *, stopping: bool) -> None:
@@ -380,13 +381,12 @@ class InFlight:
         self._cpu_seconds = cpu_seconds
         return Usage(seconds, used, finished)
 
-    def _count(self, run: Run, frame: Done | Failed) -> None:
-        """Count the calls that the worker has ended, but for those that run again alone."""
-        done = {result.call for result in frame.results} if isinstance(frame, Done) else set()
-        several_failed = isinstance(frame, Failed) and len(run.numbers) > 1
+    def _count(self, run: Run, results: dict[int, Result]) -> None:
+        """Count the calls that the worker has ended, but for those that failed together and run again alone."""
+        several_failed = not results and len(run.numbers) > 1
         for call, number in run.numbers.items():
             if call.ended or not several_failed:
-                self._metrics.ran(run.spec.name, "ok" if number in done else "error")
+                self._metrics.ran(run.spec.name, "ok" if number in results else "error")
 
     def _guarded(self, place: str, work: Callable[..., None], *arguments: object) -> None:
         """Do what a timer or a caller is for."""
@@ -400,13 +400,13 @@ class InFlight:
         self._errors.caught(place, error)
         self._process.kill(exits.INTERNAL_ERROR)
 
-    def _is_whole(self, frame: Done, run: Run) -> bool:
+    def _is_whole(self, results: dict[int, Result], run: Run) -> bool:
         """Whether there is a sound result for each call of a run, but for those that need none any more."""
-        results = {result.call: result for result in frame.results}
-        return all(
-            self._is_sound(results[number], run) if number in results else call.ended
-            for call, number in run.numbers.items()
-        )
+        for call, number in run.numbers.items():
+            result = results.get(number)
+            if not (call.ended if result is None else self._is_sound(result, run)):
+                return False
+        return True
 
     def _is_sound(self, result: Result, run: Run) -> bool:
         """Whether a reply is one that can be sent on: whatever a worker writes, it must not hurt the dispatcher."""

@@ -84,16 +84,13 @@ class Pool:
 
     def opening(self, now: float) -> Opening | None:
         """The slot with least to do of those that can take one run more; None where none can."""
-        best, least = None, (0, 0)
-        for slot in self._slots:
-            if slot.has_room(now) and (best is None or _load(slot) < least):
-                best, least = slot, _load(slot)
-        if best is None:
+        roomy = [slot for slot in self._slots if slot.has_room(now)]
+        if not roomy:
             return None
         takes_long = not self.keeps_some_free(now) or (
             sum(slot.runs_long for slot in self._slots) < len(self._slots) - self._reserved_workers
         )
-        return Opening(best, takes_long)
+        return Opening(roomy[0] if len(roomy) == 1 else min(roomy, key=_load), takes_long)
 
     def wait_seconds(self, before: float, now: float, *, short: bool) -> float:
         """How long until a worker begins a call that has so many seconds of work before it in the backlog.

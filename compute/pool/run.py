@@ -18,7 +18,7 @@ import msgspec
 
 from unlatch.compute.call import Call
 from unlatch.compute.ipc.arena import ReplySegments, Segment
-from unlatch.compute.ipc.frames import Done, Failed
+from unlatch.compute.ipc.frames import Done, Failed, Result
 from unlatch.compute.pool.exits import Exit
 
 
@@ -32,6 +32,9 @@ class RunState(Enum):
     OVER = auto()  # nothing of it is in the worker any more
 
 
+_SENT = frozenset((RunState.SENT, RunState.RUNNING))
+
+
 class Usage(msgspec.Struct, frozen=True):
     """What a run has used: seconds by the clock, processor seconds, and whether the kernel came to its end."""
 
@@ -41,9 +44,10 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Replied(msgspec.Struct, frozen=True):
-    """The worker has answered the run with a sound frame."""
+    """The worker has answered the run with a sound frame. `results` are a Done frame's by the calls' numbers."""
 
     frame: Done | Failed
+    results: dict[int, Result]
     usage: Usage
 
 
@@ -119,7 +123,7 @@ class Run:
     @property
     def is_sent(self) -> bool:
         """Whether the worker has been given it."""
-        return self.state in (RunState.SENT, RunState.RUNNING)
+        return self.state in _SENT
 
     @property
     def must_be_announced(self) -> bool:

@@ -72,14 +72,15 @@ def a_run(kind: str, state: RunState) -> Run:
 
 
 def done(*numbers: int) -> Event:
-    return Replied(Done(tuple(Result(number, ()) for number in numbers), 0), USAGE)
+    results = {number: Result(number, ()) for number in numbers}
+    return Replied(Done(tuple(results.values()), 0), results, USAGE)
 
 
 def died(cause: exits.Exit, *, stopping: bool = False) -> Event:
     return WorkerExited(cause, stopping, USAGE)
 
 
-FAILED = Replied(Failed(1, 3, "no", "a", "", 0), USAGE)
+FAILED = Replied(Failed(1, 3, "no", "a", "", 0), {}, USAGE)
 STOPPED_POOL = died(exits.POOL_STOPS, stopping=True)
 OVER = MemoryExceeded("took 9 bytes of memory", 3.0)
 STAGED, ANNOUNCED, SENT, RUNNING = RunState.STAGED, RunState.ANNOUNCED, RunState.SENT, RunState.RUNNING
