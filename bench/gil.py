@@ -105,7 +105,7 @@ def measure(
 
 
 def _cores(count: int) -> list[int]:
-    """One core that is not the load generator's, or two cores."""
+    """A core that is not the load generator's, or two cores."""
     bound = [core for core in cores() if core != load_core()][:1] if count == 1 else cores()[-2:]
     return bound or cores()
 

@@ -35,10 +35,10 @@ from bench.simulation.world import (
     HOP_SECONDS,
     Arrival,
     Clock,
-    Front,
     Gateway,
     LeastCalls,
     RoundRobin,
+    SimulatedCompute,
     Unlatch,
     addresses_of,
 )
@@ -53,7 +53,7 @@ _TABLE = re.compile(r"(<!-- bench/simulation/__main__.py writes this -->\n).*?(<
 # Shorter kernels are better called in the caller's own process (docs/limits.md).
 _SHORTEST_SECONDS = 0.0005
 # Size of inputs relative to those of docs/kernels.md: a truncated Pareto distribution.
-_LEAST_TIMES, _MOST_TIMES, _TAIL = 4.0, 2000.0, 1.2
+_MIN_TIMES, _MAX_TIMES, _TAIL = 4.0, 2000.0, 1.2
 # Variation of the time for inputs of one size.
 _NOISE = 0.25
 _LOOK_SECONDS = 0.01
@@ -139,30 +139,32 @@ async def _run(world: World, coming: Sequence[Arrival]) -> Figures:
     # The fleet uses the random module's own generator.
     random.seed(world.seed)
     dice, clock = random.Random(world.seed + 1), Clock()
-    fronts = [Front(clock, world.workers, each, dice.random()) for each in slowness(world)]
-    ways = [_way(world, number, fronts, dice) for number in range(world.gateways)]
+    computes = [SimulatedCompute(clock, world.workers, each, dice.random()) for each in slowness(world)]
+    ways = [_way(world, number, computes, dice) for number in range(world.gateways)]
     fleets = [way for way in ways if isinstance(way, Unlatch)]
     for fleet in fleets:
         await fleet.open()
-    seen = _Seen(world, clock, fronts, ways)
+    seen = _Seen(world, clock, computes, ways)
     for arrival in coming:
         clock.after(arrival.at, partial(seen.came, arrival))
     clock.run(lambda: seen.ended == len(coming))
     for fleet in fleets:
         await fleet.close()
-    busy = sum(front.busy_seconds for front in fronts)
+    busy = sum(compute.busy_seconds for compute in computes)
     return _figures(world, coming, seen.imbalance, busy, seen.in_system_seconds)
 
 
 class _Seen:
     """Counts while a world runs."""
 
-    def __init__(self, world: World, clock: Clock, fronts: Sequence[Front], ways: Sequence[Gateway]) -> None:
+    def __init__(
+        self, world: World, clock: Clock, computes: Sequence[SimulatedCompute], ways: Sequence[Gateway]
+    ) -> None:
         self.ended = 0
         self.in_system_seconds = 0.0
         self._here, self._since = 0, 0.0
         self._idle_while_waiting: list[float] = []
-        self._world, self._clock, self._fronts, self._ways = world, clock, fronts, ways
+        self._world, self._clock, self._computes, self._ways = world, clock, computes, ways
         clock.after(world.warm_seconds, self._look)
 
     @property
@@ -184,18 +186,18 @@ class _Seen:
         self._here, self._since = self._here + change, self._clock.now
 
     def _look(self) -> None:
-        idle = sum(front.idle for front in self._fronts)
-        waiting = sum(front.waiting for front in self._fronts) + sum(way.held for way in self._ways)
+        idle = sum(compute.idle for compute in self._computes)
+        waiting = sum(compute.waiting for compute in self._computes) + sum(way.held for way in self._ways)
         workers = self._world.replicas * self._world.workers
         self._idle_while_waiting.append(min(idle, waiting) / workers)
         if self._clock.now + _LOOK_SECONDS < self._world.seconds:
             self._clock.after(_LOOK_SECONDS, self._look)
 
 
-def _way(world: World, number: int, fronts: Sequence[Front], dice: random.Random) -> Gateway:
+def _way(world: World, number: int, computes: Sequence[SimulatedCompute], dice: random.Random) -> Gateway:
     if world.way == "unlatch":
-        return Unlatch(f"gateway-{number}", fronts, list(kernels()), world.subset or world.replicas)
-    return RoundRobin(fronts, dice) if world.way == "robin" else LeastCalls(fronts, dice)
+        return Unlatch(f"gateway-{number}", computes, list(kernels()), world.subset or world.replicas)
+    return RoundRobin(computes, dice) if world.way == "robin" else LeastCalls(computes, dice)
 
 
 def _one_queue(world: World, coming: Sequence[Arrival]) -> float:
@@ -246,14 +248,14 @@ def _arrival(at: float, gateway: int, dice: random.Random, names: Mapping[str, f
 
 def _times(chance: float) -> float:
     """Invert the distribution function of Pareto's distribution between its bounds."""
-    most = 1 - (_LEAST_TIMES / _MOST_TIMES) ** _TAIL
-    times: float = _LEAST_TIMES * (1 - chance * most) ** (-1 / _TAIL)
+    most = 1 - (_MIN_TIMES / _MAX_TIMES) ** _TAIL
+    times: float = _MIN_TIMES * (1 - chance * most) ** (-1 / _TAIL)
     return times
 
 
 def _mean_seconds(names: Mapping[str, float]) -> float:
-    ratio = _LEAST_TIMES / _MOST_TIMES
-    times: float = _LEAST_TIMES * _TAIL / (_TAIL - 1) * (1 - ratio ** (_TAIL - 1)) / (1 - ratio**_TAIL)
+    ratio = _MIN_TIMES / _MAX_TIMES
+    times: float = _MIN_TIMES * _TAIL / (_TAIL - 1) * (1 - ratio ** (_TAIL - 1)) / (1 - ratio**_TAIL)
     return times * sum(names.values()) / len(names)
 
 

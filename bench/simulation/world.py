@@ -1,12 +1,12 @@
-"""A world by a clock of its own, for the simulation: gateways and replicas are their own code, as far as can be.
+"""The world of the simulation, on a simulated clock: gateways and replicas use their own code as far as possible.
 
     a call ──> a gateway's way to choose ── a hop ──> Dispatcher, Pool ──> a worker runs it ── a hop ──> answered
                │ Fleet, Members, Discovery,           └ Reports, every 250 ms and when waiting changes ──> Fleet
                │ Replica, Window, Backlog, Forecast      (compute/)
                │ (gateway/), or RoundRobin, LeastCalls
 
-Simulated are time, the way between gateway and replica, and the workers. Nothing here costs a gateway any time: what is
-compared is where calls are sent, not how soon.
+Time, the hops between gateway and replica, and the workers are simulated. Gateways' own work takes no time: the
+simulation compares where calls are sent, not how fast.
 """
 
 import asyncio
@@ -104,7 +104,7 @@ class _Landed:
     holder: Holder | None = None
 
     def release(self) -> None:
-        """It has no memory."""
+        """Ignored: the call has no memory."""
 
     def answer(self, _: object, __: memoryview, ___: Ran, sent: Callable[[], None]) -> None:
         self.ended = True
@@ -113,10 +113,10 @@ class _Landed:
 
 
 class _Replies:
-    """Replies take no memory either."""
+    """Reply segments, which are not simulated."""
 
     def give_back(self, segment: object) -> None:
-        """It was never lent."""
+        """Ignored: no segment was lent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +193,14 @@ _DONE = Done((_RESULTS[1],), 0)
 
 
 class _Pool(Pool):
-    """A pool that keeps its reserved workers free all the time: calls that are not long come all the time."""
+    """A pool whose reserved workers stay free at all times, since calls that are not long arrive all the time."""
 
     def keeps_some_free(self, now: float) -> bool:  # noqa: ARG002 (Pool's own)
         return self._reserved_workers > 0
 
 
-class Front:
-    """A replica: its dispatcher and workers, and the reports that it makes to those who listen."""
+class SimulatedCompute:
+    """A replica: its dispatcher, its workers, and its reports to listeners."""
 
     def __init__(self, clock: Clock, workers: int, slowness: float, phase: float) -> None:
         settings = ComputeSettings.model_construct(workers=workers)
@@ -228,13 +228,13 @@ class Front:
         self._reports = Reports(pool, self._dispatcher, settings, errors)
         self._clock = clock
         self._slowness = slowness
-        # How many calls of each gateway it has: those that have none share no window.
+        # The number of calls of each gateway. Gateways without calls share no window.
         self._calls: dict[int, int] = {}
         clock.after(phase * self._reports.look_seconds, self._look)
 
     @property
     def busy_seconds(self) -> float:
-        """How long its workers have run."""
+        """Seconds in which the workers have run."""
         return sum(slot.busy_seconds for slot in self._slots)
 
     @property
@@ -300,13 +300,13 @@ class RoundRobin:
 
     held = 0
 
-    def __init__(self, fronts: Sequence[Front], dice: random.Random) -> None:
-        self._fronts = fronts
-        self._next = dice.randrange(len(fronts))
+    def __init__(self, computes: Sequence[SimulatedCompute], dice: random.Random) -> None:
+        self._computes = computes
+        self._next = dice.randrange(len(computes))
 
     def route(self, arrival: Arrival, ended: Callable[[Arrival], None]) -> None:
-        self._next = (self._next + 1) % len(self._fronts)
-        self._fronts[self._next].send(arrival, lambda _: ended(arrival))
+        self._next = (self._next + 1) % len(self._computes)
+        self._computes[self._next].send(arrival, lambda _: ended(arrival))
 
 
 class LeastCalls:
@@ -314,9 +314,9 @@ class LeastCalls:
 
     held = 0
 
-    def __init__(self, fronts: Sequence[Front], dice: random.Random) -> None:
-        self._fronts = fronts
-        self._calls = [0] * len(fronts)
+    def __init__(self, computes: Sequence[SimulatedCompute], dice: random.Random) -> None:
+        self._computes = computes
+        self._calls = [0] * len(computes)
         self._dice = dice
 
     def route(self, arrival: Arrival, ended: Callable[[Arrival], None]) -> None:
@@ -328,24 +328,24 @@ class LeastCalls:
             self._calls[chosen] -= 1
             ended(arrival)
 
-        self._fronts[chosen].send(arrival, answered)
+        self._computes[chosen].send(arrival, answered)
 
 
 class _SimulatedReplica(Replica):
     """A gateway's own end of a replica, with a simulated lane."""
 
-    def __init__(self, target: str, events: ReplicaEvents, front: Front, kernels: Iterable[str]) -> None:
+    def __init__(self, target: str, events: ReplicaEvents, compute: SimulatedCompute, kernels: Iterable[str]) -> None:
         super().__init__(target, events, ChannelSecurity(None, ""), 0.0, InternalErrors(Recorder()))
-        self._front = front
+        self._compute = compute
         self._kernels = [Kernel(name=name, version="1", pure=True) for name in kernels]
 
     async def run(self) -> None:
         settings = ComputeSettings.model_construct()
-        lane = _Lane(self._front)
+        lane = _Lane(self._compute)
         window = {"window_calls": settings.window_calls, "window_bytes": settings.window_bytes}
-        self.reported(lane, self._front.report())
+        self.reported(lane, self._compute.report())
         self.welcomed(lane, Welcome(server=self.target, version="1", kernels=self._kernels, **window))
-        self._front.listeners.append(lambda load: self.reported(lane, load))
+        self._compute.listeners.append(lambda load: self.reported(lane, load))
         # Runs until the fleet is closed.
         await asyncio.Event().wait()
 
@@ -353,12 +353,12 @@ class _SimulatedReplica(Replica):
 class _Lane:
     """A lane on which a call arrives one hop later."""
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, compute: SimulatedCompute) -> None:
         self.finishing = self.ended = False
-        self._front = front
+        self._compute = compute
 
     def call(self, _: Descriptor, __: Body, listener: Any, ___: Any = None) -> int:
-        self._front.send(listener.arrival, listener.answered)
+        self._compute.send(listener.arrival, listener.answered)
         return 0
 
     def cancel(self, number: int) -> None:
@@ -410,14 +410,14 @@ class Unlatch:
     """The gateway's own fleet, with replicas found by its own discovery: all of them, or a subset by its name."""
 
     name: str
-    fronts: Sequence[Front]
+    computes: Sequence[SimulatedCompute]
     kernels: Sequence[str]
     most: int
     _descriptors: dict[str, Descriptor] = field(default_factory=dict)
     _fleet: Fleet = field(init=False)
 
     def __post_init__(self) -> None:
-        by_address = dict(zip(addresses_of(len(self.fronts)), self.fronts, strict=True))
+        by_address = dict(zip(addresses_of(len(self.computes)), self.computes, strict=True))
         self._fleet = Fleet(
             Discovery(by_address, 3600.0, self.most, name=self.name, bound=False),
             {},
@@ -434,7 +434,7 @@ class Unlatch:
         self._fleet.start()
         for _ in range(4):
             await asyncio.sleep(0)
-        assert sum(status.up for status in self._fleet.statuses()) == min(self.most, len(self.fronts))
+        assert sum(status.up for status in self._fleet.statuses()) == min(self.most, len(self.computes))
 
     @property
     def held(self) -> int:
@@ -456,5 +456,5 @@ def addresses_of(replicas: int) -> list[str]:
 
 
 def _demand(arrival: Arrival) -> Demand:
-    """What a call asks for: of one tenant and one priority, without a deadline, so that none is refused."""
+    """The demand of a call: one tenant and one priority for all, and no deadline, so that none is refused."""
     return Demand(arrival.kernel, arrival.size, "", RANKS[NORMAL], math.inf)

@@ -23,7 +23,7 @@ class SlotFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
+class ProcessFigures:
     """Figures of one process. `history` is its utilisation over the last minute."""
 
     name: str
@@ -50,7 +50,7 @@ class Figures:
 
     at: float
     sources: Sequence[Seen]
-    processes: Sequence[Process]
+    processes: Sequence[ProcessFigures]
     calls: Traffic
     kernels: Mapping[str, Traffic]
     # Calls that wait for a worker, that wait for a replica's window, and that have not ended.
@@ -115,15 +115,15 @@ def _total(sources: Sequence[Seen], name: str) -> float | None:
     return sum(sum(_now(seen, name).values()) for seen in sources) if sources else None
 
 
-def _all_processes(sources: Sequence[Seen], *, named: bool) -> list[Process]:
+def _all_processes(sources: Sequence[Seen], *, named: bool) -> list[ProcessFigures]:
     """The processes of all sources; `named` adds their source's address."""
     return [process for seen in sources for process in _processes(seen, replica=seen.address if named else "")]
 
 
-def _processes(seen: Seen, replica: str) -> list[Process]:
+def _processes(seen: Seen, replica: str) -> list[ProcessFigures]:
     resident = _now(seen, "unlatch_process_resident_memory_bytes")
     return [
-        Process(
+        ProcessFigures(
             name=(name := dict(labels)["process"]),
             replica=replica,
             utilization_ratio=utilization,

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from unlatch.cli import plain
-from unlatch.cli.top.figures import Figures, Process, SlotFigures, Traffic
+from unlatch.cli.top.figures import Figures, ProcessFigures, SlotFigures, Traffic
 from unlatch.cli.top.sources import HISTORY_SECONDS, Point, Seen
 
 _MAX_KERNELS = 10
@@ -105,13 +105,13 @@ def _outage(seen: Seen) -> Text:
     return Text(plain(f"{seen.address} unreachable since {since}: {seen.why}"), style="bold red", overflow="ellipsis")
 
 
-def _fitting(processes: Sequence[Process], room: int | None) -> tuple[Sequence[Process], int]:
+def _fitting(processes: Sequence[ProcessFigures], room: int | None) -> tuple[Sequence[ProcessFigures], int]:
     if room is None or len(processes) <= room:
         return processes, 0
     return processes[: room - 1], len(processes) - room + 1
 
 
-def _processes(processes: Sequence[Process], now: float, width: int, signs: Signs) -> Table:
+def _processes(processes: Sequence[ProcessFigures], now: float, width: int, signs: Signs) -> Table:
     """A table with fewer columns on a narrow terminal: first the sparkline goes, then memory and restarts."""
     label_cells = max(10, min(_MAX_LABEL_CELLS, width // 3))
     bar_cells, spark_cells = next(cells for least, *cells in _CELLS if width >= least)
@@ -144,7 +144,7 @@ def _processes(processes: Sequence[Process], now: float, width: int, signs: Sign
     return table
 
 
-def _label(process: Process, cells: int) -> str:
+def _label(process: ProcessFigures, cells: int) -> str:
     # Replicas differ in the end of a long address, so that end is kept; the process's own name is never cut.
     room = cells - len(process.name) - 1
     return plain(f"{process.replica[-room:] if room > 0 else ''} {process.name}".strip())
