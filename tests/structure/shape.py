@@ -69,12 +69,19 @@ def releases() -> list[Site]:
 def cancel_way() -> list[str]:
     """The files that a cancel crosses in compute, from `Call.abandon` to a method that carries it out.
 
-    Each method of CANCEL's names that passes the call on, alone, to another one of them is a step of the way.
+    A method of CANCEL's names is a step of the way if it passes the call on, alone, to another one of them. An object
+    that the class has made of a class elsewhere is the class's own data, as a backlog is, and no step.
     """
-    methods = [(path, name, node) for path, name, node in functions("compute") if node.name in CANCEL]
+    local = {node.name for _, node in classes("compute")}
+    methods = [
+        (path, f"{owner.name}.{method.name}", _passes_on(method, owner, local))
+        for path, owner in classes("compute")
+        for method in owner.body
+        if isinstance(method, FUNCTIONS) and method.name in CANCEL
+    ]
     assert "Call.abandon" in {name for _, name, _ in methods}
-    steps = {path for path, name, node in methods if name == "Call.abandon" or _passes_on(node)}
-    ends = {path for path, _, node in methods if not _passes_on(node)} - steps
+    steps = {path for path, name, passes_on in methods if name == "Call.abandon" or passes_on}
+    ends = {path for path, _, passes_on in methods if not passes_on} - steps
     return [*sorted(steps), *sorted(ends)[:1]]
 
 
@@ -131,16 +138,26 @@ def _branches(node: ast.AST) -> int:
     return branches
 
 
-def _passes_on(function: Function) -> bool:
-    """Whether a method that carries a cancel only passes the call on to another."""
-    given = [argument.arg for argument in function.args.args[1:]]
+def _passes_on(method: Function, owner: ast.ClassDef, local: set[str]) -> bool:
+    """Whether a method that carries a cancel passes the call on to another such method of compute."""
+    given = [argument.arg for argument in method.args.args[1:]]
     return any(
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in CANCEL
         and [ast.unparse(argument) for argument in node.args] == given
-        for node in _own_nodes(function)
+        and _class_of(node.func.value, owner) in {"", *local}
+        for node in _own_nodes(method)
     )
+
+
+def _class_of(attribute: ast.expr, owner: ast.ClassDef) -> str:
+    """The class that a class's own attribute is made of where it is assigned; "" if that cannot be seen."""
+    made = (node for node in ast.walk(owner) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call))
+    for node in made:
+        if ast.unparse(node.targets[0]) == ast.unparse(attribute):
+            return ast.unparse(node.value).partition("(")[0].partition("[")[0]
+    return ""
 
 
 def _docstring_lines(node: ast.AST) -> range:
