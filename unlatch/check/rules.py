@@ -20,7 +20,7 @@ _FINE_TOLERANCE = 1e-9
 _STORY_LINES = 3
 # Parts of the worker's texts for an unexpected error, and for a result whose elements are neither bytes nor str.
 _UNEXPECTED = "the server's log has it"
-_NOT_BYTES = "cannot travel as BYTES"
+_NOT_BYTES = "cannot be sent as BYTES"
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
 
 
