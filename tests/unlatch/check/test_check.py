@@ -178,7 +178,7 @@ MODULES = {
         5,
         "'x' needs a jaxtyping annotation",
     ),
-    "exits": ("import os\nos._exit(0)\n", "does-not-load", None, "importing ended the process"),
+    "exits": ("import os\nos._exit(0)\n", "does-not-load", None, "the import ended the process"),
     "empty": ("x = 1\n", "no-kernel", None, "declares no kernel"),
     "threads": (
         HEAD
