@@ -1,8 +1,7 @@
 """Long work on one event loop, done in turns, so that everything else on the loop goes on meanwhile.
 
     Turns      work that comes from many sides at once: each round of the loop takes in as much as fits in 2 ms
-    by_turns   one long piece of work: some steps of it in each round
-    ByTurns    the same for work that is started again and again, and must not run twice at a time
+    ByTurns    one long piece of work, some steps of it in each round; it may be started again at any time
 
 A loop goes round: it runs what is ready, looks at the sockets, and runs what is ready again. A task that needs several
 rounds, as each RPC does, waits in each of them for all that others have to do.
@@ -92,11 +91,3 @@ class ByTurns:
             except Exception as error:  # noqa: BLE001 (counted and logged by the owner's guard)
                 self._caught(error)
         asyncio.get_running_loop().call_soon(self._turn)
-
-
-def by_turns(steps: Iterator[object], *, at_once: int, caught: Callable[[Exception], object]) -> None:
-    """Do one piece of work: `at_once` of its steps now, the others in the rounds of the loop that follow.
-
-    For a step that raises see ByTurns; `map` is an iterator that goes on after it.
-    """
-    ByTurns(lambda: steps, at_once=at_once, caught=caught).start()

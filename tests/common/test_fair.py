@@ -1,12 +1,13 @@
 """Work by turns: in order, and in slices so short that others on the loop do not wait for all of it."""
 
 import asyncio
+from collections.abc import Iterator
 from functools import partial
 from time import monotonic
 
 import pytest
 
-from unlatch.common.fair import Turns
+from unlatch.common.fair import ByTurns, Turns
 
 MANY = 20
 
@@ -58,3 +59,75 @@ async def test_what_goes_wrong_is_heard_by_who_wanted_it() -> None:
         await wrong
     await last
     assert done == [2]
+
+
+class Counted:
+    """Steps that are counted, of which some fail."""
+
+    def __init__(self) -> None:
+        self.done: list[int] = []
+        self.caught: list[str] = []
+        self.work = ByTurns(self._steps, at_once=3, caught=lambda error: self.caught.append(str(error)))
+        self.steps = range(7)
+        self.again_at = 99
+
+    def _steps(self) -> Iterator[None]:
+        return map(self._step, self.steps)
+
+    def _step(self, number: int) -> None:
+        self.done.append(number)
+        if number == self.again_at:
+            self.again_at = 99
+            self.work.start()
+        if number < 0:
+            raise ValueError(f"step {number}")
+
+
+async def test_steps_are_done_some_in_each_round() -> None:
+    """The first ones at once, in order, and the loop goes round before the others."""
+    counted = Counted()
+    counted.work.start()
+    rounds = [len(counted.done)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+        rounds.append(len(counted.done))
+    assert rounds == [3, 6, 7, 7]
+    assert counted.done == list(range(7))
+
+
+async def test_work_that_is_started_again_begins_anew_with_its_next_turn() -> None:
+    """It runs once at a time, however often it is started; work that is over begins at once."""
+    counted = Counted()
+    for _ in range(3):
+        counted.work.start()
+    assert counted.done == [0, 1, 2]
+    await asyncio.sleep(0)
+    assert counted.done == [0, 1, 2, 0, 1, 2]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert counted.done == [0, 1, 2, *range(7)]
+    counted.work.start()
+    assert counted.done[-3:] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("last", [1, 6])
+async def test_step_that_starts_the_work_again_is_followed_by_the_new_steps(last: int) -> None:
+    """Also the last step, after which the old work has none."""
+    counted = Counted()
+    counted.again_at = last
+    counted.work.start()
+    for _ in range(6):
+        await asyncio.sleep(0)
+    assert counted.done == [*range(last + 1), *range(7)]
+
+
+async def test_step_that_raises_does_not_keep_the_next_ones() -> None:
+    """The exception goes to the guard, in the first turn and in later ones."""
+    counted = Counted()
+    counted.steps = range(-2, 5)
+    counted.work.start()
+    assert counted.done == [-2, -1, 0]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert counted.done == list(range(-2, 5))
+    assert counted.caught == ["step -2", "step -1"]
