@@ -68,7 +68,7 @@ BOUNDS_MS = {
     "health_p99_ms": 20.0,
     "serverlive_p99_ms": 20.0,
     "gateway_loop_lag_p99_ms": 10.0,
-    "front_loop_lag_p99_ms": 10.0,
+    "dispatcher_loop_lag_p99_ms": 10.0,
     "small_beside_64mib_delay_ms": 20.0,
 }
 PACKAGES = ("unlatch", "grpcio", "protobuf", "uvloop", "numpy")

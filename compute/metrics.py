@@ -1,4 +1,4 @@
-"""What the front reports. Its files tell what happened; this says under which names it is seen."""
+"""Metrics of the dispatcher: names, labels and help texts. The code on the path of a call reports events to them."""
 
 from collections.abc import Callable, Iterator
 from time import monotonic
@@ -15,7 +15,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class ComputeMetrics:
-    """The front's metrics. `queue_depth` is asked at each scrape."""
+    """The metrics of the dispatcher. `queue_depth` is read at each scrape."""
 
     def __init__(self, recorder: Recorder, processes: ProcessWatch, queue_depth: Callable[[], int]) -> None:
         self._processes = processes

@@ -42,7 +42,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 @pytest.fixture
 def start_mesh(tmp_path: Path) -> Iterator[StartMesh]:
-    """Start a mesh for this test alone: `start_mesh(front=[flags], gateway=[flags])`."""
+    """Start a mesh for this test alone: `start_mesh(dispatcher=[flags], gateway=[flags])`."""
     with ExitStack() as stack:
         yield lambda **flags: stack.enter_context(running_mesh(tmp_path, **flags))
 

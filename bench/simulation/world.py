@@ -26,7 +26,7 @@ from unlatch.common.telemetry.processes import ProcessWatch
 from unlatch.common.telemetry.recorder import Recorder
 from unlatch.common.waiting.demand import UNKNOWN, Demand, Estimate
 from unlatch.common.waiting.priority import NORMAL, RANKS
-from unlatch.compute.call import Call as FrontCall
+from unlatch.compute.call import Call as ReplicaCall
 from unlatch.compute.call import Holder, Ran
 from unlatch.compute.dispatch.dispatcher import Dispatcher
 from unlatch.compute.dispatch.poison import Poison
@@ -167,7 +167,7 @@ class _Slot:
         first = self._runs[0]
         return sum(run.expected_seconds for run in self._runs) - min(first.expected_seconds, now - first.begun)
 
-    def run(self, calls: Sequence[FrontCall], now: float) -> None:
+    def run(self, calls: Sequence[ReplicaCall], now: float) -> None:
         self._runs.append(Run(self._number, dict.fromkeys(calls, 1), _NOWHERE, _REPLIES, now))
         if len(self._runs) == 1:
             self._begin()
@@ -261,7 +261,7 @@ class SimulatedCompute:
             self._clock.after(HOP_SECONDS, answer)
 
         landed = cast(
-            "FrontCall", _Landed(arrival, gateway, _Spec(arrival.kernel), arrival.size, send, _demand(arrival))
+            "ReplicaCall", _Landed(arrival, gateway, _Spec(arrival.kernel), arrival.size, send, _demand(arrival))
         )
 
         def land() -> None:

@@ -214,10 +214,10 @@ def main(target: Path) -> None:
     flags = ["--workers", "4", "--kernels", f"{KERNELS},{MORE_KERNELS}"]
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory()))
-        mesh = stack.enter_context(running_mesh(directory, front=flags))
+        mesh = stack.enter_context(running_mesh(directory, dispatcher=flags))
         targets = [
             Target(job="unlatch-gateway", pod="unlatch-gateway-0", address=mesh.gateway_metrics),
-            Target(job="unlatch-compute", pod="unlatch-compute-0", address=mesh.front_metrics),
+            Target(job="unlatch-compute", pod="unlatch-compute-0", address=mesh.dispatcher_metrics),
         ]
         prometheus = stack.enter_context(running_prometheus(directory, scraping(targets)))
         time.sleep(2 * WINDOW_SECONDS)

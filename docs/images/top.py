@@ -64,10 +64,10 @@ def main(target: Path) -> None:
                 serving[entry["process"]] = entry
             elif entry["event"] == "replica is ready":
                 break
-        gateway, front = serving["gateway"], serving["dispatcher"]
+        gateway, dispatcher = serving["gateway"], serving["dispatcher"]
         ending = threading.Event()
         callers = [threading.Thread(target=work, args=(gateway["listen"], caller, ending)) for caller in range(6)]
-        sources = [Source(service["metrics_listen"], 1.0, lambda: None) for service in (gateway, front)]
+        sources = [Source(service["metrics_listen"], 1.0, lambda: None) for service in (gateway, dispatcher)]
         for caller in callers:
             caller.start()
         for source in sources:

@@ -90,7 +90,7 @@ def test_the_report_keeps_its_names() -> None:
         "serverlive_p99_ms",
         "health_p99_ms",
         "gateway_loop_lag_p99_ms",
-        "front_loop_lag_p99_ms",
+        "dispatcher_loop_lag_p99_ms",
         "small_beside_64mib_delay_ms",
     } <= written["figures"].keys()
 

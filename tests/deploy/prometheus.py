@@ -162,7 +162,7 @@ class Watched:
 
     prometheus: Prometheus
     gateway: Service
-    fronts: Sequence[Service]
+    dispatchers: Sequence[Service]
     targets: Sequence[Target]
     door: Door
     began: float
@@ -197,7 +197,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         yield Watched(
             prometheus=prometheus,
             gateway=mesh.gateway,
-            fronts=mesh.fronts,
+            dispatchers=mesh.dispatchers,
             targets=mesh.targets,
             door=mesh.door,
             began=began,
@@ -221,11 +221,11 @@ class _Mesh:
         )
         self._shows = ("--tls-cert", files["tls.crt"], "--tls-key", files["tls.key"])
         self._trusts = files["ca.crt"]
-        self.fronts = [self._front("127.0.0.1:0", "127.0.0.1:0") for _ in range(2)]
+        self.dispatchers = [self._dispatcher("127.0.0.1:0", "127.0.0.1:0") for _ in range(2)]
         issuer, tenants = Issuer(directory), directory / "tenants.toml"
         tenants.write_text(TENANTS)
         shows = ("--replica-cert", files["tls.crt"], "--replica-key", files["tls.key"], "--replica-ca", files["ca.crt"])
-        replicas = [_served(front)["listen"] for front in self.fronts]
+        replicas = [_served(dispatcher)["listen"] for dispatcher in self.dispatchers]
         self.gateway = stack.enter_context(
             Service(
                 "gateway",
@@ -241,28 +241,32 @@ class _Mesh:
         self.targets = [
             Target(job="unlatch-gateway", pod="unlatch-gateway-0", address=serving["metrics_listen"]),
             *(
-                Target(job="unlatch-compute", pod=f"unlatch-compute-{number}", address=_served(front)["metrics_listen"])
-                for number, front in enumerate(self.fronts)
+                Target(
+                    job="unlatch-compute",
+                    pod=f"unlatch-compute-{number}",
+                    address=_served(dispatcher)["metrics_listen"],
+                )
+                for number, dispatcher in enumerate(self.dispatchers)
             ),
         ]
 
     def hurt(self) -> None:
         """Kill a worker of one replica, and the other replica, which is then started again at the same address."""
-        (forkserver,) = [child for child in children(self.fronts[0].pid) if children(child)]
+        (forkserver,) = [child for child in children(self.dispatchers[0].pid) if children(child)]
         os.kill(children(forkserver)[0], signal.SIGKILL)
-        serving = _served(self.fronts[1])
+        serving = _served(self.dispatchers[1])
         line = len(self.gateway.lines)
-        self.fronts[1].kill()
-        self.fronts[1] = self._front(serving["listen"], serving["metrics_listen"])
+        self.dispatchers[1].kill()
+        self.dispatchers[1] = self._dispatcher(serving["listen"], serving["metrics_listen"])
         self.gateway.wait_for("replica is ready", after=line, within=_WITHIN_SECONDS, replica=serving["listen"])
 
     def stop(self) -> None:
         """End all services cleanly."""
-        for service in (self.gateway, *self.fronts):
+        for service in (self.gateway, *self.dispatchers):
             service.stop()
 
-    def _front(self, listen: str, metrics_listen: str) -> Service:
-        front = self._stack.enter_context(
+    def _dispatcher(self, listen: str, metrics_listen: str) -> Service:
+        dispatcher = self._stack.enter_context(
             Service(
                 "compute",
                 *("--listen", listen, "--metrics-listen", metrics_listen, "--health-listen", "127.0.0.1:0"),
@@ -271,8 +275,8 @@ class _Mesh:
                 *(*self._shows, "--tls-client-ca", self._trusts),
             )
         )
-        _served(front)
-        return front
+        _served(dispatcher)
+        return dispatcher
 
 
 def _served(service: Service) -> dict[str, Any]:

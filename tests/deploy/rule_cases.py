@@ -8,21 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 GATEWAY = 'job="unlatch-gateway",namespace="mesh",pod="gateway-0"'
-FRONT = 'job="unlatch-compute",namespace="mesh",pod="compute-0"'
-OTHER_FRONT = FRONT.replace("compute-0", "compute-1")
+DISPATCHER = 'job="unlatch-compute",namespace="mesh",pod="compute-0"'
+OTHER_DISPATCHER = DISPATCHER.replace("compute-0", "compute-1")
 CERTIFICATE = f'unlatch_certificate_expiry_timestamp_seconds{{{GATEWAY},role="tls-cert",file="/tls/tls.crt"}}'
 STALLED = f'unlatch_event_loop_stalled_seconds{{{GATEWAY},process="gateway"}}'
 EJECTED = f'unlatch_replica_ejected{{{GATEWAY},replica="10.0.0.1:8011"}}'
 UP = f'unlatch_replica_up{{{GATEWAY},replica="10.0.0.1:8011"}}'
 UP_ELSEWHERE = UP.replace("gateway-0", "gateway-1")
-WORKER_UP = f'unlatch_worker_up{{{FRONT},worker="0"}}'
-LOST = f'unlatch_worker_restarts_total{{{FRONT},worker="0",reason="killed"}}'
+WORKER_UP = f'unlatch_worker_up{{{DISPATCHER},worker="0"}}'
+LOST = f'unlatch_worker_restarts_total{{{DISPATCHER},worker="0",reason="killed"}}'
 PLANNED = LOST.replace("killed", "recycled_after_growth")
 CANCELLED = LOST.replace("killed", "abandoned")
-MEMORY = f'unlatch_worker_memory_bytes{{{FRONT},worker="0"}}'
-MEMORY_LIMIT = f"unlatch_worker_memory_limit_bytes{{{FRONT}}}"
+MEMORY = f'unlatch_worker_memory_bytes{{{DISPATCHER},worker="0"}}'
+MEMORY_LIMIT = f"unlatch_worker_memory_limit_bytes{{{DISPATCHER}}}"
 GATEWAY_TARGET = f'up{{{GATEWAY},instance="10.0.0.1:8002"}}'
-FRONT_TARGET = f'up{{{FRONT},instance="10.0.0.2:8012"}}'
+DISPATCHER_TARGET = f'up{{{DISPATCHER},instance="10.0.0.2:8012"}}'
 OF_GATEWAY = {"namespace": "mesh", "job": "unlatch-gateway", "pod": "gateway-0"}
 OF_LOOP = OF_GATEWAY | {"process": "gateway"}
 OF_REPLICA = {"namespace": "mesh", "replica": "10.0.0.1:8011"}
@@ -33,8 +33,8 @@ def calls(code: str) -> str:
     return f'unlatch_calls_total{{{GATEWAY},kernel="fft",code="{code}"}}'
 
 
-def busy(front: str = FRONT) -> str:
-    return f'unlatch_worker_busy_seconds_total{{{front},worker="0"}}'
+def busy(dispatcher: str = DISPATCHER) -> str:
+    return f'unlatch_worker_busy_seconds_total{{{dispatcher},worker="0"}}'
 
 
 def cpu(process: str, owner: str = GATEWAY, mode: str = "user") -> str:
@@ -215,9 +215,9 @@ CASES = (
         what="calls wait for one replica while another idles",
         series={
             busy(): "0+15x130",
-            busy(OTHER_FRONT): "0x130",
+            busy(OTHER_DISPATCHER): "0x130",
             WORKER_UP: "1x130",
-            f"unlatch_queue_depth{{{FRONT}}}": "3x130",
+            f"unlatch_queue_depth{{{DISPATCHER}}}": "3x130",
         },
     ),
     Case(
@@ -225,7 +225,7 @@ CASES = (
         what="twenty wait at the gateway and the replica, and two end in a second",
         series={
             f"unlatch_queue_depth{{{GATEWAY}}}": "15x130",
-            f"unlatch_queue_depth{{{FRONT}}}": "5x130",
+            f"unlatch_queue_depth{{{DISPATCHER}}}": "5x130",
             calls("OK"): "0+30x130",
         },
         fires=OF_MESH,
@@ -279,13 +279,13 @@ CASES = (
     Case(
         alert="UnlatchReplicaImbalance",
         what="one is busy and one idles",
-        series={busy(): "0+14x130", busy(OTHER_FRONT): "0+1x130"},
+        series={busy(): "0+14x130", busy(OTHER_DISPATCHER): "0+1x130"},
         fires=OF_MESH,
     ),
     Case(
         alert="UnlatchReplicaImbalance",
         what="one has a quarter more",
-        series={busy(): "0+12x130", busy(OTHER_FRONT): "0+9x130"},
+        series={busy(): "0+12x130", busy(OTHER_DISPATCHER): "0+9x130"},
     ),
     Case(
         alert="UnlatchRetryBudgetSpent",
@@ -344,8 +344,8 @@ CASES = (
         alert="UnlatchWorkWasted",
         what="a half is",
         series={
-            f'unlatch_wasted_cpu_seconds_total{{{FRONT},worker="0"}}': "0+5x130",
-            cpu("worker-0", FRONT): "0+10x130",
+            f'unlatch_wasted_cpu_seconds_total{{{DISPATCHER},worker="0"}}': "0+5x130",
+            cpu("worker-0", DISPATCHER): "0+10x130",
         },
         fires=OF_MESH,
     ),
@@ -353,8 +353,8 @@ CASES = (
         alert="UnlatchWorkWasted",
         what="a tenth is",
         series={
-            f'unlatch_wasted_cpu_seconds_total{{{FRONT},worker="0"}}': "0+1x130",
-            cpu("worker-0", FRONT): "0+10x130",
+            f'unlatch_wasted_cpu_seconds_total{{{DISPATCHER},worker="0"}}': "0+1x130",
+            cpu("worker-0", DISPATCHER): "0+10x130",
         },
     ),
     Case(alert="UnlatchLoopStalled", what="for a minute", series={STALLED: "0x116 3 18 33 48x10"}, fires=OF_LOOP),
@@ -375,18 +375,18 @@ CASES = (
     Case(
         alert="UnlatchLoopSaturated",
         what="it uses half of it, and a worker all of its own",
-        series={cpu("gateway"): "0+7x130", cpu("worker-0", FRONT): "0+15x130"},
+        series={cpu("gateway"): "0+7x130", cpu("worker-0", DISPATCHER): "0+15x130"},
     ),
     Case(
         alert="UnlatchServiceRestarting",
         what="three times",
-        series={cpu("dispatcher", FRONT): "9x30 2x30 1x30 0.5x40"},
+        series={cpu("dispatcher", DISPATCHER): "9x30 2x30 1x30 0.5x40"},
         fires={"namespace": "mesh", "job": "unlatch-compute", "pod": "compute-0"},
     ),
     Case(
         alert="UnlatchServiceRestarting",
         what="once, while its workers were replaced often",
-        series={cpu("dispatcher", FRONT): "9x60 2x70", cpu("worker-0", FRONT): "0+1x130"},
+        series={cpu("dispatcher", DISPATCHER): "9x60 2x70", cpu("worker-0", DISPATCHER): "0+1x130"},
     ),
     Case(
         alert="UnlatchCertificateExpiresSoon",
@@ -408,7 +408,7 @@ CASES = (
         what="one of two does not answer",
         series={
             GATEWAY_TARGET: "1x100 0x30",
-            FRONT_TARGET: "1x130",
+            DISPATCHER_TARGET: "1x130",
         },
         fires=OF_GATEWAY | {"instance": "10.0.0.1:8002"},
     ),
@@ -417,13 +417,13 @@ CASES = (
         what="it missed a scrape; somebody else's is gone",
         series={
             GATEWAY_TARGET: "1x115 0 1x14",
-            FRONT_TARGET.replace("unlatch-compute", "another"): "0x130",
+            DISPATCHER_TARGET.replace("unlatch-compute", "another"): "0x130",
         },
     ),
     Case(
         alert="UnlatchAbsent",
         what="no gateway is there",
-        series={FRONT_TARGET: "1x130"},
+        series={DISPATCHER_TARGET: "1x130"},
         fires={"job": "unlatch-gateway"},
     ),
     Case(
@@ -431,7 +431,7 @@ CASES = (
         what="both are",
         series={
             GATEWAY_TARGET: "1x130",
-            FRONT_TARGET: "1x130",
+            DISPATCHER_TARGET: "1x130",
         },
     ),
 )

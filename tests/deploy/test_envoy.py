@@ -23,7 +23,7 @@ from google.rpc import error_details_pb2, status_pb2
 from tests.deploy.envoy import CONFIGURATION, ENVOY, Envoy, configured, free_port, running_envoy, validated
 from tests.support.dns import NameServer
 from tests.support.doors import LARGE, Oip, arrays_of, request, vector
-from tests.support.mesh import Service, running_front
+from tests.support.mesh import Service, running_dispatcher
 from tests.support.watching import Gate, Scrape, until, wait_until
 from unlatch import Client
 from unlatch.common.errors import UnlatchError
@@ -48,7 +48,7 @@ class Behind:
     """Two gateways of one replica, and the Envoy in front of them."""
 
     envoy: Envoy
-    front: Service
+    dispatcher: Service
     start: Any
     targets: list[str] = field(default_factory=list)
     gateways: dict[str, Service] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Behind:
     @property
     def runs(self) -> bool:
         """Whether a worker runs a call."""
-        return bool(Scrape(_metrics(self.front)).labels("unlatch_worker_running_seconds"))
+        return bool(Scrape(_metrics(self.dispatcher)).labels("unlatch_worker_running_seconds"))
 
 
 def _metrics(service: Service) -> str:
@@ -70,10 +70,10 @@ def _metrics(service: Service) -> str:
 @contextmanager
 def two_gateways(directory: Path, *, text: str = "") -> Iterator[Behind]:
     """Run a replica, two gateways at one name, and Envoy."""
-    socket = directory / "front.sock"
+    socket = directory / "dispatcher.sock"
     port, health_port = free_port(*HOSTS), free_port(*HOSTS)
     with ExitStack() as stack:
-        front = stack.enter_context(running_front(socket))
+        dispatcher = stack.enter_context(running_dispatcher(socket))
         names = stack.enter_context(NameServer(*HOSTS))
 
         def start(host: str) -> Service:
@@ -88,7 +88,7 @@ def two_gateways(directory: Path, *, text: str = "") -> Iterator[Behind]:
         shipped = configured(directory, port=port, health_port=health_port, resolver=names.target, text=text)
         envoy = stack.enter_context(running_envoy(shipped))
         envoy.wait_for(set(gateways))
-        yield Behind(envoy, front, start, list(gateways), gateways)
+        yield Behind(envoy, dispatcher, start, list(gateways), gateways)
 
 
 @pytest.fixture(scope="module")

@@ -122,10 +122,10 @@ def compared(watched: Watched) -> Compared:
     rest = "sum(unlatch_worker_up) == 4 unless on () count(unlatch_worker_running_seconds)"
     wait_until(lambda: prometheus.query(rest), "every worker rests", 60.0)
     pids = {("unlatch-gateway-0", "gateway"): watched.gateway.pid}
-    for number, front in enumerate(watched.fronts):
+    for number, dispatcher in enumerate(watched.dispatchers):
         pod = f"unlatch-compute-{number}"
-        (forkserver,) = [child for child in children(front.pid) if children(child)]
-        pids |= {(pod, "dispatcher"): front.pid, (pod, "forkserver"): forkserver}
+        (forkserver,) = [child for child in children(dispatcher.pid) if children(child)]
+        pids |= {(pod, "dispatcher"): dispatcher.pid, (pod, "forkserver"): forkserver}
         pids |= {(pod, f"worker-{slot}"): worker for slot, worker in enumerate(children(forkserver))}
     rows = np.random.default_rng(1).random(8)
     with ExitStack() as stack:

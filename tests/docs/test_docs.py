@@ -43,7 +43,7 @@ def test_every_setting_is_listed_with_its_default(kind: type[Settings]) -> None:
 def test_every_metric_is_listed(mesh: Mesh) -> None:
     """The table has everything that gateway and dispatcher export, with its labels, and nothing else."""
     exported: dict[str, set[str]] = {}
-    for address in (mesh.gateway_metrics, mesh.front_metrics):
+    for address in (mesh.gateway_metrics, mesh.dispatcher_metrics):
         with urlopen(f"http://{address}/metrics") as scraped:
             for name in re.findall(r"^# TYPE (\S+) ", scraped.read().decode(), re.MULTILINE):
                 exported.setdefault(name, set()).add("gateway" if address == mesh.gateway_metrics else "dispatcher")

@@ -81,7 +81,7 @@ def test_own_kernels_load_beside_the_built_in_ones() -> None:
 
 def test_own_kernel_is_called_from_the_shell(start_mesh: StartMesh, tmp_path: Path) -> None:
     """The kernel is called as its module's first lines say, with a file for its array and another for its result."""
-    gateway = start_mesh(front=["--kernels", str(EXAMPLES / "own_kernels.py")]).gateway
+    gateway = start_mesh(dispatcher=["--kernels", str(EXAMPLES / "own_kernels.py")]).gateway
     c = np.array([[0, 2, 1j], [-1, 0.26, -2]])
     np.save(tmp_path / "points.npy", c)
     call = ["call", "escape_times", "c=@points.npy", "limit=500", "-o", "steps.npy", "--server", gateway]

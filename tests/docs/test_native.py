@@ -130,7 +130,7 @@ def test_is_served(built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("PYTHONPATH", str(built))
     rows, reference = np.random.default_rng(2).normal(size=(5, 20)), np.linspace(-1, 1, 30)
     with (
-        running_mesh(tmp_path, front=["--kernels", "native_kernels"]) as mesh,
+        running_mesh(tmp_path, dispatcher=["--kernels", "native_kernels"]) as mesh,
         BlockingClient(mesh.gateway, timeout=20) as client,
     ):
         wanted = [reference_distance(row, reference) for row in rows]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import StartMesh
 from tests.support.doors import LARGE, LaneEnd, Oip, Refusal, arrays_of, descriptor, pieces, request, vector
-from tests.support.mesh import Mesh, running_front
+from tests.support.mesh import Mesh, running_dispatcher
 from tests.support.watching import Scrape, wait_until
 from unlatch.protos.inference_pb2 import (
     ModelInferRequest,
@@ -318,11 +318,11 @@ def test_kernel_error_that_is_no_text_fails_its_own_call(kind: str, mesh: Mesh, 
 
 
 def test_kernels_exception_is_logged_whole(mesh: Mesh, oip: Oip) -> None:
-    """The id that the caller got leads to the traceback in the front's log."""
+    """The id that the caller got leads to the traceback in the dispatcher's log."""
     identity = oip.refusal(vector("raises_value_error", 1)).message.split()[-1]
 
     def told() -> list[str]:
-        stories = [entry.get("story", "") for entry in mesh.front_service.entries]
+        stories = [entry.get("story", "") for entry in mesh.dispatcher_service.entries]
         return [story for story in stories if story.startswith(identity)]
 
     # The log line may come after the answer, and other calls of this kernel have failed before.
@@ -336,7 +336,7 @@ def test_expired_deadline_is_told(microseconds: int, mesh: Mesh, oip: Oip, lane:
     slow = request("sleeps", None, seconds=0.3)
 
     def idle() -> bool:
-        return not Scrape(mesh.front_metrics).labels("unlatch_worker_running_seconds")
+        return not Scrape(mesh.dispatcher_metrics).labels("unlatch_worker_running_seconds")
 
     # Behind a run it would be refused on arrival.
     wait_until(idle, "the workers are idle")
@@ -383,7 +383,7 @@ def test_oversized_messages_are_refused_with_the_bound(start_mesh: StartMesh) ->
 
 
 @pytest.mark.parametrize(
-    ("front", "gateway", "says"),
+    ("dispatcher", "gateway", "says"),
     [
         (["--max-call-bytes", "65536"], [], "max_call_bytes=65536"),
         (["--input-arena-bytes", "65536"], [], "input_arena_bytes=65536"),
@@ -393,10 +393,10 @@ def test_oversized_messages_are_refused_with_the_bound(start_mesh: StartMesh) ->
     ids=["call", "arena", "reply", "gateway"],
 )
 def test_calls_over_a_bound_are_refused_with_it(
-    front: list[str], gateway: list[str], says: str, start_mesh: StartMesh
+    dispatcher: list[str], gateway: list[str], says: str, start_mesh: StartMesh
 ) -> None:
     """Each bound on bytes is RESOURCE_EXHAUSTED with its name and value. A call below it is served."""
-    mesh = start_mesh(front=front, gateway=gateway)
+    mesh = start_mesh(dispatcher=dispatcher, gateway=gateway)
     with grpc.insecure_channel(mesh.gateway, options=LARGE) as channel:
         oip = Oip(channel)
         refusal = oip.refusal(request("identity", {"x": np.zeros(100_000, "u1")}))
@@ -602,14 +602,14 @@ def test_answer_to_one_lane_takes_nothing_from_another(start_mesh: StartMesh) ->
 @pytest.mark.parametrize("how", ["closed", "broken", "cancelled", "expired"])
 def test_call_left_in_the_middle_of_its_body_gives_its_memory_back(how: str, start_mesh: StartMesh) -> None:
     """Calls that end without their whole body free their memory. Far more of them than fit do not exhaust the arena."""
-    mesh = start_mesh(front=["--input-arena-bytes", str(3 * len(LONG_BODY))])
+    mesh = start_mesh(dispatcher=["--input-arena-bytes", str(3 * len(LONG_BODY))])
     with grpc.insecure_channel(mesh.gateway) as channel:
         for _ in range(8):
             with LaneEnd(channel) as lane:
                 left = descriptor(1, LONG, whole=False, remaining_microseconds=100_000 if how == "expired" else 0)
                 lane.send(Frames(calls=[left]))
                 lane.send(piece(1), LONG_BODY[:1000])
-                # This answer comes behind the descriptor, so the front has seen the descriptor.
+                # This answer comes behind the descriptor, so the dispatcher has seen the descriptor.
                 assert lane.serves(2)
                 if how == "broken":
                     lane.send(piece(1), LONG_BODY)
@@ -625,11 +625,11 @@ def test_call_left_in_the_middle_of_its_body_gives_its_memory_back(how: str, sta
 
 def test_caller_that_leaves_during_a_drain_does_not_hold_it_up(tmp_path: Path) -> None:
     """Abandoned calls are not drained: the service ends before its drain_seconds are over."""
-    with running_front(tmp_path / "front.sock") as front:
-        with grpc.insecure_channel(front.wait_for("serving")["listen"]) as channel, LaneEnd(channel) as lane:
+    with running_dispatcher(tmp_path / "dispatcher.sock") as dispatcher:
+        with grpc.insecure_channel(dispatcher.wait_for("serving")["listen"]) as channel, LaneEnd(channel) as lane:
             lane.call(1, request("sleeps", None, seconds=0.2))
             assert lane.serves(2)
-            front.signal(signal.SIGTERM)
-            front.wait_for("draining")
-        front.wait()
-        assert not [entry for entry in front.entries if entry["event"] == "drain timed out"], front
+            dispatcher.signal(signal.SIGTERM)
+            dispatcher.wait_for("draining")
+        dispatcher.wait()
+        assert not [entry for entry in dispatcher.entries if entry["event"] == "drain timed out"], dispatcher

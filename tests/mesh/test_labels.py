@@ -36,8 +36,8 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """A mesh that has answered calls, refused some, and lost workers."""
     directory: Path = tmp_path_factory.mktemp("labels")
     issuer = Issuer(directory)
-    front = ["--kernels", str(FAULT_KERNELS)]
-    with running_mesh(directory, front=front, gateway=issuer.flags) as mesh:
+    dispatcher = ["--kernels", str(FAULT_KERNELS)]
+    with running_mesh(directory, dispatcher=dispatcher, gateway=issuer.flags) as mesh:
         with grpc.insecure_channel(mesh.gateway) as channel:
             known = Oip(channel, bearer(issuer.token()))
             assert known.serves()
@@ -66,7 +66,7 @@ def test_label_values_are_codes_or_names(used: Mesh) -> None:
     """No service exports a label value that is a sentence, or a label that is not listed above."""
     wrong = {
         (name, label, value)
-        for address in (used.gateway_metrics, used.front_metrics)
+        for address in (used.gateway_metrics, used.dispatcher_metrics)
         for name, labels in Scrape(address).samples
         for label, value in labels
         if re.fullmatch(GRAMMAR.get(label, "(?!)"), value) is None
@@ -76,7 +76,7 @@ def test_label_values_are_codes_or_names(used: Mesh) -> None:
 
 def test_reasons_are_counted_and_listed(used: Mesh) -> None:
     """Each event is counted under its reason, and the docs explain every reason."""
-    lost = {labels["reason"] for labels in Scrape(used.front_metrics).labels("unlatch_worker_restarts_total")}
+    lost = {labels["reason"] for labels in Scrape(used.dispatcher_metrics).labels("unlatch_worker_restarts_total")}
     assert lost == {DEATHS[how] for how in WAYS}
     refused = {labels["reason"] for labels in Scrape(used.gateway_metrics).labels("unlatch_unauthenticated_total")}
     assert documented("unlatch_worker_restarts_total") >= lost
@@ -86,7 +86,7 @@ def test_reasons_are_counted_and_listed(used: Mesh) -> None:
 
 def test_log_has_reason_and_message(used: Mesh) -> None:
     """A worker's end is logged with its reason, a code, and with a message that says the same as a sentence."""
-    ended = [entry for entry in used.front_service.entries if entry["event"] == "worker ended"]
+    ended = [entry for entry in used.dispatcher_service.entries if entry["event"] == "worker ended"]
     assert [entry["reason"] for entry in ended] == [DEATHS[how] for how in WAYS]
     assert all(re.fullmatch(CODE, entry["reason"]) and " " in entry["message"] for entry in ended)
-    assert {entry["process"] for entry in used.front_service.entries} == {"dispatcher"}
+    assert {entry["process"] for entry in used.dispatcher_service.entries} == {"dispatcher"}

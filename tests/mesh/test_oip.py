@@ -266,7 +266,7 @@ def strings_of(response: ModelInferResponse) -> set[str]:
 
 
 def test_workers_load_nothing_of_the_servers(oip: Oip) -> None:
-    """A worker has no gRPC, uvloop or prometheus_client, and nothing that only the front needs."""
+    """A worker has no gRPC, uvloop or prometheus_client, and nothing that only the dispatcher needs."""
     modules = strings_of(oip.infer(request("module_names")))
     assert {"numpy", "unlatch.compute.worker.loop", "unlatch.compute.kernels.basics"} <= modules
     tops = {name.partition(".")[0] for name in modules}

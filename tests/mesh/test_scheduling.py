@@ -31,7 +31,7 @@ PRIORITIES = ("interactive", "normal", "background")
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """A mesh with one worker."""
-    with running_mesh(tmp_path_factory.mktemp("single"), front=["--workers", "1"]) as running:
+    with running_mesh(tmp_path_factory.mktemp("single"), dispatcher=["--workers", "1"]) as running:
         yield running
 
 
@@ -43,7 +43,9 @@ async def client(single: Mesh) -> AsyncIterator[Client]:
 
 def waiting(mesh: Mesh) -> float:
     """Return how many calls wait, at the replica and at the gateway."""
-    return sum(Scrape(metrics).sum("unlatch_queue_depth") for metrics in (mesh.front_metrics, mesh.gateway_metrics))
+    return sum(
+        Scrape(metrics).sum("unlatch_queue_depth") for metrics in (mesh.dispatcher_metrics, mesh.gateway_metrics)
+    )
 
 
 class Held:
@@ -114,8 +116,8 @@ def tenants_call(lane: LaneEnd, number: int, tenant: str, seconds: float, priori
 async def test_tenants_share_the_processor(start_mesh: StartMesh, weights: str, share: float) -> None:
     """A tenant with ten times as many calls, and longer ones, gets no more processor time than its weight allows."""
     flags = ("--tenant-weights", weights) if weights else ()
-    mesh = start_mesh(front=["--workers", "1", *flags])
-    with grpc.insecure_channel(mesh.front) as channel, LaneEnd(channel) as lane:
+    mesh = start_mesh(dispatcher=["--workers", "1", *flags])
+    with grpc.insecure_channel(mesh.dispatcher) as channel, LaneEnd(channel) as lane:
         for number in range(1, 4):
             tenants_call(lane, number, "heavy", 0.01)
         for number in range(1, 4):
@@ -142,7 +144,7 @@ def retry_milliseconds(error: Any) -> tuple[int, int]:
 
 async def test_full_queue_refuses_at_once_and_says_when_to_come_back(start_mesh: StartMesh, tmp_path: Path) -> None:
     """A full queue is RESOURCE_EXHAUSTED with the bound, RetryInfo and gRPC's push-back. Waiting calls are answered."""
-    mesh = start_mesh(front=["--workers", "1", "--max-queued-calls", "3", "--ahead-seconds", "3600"])
+    mesh = start_mesh(dispatcher=["--workers", "1", "--max-queued-calls", "3", "--ahead-seconds", "3600"])
     gate = Gate(tmp_path / "gate")
     async with Client(mesh.gateway, timeout=30.0) as client, Held(client, gate):
         calls = [asyncio.ensure_future(client.turn()) for _ in range(4)]
@@ -181,7 +183,7 @@ async def test_what_cannot_be_done_in_time_is_refused_on_arrival(client: Client,
 
 async def test_call_that_was_not_begun_teaches_nothing(start_mesh: StartMesh, tmp_path: Path) -> None:
     """Callers that leave while their calls are staged do not make their kernel look fast."""
-    mesh = start_mesh(front=["--workers", "1", "--long-call-seconds", "3600"])
+    mesh = start_mesh(dispatcher=["--workers", "1", "--long-call-seconds", "3600"])
 
     def in_flight() -> float:
         return Scrape(mesh.gateway_metrics).sum("unlatch_calls_in_flight")
@@ -205,7 +207,7 @@ async def test_call_that_was_not_begun_teaches_nothing(start_mesh: StartMesh, tm
 
 async def test_idle_worker_tries_whatever_is_expected(start_mesh: StartMesh) -> None:
     """A call that is expected to take too long runs if nothing else waits: otherwise nothing would be learned."""
-    mesh = start_mesh(front=["--workers", "1"])
+    mesh = start_mesh(dispatcher=["--workers", "1"])
     async with Client(mesh.gateway) as client:
         await client.sleeps(seconds=2.2)
         assert float(await client.sleeps(seconds=0.0, timeout=2.0)) == 0.0
@@ -224,14 +226,14 @@ async def test_deadline_that_passes_in_the_queue_frees_its_place(client: Client,
 
 async def test_long_calls_leave_workers_to_others(start_mesh: StartMesh, tmp_path: Path) -> None:
     """With two workers, one of them reserved, calls known to be long take only one, and others pass them."""
-    mesh = start_mesh(front=["--workers", "2", "--reserved-workers", "1", "--long-call-seconds", "0.1"])
+    mesh = start_mesh(dispatcher=["--workers", "2", "--reserved-workers", "1", "--long-call-seconds", "0.1"])
     gates = [Gate(tmp_path / str(number)) for number in range(3)]
     async with Client(mesh.gateway, timeout=60.0) as client:
         # The kernel becomes known as long by having been held for longer than that.
         first = asyncio.ensure_future(client.waits_for(path=str(gates[0])))
         await until(lambda: gates[0].reached, "it runs")
         await until(
-            lambda: Scrape(mesh.front_metrics).sum("unlatch_worker_running_seconds", kernel="waits_for") > 0.3,
+            lambda: Scrape(mesh.dispatcher_metrics).sum("unlatch_worker_running_seconds", kernel="waits_for") > 0.3,
             "for long",
         )
         gates[0].open()

@@ -87,7 +87,7 @@ def look_at(collector: Collector, trace: str, parent: str) -> None:
 
 
 def test_trace_goes_through_both_processes(traced: tuple[Mesh, Collector]) -> None:
-    """The caller's span is the parent of the gateway's, which is the front's parent. Tracestate is kept."""
+    """The caller's span is the parent of the gateway's, which is the dispatcher's parent. Tracestate is kept."""
     (mesh, collector), trace = traced, Trace()
     assert infer(mesh, vector("identity", 1.0), trace.metadata)[0] == "OK"
     look_at(collector, trace.trace, trace.span)

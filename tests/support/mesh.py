@@ -150,25 +150,25 @@ class Service:
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """A gateway and one replica behind it. `gateway` and `front` are their addresses for gRPC."""
+    """A gateway and one replica behind it. `gateway` and `dispatcher` are their addresses for gRPC."""
 
     gateway: str
     gateway_metrics: str
     gateway_health: str
     gateway_service: Service
-    front: str
-    front_metrics: str
-    front_health: str
-    front_service: Service
+    dispatcher: str
+    dispatcher_metrics: str
+    dispatcher_health: str
+    dispatcher_service: Service
 
     def __str__(self) -> str:
-        return f"{self.gateway_service}\n{self.front_service}"
+        return f"{self.gateway_service}\n{self.dispatcher_service}"
 
     @property
     def pids(self) -> dict[str, int]:
         """The pid of each process by name: gateway, dispatcher, forkserver, and worker-<pid> in the order of start."""
-        found = {"gateway": self.gateway_service.pid, "dispatcher": self.front_service.pid}
-        for child in children(self.front_service.pid):
+        found = {"gateway": self.gateway_service.pid, "dispatcher": self.dispatcher_service.pid}
+        for child in children(self.dispatcher_service.pid):
             if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found["forkserver"] = child
                 found |= {f"worker-{worker}": worker for worker in children(child)}
@@ -181,23 +181,23 @@ class Mesh:
 
 
 @contextmanager
-def running_front(socket: Path, *flags: str) -> Iterator[Service]:
+def running_dispatcher(socket: Path, *flags: str) -> Iterator[Service]:
     """Run a replica alone, with the tests' kernels and two workers unless flags say otherwise. Stop it at the end."""
     defaults = {"--workers": "2", "--kernels": str(KERNELS), "--drain-seconds": "5"}
     chosen = [part for flag, value in defaults.items() if flag not in flags for part in (flag, value)]
-    with Service("compute", "--listen", f"unix:{socket}", *_ANY_PORTS, *chosen, *flags) as front:
-        front.wait_for("serving")
-        yield front
-        front.stop()
+    with Service("compute", "--listen", f"unix:{socket}", *_ANY_PORTS, *chosen, *flags) as dispatcher:
+        dispatcher.wait_for("serving")
+        yield dispatcher
+        dispatcher.stop()
 
 
 @contextmanager
-def running_mesh(directory: Path, *, front: Sequence[str] = (), gateway: Sequence[str] = ()) -> Iterator[Mesh]:
+def running_mesh(directory: Path, *, dispatcher: Sequence[str] = (), gateway: Sequence[str] = ()) -> Iterator[Mesh]:
     """Run both services, with flags added to what they need to find each other. Stop them cleanly at the end."""
-    socket = directory / "front.sock"
+    socket = directory / "dispatcher.sock"
     drain = ("--drain-seconds", "5")
     with (
-        running_front(socket, *front) as compute,
+        running_dispatcher(socket, *dispatcher) as compute,
         Service(
             "gateway", "--listen", "127.0.0.1:0", "--replicas", f"unix:{socket}", *_ANY_PORTS, *drain, *gateway
         ) as door,
@@ -209,10 +209,10 @@ def running_mesh(directory: Path, *, front: Sequence[str] = (), gateway: Sequenc
             gateway_metrics=serving["metrics_listen"],
             gateway_health=serving["health_listen"],
             gateway_service=door,
-            front=replica["listen"],
-            front_metrics=replica["metrics_listen"],
-            front_health=replica["health_listen"],
-            front_service=compute,
+            dispatcher=replica["listen"],
+            dispatcher_metrics=replica["metrics_listen"],
+            dispatcher_health=replica["health_listen"],
+            dispatcher_service=compute,
         )
         door.stop()
 

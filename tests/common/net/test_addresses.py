@@ -15,7 +15,12 @@ TLS = ("--tls-cert", "cert.pem", "--tls-key", "key.pem")
     "address",
     [
         *("127.0.0.1:8001", "127.8.9.10:1", "localhost:8001", "[::1]:8001", "[::ffff:127.0.0.1]:8001"),
-        *("unix:/run/front.sock", "unix:front.sock", "unix:///run/front.sock", "unix-abstract:front"),
+        *(
+            "unix:/run/dispatcher.sock",
+            "unix:dispatcher.sock",
+            "unix:///run/dispatcher.sock",
+            "unix-abstract:dispatcher",
+        ),
     ],
 )
 def test_loopback_and_unix_sockets_are_not_exposed(address: str) -> None:
@@ -82,7 +87,7 @@ def test_an_exposed_service_asks_for_tls_and_for_who_calls(
         ("--listen", "0.0.0.0:8001", *TLS, "--insecure"),
         ("--listen", "127.0.0.1:8001"),
         ("--listen", "127.0.0.1:8001", *TLS),
-        ("--listen", "unix:/run/front.sock"),
+        ("--listen", "unix:/run/dispatcher.sock"),
     ],
 )
 def test_what_is_asked_for_is_enough(kind: type[Settings], flags: tuple[str, ...]) -> None:

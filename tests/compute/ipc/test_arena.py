@@ -85,7 +85,7 @@ def test_idle_segments_are_dropped_and_no_others() -> None:
     arena.close()
 
 
-def test_worker_reads_what_the_front_writes() -> None:
+def test_worker_reads_what_the_dispatcher_writes() -> None:
     """A worker reads through its own mapping, at any time after the write."""
     arena = InputArena(MEBIBYTE)
     block = arena.allocate(100)
@@ -153,7 +153,7 @@ def test_reply_segment_can_grow_but_not_shrink() -> None:
     replies.close()
 
 
-def test_front_follows_no_further_than_there_is() -> None:
+def test_dispatcher_follows_no_further_than_there_is() -> None:
     """A worker that claims more than it has made does not change the segment."""
     replies = ReplySegments()
     segment = replies.lend()

@@ -16,8 +16,8 @@ REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 SERVICES = {
     "gateway": {"inference.GRPCInferenceService", "unlatch.v1.Lane", REFLECTION},
     "gateway_health": {"grpc.health.v1.Health", REFLECTION},
-    "front": {"unlatch.v1.Lane", REFLECTION},
-    "front_health": {"grpc.health.v1.Health", REFLECTION},
+    "dispatcher": {"unlatch.v1.Lane", REFLECTION},
+    "dispatcher_health": {"grpc.health.v1.Health", REFLECTION},
 }
 
 pytestmark = pytest.mark.skipif(GRPCURL is None, reason="grpcurl is not on this machine")

@@ -29,12 +29,12 @@ def gateway_to(socket: Path, *flags: str) -> Iterator[Service]:
 
 
 @contextmanager
-def front_at(socket: Path, *flags: str) -> Iterator[Service]:
+def dispatcher_at(socket: Path, *flags: str) -> Iterator[Service]:
     """Run a replica in the same way."""
     arguments = ("--listen", f"unix:{socket}", *ANY_PORTS, "--workers", "2", "--kernels", str(FAULT_KERNELS))
-    with Service("compute", *arguments, *flags) as front:
-        front.wait_for("serving")
-        yield front
+    with Service("compute", *arguments, *flags) as dispatcher:
+        dispatcher.wait_for("serving")
+        yield dispatcher
 
 
 async def answered(client: Client, within: float = 10.0) -> None:
@@ -54,17 +54,17 @@ async def answered(client: Client, within: float = 10.0) -> None:
 def restarts(mesh: Mesh, reason: str = "") -> float:
     """Return how many workers have been replaced, for one reason if that is given."""
     labels = {"reason": reason} if reason else {}
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_restarts_total", **labels)
+    return Scrape(mesh.dispatcher_metrics).sum("unlatch_worker_restarts_total", **labels)
 
 
 def is_full(mesh: Mesh) -> bool:
     """Whether both of the mesh's workers are up."""
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_up") == 2
+    return Scrape(mesh.dispatcher_metrics).sum("unlatch_worker_up") == 2
 
 
 def gone(mesh: Mesh) -> float:
-    """Return how many cancelled calls the front has counted."""
-    return Scrape(mesh.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
+    """Return how many cancelled calls the dispatcher has counted."""
+    return Scrape(mesh.dispatcher_metrics).sum("unlatch_calls_total", code="CANCELLED")
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +85,9 @@ def faulty(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator
     flags = ["--kernels", str(FAULT_KERNELS), "--long-call-seconds", "3600", "--stopped-worker-seconds", "0.5"]
     # Calls must wait at the replica, which is what the tests hurt.
     flags += ["--ahead-seconds", "3600"]
-    # A front that a test stops for a second must not count as frozen.
+    # A dispatcher that a test stops for a second must not count as frozen.
     flags += ["--report-seconds", "1"]
-    with running_mesh(tmp_path_factory.mktemp("faulty"), front=flags) as running:
+    with running_mesh(tmp_path_factory.mktemp("faulty"), dispatcher=flags) as running:
         yield running
 
 
@@ -111,7 +111,7 @@ class Fleet:
         self._stack = stack
         self._flags = flags
         self.sockets = [directory / f"{number}.sock" for number in range(count)]
-        self.fronts: list[Service | None] = [None] * count
+        self.dispatchers: list[Service | None] = [None] * count
         targets = ",".join(f"unix:{socket}" for socket in self.sockets)
         arguments = ("--listen", "127.0.0.1:0", "--replicas", targets, *ANY_PORTS, "--drain-seconds", "5")
         self.gateway = stack.enter_context(Service("gateway", *arguments))
@@ -121,26 +121,32 @@ class Fleet:
     def start(self, number: int) -> None:
         """Start a replica in the place of one that has ended, and wait until the gateway has a lane to it."""
         line = len(self.gateway.lines)
-        self.fronts[number] = self._stack.enter_context(front_at(self.sockets[number], "--workers", "1", *self._flags))
+        self.dispatchers[number] = self._stack.enter_context(
+            dispatcher_at(self.sockets[number], "--workers", "1", *self._flags)
+        )
         self.gateway.wait_for("replica is ready", after=line, replica=f"unix:{self.sockets[number]}")
 
     def running(self, record: Path) -> int:
         """Return the replica whose worker has written its pid beside this record."""
         worker = int(Path(f"{record}.pid").read_text())
-        fronts = enumerate(self.fronts)
-        return next(number for number, front in fronts if front and worker in {one.pid for one in tree(front.pid)})
+        dispatchers = enumerate(self.dispatchers)
+        return next(
+            number
+            for number, dispatcher in dispatchers
+            if dispatcher and worker in {one.pid for one in tree(dispatcher.pid)}
+        )
 
     def kill(self, number: int) -> None:
         """Kill a replica."""
-        front = self.fronts[number]
-        assert front is not None
-        front.kill()
+        dispatcher = self.dispatchers[number]
+        assert dispatcher is not None
+        dispatcher.kill()
 
     def stop(self, number: int) -> None:
         """Stop a replica by SIGTERM, and wait for its drain."""
-        front = self.fronts[number]
-        assert front is not None
-        front.stop()
+        dispatcher = self.dispatchers[number]
+        assert dispatcher is not None
+        dispatcher.stop()
 
 
 @pytest.fixture

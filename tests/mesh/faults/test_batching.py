@@ -54,7 +54,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator
     # Calls must wait at the replica, however long one call alone has taken.
     flags += ["--ahead-seconds", "3600"]
     limit = ["--max-reply-bytes", str(64 * MEBIBYTE)]
-    with running_mesh(tmp_path_factory.mktemp("narrow"), front=[*flags, *limit], gateway=ALL_RUN) as running:
+    with running_mesh(tmp_path_factory.mktemp("narrow"), dispatcher=[*flags, *limit], gateway=ALL_RUN) as running:
         yield running
 
 
@@ -66,7 +66,7 @@ async def client(narrow: Mesh) -> AsyncIterator[Client]:
 
 
 def waiting(mesh: Mesh) -> float:
-    return Scrape(mesh.front_metrics).sum("unlatch_queue_depth")
+    return Scrape(mesh.dispatcher_metrics).sum("unlatch_queue_depth")
 
 
 _gates = itertools.count()
@@ -102,13 +102,13 @@ def together(begin: Begin) -> Begin:
 
 async def test_calls_that_wait_run_as_one(narrow: Mesh, client: Client, together: Begin) -> None:
     """Calls of any number of rows, also none, are one run, and each caller gets its own rows."""
-    before = Scrape(narrow.front_metrics)
+    before = Scrape(narrow.dispatcher_metrics)
     arrays = [np.full((rows, 3), float(number)) for number, rows in enumerate([1, 0, 5, 1, 17, 0, 2])]
     for x, (y, seen) in zip(arrays, await together([client.scaled(x, factor=2.0) for x in arrays]), strict=True):
         np.testing.assert_array_equal(y, x * 2)
         assert y.shape == x.shape
         assert seen.tolist() == [26] * len(x)
-    after = Scrape(narrow.front_metrics)
+    after = Scrape(narrow.dispatcher_metrics)
 
     def risen(name: str, **labels: str) -> float:
         return after.sum(name, kernel="scaled", **labels) - before.sum(name, kernel="scaled", **labels)
@@ -337,7 +337,7 @@ async def test_one_who_leaves_the_queue_is_not_run(
     before = gone(narrow)
     await left(calls[1])
     await left(calls[5])
-    await until(lambda: gone(narrow) == before + 2, "the front knows")
+    await until(lambda: gone(narrow) == before + 2, "the dispatcher knows")
     second.open()
     await staged
     for number in (2, 3, 4):
@@ -357,7 +357,7 @@ async def test_run_knows_that_nobody_waits_when_all_have_left(
     before = gone(narrow)
     for call in calls[:leavers]:
         await left(call)
-    await until(lambda: gone(narrow) == before + leavers, "the front knows")
+    await until(lambda: gone(narrow) == before + leavers, "the dispatcher knows")
     here.open()
     for call in calls[leavers:]:
         y, seen = await call
@@ -389,7 +389,7 @@ async def test_many_who_leave_harm_nobody(narrow: Mesh, client: Client, gate: Ga
     await until(lambda: here.reached and waiting(narrow) == 0, "a run of many has another staged behind it")
     for call in (*calls[1:220], *calls[221:]):
         await left(call)
-    await until(lambda: gone(narrow) == before + 438, "the front knows")
+    await until(lambda: gone(narrow) == before + 438, "the dispatcher knows")
     here.open()
     assert (await calls[0]).seen.tolist() == [220]
     assert (await calls[220]).seen.tolist() == [1]
@@ -457,7 +457,7 @@ async def test_lie_about_a_run_ends_the_worker(narrow: Mesh, client: Client, tog
 
     No caller waits for ever, or is answered twice.
     """
-    before = Scrape(narrow.front_metrics)
+    before = Scrape(narrow.dispatcher_metrics)
     calls = [client.lies_together(np.full(1, float(number)), how=how) for number in range(3)]
     *results, other = await together([*calls, client.scaled(ROW)])
     if how == "failed after done":
@@ -469,7 +469,7 @@ async def test_lie_about_a_run_ends_the_worker(narrow: Mesh, client: Client, tog
         assert all(isinstance(result, Unavailable) for result in results), results
     assert other.y.tolist() == ROW.tolist()
     await until(lambda: restarts(narrow) == before.sum("unlatch_worker_restarts_total") + 1, "the worker is replaced")
-    after = Scrape(narrow.front_metrics)
+    after = Scrape(narrow.dispatcher_metrics)
     reasons = {labels["reason"] for labels in after.labels("unlatch_worker_restarts_total")}
     name = "unlatch_worker_restarts_total"
     (reason,) = [one for one in reasons if after.sum(name, reason=one) > before.sum(name, reason=one)]
@@ -490,8 +490,8 @@ async def test_large_replies_of_one_segment_stay_what_they_are(narrow: Mesh, cli
 
 
 async def test_runs_leave_nothing_behind(narrow: Mesh, client: Client, together: Begin) -> None:
-    """After many runs, also refused, abandoned and large ones, front and worker hold no more memory."""
-    front = narrow.front_service.pid
+    """After many runs, also refused, abandoned and large ones, dispatcher and worker hold no more memory."""
+    dispatcher = narrow.dispatcher_service.pid
 
     async def rounds(count: int) -> None:
         for _ in range(count):
@@ -505,10 +505,10 @@ async def test_runs_leave_nothing_behind(narrow: Mesh, client: Client, together:
             np.testing.assert_array_equal(await client.echo(X), X)
 
     await rounds(4)
-    segments, memory = len(memory_files([front])), resident_bytes(front)
+    segments, memory = len(memory_files([dispatcher])), resident_bytes(dispatcher)
     await rounds(12)
-    assert len(memory_files([front])) <= segments + 2
-    assert resident_bytes(front) - memory < 16 * MEBIBYTE
+    assert len(memory_files([dispatcher])) <= segments + 2
+    assert resident_bytes(dispatcher) - memory < 16 * MEBIBYTE
 
 
 # Any calls at all.

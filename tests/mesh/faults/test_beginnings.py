@@ -7,7 +7,7 @@ import grpc
 import numpy as np
 import pytest
 
-from tests.mesh.faults.conftest import front_at
+from tests.mesh.faults.conftest import dispatcher_at
 from tests.support.doors import LaneEnd, vector
 from unlatch.protos.unlatch_pb2 import Frames
 
@@ -17,8 +17,8 @@ def lane(tmp_path: Path) -> Iterator[LaneEnd]:
     """A lane to a replica of one worker, where calls are staged behind runs however long they are expected to take."""
     flags = ("--workers", "1", "--long-call-seconds", "3600", "--ahead-seconds", "3600")
     with (
-        front_at(tmp_path / "front.sock", *flags) as front,
-        grpc.insecure_channel(front.wait_for("serving")["listen"]) as channel,
+        dispatcher_at(tmp_path / "dispatcher.sock", *flags) as dispatcher,
+        grpc.insecure_channel(dispatcher.wait_for("serving")["listen"]) as channel,
         LaneEnd(channel, within=30.0) as opened,
     ):
         yield opened

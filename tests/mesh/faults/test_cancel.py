@@ -28,11 +28,11 @@ EVER = 600.0
 
 
 def wasted(mesh: Mesh) -> float:
-    return Scrape(mesh.front_metrics).sum("unlatch_wasted_cpu_seconds_total")
+    return Scrape(mesh.dispatcher_metrics).sum("unlatch_wasted_cpu_seconds_total")
 
 
 def runs(mesh: Mesh, kernel: str) -> bool:
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_running_seconds", kernel=kernel) > 0
+    return Scrape(mesh.dispatcher_metrics).sum("unlatch_worker_running_seconds", kernel=kernel) > 0
 
 
 async def left(task: "asyncio.Future[object]") -> None:
@@ -76,7 +76,7 @@ async def test_kernel_that_notices_keeps_its_worker(faulty: Mesh, client: Client
     record = tmp_path / "noticed"
     call = asyncio.ensure_future(client.notices(seconds=EVER, record=str(record)))
     await until(
-        lambda: Scrape(faulty.front_metrics).sum("unlatch_worker_running_seconds", kernel="notices") > 0, "runs"
+        lambda: Scrape(faulty.dispatcher_metrics).sum("unlatch_worker_running_seconds", kernel="notices") > 0, "runs"
     )
     await left(call)
     await until(record.exists, "it has noticed")
@@ -95,10 +95,10 @@ async def test_call_that_was_not_begun_never_is(
     await until(lambda: all(each.reached for each in gates), "both run")
     before, records = gone(faulty), [tmp_path / str(number) for number in range(4)]
     calls = [asyncio.ensure_future(client.spins(seconds=EVER, record=str(record))) for record in records]
-    await until(lambda: Scrape(faulty.front_metrics).sum("unlatch_queue_depth") == 2, "two are staged, two wait")
+    await until(lambda: Scrape(faulty.dispatcher_metrics).sum("unlatch_queue_depth") == 2, "two are staged, two wait")
     for call in calls:
         await left(call)
-    await until(lambda: gone(faulty) == before + len(calls), "the front knows")
+    await until(lambda: gone(faulty) == before + len(calls), "the dispatcher knows")
     for each in gates:
         each.open()
     for y in await asyncio.gather(*busy):
@@ -118,18 +118,18 @@ async def test_kernels_timeout_ends_its_run(faulty: Mesh, client: Client) -> Non
     await until(lambda: is_full(faulty), "the pool is at full width again")
 
 
-async def test_timeout_is_the_kernels_and_not_the_fronts(faulty: Mesh, client: Client) -> None:
-    """A run that ended in time is answered, though the front was stopped until long after the kernel's timeout."""
+async def test_timeout_is_the_kernels_and_not_the_dispatchers(faulty: Mesh, client: Client) -> None:
+    """A run that ended in time is answered, though the dispatcher was stopped until long after the kernel's timeout."""
     pids = set(faulty.workers)
     for _ in range(3):
         call = asyncio.ensure_future(client.timed(seconds=0.1))
         await until(lambda: runs(faulty, "timed") or call.done(), "it runs")  # noqa: B023 (awaited here)
-        os.kill(faulty.front_service.pid, signal.SIGSTOP)
+        os.kill(faulty.dispatcher_service.pid, signal.SIGSTOP)
         try:
             end = time.monotonic() + 0.9
             await until(lambda: time.monotonic() > end, "its timeout has passed")  # noqa: B023 (awaited here)
         finally:
-            os.kill(faulty.front_service.pid, signal.SIGCONT)
+            os.kill(faulty.dispatcher_service.pid, signal.SIGCONT)
         assert float(await call) == 0.1
     assert set(faulty.workers) == pids
 

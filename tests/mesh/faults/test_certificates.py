@@ -43,9 +43,9 @@ class Secured:
     """A mesh with TLS on every hop, both ends verified: its files, its processes, its gateway's address."""
 
     authority: Authority
-    front_files: Renamed
+    dispatcher_files: Renamed
     gateway_files: Renamed
-    front: Service
+    dispatcher: Service
     gateway: Service
 
     @property
@@ -55,7 +55,7 @@ class Secured:
 
     @property
     def services(self) -> tuple[Service, Service]:
-        return self.front, self.gateway
+        return self.dispatcher, self.gateway
 
 
 def serving(files: Renamed) -> tuple[str, ...]:
@@ -73,19 +73,23 @@ def calling(files: Renamed) -> tuple[str, ...]:
 def secured(directory: Path, kind: type[Renamed], *flags: str) -> Iterator[Secured]:
     """Run a mesh of one replica with files of that kind. Its services end cleanly, and log no key."""
     authority = Authority()
-    front_files, gateway_files = (
-        kind(directory / name, {**authority.issue(HERE), "ca.crt": authority.pem}) for name in ("front", "gateway")
+    dispatcher_files, gateway_files = (
+        kind(directory / name, {**authority.issue(HERE), "ca.crt": authority.pem}) for name in ("dispatcher", "gateway")
     )
     compute = ("--workers", "1", "--kernels", str(KERNELS))
-    with Service("compute", *serving(front_files), *compute, *flags) as front:
-        replica = front.wait_for("serving")["listen"]
+    with Service("compute", *serving(dispatcher_files), *compute, *flags) as dispatcher:
+        replica = dispatcher.wait_for("serving")["listen"]
         to_replicas = ("--replicas", replica, *calling(gateway_files))
         with Service("gateway", *serving(gateway_files), *to_replicas, *flags) as gateway:
             gateway.wait_for("replica is ready")
             yield Secured(
-                authority=authority, front_files=front_files, gateway_files=gateway_files, front=front, gateway=gateway
+                authority=authority,
+                dispatcher_files=dispatcher_files,
+                gateway_files=gateway_files,
+                dispatcher=dispatcher,
+                gateway=gateway,
             )
-            for service, files in ((gateway, gateway_files), (front, front_files)):
+            for service, files in ((gateway, gateway_files), (dispatcher, dispatcher_files)):
                 service.stop()
                 logged = "\n".join(service.lines)
                 # gRPC would log a line for each.
@@ -177,7 +181,7 @@ async def test_who_shows_what_is_not_trusted_is_refused(
     bad = files(*REFUSED[way](ours, Authority()))
     async with Client(mesh_of_tls.address, tls=good.tls) as client:
         served = [await client.identity(X)]
-        for address in (mesh_of_tls.address, mesh_of_tls.front.wait_for("serving")["listen"]):
+        for address in (mesh_of_tls.address, mesh_of_tls.dispatcher.wait_for("serving")["listen"]):
             async with channel(address, bad) as opened:
                 assert await status_of(opened) == grpc.StatusCode.UNAVAILABLE
                 lane: Any = opened.stream_stream("/unlatch.v1.Lane/Open")()
@@ -224,7 +228,7 @@ def test_a_replica_that_cannot_be_verified_gets_nothing(
     trusted = Authority().pem if wrong == "authority" else ours.pem
     own = files({**ours.issue(HERE)}, trusted)
     flags = ("--replica-name", "another.example") if wrong == "name" else ()
-    replica = mesh_of_tls.front.wait_for("serving")["listen"]
+    replica = mesh_of_tls.dispatcher.wait_for("serving")["listen"]
     arguments = ("--listen", f"{HERE}:0", *ANY_PORTS, "--replicas", replica, *calling(own), *flags)
     with Service("gateway", *arguments) as gateway:
         reason = gateway.wait_for("no lane to replica")["message"]
@@ -237,7 +241,7 @@ def test_metrics_tell_when_certificates_expire(mesh_of_tls: Secured) -> None:
     """Metrics have each file's earliest expiry, by what the file is for."""
     for service, files, roles in (
         (mesh_of_tls.gateway, mesh_of_tls.gateway_files, {"tls-cert", "tls-client-ca", "replica-cert", "replica-ca"}),
-        (mesh_of_tls.front, mesh_of_tls.front_files, {"tls-cert", "tls-client-ca"}),
+        (mesh_of_tls.dispatcher, mesh_of_tls.dispatcher_files, {"tls-cert", "tls-client-ca"}),
     ):
         scrape = Scrape(service.wait_for("serving")["metrics_listen"])
         for role in roles:
@@ -282,8 +286,12 @@ class Load:
 async def taken(mesh: Secured, since: dict[Service, int]) -> None:
     """Wait until both services have taken the new files, and the gateway has a new lane with them."""
     for service, after in since.items():
-        for files, names in ((mesh.front_files, "tls"), (mesh.gateway_files, "tls"), (mesh.gateway_files, "replica")):
-            if (service is mesh.front) == (files is mesh.front_files):
+        for files, names in (
+            (mesh.dispatcher_files, "tls"),
+            (mesh.gateway_files, "tls"),
+            (mesh.gateway_files, "replica"),
+        ):
+            if (service is mesh.dispatcher) == (files is mesh.dispatcher_files):
                 ca = "--tls-client-ca" if names == "tls" else "--replica-ca"
                 paths = {f"--{names}-cert": files["tls.crt"], f"--{names}-key": files["tls.key"], ca: files["ca.crt"]}
                 event = "certificates replaced: " + ", ".join(f"{name} {path}" for name, path in paths.items())
@@ -312,7 +320,7 @@ async def test_certificates_swapped_under_load_cost_no_call(tmp_path: Path, kind
         stale = Renamed(tmp_path / "stale", {**old.issue("stale.example"), "ca.crt": old.pem + new.pem})
         # The connection is opened with what holds to the end: most clients do not read their files again.
         lasting = Renamed(tmp_path / "lasting", {**new.issue("lasting.example"), "ca.crt": old.pem + new.pem})
-        ends = mesh.front_files, mesh.gateway_files, own
+        ends = mesh.dispatcher_files, mesh.gateway_files, own
         async with (
             Client(mesh.address, tls=own.tls) as client,
             Client(mesh.address, tls=stale.tls) as left_behind,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.mesh.faults.conftest import front_at, gateway_to
+from tests.mesh.faults.conftest import dispatcher_at, gateway_to
 from tests.support.mesh import ROOT, Mesh, running_mesh
 from tests.support.watching import Gate, Scrape, until
 from unlatch import BlockingClient, Client
@@ -388,13 +388,13 @@ async def test_map_keeps_its_time_when_the_gateway_does_not(tmp_path: Path) -> N
 
 async def test_caller_who_tries_again_at_once_gets_through(tmp_path: Path) -> None:
     """A loop of failing calls sees the replica come back: each refusal lets the client notice it."""
-    socket = tmp_path / "front.sock"
-    with gateway_to(socket) as gateway, front_at(socket) as front:
+    socket = tmp_path / "dispatcher.sock"
+    with gateway_to(socket) as gateway, dispatcher_at(socket) as dispatcher:
         gateway.wait_for("replica is ready")
         async with Client(gateway.wait_for("serving")["listen"]) as impatient:
             await impatient.echo(X)
-            front.kill()
-            with front_at(socket):
+            dispatcher.kill()
+            with dispatcher_at(socket):
 
                 async def insist() -> Any:
                     while True:

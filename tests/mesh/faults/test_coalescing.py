@@ -30,7 +30,7 @@ SHARED = "unlatch_coalesced_calls_total"
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """A mesh of two workers, whose gateway has not learned yet how long kernels run."""
-    with running_mesh(tmp_path_factory.mktemp("coalescing"), front=["--kernels", str(FAULT_KERNELS)]) as running:
+    with running_mesh(tmp_path_factory.mktemp("coalescing"), dispatcher=["--kernels", str(FAULT_KERNELS)]) as running:
         yield running
 
 
@@ -52,7 +52,7 @@ def shared(mesh: Mesh, kernel: str = "doubles") -> float:
 
 def runs(mesh: Mesh, kernel: str = "doubles") -> float:
     """Return the number of runs by the workers' own count."""
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_calls_total", kernel=kernel)
+    return Scrape(mesh.dispatcher_metrics).sum("unlatch_worker_calls_total", kernel=kernel)
 
 
 async def test_identical_calls_cost_one_run(mesh: Mesh, client: Client) -> None:
@@ -160,7 +160,7 @@ async def test_one_who_leaves_spoils_it_for_nobody(mesh: Mesh, client: Client, t
 
 async def test_when_all_have_left_the_core_is_free(start_mesh: StartMesh, tmp_path: Path) -> None:
     """When the last caller leaves, the run is cancelled at the worker."""
-    mesh = start_mesh(front=["--kernels", str(FAULT_KERNELS), "--workers", "1", "--kill-grace-seconds", "0.1"])
+    mesh = start_mesh(dispatcher=["--kernels", str(FAULT_KERNELS), "--workers", "1", "--kill-grace-seconds", "0.1"])
     x, record = np.array([13.0]), tmp_path / "record"
     async with Client(mesh.gateway, timeout=60.0) as client:
         await learned(client, "doubles", x.size)

@@ -27,7 +27,7 @@ BUSY = "unlatch_worker_busy_seconds_total"
 def three(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
     """A mesh of three workers."""
     flags = ["--kernels", str(FAULT_KERNELS), "--workers", "3"]
-    with running_mesh(tmp_path_factory.mktemp("three"), front=flags) as running:
+    with running_mesh(tmp_path_factory.mktemp("three"), dispatcher=flags) as running:
         yield running
 
 
@@ -44,15 +44,15 @@ def of_workers(scrape: Scrape) -> float:
 
 async def test_burnt_seconds_are_counted(three: Mesh, caller: Client, tmp_path: Path) -> None:
     """A kernel's processor seconds by its own clock are its worker's counters, also if workers died of it."""
-    before = Scrape(three.front_metrics)
+    before = Scrape(three.dispatcher_metrics)
     burnt = sum(float(seconds) for seconds in await asyncio.gather(*(caller.burns(seconds=0.3) for _ in range(3))))
     for number in range(4):
         record = tmp_path / str(number)
         with pytest.raises(Unavailable):
             await caller.burns_and_dies(seconds=0.25, record=str(record))
         burnt += float(record.read_text())
-        await until(lambda: Scrape(three.front_metrics).sum("unlatch_worker_up") == 3, "the worker is replaced")
-    after = Scrape(three.front_metrics)
+        await until(lambda: Scrape(three.dispatcher_metrics).sum("unlatch_worker_up") == 3, "the worker is replaced")
+    after = Scrape(three.dispatcher_metrics)
     assert not after.fell_since(before)
     # The start of a worker costs some milliseconds, and the system counts in hundredths of a second.
     assert -0.02 <= of_workers(after) - of_workers(before) - burnt <= 0.03 + 4 * 0.03
@@ -63,12 +63,12 @@ async def test_burnt_seconds_are_counted(three: Mesh, caller: Client, tmp_path: 
 
 
 async def test_every_process_is_counted(three: Mesh) -> None:
-    """Gateway, front, forkserver and each worker have the time, utilisation and memory of /proc."""
-    seen = {Scrape(address) for address in (three.gateway_metrics, three.front_metrics)}
+    """Gateway, dispatcher, forkserver and each worker have the time, utilisation and memory of /proc."""
+    seen = {Scrape(address) for address in (three.gateway_metrics, three.dispatcher_metrics)}
     names = {"gateway", "dispatcher", "forkserver", "worker-0", "worker-1", "worker-2"}
     for series in (CPU, RATIO, "unlatch_process_resident_memory_bytes"):
         assert {dict(has)["process"] for scrape in seen for name, has in scrape.samples if name == series} == names
-    for name, pid in (("gateway", three.gateway_service.pid), ("dispatcher", three.front_service.pid)):
+    for name, pid in (("gateway", three.gateway_service.pid), ("dispatcher", three.dispatcher_service.pid)):
         counted = max(scrape.sum(CPU, process=name) for scrape in seen)
         assert counted == pytest.approx(processor_seconds(pid), abs=0.1)
 
@@ -78,7 +78,7 @@ async def test_utilization_is_the_systems(three: Mesh, caller: Client) -> None:
 
     Busy seconds grow during a run.
     """
-    started = tree(three.front_service.pid)
+    started = tree(three.dispatcher_service.pid)
     workers = {process.pid for process in started if "forkserver" in process.command} & set(three.workers)
     assert len(workers) == 3
     seconds = WINDOW_SECONDS + 1.5
@@ -87,15 +87,15 @@ async def test_utilization_is_the_systems(three: Mesh, caller: Client) -> None:
         asyncio.ensure_future(caller.half_busy(seconds=seconds + 0.5, share=0.5)),
     ]
     try:
-        idle_at_first = Scrape(three.front_metrics)
-        await until(lambda: Scrape(three.front_metrics).sum(BUSY) > idle_at_first.sum(BUSY), "they run")
+        idle_at_first = Scrape(three.dispatcher_metrics)
+        await until(lambda: Scrape(three.dispatcher_metrics).sum(BUSY) > idle_at_first.sum(BUSY), "they run")
         machine, own = machine_seconds(), {process: processor_seconds(process.pid) for process in started}
         asked = time.monotonic()
-        first, began = Scrape(three.front_metrics), time.monotonic()
+        first, began = Scrape(three.dispatcher_metrics), time.monotonic()
         gateway = processor_seconds(three.gateway_service.pid) + processor_seconds(os.getpid())
         await until(lambda: time.monotonic() - began >= WINDOW_SECONDS, "a window has passed", WINDOW_SECONDS + 1)
         least = time.monotonic() - began
-        last, took = Scrape(three.front_metrics), time.monotonic() - began
+        last, took = Scrape(three.dispatcher_metrics), time.monotonic() - began
         used = {process: processor_seconds(process.pid) - before for process, before in own.items()}
         gateway = processor_seconds(three.gateway_service.pid) + processor_seconds(os.getpid()) - gateway
         others = machine_seconds() - machine - sum(used.values()) - gateway
@@ -115,7 +115,7 @@ async def test_utilization_is_the_systems(three: Mesh, caller: Client) -> None:
             assert by_metric[1] == pytest.approx(0.5, abs=0.08)
     finally:
         await asyncio.gather(*calls)
-    assert not Scrape(three.front_metrics).fell_since(last)
+    assert not Scrape(three.dispatcher_metrics).fell_since(last)
 
 
 def machine_seconds() -> float:

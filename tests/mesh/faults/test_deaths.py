@@ -69,7 +69,7 @@ STORIES = {
 }
 # The end of a thread is not the end of the process: nothing is wrong in an idle worker.
 IDLE_DEATHS = DEATHS.keys() - {"main thread ends"}
-# Some of these say nothing of what the worker does next: for the front it may have ended its run.
+# Some of these say nothing of what the worker does next: for the dispatcher it may have ended its run.
 SAID = ("garbage", "empty map", "unknown frame", "other call")
 LIES = (
     *("no output", "too many outputs", "outside", "before", "longer than segment", "negative length"),
@@ -95,11 +95,11 @@ def is_dead(process: Process) -> bool:
 @contextmanager
 def replaced(mesh: Mesh, reason: str, times: int = 1) -> Iterator[None]:
     """Check that this many workers die for that reason inside the `with` block, and that the pool recovers."""
-    before, ended = Scrape(mesh.front_metrics), restarts(mesh)
+    before, ended = Scrape(mesh.dispatcher_metrics), restarts(mesh)
     yield
     wait_until(lambda: restarts(mesh) == ended + times, "restarts are counted")
     wait_until(lambda: is_full(mesh), "every slot has a worker")
-    after = Scrape(mesh.front_metrics)
+    after = Scrape(mesh.dispatcher_metrics)
     assert not after.fell_since(before)
     name = "unlatch_worker_restarts_total"
     grown = {
@@ -135,10 +135,10 @@ async def test_death_in_a_call_fails_that_call(faulty: Mesh, client: Client, ker
 
 @pytest.mark.parametrize("how", LIES)
 async def test_lie_about_a_reply_ends_the_worker(faulty: Mesh, client: Client, how: str) -> None:
-    """A worker that sends a false answer is killed, its call ends UNAVAILABLE, and the front is unharmed."""
+    """A worker that sends a false answer is killed, its call ends UNAVAILABLE, and the dispatcher is unharmed."""
     with replaced(faulty, ""):
         await fails(asyncio.ensure_future(client.dies(fresh(), how=how, timeout=5.0)), "worker")
-    assert resident_bytes(faulty.front_service.pid) < 400e6
+    assert resident_bytes(faulty.dispatcher_service.pid) < 400e6
     await busy(client)
 
 
@@ -169,7 +169,7 @@ async def test_death_fails_no_call_that_was_not_begun(faulty: Mesh, client: Clie
         slots = {f"worker-{slot}": pid for slot, pid in enumerate((first.pid, second.pid))}
         assert len(set(slots.values())) == 2
         others = [asyncio.ensure_future(client.echo(X * factor)) for factor in range(12)]
-        await until(lambda: Scrape(faulty.front_metrics).sum("unlatch_queue_depth") == 10, "the rest waits")
+        await until(lambda: Scrape(faulty.dispatcher_metrics).sum("unlatch_queue_depth") == 10, "the rest waits")
         if outside:
             os.kill(first.pid, signal.SIGKILL)
         else:
@@ -186,15 +186,15 @@ async def test_death_fails_no_call_that_was_not_begun(faulty: Mesh, client: Clie
 async def test_death_in_its_grace_hurts_nobody(faulty: Mesh, client: Client, gate: GateMaker, how: str) -> None:
     """An abandoned run whose worker dies before it is killed costs one worker."""
     here = gate("here")
-    before = Scrape(faulty.front_metrics).sum("unlatch_calls_total", code="CANCELLED")
+    before = Scrape(faulty.dispatcher_metrics).sum("unlatch_calls_total", code="CANCELLED")
     with replaced(faulty, ""):
         doomed = asyncio.ensure_future(client.dies(fresh(), how=how, gate=str(here)))
         await until(lambda: here.reached, "it runs")
         others = [asyncio.ensure_future(client.echo(X * factor)) for factor in range(12)]
         doomed.cancel()
         await until(
-            lambda: Scrape(faulty.front_metrics).sum("unlatch_calls_total", code="CANCELLED") == before + 1,
-            "the front knows",
+            lambda: Scrape(faulty.dispatcher_metrics).sum("unlatch_calls_total", code="CANCELLED") == before + 1,
+            "the dispatcher knows",
         )
         # It may be too late for this. Either way it is one end.
         here.open()
@@ -210,7 +210,7 @@ async def test_worker_that_lies_may_have_gone_on(
 ) -> None:
     """The worker is killed after beginning the staged call, which runs again if it is pure, and otherwise not."""
     first, second, record = gate("first"), gate("second"), tmp_path / "record"
-    front = faulty.front_service
+    dispatcher = faulty.dispatcher_service
     with replaced(faulty, ""):
         liar = asyncio.ensure_future(client.lies(fresh(), how=how, gate=str(first)))
         await until(lambda: first.reached, "the first call runs")
@@ -219,14 +219,16 @@ async def test_worker_that_lies_may_have_gone_on(
         x = fresh()
         staged = asyncio.ensure_future(client.call(kernel, x, record=str(record)))
         others = [asyncio.ensure_future(client.echo(X)) for _ in range(3)]
-        await until(lambda: Scrape(faulty.front_metrics).sum("unlatch_queue_depth") == 2, "one is staged behind each")
-        # The front sees the false frame only when the next call has begun.
-        front.signal(signal.SIGSTOP)
+        await until(
+            lambda: Scrape(faulty.dispatcher_metrics).sum("unlatch_queue_depth") == 2, "one is staged behind each"
+        )
+        # The dispatcher sees the false frame only when the next call has begun.
+        dispatcher.signal(signal.SIGSTOP)
         try:
             first.open()
             await until(lambda: record.exists() and record.read_text(), "the staged call has begun")
         finally:
-            front.signal(signal.SIGCONT)
+            dispatcher.signal(signal.SIGCONT)
         await fails(liar, "worker")
         if kernel == "doubles":
             np.testing.assert_array_equal(await staged, x * 2.0)
@@ -252,7 +254,7 @@ async def test_death_while_starting_is_tried_again(faulty: Mesh, client: Client,
 
 
 async def test_dead_worker_takes_one_call_at_most(faulty: Mesh, client: Client) -> None:
-    """Of calls that come while an idle worker dies, the front gives it one at most before it notices."""
+    """Of calls that come while an idle worker dies, the dispatcher gives it one at most before it notices."""
     for _ in range(10):
         victim = Process.of(faulty.workers[-1])
         with replaced(faulty, "killed"):
@@ -265,8 +267,8 @@ async def test_dead_worker_takes_one_call_at_most(faulty: Mesh, client: Client) 
 
 
 async def test_many_deaths_leave_nothing(faulty: Mesh, client: Client) -> None:
-    """After many deaths the front has the same descriptors and memory as before, and there is no zombie."""
-    front, forkserver = faulty.front_service.pid, faulty.pids["forkserver"]
+    """After many deaths the dispatcher has the same descriptors and memory as before, and there is no zombie."""
+    dispatcher, forkserver = faulty.dispatcher_service.pid, faulty.pids["forkserver"]
 
     async def deaths(count: int) -> None:
         for number in range(count):
@@ -276,11 +278,11 @@ async def test_many_deaths_leave_nothing(faulty: Mesh, client: Client) -> None:
             await busy(client)
 
     await deaths(4)
-    files, memory = sorted(descriptors(front).values()), resident_bytes(front)
+    files, memory = sorted(descriptors(dispatcher).values()), resident_bytes(dispatcher)
     await deaths(24)
-    assert len(descriptors(front)) <= len(files) + 2, sorted(descriptors(front).values())
-    assert resident_bytes(front) - memory < 4e6
-    wait_until(lambda: not children(front, zombies=True) and not children(forkserver, zombies=True), "no zombies")
+    assert len(descriptors(dispatcher)) <= len(files) + 2, sorted(descriptors(dispatcher).values())
+    assert resident_bytes(dispatcher) - memory < 4e6
+    wait_until(lambda: not children(dispatcher, zombies=True) and not children(forkserver, zombies=True), "no zombies")
 
 
 async def test_forkserver_killed(faulty: Mesh, client: Client, gate: GateMaker) -> None:
@@ -290,7 +292,7 @@ async def test_forkserver_killed(faulty: Mesh, client: Client, gate: GateMaker) 
     await until(lambda: here.reached, "a call runs")
     workers, forkserver = set(faulty.workers), faulty.pids["forkserver"]
     processes = [Process.of(pid) for pid in workers]
-    before, ended = Scrape(faulty.front_metrics), restarts(faulty)
+    before, ended = Scrape(faulty.dispatcher_metrics), restarts(faulty)
     os.kill(forkserver, signal.SIGKILL)
     others = [asyncio.ensure_future(client.echo(X)) for _ in range(20)]
     # One of them is staged behind the call that waits.
@@ -303,7 +305,7 @@ async def test_forkserver_killed(faulty: Mesh, client: Client, gate: GateMaker) 
     await renew(faulty, client, processes)
     assert faulty.pids["forkserver"] != forkserver
     assert not workers & set(faulty.workers)
-    assert not Scrape(faulty.front_metrics).fell_since(before)
+    assert not Scrape(faulty.dispatcher_metrics).fell_since(before)
 
 
 async def renew(faulty: Mesh, client: Client, processes: list[Process]) -> None:
@@ -317,7 +319,7 @@ async def renew(faulty: Mesh, client: Client, processes: list[Process]) -> None:
             os.kill(process.pid, signal.SIGKILL)
         await busy(client)
     assert len(faulty.workers) == 2
-    assert not children(faulty.front_service.pid, zombies=True)
+    assert not children(faulty.dispatcher_service.pid, zombies=True)
 
 
 @pytest.mark.parametrize("moment", ["start", "fork"])
@@ -342,7 +344,7 @@ async def test_forkserver_killed_while_it_starts_a_worker(
         each.open()
     await asyncio.gather(*calls)
     await renew(faulty, client, processes)
-    # A child that was forked, and not reported to the front, has ended by itself.
+    # A child that was forked, and not reported to the dispatcher, has ended by itself.
     ours = {faulty.pids["forkserver"], *faulty.workers}
     wait_until(lambda: forked(at_start) == ours, "no worker is left that nobody knows")
 
@@ -362,20 +364,20 @@ def forked(mark: Path) -> set[int]:
 async def test_kernel_that_prints_to_nobody_hangs_alone(faulty: Mesh, client: Client, tmp_path: Path) -> None:
     """Megabytes on an unread stderr stop the kernel that prints them, until its timeout, and no other."""
     record = tmp_path / "prints"
-    with faulty.front_service.unread():
+    with faulty.dispatcher_service.unread():
         printing = asyncio.ensure_future(client.prints(fresh(), megabytes=4, record=str(record)))
         await until(record.exists, "it prints")
         for _ in range(4):
-            # The front logs each of these ends to the same stderr.
+            # The dispatcher logs each of these ends to the same stderr.
             with replaced(faulty, "killed"):
                 await fails(asyncio.ensure_future(client.dies(fresh(), how="sigkill")), "SIGKILL")
             np.testing.assert_array_equal(await client.echo(X), X)
         assert not printing.done()
         reason = {"reason": "abandoned"}
-        before = Scrape(faulty.front_metrics).sum("unlatch_worker_restarts_total", **reason)
+        before = Scrape(faulty.dispatcher_metrics).sum("unlatch_worker_restarts_total", **reason)
         printing.cancel()
         await until(
-            lambda: Scrape(faulty.front_metrics).sum("unlatch_worker_restarts_total", **reason) == before + 1,
+            lambda: Scrape(faulty.dispatcher_metrics).sum("unlatch_worker_restarts_total", **reason) == before + 1,
             "it is ended",
         )
     await busy(client)
@@ -446,10 +448,10 @@ async def test_shared_memory_is_sealed(faulty: Mesh, client: Client, how: str) -
 
 
 async def test_scribbling_worker_spoils_its_own_reply_alone(faulty: Mesh, client: Client) -> None:
-    """Noise written over a worker's reply segments while the front reads them reaches no other reply."""
+    """Noise written over a worker's reply segments while the dispatcher reads them reaches no other reply."""
     with replaced(faulty, "killed"):
         spoilt = asyncio.ensure_future(client.scribbles(megabytes=64, seconds=1.5))
-        await until(lambda: Scrape(faulty.front_metrics).sum("unlatch_worker_busy_seconds_total"), "it runs")
+        await until(lambda: Scrape(faulty.dispatcher_metrics).sum("unlatch_worker_busy_seconds_total"), "it runs")
         for factor in range(100):
             y = await client.echo(np.full(1000, float(factor)))
             # The scribbling worker may be the one that answers this, and then the answer may be noise too.
@@ -462,11 +464,11 @@ async def test_scribbling_worker_spoils_its_own_reply_alone(faulty: Mesh, client
 
 
 @pytest.mark.parametrize("size", [1 << 30, 1 << 46])
-async def test_huge_reply_segment_costs_the_front_nothing(faulty: Mesh, client: Client, size: int) -> None:
+async def test_huge_reply_segment_costs_the_dispatcher_nothing(faulty: Mesh, client: Client, size: int) -> None:
     """An enormous reply segment with a valid reply in it is read only as far as the reply goes."""
     x = np.arange(1 << 18, dtype="f8")
     np.testing.assert_array_equal(await client.grows(x, size=size), x)
-    assert resident_bytes(faulty.front_service.pid) < 400e6
+    assert resident_bytes(faulty.dispatcher_service.pid) < 400e6
     np.testing.assert_array_equal(await client.echo(x), x)
 
 

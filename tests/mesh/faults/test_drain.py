@@ -14,9 +14,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.mesh.faults.conftest import answered, front_at, gateway_to
+from tests.mesh.faults.conftest import answered, dispatcher_at, gateway_to
 from tests.support.doors import arrays_of, vector
-from tests.support.mesh import running_front
+from tests.support.mesh import running_dispatcher
 from tests.support.watching import Gate, Scrape, until
 from unlatch import Client
 from unlatch.common.errors import Unavailable, UnlatchError
@@ -54,18 +54,21 @@ async def infer(channel: grpc.aio.Channel, message: ModelInferRequest) -> ModelI
     return ModelInferResponse.FromString(answer)
 
 
-@pytest.mark.parametrize("draining", ["gateway", "front"])
+@pytest.mark.parametrize("draining", ["gateway", "dispatcher"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: signal.Signals) -> None:
     """A stopped service reports NOT_SERVING, refuses new calls at once, answers those in flight, and ends with 0.
 
     During all that it reports that it is alive.
     """
-    socket = tmp_path / "front.sock"
+    socket = tmp_path / "dispatcher.sock"
     lane_gate, door_gate = gate("lane"), gate("door")
-    with front_at(socket, "--drain-seconds", "30") as front, gateway_to(socket, "--drain-seconds", "30") as gateway:
+    with (
+        dispatcher_at(socket, "--drain-seconds", "30") as dispatcher,
+        gateway_to(socket, "--drain-seconds", "30") as gateway,
+    ):
         gateway.wait_for("replica is ready")
-        ending = gateway if draining == "gateway" else front
+        ending = gateway if draining == "gateway" else dispatcher
         address = gateway.wait_for("serving")["listen"]
         async with (
             Client(address, timeout=20.0) as client,
@@ -99,14 +102,14 @@ async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: sig
             assert await asyncio.to_thread(ending.wait) == 0
 
 
-@pytest.mark.parametrize("draining", ["gateway", "front"])
+@pytest.mark.parametrize("draining", ["gateway", "dispatcher"])
 async def test_drain_is_bounded(tmp_path: Path, gate: GateMaker, draining: str) -> None:
     """A call that takes longer than `drain_seconds` ends UNAVAILABLE, and the process still ends with 0."""
-    socket, here = tmp_path / "front.sock", gate("here")
+    socket, here = tmp_path / "dispatcher.sock", gate("here")
     flags = ("--drain-seconds", "0.3")
-    with front_at(socket, *flags) as front, gateway_to(socket, *flags) as gateway:
+    with dispatcher_at(socket, *flags) as dispatcher, gateway_to(socket, *flags) as gateway:
         gateway.wait_for("replica is ready")
-        ending = gateway if draining == "gateway" else front
+        ending = gateway if draining == "gateway" else dispatcher
         async with Client(gateway.wait_for("serving")["listen"], timeout=20.0) as client:
             call = asyncio.ensure_future(client.waits(X, gate=str(here)))
             await until(lambda: here.reached, "the call runs")
@@ -119,13 +122,13 @@ async def test_drain_is_bounded(tmp_path: Path, gate: GateMaker, draining: str) 
 
 async def test_second_signal_ends_at_once(tmp_path: Path, gate: GateMaker) -> None:
     """The second signal does not wait for anything."""
-    socket, here, patient = tmp_path / "front.sock", gate("here"), ("--drain-seconds", "60")
-    with front_at(socket, *patient) as front, gateway_to(socket, *patient) as gateway:
+    socket, here, patient = tmp_path / "dispatcher.sock", gate("here"), ("--drain-seconds", "60")
+    with dispatcher_at(socket, *patient) as dispatcher, gateway_to(socket, *patient) as gateway:
         gateway.wait_for("replica is ready")
         async with Client(gateway.wait_for("serving")["listen"], timeout=20.0) as client:
             call = asyncio.ensure_future(client.waits(X, gate=str(here)))
             await until(lambda: here.reached, "the call runs")
-            for service in (gateway, front):
+            for service in (gateway, dispatcher):
                 service.signal(signal.SIGTERM)
                 await asyncio.to_thread(service.wait_for, "draining")
                 service.signal(signal.SIGTERM)
@@ -137,8 +140,8 @@ async def test_second_signal_ends_at_once(tmp_path: Path, gate: GateMaker) -> No
 
 async def test_calls_held_for_a_window_hear_of_a_broken_lane(tmp_path: Path, gate: GateMaker) -> None:
     """When a replica dies, calls that the gateway holds for want of room end UNAVAILABLE at once, like those sent."""
-    socket, here = tmp_path / "front.sock", gate("here")
-    with front_at(socket, "--window-calls", "2") as front, gateway_to(socket) as gateway:
+    socket, here = tmp_path / "dispatcher.sock", gate("here")
+    with dispatcher_at(socket, "--window-calls", "2") as dispatcher, gateway_to(socket) as gateway:
         gateway.wait_for("replica is ready")
         entry = gateway.wait_for("serving")
         async with Client(entry["listen"], timeout=600.0) as client:
@@ -147,7 +150,7 @@ async def test_calls_held_for_a_window_hear_of_a_broken_lane(tmp_path: Path, gat
             others = [asyncio.ensure_future(client.hangs(X, how="sleep", record=str(tmp_path / "on")))]
             others += [asyncio.ensure_future(client.echo(X)) for _ in range(5)]
             await until(lambda: Scrape(entry["metrics_listen"]).sum("unlatch_queue_depth") == 5, "five are held")
-            front.signal(signal.SIGKILL)
+            dispatcher.signal(signal.SIGKILL)
             # At once, though each of them has the client's timeout.
             ended = asyncio.gather(running, *others, return_exceptions=True)
             for outcome in await asyncio.wait_for(ended, 10.0):
@@ -159,7 +162,7 @@ async def test_health_follows_the_replica(tmp_path: Path) -> None:
 
     Without a replica it still reports that it is alive.
     """
-    socket = tmp_path / "front.sock"
+    socket = tmp_path / "dispatcher.sock"
     with gateway_to(socket) as gateway:
         entry = gateway.wait_for("serving")
         services = ("", "inference.GRPCInferenceService", "unlatch.v1.Lane")
@@ -180,7 +183,7 @@ async def test_health_follows_the_replica(tmp_path: Path) -> None:
             assert (await check(health_pb2.HealthCheckRequest(service=LIVENESS))).status == SERVING
             with pytest.raises(Unavailable, match="no replica"):
                 await client.call("echo", X)
-            with front_at(socket) as front:
+            with dispatcher_at(socket) as dispatcher:
                 assert [await status(watch) for watch in watches] == [SERVING] * 3
                 for service in services:
                     assert (await check(health_pb2.HealthCheckRequest(service=service))).status == SERVING
@@ -189,7 +192,7 @@ async def test_health_follows_the_replica(tmp_path: Path) -> None:
                 async with Client(entry["listen"]) as other:
                     np.testing.assert_array_equal(await other.echo(X), X)
                 await answered(client)
-                front.signal(signal.SIGKILL)
+                dispatcher.signal(signal.SIGKILL)
                 assert [await status(watch) for watch in (whole, lane)] == [NOT_SERVING] * 2
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await check(health_pb2.HealthCheckRequest(service="no.such.Service"))
@@ -200,8 +203,8 @@ async def test_health_follows_the_replica(tmp_path: Path) -> None:
 
 async def test_replica_says_when_it_serves(tmp_path: Path) -> None:
     """A replica's own health answers for its lane and its life, and for no other service."""
-    with running_front(tmp_path / "front.sock") as front:
-        address = front.wait_for("serving")["health_listen"]
+    with running_dispatcher(tmp_path / "dispatcher.sock") as dispatcher:
+        address = dispatcher.wait_for("serving")["health_listen"]
         for service, expected in {
             "": SERVING,
             LIVENESS: SERVING,
@@ -214,9 +217,9 @@ async def test_replica_says_when_it_serves(tmp_path: Path) -> None:
 
 async def test_reflection_lists_services(tmp_path: Path) -> None:
     """Gateway, replica and both health ports list their services by reflection."""
-    socket = tmp_path / "front.sock"
-    with running_front(socket) as front, gateway_to(socket) as gateway:
-        door, replica = gateway.wait_for("serving"), front.wait_for("serving")
+    socket = tmp_path / "dispatcher.sock"
+    with running_dispatcher(socket) as dispatcher, gateway_to(socket) as gateway:
+        door, replica = gateway.wait_for("serving"), dispatcher.wait_for("serving")
         expected = {
             door["listen"]: {"inference.GRPCInferenceService", "unlatch.v1.Lane"},
             replica["listen"]: {"unlatch.v1.Lane"},
@@ -237,15 +240,15 @@ async def test_reflection_lists_services(tmp_path: Path) -> None:
 
 async def test_replica_that_comes_back_is_used(tmp_path: Path) -> None:
     """A client's lane stays open through a replica's restart, and its next call is answered."""
-    socket = tmp_path / "front.sock"
+    socket = tmp_path / "dispatcher.sock"
     with gateway_to(socket) as gateway:
         async with Client(gateway.wait_for("serving")["listen"], timeout=5.0) as client:
             for _ in range(2):
                 seen = len(gateway.lines)
-                with front_at(socket) as front:
+                with dispatcher_at(socket) as dispatcher:
                     await asyncio.to_thread(gateway.wait_for, "replica is ready", after=seen)
                     await answered(client)
-                    front.signal(signal.SIGKILL)
+                    dispatcher.signal(signal.SIGKILL)
                     await asyncio.to_thread(gateway.wait_for, "lane to replica broke", after=seen)
                 with pytest.raises(UnlatchError):
                     await client.echo(X)

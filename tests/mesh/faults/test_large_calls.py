@@ -11,9 +11,9 @@ from unlatch import Client
 
 MEBIBYTE = 1024 * 1024
 SIZE = 256 * MEBIBYTE
-# Multiples of the call's size. The gateway keeps a call's bytes to send them again; the front has them in its
+# Multiples of the call's size. The gateway keeps a call's bytes to send them again; the dispatcher has them in its
 # arena.
-GATEWAY, FRONT = 1.5, 1.2
+GATEWAY, DISPATCHER = 1.5, 1.2
 
 
 class Taken:
@@ -33,14 +33,14 @@ class Taken:
 
 
 async def test_large_call_is_in_memory_little_more_than_once(start_mesh: StartMesh) -> None:
-    """256 MiB there and back take at most 1.5 of that in the gateway, and 1.2 in the front beside its arena."""
+    """256 MiB there and back take at most 1.5 of that in the gateway, and 1.2 in the dispatcher beside its arena."""
     mesh, x = start_mesh(), np.random.default_rng(1).random(SIZE // 8)
     async with Client(mesh.gateway, timeout=60.0) as client:
         await client.identity(x[:1024])
-        gateway, front = Taken(mesh.gateway_service.pid), Taken(mesh.front_service.pid)
+        gateway, dispatcher = Taken(mesh.gateway_service.pid), Taken(mesh.dispatcher_service.pid)
         assert np.array_equal(await client.identity(x), x)
     assert 0 < gateway.most <= GATEWAY * SIZE
-    assert front.most <= FRONT * SIZE
+    assert dispatcher.most <= DISPATCHER * SIZE
 
 
 def test_slow_reader_costs_the_gateway_no_more(start_mesh: StartMesh) -> None:
@@ -58,5 +58,5 @@ def test_slow_reader_costs_the_gateway_no_more(start_mesh: StartMesh) -> None:
 
 
 def _is_all_there(mesh: Mesh) -> bool:
-    """Whether the front has sent the large answer's frame, and the gateway has taken all of its bytes."""
+    """Whether the dispatcher has sent the large answer's frame, and the gateway has taken all of its bytes."""
     return Scrape(mesh.gateway_metrics).sum("unlatch_calls_total", kernel="identity", code="OK") >= 2

@@ -118,9 +118,9 @@ async def test_calls_of_a_frozen_replica_go_elsewhere_or_are_told(
         calling = asyncio.create_task(client.call(kernel, x, record=str(record), timeout=60.0, **stays))
         await until(lambda: left_in(record), "it has begun")
         await asyncio.to_thread(fleet.start, 1)
-        front = fleet.fronts[0]
-        assert front is not None
-        front.signal(signal.SIGSTOP)
+        dispatcher = fleet.dispatchers[0]
+        assert dispatcher is not None
+        dispatcher.signal(signal.SIGSTOP)
         await asyncio.to_thread(
             fleet.gateway.wait_for, "lane to replica broke", replica=f"unix:{fleet.sockets[0]}", within=6.0
         )

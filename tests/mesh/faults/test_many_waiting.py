@@ -27,7 +27,7 @@ async def test_ten_thousand_calls_wait_and_are_answered(tmp_path: Path) -> None:
     """While no worker is free each call takes less than 40 KiB of the gateway. Then each gets its own result."""
     gates = [Gate(tmp_path / f"gate{number}") for number in range(WORKERS)]
     async with AsyncExitStack() as stack:
-        mesh = stack.enter_context(running_mesh(tmp_path, front=["--kernels", str(FAULT_KERNELS)]))
+        mesh = stack.enter_context(running_mesh(tmp_path, dispatcher=["--kernels", str(FAULT_KERNELS)]))
         clients = [await stack.enter_async_context(Client(mesh.gateway, timeout=100.0)) for _ in range(CALLERS)]
         unary = [await _unary(stack, mesh.gateway) for _ in range(CALLERS)]
         pid = mesh.gateway_service.pid

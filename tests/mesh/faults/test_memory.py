@@ -35,7 +35,7 @@ EVER = 600.0
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """A single worker with a limit: the next call runs on the worker that met the limit, or on its successor."""
     flags = (*KERNELS, "--workers", "1", "--worker-memory-bytes", str(LIMIT_BYTES))
-    with running_mesh(tmp_path_factory.mktemp("limited"), front=flags) as running:
+    with running_mesh(tmp_path_factory.mktemp("limited"), dispatcher=flags) as running:
         yield running
 
 
@@ -54,12 +54,12 @@ async def fresh(mesh: Mesh, client: Client) -> int:
     """Replace the worker, whose heap earlier calls have fragmented; return the new one's pid."""
     killed = Process.of(await pid_of(client))
     os.kill(killed.pid, signal.SIGKILL)
-    await until(lambda: not killed.alive and Scrape(mesh.front_metrics).sum("unlatch_worker_up"), "it is replaced")
+    await until(lambda: not killed.alive and Scrape(mesh.dispatcher_metrics).sum("unlatch_worker_up"), "it is replaced")
     return await pid_of(client)
 
 
 def taken_bytes(mesh: Mesh) -> float:
-    return Scrape(mesh.front_metrics).sum("unlatch_worker_memory_bytes")
+    return Scrape(mesh.dispatcher_metrics).sum("unlatch_worker_memory_bytes")
 
 
 @asynccontextmanager
@@ -105,7 +105,7 @@ async def test_call_that_needs_too_much_fails_alone_among_several(
     await until(lambda: here.reached, "the worker is taken")
     calls = [asyncio.ensure_future(client.allocates_together(np.array([size]))) for size in (50.0, 300.0, 60.0, 70.0)]
     # The first is staged, and runs alone.
-    await until(lambda: Scrape(limited.front_metrics).sum("unlatch_queue_depth") == 3, "the others wait")
+    await until(lambda: Scrape(limited.dispatcher_metrics).sum("unlatch_queue_depth") == 3, "the others wait")
     here.open()
     await waiting
     _, large, *_ = await asyncio.gather(*calls, return_exceptions=True)
@@ -113,7 +113,7 @@ async def test_call_that_needs_too_much_fails_alone_among_several(
     assert OF_WORKER in str(large)
     assert [float((await calls[index])[0]) for index in (0, 2, 3)] == [50.0, 60.0, 70.0]
     # One alone, three together, and each of the three alone.
-    scrape = Scrape(limited.front_metrics)
+    scrape = Scrape(limited.dispatcher_metrics)
     assert scrape.sum("unlatch_batch_calls_sum") == 1 + 3 + 3
     assert scrape.sum("unlatch_batch_calls_count") == 1 + 1 + 3
 
@@ -144,7 +144,7 @@ async def test_run_that_goes_around_the_limit_loses_its_worker(
     await fresh(limited, client)
     async with replaced(limited, client, OVER_LIMIT):
         call = asyncio.ensure_future(client.escapes(megabytes=320, seconds=EVER, record=str(record), gate=str(here)))
-        await until(lambda: here.reached and taken_bytes(limited) > 60 * MiB, "the front has looked at this run")
+        await until(lambda: here.reached and taken_bytes(limited) > 60 * MiB, "the dispatcher has looked at this run")
         here.open()
         with pytest.raises(ResourceExhausted, match=f"(?m)^kernel escapes took [0-9]+ bytes of memory, .*{OF_WORKER}$"):
             await call
@@ -199,8 +199,8 @@ async def test_idle_worker_gives_memory_back(limited: Mesh, client: Client) -> N
     await client.allocates(megabytes=200)
     assert resident_bytes(pid) - before > 150 * MiB
     await until(lambda: resident_bytes(pid) - before < 20 * MiB, "the memory is back")
-    await until(lambda: taken_bytes(limited) < 20 * MiB, "the front has seen it")
-    assert Scrape(limited.front_metrics).sum("unlatch_worker_memory_limit_bytes") == LIMIT_BYTES
+    await until(lambda: taken_bytes(limited) < 20 * MiB, "the dispatcher has seen it")
+    assert Scrape(limited.dispatcher_metrics).sum("unlatch_worker_memory_limit_bytes") == LIMIT_BYTES
     assert int(await client.allocates(megabytes=200)) == pid
 
 
@@ -211,7 +211,7 @@ async def test_idle_worker_gives_memory_back(limited: Mesh, client: Client) -> N
 )
 async def test_recycling_under_load_hurts_no_call(tmp_path: Path, flag: str, bound: int, reason: str) -> None:
     """With a leaking kernel at saturation workers are replaced, one at a time, and every call is answered."""
-    with running_mesh(tmp_path, front=[*KERNELS, "--workers", "2", flag, str(bound)]) as mesh:
+    with running_mesh(tmp_path, dispatcher=[*KERNELS, "--workers", "2", flag, str(bound)]) as mesh:
         first = [Process.of(pid) for pid in mesh.workers]
         calls = 0
         async with Client(mesh.gateway, timeout=30.0) as client:
@@ -219,27 +219,27 @@ async def test_recycling_under_load_hurts_no_call(tmp_path: Path, flag: str, bou
             async def caller() -> None:
                 nonlocal calls
                 while restarts(mesh, reason) < 4 or any(process.alive for process in first):
-                    assert Scrape(mesh.front_metrics).sum("unlatch_worker_up") >= 1
+                    assert Scrape(mesh.dispatcher_metrics).sum("unlatch_worker_up") >= 1
                     for _ in range(20):
                         assert int(await client.keeps(megabytes=0.125)) > 0
                         calls += 1
 
             await asyncio.gather(*(caller() for _ in range(8)))
-            await until(lambda: Scrape(mesh.front_metrics).sum("unlatch_worker_up") == 2, "the pool is full")
-        scrape = Scrape(mesh.front_metrics)
+            await until(lambda: Scrape(mesh.dispatcher_metrics).sum("unlatch_worker_up") == 2, "the pool is full")
+        scrape = Scrape(mesh.dispatcher_metrics)
         name = "unlatch_worker_restarts_total"
         # Both from one scrape: another worker may be recycled at any moment.
         assert scrape.sum(name) == scrape.sum(name, reason=reason)
         assert scrape.sum("unlatch_worker_calls_total", kernel="keeps", outcome="ok") == calls
         assert scrape.sum("unlatch_calls_total", kernel="keeps", code="OK") == calls
-        assert not any("calls_lost" in entry and entry["calls_lost"] for entry in mesh.front_service.entries)
+        assert not any("calls_lost" in entry and entry["calls_lost"] for entry in mesh.dispatcher_service.entries)
 
 
 async def test_kernel_that_declares_more_than_a_worker_has_is_not_served(tmp_path: Path) -> None:
     """The start is refused, with both numbers."""
     limit = ("--worker-memory-bytes", str(DECLARED_BYTES - MiB))
-    listen = ("--listen", f"unix:{tmp_path / 'front.sock'}")
-    with Service("compute", *listen, *ANY_PORTS, *KERNELS, *limit) as front:
-        assert front.wait() == 2
+    listen = ("--listen", f"unix:{tmp_path / 'dispatcher.sock'}")
+    with Service("compute", *listen, *ANY_PORTS, *KERNELS, *limit) as dispatcher:
+        assert dispatcher.wait() == 2
         says = f"kernel declares declares memory={DECLARED_BYTES}, but a worker may have worker_memory_bytes="
-        assert says in front.lines[-1]
+        assert says in dispatcher.lines[-1]

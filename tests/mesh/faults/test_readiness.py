@@ -55,7 +55,7 @@ def doubled(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
 BROKEN = GOOD + "\nimport no_such_module_at_all\n"
 BROKEN_LINE = BROKEN.count("\n")
 HANGING = GOOD + "\nimport time\ntime.sleep(3600)\n"
-# Late enough for the front to have seen that there was a process.
+# Late enough for the dispatcher to have seen that there was a process.
 DYING = GOOD + "\nimport time\nos.register_at_fork(after_in_child=lambda: (time.sleep(0.1), os._exit(7)))\n"
 # An import before a fork may hinder every forked process: a lock that is held, a hook.
 STUCK = """\
@@ -81,7 +81,7 @@ class Own:
     """A gateway, and a replica that serves one file of kernels."""
 
     module: Path
-    front: Service
+    dispatcher: Service
     gateway: Service
 
     @property
@@ -89,7 +89,7 @@ class Own:
         return str(self.gateway.wait_for("serving")["listen"])
 
     async def is_serving(self, service: str = "") -> bool:
-        health = self.front.wait_for("serving")["health_listen"]
+        health = self.dispatcher.wait_for("serving")["health_listen"]
         async with grpc.aio.insecure_channel(health) as channel:
             check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
             request = health_pb2.HealthCheckRequest(service=service).SerializeToString()
@@ -98,7 +98,7 @@ class Own:
     def change(self, text: str) -> None:
         """Replace the file of kernels, so that only running workers have the old ones."""
         self.module.write_text(text)
-        for pid in children(self.front.pid):
+        for pid in children(self.dispatcher.pid):
             if "multiprocessing.forkserver" in Process.of(pid).command:
                 os.kill(pid, signal.SIGKILL)
 
@@ -106,15 +106,15 @@ class Own:
 @contextmanager
 def own(directory: Path, workers: int, *flags: str, text: str = GOOD) -> Iterator[Own]:
     """A mesh of this test alone. Its replica ends cleanly."""
-    module, socket = directory / "mine.py", directory / "front.sock"
+    module, socket = directory / "mine.py", directory / "dispatcher.sock"
     module.write_text(text)
     arguments = ("--listen", f"unix:{socket}", *ANY_PORTS, "--workers", str(workers), "--kernels", str(module))
-    with Service("compute", *arguments, *flags) as front, gateway_to(socket) as gateway:
-        front.wait_for("serving")
+    with Service("compute", *arguments, *flags) as dispatcher, gateway_to(socket) as gateway:
+        dispatcher.wait_for("serving")
         gateway.wait_for("replica is ready")
-        yield Own(module=module, front=front, gateway=gateway)
-        family = children(front.pid)
-        front.stop()
+        yield Own(module=module, dispatcher=dispatcher, gateway=gateway)
+        family = children(dispatcher.pid)
+        dispatcher.stop()
         wait_until(lambda: not [pid for pid in family if Path(f"/proc/{pid}/exe").exists()], "its children have ended")
 
 
@@ -163,17 +163,17 @@ async def test_kernels_that_stop_loading_end_readiness(
                 with pytest.raises(Unavailable):
                     await late.echo(X)
             if text is BROKEN:
-                metrics = mine.front.wait_for("serving")["metrics_listen"]
+                metrics = mine.dispatcher.wait_for("serving")["metrics_listen"]
                 misfit = "unservable_kernels"
                 await until(
                     lambda: Scrape(metrics).sum("unlatch_worker_restarts_total", reason=misfit) >= 3, "it tries again"
                 )
-            mine.front.wait_for("replica takes no calls")
-            said = [entry for entry in mine.front.entries if says in entry.get("message", "")]
+            mine.dispatcher.wait_for("replica takes no calls")
+            said = [entry for entry in mine.dispatcher.entries if says in entry.get("message", "")]
             assert [entry["event"] for entry in said] == ["worker did not start", "replica takes no calls"]
             # A forkserver that has failed to load is not used again, and any other is ended.
             (mine.module.write_text if text is BROKEN else mine.change)(GOOD + MORE)
-            await asyncio.to_thread(mine.front.wait_for, "replica takes calls again")
+            await asyncio.to_thread(mine.dispatcher.wait_for, "replica takes calls again")
             await answered(client)
             assert await mine.is_serving()
             # The error is now another one, and callers hear of it.
@@ -188,13 +188,13 @@ async def test_worker_that_is_left_serves_on(tmp_path: Path, gate: GateMaker, te
             await answered(client)
             mine.change(text)
             os.kill(await worker_of(client, gate("one")), signal.SIGKILL)
-            entry = await asyncio.to_thread(mine.front.wait_for, "worker did not start")
+            entry = await asyncio.to_thread(mine.dispatcher.wait_for, "worker did not start")
             assert "mine.py" in entry["message"] or "their files have changed" in entry["message"]
             for factor in range(20):
                 np.testing.assert_array_equal(await client.echo(X * factor), X * factor)
             assert await mine.is_serving()
             mine.change(GOOD)
-            metrics = mine.front.wait_for("serving")["metrics_listen"]
+            metrics = mine.dispatcher.wait_for("serving")["metrics_listen"]
             await until(lambda: Scrape(metrics).sum("unlatch_worker_up") == 2, "both workers are up", 30.0)
 
 
@@ -208,9 +208,9 @@ async def test_worker_that_never_becomes_ready_is_ended(tmp_path: Path, gate: Ga
             await answered(client)
             mine.module.with_name("mine.py.stick").touch()
             os.kill(await worker_of(client, gate("one")), signal.SIGKILL)
-            entry = await asyncio.to_thread(mine.front.wait_for, "worker did not start")
+            entry = await asyncio.to_thread(mine.dispatcher.wait_for, "worker did not start")
             assert "the worker was not ready in time" in entry["message"]
             np.testing.assert_array_equal(await client.echo(X), X)
             assert await mine.is_serving()
-            metrics = mine.front.wait_for("serving")["metrics_listen"]
+            metrics = mine.dispatcher.wait_for("serving")["metrics_listen"]
             await until(lambda: Scrape(metrics).sum("unlatch_worker_up") == 2, "both workers are up", 30.0)

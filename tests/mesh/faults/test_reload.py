@@ -220,8 +220,8 @@ async def test_a_replica_that_is_killed_is_started_again_beside_reloads(tmp_path
     with reloading(path) as serve:
         async with client_of(serve) as client:
             await gives(client, "times", 2)
-            front = next(pid for pid in children(serve.pid) if "-m unlatch.compute " in Process.of(pid).command)
-            os.kill(front, signal.SIGKILL)
+            dispatcher = next(pid for pid in children(serve.pid) if "-m unlatch.compute " in Process.of(pid).command)
+            os.kill(dispatcher, signal.SIGKILL)
             await heard(serve, "restarting service", 0)
             await gives(client, "times", 2)
             seen = len(serve.lines)

@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 import pytest
 
-from tests.mesh.faults.conftest import ANY_PORTS, FAULT_KERNELS, answered, front_at, gateway_to
+from tests.mesh.faults.conftest import ANY_PORTS, FAULT_KERNELS, answered, dispatcher_at, gateway_to
 from tests.support.mesh import Service
 from tests.support.watching import (
     Gate,
@@ -51,7 +51,7 @@ class Serve:
         return self._child("gateway")
 
     @property
-    def front(self) -> int:
+    def dispatcher(self) -> int:
         return self._child("compute")
 
     def _child(self, module: str) -> int:
@@ -153,7 +153,7 @@ async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> 
             np.testing.assert_array_equal(await client.echo(np.ones(100_000)), np.ones(100_000))
             calls = await stick(client, tmp_path, how) if how != "nothing" else []
             processes = tree(serve.service.pid)
-            # Supervisor, gateway, front, forkserver and its resource tracker, two workers.
+            # Supervisor, gateway, dispatcher, forkserver and its resource tracker, two workers.
             assert len(processes) == 7, processes
             memory = memory_files(process.pid for process in processes)
             assert memory
@@ -172,7 +172,7 @@ async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> 
 async def test_interrupt_of_the_supervisors_group_reaches_it_alone() -> None:
     """A terminal's Ctrl-C: the supervisor stops its children itself, in order, and starts none again."""
     with serving() as serve:
-        pids = serve.service.pid, serve.gateway, serve.front
+        pids = serve.service.pid, serve.gateway, serve.dispatcher
         assert len({os.getpgid(pid) for pid in pids}) == 3
         os.killpg(os.getpgid(serve.service.pid), signal.SIGINT)
         assert serve.service.wait() == 0
@@ -180,17 +180,17 @@ async def test_interrupt_of_the_supervisors_group_reaches_it_alone() -> None:
 
 
 @pytest.mark.parametrize("doing", ["running", "replying"])
-async def test_front_killed_alone_takes_its_workers_along(tmp_path: Path, doing: str) -> None:
-    """A killed front without a supervisor leaves nothing either, whatever its workers are doing."""
-    address = tmp_path / "front.sock"
-    with front_at(address) as front, gateway_to(address) as gateway:
+async def test_dispatcher_killed_alone_takes_its_workers_along(tmp_path: Path, doing: str) -> None:
+    """A killed dispatcher without a supervisor leaves nothing either, whatever its workers are doing."""
+    address = tmp_path / "dispatcher.sock"
+    with dispatcher_at(address) as dispatcher, gateway_to(address) as gateway:
         gateway.wait_for("replica is ready")
         async with Client(gateway.wait_for("serving")["listen"], timeout=30.0) as client:
             calls = await (stick(client, tmp_path, "sleep") if doing == "running" else reply_half(client, tmp_path))
-            processes = tree(front.pid)
+            processes = tree(dispatcher.pid)
             memory = memory_files(process.pid for process in processes)
-            front.signal(signal.SIGKILL)
-            await gone(processes, memory, "SIGKILL of a front alone, workers in sleep")
+            dispatcher.signal(signal.SIGKILL)
+            await gone(processes, memory, "SIGKILL of a dispatcher alone, workers in sleep")
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 assert isinstance(outcome, Unavailable)
 
@@ -206,18 +206,18 @@ async def reply_half(client: Client, directory: Path) -> list["asyncio.Task[obje
     return calls
 
 
-async def test_front_killed_while_it_starts_workers(tmp_path: Path, at_start: Path) -> None:
-    """A forked worker that has not reached its channel yet ends when it finds no front there."""
+async def test_dispatcher_killed_while_it_starts_workers(tmp_path: Path, at_start: Path) -> None:
+    """A forked worker that has not reached its channel yet ends when it finds no dispatcher there."""
     (at_start / "waits.start").touch()
     gate = Gate(at_start / "gate")
-    flags = ("--listen", f"unix:{tmp_path / 'front.sock'}", *ANY_PORTS, "--kernels", str(FAULT_KERNELS))
-    with Service("compute", *flags, "--workers", "2") as front:
+    flags = ("--listen", f"unix:{tmp_path / 'dispatcher.sock'}", *ANY_PORTS, "--kernels", str(FAULT_KERNELS))
+    with Service("compute", *flags, "--workers", "2") as dispatcher:
         await until(lambda: gate.reached, "a worker starts")
-        processes = tree(front.pid)
+        processes = tree(dispatcher.pid)
         assert gate.pid in {process.pid for process in processes}
-        front.signal(signal.SIGKILL)
+        dispatcher.signal(signal.SIGKILL)
         gate.open()
-        await gone(processes, set(), "SIGKILL of a front that starts workers")
+        await gone(processes, set(), "SIGKILL of a dispatcher that starts workers")
 
 
 async def test_gateway_killed_is_started_again() -> None:
@@ -225,7 +225,7 @@ async def test_gateway_killed_is_started_again() -> None:
     with serving() as serve:
         async with Client(serve.address, timeout=10.0) as client:
             await answered(client)
-            replica = tree(serve.front)
+            replica = tree(serve.dispatcher)
             pauses = []
             for _ in range(2):
                 killed, seen = Process.of(serve.gateway), len(serve.service.lines)
@@ -243,16 +243,16 @@ async def test_gateway_killed_is_started_again() -> None:
         serve.service.stop()
 
 
-async def test_front_killed_is_started_again(tmp_path: Path) -> None:
-    """A killed front takes all its processes with it, hanging workers too. Another serves the same gateway."""
+async def test_dispatcher_killed_is_started_again(tmp_path: Path) -> None:
+    """A killed dispatcher takes all its processes with it, hanging workers too. Another serves the same gateway."""
     with serving() as serve:
         async with Client(serve.address, timeout=10.0) as client:
             await answered(client)
             calls = await stick(client, tmp_path, "sleep")
-            gateway, family = Process.of(serve.gateway), tree(serve.front)
+            gateway, family = Process.of(serve.gateway), tree(serve.dispatcher)
             memory = memory_files(process.pid for process in family)
             os.kill(family[0].pid, signal.SIGKILL)
-            await gone(family, memory, "SIGKILL of a front under serve, workers in sleep")
+            await gone(family, memory, "SIGKILL of a dispatcher under serve, workers in sleep")
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 assert isinstance(outcome, Unavailable)
             await answered(client)
@@ -265,7 +265,7 @@ async def test_workers_give_way_to_both_loops() -> None:
     with serving() as serve:
         supervisor = serve.service.pid
         everyone = [process.pid for process in tree(supervisor)]
-        loops = {supervisor, serve.gateway, serve.front}
+        loops = {supervisor, serve.gateway, serve.dispatcher}
         assert {os.getsid(pid) for pid in everyone} == {os.getsid(supervisor)}
         niceness = {pid: os.getpriority(os.PRIO_PROCESS, pid) for pid in everyone}
         assert sorted(niceness.values())[-2] > max(niceness[pid] for pid in loops)

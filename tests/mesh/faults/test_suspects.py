@@ -26,7 +26,7 @@ POISON_SECONDS = 2
 def forgetful(tmp_path: Path) -> Iterator[Mesh]:
     """A mesh that forgets such calls soon."""
     flags = ["--kernels", str(FAULT_KERNELS), "--poison-seconds", str(POISON_SECONDS)]
-    with running_mesh(tmp_path, front=flags) as running:
+    with running_mesh(tmp_path, dispatcher=flags) as running:
         yield running
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float64
 
 from tests.conftest import StartMesh
 from tests.support.doors import LARGE, LaneEnd, Oip, arrays_of, descriptor, pieces, request, vector
-from tests.support.mesh import Mesh, Service, running_front
+from tests.support.mesh import Mesh, Service, running_dispatcher
 from tests.support.watching import Gate, Scrape, resident_bytes, wait_until
 from unlatch.protos.unlatch_pb2 import Frames
 
@@ -206,7 +206,7 @@ def test_full_replica_holds_up_only_the_calls_that_need_it(tmp_path: Path) -> No
     flags = ("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")
     replicas = ",".join(f"unix:{socket}" for socket in sockets)
     with (
-        running_front(sockets[1], "--kernels", ""),
+        running_dispatcher(sockets[1], "--kernels", ""),
         Service("compute", *flags[2:], "--listen", f"unix:{sockets[0]}", "--window-calls", "1", "--workers", "1",
                 "--kernels", "tests/support/kernels.py") as one,
         Service("gateway", *flags, "--replicas", replicas) as gateway,
@@ -229,7 +229,7 @@ def test_full_replica_holds_up_only_the_calls_that_need_it(tmp_path: Path) -> No
 def test_many_held_calls_end(start_mesh: StartMesh, tmp_path: Path, replica: str) -> None:
     """Calls of two kernels that fit no window are each answered in turn, or refused when the replica is gone."""
     many = 300
-    mesh = start_mesh(front=["--workers", "1", "--window-calls", "4", "--drain-seconds", "0.2"])
+    mesh = start_mesh(dispatcher=["--workers", "1", "--window-calls", "4", "--drain-seconds", "0.2"])
     gate = Gate(tmp_path / "gate")
     with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel) as lane:
         lane.call(1, request("waits_for", path=str(gate)))
@@ -240,7 +240,7 @@ def test_many_held_calls_end(start_mesh: StartMesh, tmp_path: Path, replica: str
         if replica == "serves":
             gate.open()
         else:
-            mesh.front_service.stop()
+            mesh.dispatcher_service.stop()
         codes = {lane.refusal(number).code for number in range(1, many)}
     assert codes == {"OK" if replica == "serves" else "UNAVAILABLE"}
     wait_until(lambda: Scrape(mesh.gateway_metrics).sum("unlatch_calls_in_flight") == 0, "none is held")

@@ -65,8 +65,8 @@ def of_replicas(door: Service, metric: str) -> dict[str, float]:
     return {dict(labels)["replica"]: value for (found, labels), value in samples.items() if found == name}
 
 
-def served(front: Service, kernel: str) -> float:
-    metrics = front.wait_for("serving")["metrics_listen"]
+def served(dispatcher: Service, kernel: str) -> float:
+    metrics = dispatcher.wait_for("serving")["metrics_listen"]
     return Scrape(metrics).sum("unlatch_calls_total", kernel=kernel, code="OK")
 
 
@@ -86,7 +86,7 @@ async def test_slow_replica_gets_less_and_everyone_is_answered(tmp_path: Path) -
     targets = [f"unix:{tmp_path}/{number}.sock" for number in range(3)]
     fast, slow = nap_kernels(tmp_path / "fast.py", 0.02), nap_kernels(tmp_path / "slow.py", 0.08)
     with ExitStack() as stack:
-        fronts = [replica(stack, target, kernels=slow if target is targets[2] else fast) for target in targets]
+        dispatchers = [replica(stack, target, kernels=slow if target is targets[2] else fast) for target in targets]
         with gateway(*targets) as door:
             async with client_of(door) as client:
 
@@ -96,7 +96,7 @@ async def test_slow_replica_gets_less_and_everyone_is_answered(tmp_path: Path) -
                         np.testing.assert_array_equal(await client.nap(x), x + 1)
 
                 await asyncio.gather(*(caller(number) for number in range(16)))
-            counts = [served(front, "nap") for front in fronts]
+            counts = [served(dispatcher, "nap") for dispatcher in dispatchers]
             assert sum(counts) == 16 * 12
             assert counts[2] < min(counts[:2]) * 0.6, counts
             assert counts[2] > 0
@@ -111,12 +111,12 @@ async def test_frozen_replica_is_noticed_and_others_serve_on(tmp_path: Path) -> 
     targets = [f"unix:{tmp_path}/{number}.sock" for number in range(2)]
     gates = [Gate(tmp_path / f"gate{number}") for number in range(2)]
     with ExitStack() as stack:
-        fronts = [replica(stack, target) for target in targets]
+        dispatchers = [replica(stack, target) for target in targets]
         with gateway(*targets) as door:
             async with client_of(door) as client:
                 held = [asyncio.ensure_future(client.waits_for(path=str(gate))) for gate in gates]
                 await until(lambda: all(gate.reached for gate in gates), "both replicas run a call")
-                fronts[0].signal(signal.SIGSTOP)
+                dispatchers[0].signal(signal.SIGSTOP)
                 broke = await asyncio.to_thread(door.wait_for, "lane to replica broke", replica=targets[0], within=6.0)
                 assert "nothing was heard of it" in broke["message"]
                 for gate in gates:
@@ -127,7 +127,7 @@ async def test_frozen_replica_is_noticed_and_others_serve_on(tmp_path: Path) -> 
                 assert "may have had effect" in str([outcome for outcome in outcomes if type(outcome) is Unavailable])
                 for number in range(20):
                     assert int(await client.turn()) > 0, number
-                fronts[0].signal(signal.SIGCONT)
+                dispatchers[0].signal(signal.SIGCONT)
                 await until(lambda: of_replicas(door, "up")[targets[0]] == 1, "it is back")
 
 
@@ -154,7 +154,7 @@ async def test_name_gains_and_loses_addresses_under_load(tmp_path: Path) -> None
         port = free.getsockname()[1]
     hosts = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
     with ExitStack() as stack, NameServer(*hosts[:2]) as names:
-        fronts = {host: replica(stack, f"{host}:{port}") for host in hosts}
+        dispatchers = {host: replica(stack, f"{host}:{port}") for host in hosts}
         target = f"dns://{names.target}/fleet.test:{port}"
         with gateway(target, ready=0, flags=("--discovery-seconds", "0.1")) as door:
             for host in hosts[:2]:
@@ -168,19 +168,21 @@ async def test_name_gains_and_loses_addresses_under_load(tmp_path: Path) -> None
 
                 callers = [asyncio.ensure_future(caller()) for _ in range(12)]
                 try:
-                    await until(lambda: all(served(fronts[host], "sleeps") > 5 for host in hosts[:2]), "both serve")
+                    await until(
+                        lambda: all(served(dispatchers[host], "sleeps") > 5 for host in hosts[:2]), "both serve"
+                    )
                     await asyncio.to_thread(names.answers, hosts)
-                    await until(lambda: served(fronts[hosts[2]], "sleeps") > 5, "the third serves")
+                    await until(lambda: served(dispatchers[hosts[2]], "sleeps") > 5, "the third serves")
                     await asyncio.to_thread(names.answers, hosts[1:])
                     await until(lambda: f"{hosts[0]}:{port}" not in of_replicas(door, "up"), "the first is gone")
-                    before = served(fronts[hosts[0]], "sleeps")
+                    before = served(dispatchers[hosts[0]], "sleeps")
                     failures: tuple[list[str] | None, ...] = (None, [])
                     for wrong in failures:
                         await asyncio.to_thread(names.answers, wrong)
                         assert set(of_replicas(door, "up")) == {f"{host}:{port}" for host in hosts[1:]}
                     assert [entry["event"] for entry in door.entries].count("name is not found") == 1
                     await asyncio.to_thread(names.answers, hosts[:2])
-                    await until(lambda: served(fronts[hosts[0]], "sleeps") > before, "the first is back")
+                    await until(lambda: served(dispatchers[hosts[0]], "sleeps") > before, "the first is back")
                 finally:
                     stop.set()
                     await asyncio.gather(*callers)
@@ -274,7 +276,7 @@ async def test_what_cannot_be_in_time_is_refused_by_the_gateway(tmp_path: Path) 
     """The gateway decides by the replica's report and by the calls that it holds. The replica gets no such call."""
     target, gate = f"unix:{tmp_path}/one.sock", Gate(tmp_path / "gate")
     with ExitStack() as stack:
-        front = replica(stack, target)
+        dispatcher = replica(stack, target)
         with gateway(target) as door:
             async with client_of(door) as client:
                 for _ in range(5):
@@ -289,7 +291,7 @@ async def test_what_cannot_be_in_time_is_refused_by_the_gateway(tmp_path: Path) 
                 assert refused.value.retry_after_milliseconds > 0
                 gate.open()
                 await asyncio.gather(running, *others)
-            told = Scrape(front.wait_for("serving")["metrics_listen"])
+            told = Scrape(dispatcher.wait_for("serving")["metrics_listen"])
             assert told.sum("unlatch_calls_total", code="RESOURCE_EXHAUSTED") == 0
 
 

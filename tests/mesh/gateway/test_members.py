@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from tests.support.mesh import running_front
+from tests.support.mesh import running_dispatcher
 from tests.support.watching import until
 from unlatch.common.security.tls import ChannelSecurity
 from unlatch.common.telemetry.internal_errors import InternalErrors
@@ -34,8 +34,8 @@ class Told(Discovery):
 
 async def test_replica_that_is_back_as_its_end_comes_is_opened_anew(tmp_path: Path) -> None:
     """An address goes and comes again, before its last lane has closed and right after the last reference is gone."""
-    with running_front(tmp_path / "front.sock") as front:
-        target = front.wait_for("serving")["listen"]
+    with running_dispatcher(tmp_path / "dispatcher.sock") as dispatcher:
+        target = dispatcher.wait_for("serving")["listen"]
         told = Told()
         errors = InternalErrors(Recorder())
         members = Members(

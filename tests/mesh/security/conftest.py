@@ -106,6 +106,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     flags = [*issuer.flags, "--tenants", str(tenants), "--log-level", "debug", *FLAGS]
     with running_mesh(directory, gateway=flags) as mesh, grpc.insecure_channel(mesh.gateway) as channel:
         yield Guarded(mesh=mesh, issuer=issuer, tenants=tenants, channel=channel)
-        logged = "\n".join(mesh.gateway_service.lines + mesh.front_service.lines)
+        logged = "\n".join(mesh.gateway_service.lines + mesh.dispatcher_service.lines)
         assert len(issuer.secrets) > 1
         assert [secret for secret in issuer.secrets if secret in logged] == []

@@ -81,7 +81,7 @@ def spying_replica(socket: Path) -> Iterator[Replica]:
 
 def test_what_a_descriptor_claims_is_not_believed(tmp_path: Path) -> None:
     """Tenant, priority and other fields that the gateway sets reach no replica as a client has written them."""
-    issuer, socket = Issuer(tmp_path), tmp_path / "front.sock"
+    issuer, socket = Issuer(tmp_path), tmp_path / "dispatcher.sock"
     with spying_replica(socket) as replica, gateway_to(socket, *issuer.flags) as gateway:
         gateway.wait_for("replica is ready")
         address = gateway.wait_for("serving")["listen"]
@@ -101,7 +101,7 @@ def test_what_a_descriptor_claims_is_not_believed(tmp_path: Path) -> None:
 
 def test_call_s_tenant_is_who_authentication_says_by_the_protocol_s_door(tmp_path: Path) -> None:
     """The descriptor that leaves the gateway is the same for both doors."""
-    issuer, socket = Issuer(tmp_path), tmp_path / "front.sock"
+    issuer, socket = Issuer(tmp_path), tmp_path / "dispatcher.sock"
     with spying_replica(socket) as replica, gateway_to(socket, *issuer.flags) as gateway:
         gateway.wait_for("replica is ready")
         with grpc.insecure_channel(gateway.wait_for("serving")["listen"]) as channel:

@@ -22,7 +22,7 @@ def labels(**values: str) -> Labels:
     return tuple(sorted(values.items()))
 
 
-def front(address: str, at: float, *, calls: float, workers: int = 2, kernel: str = "burns") -> Reading:
+def dispatcher(address: str, at: float, *, calls: float, workers: int = 2, kernel: str = "burns") -> Reading:
     names = ["dispatcher", "forkserver", *(f"worker-{slot}" for slot in range(workers))]
     return Reading(
         at,
@@ -65,7 +65,9 @@ def seen(address: str, before: Reading | None, now: Reading) -> Seen:
 
 def one_mesh(kernel: str = "burns", workers: int = 2) -> Figures:
     door = seen("g:1", gateway(10, good=10, bad=2, kernel=kernel), gateway(12, good=30, bad=6, kernel=kernel))
-    replica = seen("f:1", front("f:1", 10, calls=5), front("f:1", 12, calls=9, workers=workers, kernel=kernel))
+    replica = seen(
+        "f:1", dispatcher("f:1", 10, calls=5), dispatcher("f:1", 12, calls=9, workers=workers, kernel=kernel)
+    )
     return figures([replica, door], 12.0)
 
 
@@ -105,7 +107,7 @@ def test_counters_that_begin_anew_give_no_negative_rate() -> None:
 def test_several_replicas_are_told_apart() -> None:
     """With several replicas a process carries its replica's address, and calls are counted once, at the gateway."""
     doors = seen("g:1", gateway(10, good=0, bad=0), gateway(12, good=20, bad=0))
-    replicas = [seen(name, front(name, 10, calls=0), front(name, 12, calls=10)) for name in ("a:1", "b:1")]
+    replicas = [seen(name, dispatcher(name, 10, calls=0), dispatcher(name, 12, calls=10)) for name in ("a:1", "b:1")]
     shown = figures([doors, *replicas], 12.0)
     assert [(process.replica, process.name) for process in shown.processes if process.name == "worker-0"] == [
         ("a:1", "worker-0"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.mesh import Mesh, Service, running_front, running_mesh
+from tests.support.mesh import Mesh, Service, running_dispatcher, running_mesh
 from tests.support.watching import wait_until
 from tests.unlatch.cli.conftest import Unlatch, process
 
@@ -175,9 +175,16 @@ def test_a_gateway_that_is_away_for_a_moment_costs_nothing(tmp_path: Path) -> No
     image = tmp_path / "images.npy"
     np.save(image, np.random.default_rng(1).normal(size=(30, 200, 200)))
     any_port = "127.0.0.1:0"
-    flags = ("--metrics-listen", any_port, "--health-listen", any_port, "--replicas", f"unix:{tmp_path}/front.sock")
+    flags = (
+        "--metrics-listen",
+        any_port,
+        "--health-listen",
+        any_port,
+        "--replicas",
+        f"unix:{tmp_path}/dispatcher.sock",
+    )
     out = tmp_path / "out"
-    with running_front(tmp_path / "front.sock"):
+    with running_dispatcher(tmp_path / "dispatcher.sock"):
         with Service("gateway", *flags, "--listen", any_port) as first:
             address = first.wait_for("serving")["listen"]
             first.wait_for("replica is ready")

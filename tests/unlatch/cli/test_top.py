@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mesh import ROOT, Mesh, Service, running_front, running_mesh
+from tests.support.mesh import ROOT, Mesh, Service, running_dispatcher, running_mesh
 from tests.support.watching import Gate, Scrape, children, wait_until
 from tests.unlatch.cli.conftest import COMMAND, Unlatch
 from unlatch import BlockingClient
@@ -108,7 +108,7 @@ def load(mesh: Mesh, seconds: float) -> Iterator[None]:
 
 
 def watching(mesh: Mesh) -> str:
-    return f"--interval 0.3 --metrics {mesh.gateway_metrics},{mesh.front_metrics}"
+    return f"--interval 0.3 --metrics {mesh.gateway_metrics},{mesh.dispatcher_metrics}"
 
 
 def percent(row: str) -> float:
@@ -124,7 +124,7 @@ def test_what_is_shown_is_what_is(own: Mesh, pane: Callable[..., Pane]) -> None:
         top.wait_for(lambda text: all(f"{name} " in text for name in NAMES), "every process is there")
 
         def agree() -> bool:
-            scrape = Scrape(own.front_metrics)
+            scrape = Scrape(own.dispatcher_metrics)
             real = [100 * scrape.sum("unlatch_process_utilization_ratio", process=f"worker-{n}") for n in (0, 1)]
             return min(real) > 1 and all(abs(percent(top.row(f"worker-{n}")) - real[n]) <= 6 for n in (0, 1))
 
@@ -134,7 +134,9 @@ def test_what_is_shown_is_what_is(own: Mesh, pane: Callable[..., Pane]) -> None:
             assert abs(row.count("█") - percent(row) * 20 / 100) <= 1.0, row
             assert row.count("█") + row.count("░") >= 20, row
         wait_until(lambda: "burns " in top.row("worker-0"), "it says what the worker runs")
-        resident = Scrape(own.front_metrics).sum("unlatch_process_resident_memory_bytes", process="dispatcher") / 2**20
+        resident = (
+            Scrape(own.dispatcher_metrics).sum("unlatch_process_resident_memory_bytes", process="dispatcher") / 2**20
+        )
         shown = re.search(r"(\d+) MiB", top.row("dispatcher"))
         assert shown is not None
         assert float(shown[1]) == pytest.approx(resident, rel=0.2)
@@ -208,15 +210,15 @@ def test_a_worker_that_is_killed_comes_back(own: Mesh, pane: Callable[..., Pane]
 @needs_tmux
 def test_a_server_that_goes_and_comes_back(tmp_path: Path, pane: Callable[..., Pane]) -> None:
     """The picture says since when a server is away; later it has figures again, and no negative rate."""
-    socket = tmp_path / "front.sock"
+    socket = tmp_path / "dispatcher.sock"
     ports = ("--health-listen", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--replicas", f"unix:{socket}")
-    with running_front(socket) as front:
-        front_metrics = front.wait_for("serving")["metrics_listen"]
+    with running_dispatcher(socket) as dispatcher:
+        dispatcher_metrics = dispatcher.wait_for("serving")["metrics_listen"]
         with Service("gateway", *ports, "--metrics-listen", "127.0.0.1:0") as first:
             serving = first.wait_for("serving")
             first.wait_for("replica is ready")
             metrics = serving["metrics_listen"]
-            top = pane(f"--interval 0.3 --metrics {metrics},{front_metrics}")
+            top = pane(f"--interval 0.3 --metrics {metrics},{dispatcher_metrics}")
             with BlockingClient(serving["listen"]) as client:
                 for _ in client.map("halve", (float(n) for n in range(500))):
                     pass
@@ -323,9 +325,9 @@ def test_json_lines(own: Mesh) -> None:
 
 def test_several_replicas(own: Mesh, tmp_path: Path, unlatch: Unlatch) -> None:
     """Processes are told apart by their replica's address, and errors by their code."""
-    with running_front(tmp_path / "second.sock") as second, BlockingClient(own.gateway) as client:
+    with running_dispatcher(tmp_path / "second.sock") as second, BlockingClient(own.gateway) as client:
         address = second.wait_for("serving")["metrics_listen"]
-        addresses = f"{own.gateway_metrics},{own.front_metrics},{address}"
+        addresses = f"{own.gateway_metrics},{own.dispatcher_metrics},{address}"
         ending = threading.Event()
 
         def fail() -> None:
@@ -341,6 +343,6 @@ def test_several_replicas(own: Mesh, tmp_path: Path, unlatch: Unlatch) -> None:
             ending.set()
             failing.join()
     replicas = {process["replica"] for process in told["processes"] if process["name"] == "worker-0"}
-    assert replicas == {own.front_metrics, address}
+    assert replicas == {own.dispatcher_metrics, address}
     assert told["calls"]["errors_per_second"]["INVALID_ARGUMENT"] > 0
     assert told["kernels"]["raises_kernel_error"]["errors_per_second"].keys() == {"INVALID_ARGUMENT"}
