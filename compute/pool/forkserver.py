@@ -1,7 +1,7 @@
 """The forkserver: a process that has NumPy and the kernels loaded and does nothing but fork workers.
 
-It is multiprocessing's own. It starts before any gRPC object exists, and the dispatcher never forks afterwards; a worker that
-it forks is up within milliseconds and shares its pages.
+The forkserver is multiprocessing's own. It starts before any gRPC object exists, and the dispatcher itself never forks.
+A worker that the forkserver forks is up within milliseconds and shares its pages.
 """
 
 import asyncio
