@@ -55,7 +55,7 @@ class Holder(Protocol):
 
 
 class Call:
-    """One call. Exactly one of `answer`, `fail` and `abandon` ends it for its caller; `release` frees its memory."""
+    """A call. Exactly one of `answer`, `fail` and `abandon` ends it for its caller; `release` frees its memory."""
 
     def __init__(
         self,
@@ -255,7 +255,7 @@ class Call:
 
 
 def _batch(spec: KernelSpec, arguments: Arguments) -> Hashable | None:
-    """What calls have alike that may run as one: all but the lengths of their first axes, and the bytes."""
+    """Return the key that calls share if they may run together: all but the first axes' lengths and the bytes."""
     if not spec.batch:
         return None
     arrays = tuple((arguments.dtypes[i], arguments.shapes[i][1:]) for i in arguments.order)

@@ -71,7 +71,7 @@ class ComputeMetrics:
         ).labels()
 
     def limited(self, memory_bytes: int) -> None:
-        """What a worker may have."""
+        """Set the memory limit of a worker."""
         self._memory_limit.set(memory_bytes)
 
     def collect(self) -> Iterator[Metric]:
@@ -99,7 +99,7 @@ class ComputeMetrics:
         self._queue_wait.observe(seconds)
 
     def batched(self, kernel: str, calls: int) -> None:
-        """So many calls of a kernel run as one."""
+        """Count a batch: calls of a kernel that run as one."""
         self._batches.observe(calls, kernel)
 
     def forkserver_runs(self, pid: int) -> None:
@@ -109,7 +109,7 @@ class ComputeMetrics:
             self._processes.watch(FORKSERVER, pid)
 
     def worker(self, slot: int) -> "WorkerMetrics":
-        """What a slot reports to."""
+        """Return the metrics of a slot, made at its first use."""
         worker = self._workers[str(slot)] = WorkerMetrics(self, str(slot))
         return worker
 
@@ -141,7 +141,7 @@ class ComputeMetrics:
 
 
 class WorkerMetrics:
-    """One slot's."""
+    """The metrics of a slot."""
 
     def __init__(self, metrics: ComputeMetrics, slot: str) -> None:
         self._metrics = metrics
@@ -170,36 +170,36 @@ class WorkerMetrics:
         self._metrics.worker_started(self._slot, pid)
 
     def ready(self) -> None:
-        """It takes calls."""
+        """Record that the worker takes calls."""
         self.up = True
         if self._lost_at is not None:
             self._metrics.worker_replaced(monotonic() - self._lost_at)
             self._lost_at = None
 
     def begins(self, kernel: str, now: float, calls: int, *, batch: bool) -> None:
-        """It begins a run of so many calls, of a kernel whose calls may run as one or not."""
+        """Record the start of a run of `calls` calls. `batch` tells whether calls of this kernel may run together."""
         self._busy = (self.busy_seconds(), now, kernel)
         if batch:
             self._metrics.batched(kernel, calls)
 
     def waited(self, seconds: float) -> None:
-        """It begins a call that has waited so long."""
+        """Record the start of a call, and how long the call has waited."""
         self._metrics.waited(seconds)
 
     def ran(self, kernel: str, outcome: str) -> None:
-        """It has ended a call."""
+        """Count a call that the worker has ended."""
         self._metrics.worker_ran(self._slot, kernel, outcome)
 
     def rests(self) -> None:
-        """It has ended the run that it was in."""
+        """Record the end of a run."""
         self._busy = (self.busy_seconds(), None, "")
 
     def wasted(self, cpu_seconds: float) -> None:
-        """What the run that has just ended used was for nothing."""
+        """Count processor seconds of a run whose callers had all left."""
         self._metrics.worker_wasted(self._slot, cpu_seconds)
 
     def ended(self, reason: str) -> None:
-        """It is gone."""
+        """Record the exit of the worker."""
         if self.up:
             self._lost_at = monotonic()
         self.up = False

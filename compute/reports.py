@@ -1,4 +1,4 @@
-"""What a replica says of itself on every lane: how long calls would wait, and how much of them may be sent ahead.
+"""Reports of a replica's load on every lane: how long calls would wait, and how many may be sent ahead.
 
 A gateway that knew nothing of the backlog here would send all it has, and a call that waits here can go nowhere else.
 So a lane's window is no larger than keeps the workers busy: what each has in flight (one run, one staged), or else so
@@ -98,7 +98,7 @@ class Reports:
 
 
 def _share(calls: int, lanes: int) -> int:
-    """What each of so many lanes may have of so many calls: at least one."""
+    """Return the share of `calls` of each lane: at least one."""
     return max(1, math.ceil(calls / lanes))
 
 

@@ -1,4 +1,4 @@
-"""What a call demands and what its run is expected to take: two values, each replaced whole and never written to.
+"""Demand and estimate of a call: two values, each replaced whole and never written to.
 
 Both are named tuples: making one takes half the time of a frozen dataclass, and every call makes one of each.
 """
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Demand(NamedTuple):
-    """What a caller asks for. The order of waiting, the room at a worker and the admission go by it."""
+    """A caller's demand. The order of waiting, the room at a worker and the admission go by it."""
 
     kernel: str
     # Bytes of the call's tensors.
@@ -27,7 +27,7 @@ class Demand(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a run is expected to take, by the runs before it."""
+    """An estimate of what a run takes, learned from the runs before it."""
 
     # Seconds of a worker; 0 where nothing is known of the kernel.
     seconds: float = 0.0

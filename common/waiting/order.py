@@ -34,11 +34,11 @@ class Waiting(Protocol):
 
     @property
     def demand(self) -> Demand:
-        """What its caller asks for."""
+        """The demand of its caller."""
 
     @property
     def estimate(self) -> Estimate:
-        """What its run is expected to take."""
+        """The estimate of its run."""
 
 
 Call = TypeVar("Call", bound=Waiting)

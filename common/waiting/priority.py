@@ -16,7 +16,7 @@ RANKS = {priority: rank for rank, priority in enumerate(NAMES.values())}
 
 
 def take_priority(request: Request) -> Priority.ValueType:
-    """What a request says of its priority, which it then says no more. Raises InvalidArgument."""
+    """Remove the priority from a request's parameters and return it. Raises InvalidArgument."""
     if PARAMETER not in request.parameters:
         return NORMAL
     said = scalar(request.parameters[PARAMETER])

@@ -33,5 +33,5 @@ def companions(call: Call, alike: Iterable[Call], now: float) -> list[Call]:
 
 
 def _seconds_for(call: Call, now: float) -> float:
-    """What a run of several may take, as far as is known: none is to be late, or over its limit, for the others."""
+    """Return the longest time that a batch may take so that its first call is neither late nor over its limit."""
     return min(call.demand.deadline - now, call.spec.timeout_seconds or math.inf)

@@ -1,4 +1,4 @@
-"""What becomes of a run's calls when something happens to it: the failure table of docs/architecture.md as code.
+"""Outcomes of a run's calls after each event of the run: the failure table of docs/architecture.md as code.
 
     outcomes(run, event) ──> [(call, outcome, refund)]        pure: no loop, no socket, no metric is touched
     the dispatcher's settle performs each
@@ -84,7 +84,7 @@ class Settled(NamedTuple):
 
 
 def outcomes(run: Run, event: Event) -> list[Settled]:
-    """What becomes of a run's calls. Calls without a row stay in the run."""
+    """Return the outcome of each call of a run after an event. Calls without a row stay in the run."""
     match event:
         case Replied():
             return _replied(run, event)
@@ -102,7 +102,7 @@ def outcomes(run: Run, event: Event) -> list[Settled]:
 
 
 def unexpected(run: Run, event: Event, error: UnlatchError) -> list[Settled]:
-    """What becomes of a run's calls when `outcomes` itself has failed: each that the event is about fails."""
+    """Return the outcomes after `outcomes` itself has failed: each call that the event is about fails."""
     match event:
         case Replied() | WorkerExited():
             return [Settled(call, DROP if call.ended else Fail(error)) for call in run.numbers]
@@ -115,7 +115,7 @@ def unexpected(run: Run, event: Event, error: UnlatchError) -> list[Settled]:
 
 
 def verdict(call: Call, strike: Strike, poison: UnlatchError | None) -> Outcome:
-    """What becomes of a call that a worker has died of, once it is known whether it is `poison`."""
+    """Return the outcome of a call of which a worker has died, once it is known whether the call is `poison`."""
     if call.ended:
         return DROP
     if poison is None and call.spec.pure:
@@ -154,7 +154,7 @@ def _exited(run: Run, event: WorkerExited) -> list[Settled]:
 
 
 def _begun(run: Run, event: WorkerExited) -> Outcome:
-    """What becomes of each call of a run that its worker did not live to end."""
+    """Return the outcome of each call of a run that was executing when its worker exited."""
     if event.stopping:
         return Fail(Unavailable(f"worker {run.worker} ended: {event.exit}"))
     lost = Unavailable(f"worker {run.worker} ended while it ran the call: {event.exit}")
@@ -166,7 +166,7 @@ def _begun(run: Run, event: WorkerExited) -> Outcome:
 
 
 def _not_begun(run: Run, event: WorkerExited) -> Outcome:
-    """What becomes of each call of a run that was staged."""
+    """Return the outcome of each call of a run that was staged when its worker exited."""
     if event.stopping:
         return Fail(Unavailable(f"worker {run.worker} ended: {event.exit}"))
     if run.is_sent and event.exit.may_have_begun_next and not run.spec.pure:

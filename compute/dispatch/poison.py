@@ -44,7 +44,7 @@ Then = Callable[[UnlatchError | None], None]
 
 @dataclass(slots=True)
 class _Strikes:
-    """What is remembered under a digest."""
+    """The entry of a digest: how many workers died of such calls, and until when that is remembered."""
 
     kind: _Kind
     until: float
@@ -53,7 +53,10 @@ class _Strikes:
 
 
 class Poison:
-    """What is remembered. `poison_seconds=0` remembers nothing. A call that is being read has this as its holder."""
+    """The memory of calls that killed workers, and the holder of a call while its digest is computed.
+
+    `poison_seconds=0` remembers nothing.
+    """
 
     def __init__(self, poison_seconds: float, errors: InternalErrors) -> None:
         self._poison_seconds = poison_seconds
@@ -180,7 +183,7 @@ def _kind(call: Call) -> _Kind:
 
 
 def _digest(call: Call) -> bytes:
-    """What a call is; nothing when its caller leaves meanwhile."""
+    """Return a digest of all that makes a call; empty when its caller leaves meanwhile."""
     tensors = call.tensors
     said = [[tensor.dtype, tensor.shape] for tensor in tensors]
     parameters = sorted(call.arguments.parameters.items())

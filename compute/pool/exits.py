@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """One way to exit."""
+    """A way in which a worker process exits."""
 
     reason: str
     message: str

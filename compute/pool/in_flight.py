@@ -1,4 +1,4 @@
-"""What one worker holds: a run of the kernel, and one staged behind it, each of a call or of several.
+"""Runs in flight at a worker: the one that it executes and one staged behind it, each of one or more calls.
 
     given ──> begun ──> Done, or Failed ──> its calls are answered; several that failed together run again, each alone
     │         ├─ no caller waits, or its time is over ─ grace ─> the worker is killed: the core is free
@@ -64,7 +64,7 @@ class RunListener(Protocol):
 
 
 class Process(Protocol):
-    """What is asked of a worker's process."""
+    """The part of a worker's process that runs in flight need."""
 
     @property
     def ending(self) -> bool:
@@ -85,7 +85,7 @@ class Process(Protocol):
 
 
 class InFlight:
-    """One for each worker process: what it was given, and what it says of its calls."""
+    """The runs that a worker process holds, and its frames about them. Each process has its own InFlight."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class InFlight:
         return run.wanted and not run.first.estimate.long and now - run.begun < self._long_call_seconds
 
     def seconds_left(self, now: float) -> float:
-        """What its runs are expected to take from now on."""
+        """Seconds that its runs are expected to take from now on."""
         if not self._runs:
             return 0.0
         left = self._runs[0].begun - now
@@ -376,7 +376,7 @@ class InFlight:
         self._process.send(Cancel(cancelled))
 
     def _used(self, seconds: float, cpu_seconds: float, *, finished: bool) -> Usage:
-        """What a run has used, now that the worker's processor clock is at `cpu_seconds`."""
+        """Return the usage of a run, now that the worker's processor clock is at `cpu_seconds`."""
         used = max(0.0, cpu_seconds - self._cpu_seconds)
         self._cpu_seconds = cpu_seconds
         return Usage(seconds, used, finished)

@@ -75,7 +75,7 @@ class Pool:
 
     @property
     def busy_ratio(self) -> float:
-        """What part of them has a call now."""
+        """The share of the workers that have a call now."""
         return sum(slot.runs > 0 for slot in self._slots) / len(self._slots)
 
     def keeps_some_free(self, now: float) -> bool:

@@ -1,4 +1,4 @@
-"""One worker process, from its start to its exit.
+"""A worker process, from its start to its exit.
 
     forkserver forks          worker sends Loaded…, Ready       ──> on_frame
     send()   ── RunFrame ──>  worker sends Done or Failed       ──> on_frame

@@ -27,7 +27,7 @@ _ASKED_EVERY_SECONDS = 2.0
 
 
 class Recycling:
-    """One for each worker process, from when it is ready. Raises OSError where it has ended already."""
+    """Memory limits and replacement of a worker process that is ready. Raises OSError if it has ended already."""
 
     def __init__(self, process: WorkerProcess, in_flight: InFlight, limits: MemoryLimits) -> None:
         self._process = process
@@ -67,7 +67,7 @@ class Recycling:
         self._calls = self._in_flight.calls
 
     def shrunk(self, left: Shrunk) -> None:
-        """It has given back what it could."""
+        """Take in how much memory is left after the worker has given back what it could."""
         if self._process.ending:
             return
         limit = self._limits.memory_bytes
@@ -85,12 +85,12 @@ class Recycling:
         self.rested()
 
     def rested(self) -> None:
-        """It has ended a call, or had none."""
+        """End the worker now if it is due and holds no run."""
         if self.retires and self.due and not self._in_flight:
             self._process.kill(self.due)
 
     def close(self) -> None:
-        """It is gone."""
+        """Let go of the process: it is gone."""
         self._footprint.close()
 
     def _far_over(self) -> None:

@@ -36,7 +36,7 @@ _SENT = frozenset((RunState.SENT, RunState.RUNNING))
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a run has used: seconds by the clock, processor seconds, and whether the kernel came to its end."""
+    """Usage of a run: seconds by the clock, processor seconds, and whether the kernel came to its end."""
 
     seconds: float
     cpu_seconds: float

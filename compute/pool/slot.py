@@ -92,7 +92,7 @@ class Slot:
         return self._worker.recycling if self._worker is not None else None
 
     def seconds_left(self, now: float) -> float:
-        """What the worker's runs are expected to take from now on."""
+        """Seconds that the worker's runs are expected to take from now on."""
         return self._worker.in_flight.seconds_left(now) if self._worker is not None else 0.0
 
     def has_room(self, now: float) -> bool:

@@ -1,4 +1,4 @@
-"""One worker of a slot: its process, what it has in flight, its limits; from its start to its exit.
+"""A worker of a slot, from its start to its exit: its process, its runs in flight, its limits.
 
 process starts ──> Loaded…, Ready ──> `ready` ──> serves: `in_flight`, `recycling` ──> exits ──> `exited`
                    Misfit ──────────> `ready` with what is wrong

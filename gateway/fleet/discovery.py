@@ -69,7 +69,7 @@ class Discovery:
 
 
 class Name:
-    """One name, and the addresses that its last successful look-up gave."""
+    """A name, and the addresses that its last successful look-up gave."""
 
     def __init__(self, target: str) -> None:
         server, self._name, port = split_name(target)

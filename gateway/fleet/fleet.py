@@ -92,7 +92,7 @@ class Fleet:
 
     @property
     def catalogue(self) -> FleetCatalogue:
-        """What the fleet serves."""
+        """The kernels that the fleet serves."""
         return self._members.catalogue
 
     def serves(self, name: str) -> bool:

@@ -75,7 +75,7 @@ class Lane(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaEvents:
-    """What a replica tells the fleet's members: it serves or takes something else, may have room for more, failed."""
+    """Events of a replica that the fleet's members hear of: other kernels or state, room for more calls, a failure."""
 
     changed: Callable[[], None]
     has_room: Callable[[], None]
@@ -83,7 +83,7 @@ class ReplicaEvents:
 
 
 class Replica:
-    """One replica. Its name is what it calls itself, its target what this gateway calls it."""
+    """A replica. `name` is the name that it gives itself, `target` the address that this gateway knows it by."""
 
     def __init__(
         self,

@@ -23,14 +23,14 @@ class Routed(ReplyListener, Protocol):
 
     @property
     def demand(self) -> Demand:
-        """What its callers ask for."""
+        """The demand of its callers."""
 
     @property
     def avoids(self) -> "Replica | None":
         """A replica that it is not to be sent to for now."""
 
     def remaining_microseconds(self) -> int:
-        """What is left of its time."""
+        """Microseconds until its deadline."""
 
     def started(self) -> bool:
         """Note that a worker has begun it, or is about to; returns whether the replica waits to hear of that."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """One replica as this gateway sees it now."""
+    """The state of a replica as this gateway sees it now."""
 
     target: str
     up: bool

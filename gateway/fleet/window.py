@@ -35,7 +35,7 @@ class Window:
 
     @property
     def slowness(self) -> float:
-        """What runs take there, divided by what they take on the mean of the fleet."""
+        """The run time on this replica, divided by the mean run time of the fleet."""
         return self._slowness.value
 
     def grant(self, welcome: Welcome) -> None:

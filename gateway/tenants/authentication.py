@@ -1,4 +1,4 @@
-"""Who calls: what a caller's token says, or else the certificate of its connection.
+"""Authentication of callers: by a token, or else by the certificate of the connection.
 
 A caller who brings a token is who that says, or nobody: a token that does not hold is never made up for by a
 certificate. Where a gateway has neither keys for tokens nor a CA for certificates, it asks nobody.
@@ -30,7 +30,7 @@ class Authentication:
         self._refused = refused
 
     def identify(self, context: Context) -> tuple[Identity, str]:
-        """Who makes an RPC, and its token if that is how it is known. Raises Unauthenticated."""
+        """Return the caller of an RPC, and its token if the token identified it. Raises Unauthenticated."""
         try:
             return self._identify(context)
         except CredentialError as error:
@@ -71,7 +71,7 @@ def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
 
 
 def _certified(peer: Mapping[str, Iterable[bytes]]) -> Identity | None:
-    """Who a connection's certificate names, if it has one: gRPC has verified it. Raises Unauthenticated."""
+    """Return the caller that a connection's certificate names. gRPC has verified it. Raises Unauthenticated."""
     if "x509_pem_cert" not in peer:
         return None
     for kind in _NAMES:

@@ -41,7 +41,7 @@ class QuotaLimits(BaseModel):
 
 
 class Tenant:
-    """One tenant: its calls are allowed, then admitted, and charged for what they have cost."""
+    """A tenant and its quotas. Its calls are allowed, then admitted, and charged their cost afterwards."""
 
     def __init__(self, name: str, label: str, limits: QuotaLimits, now: float) -> None:
         self.name = name

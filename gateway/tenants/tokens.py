@@ -47,14 +47,14 @@ class CredentialError(Unauthenticated):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """Who calls, and until when that holds, in seconds since the epoch."""
+    """The name of a caller, and the time until which it is valid, in seconds since the epoch."""
 
     name: str
     until: float = math.inf
 
 
 class Tokens:
-    """What makes a token hold. `claim` is the one that names the caller."""
+    """The conditions under which a token is valid. `claim` is the claim that names the caller."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ def _read_keys(content: bytes, algorithms: tuple[str, ...]) -> dict[str, dict[st
 
 
 def _by_algorithm(key: dict[str, Any], algorithms: tuple[str, ...]) -> dict[str, jwt.PyJWK]:
-    """What can be verified with a key: by the algorithm that it names, else by all that are asked for and fit it."""
+    """Return the algorithms of a key: the one that it names, or else all requested ones that fit its type."""
     fits = {}
     named = key.get("alg")
     for algorithm in (one for one in algorithms if named in (None, one)):

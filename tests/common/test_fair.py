@@ -96,7 +96,7 @@ async def test_steps_are_done_some_in_each_round() -> None:
 
 
 async def test_work_that_is_started_again_begins_anew_with_its_next_turn() -> None:
-    """It runs once at a time, however often it is started; work that is over begins at once."""
+    """Work runs once at a time, however often it is started; work that is over begins at once."""
     counted = Counted()
     for _ in range(3):
         counted.work.start()

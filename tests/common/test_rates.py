@@ -41,7 +41,7 @@ def test_bucket_fills_up_to_its_capacity() -> None:
 
 
 def test_bucket_may_be_overdrawn() -> None:
-    """What was taken beyond what there was has to come back first."""
+    """An overdraft is repaid before anything else can be taken."""
     bucket = TokenBucket(1.0, 2.0, now=0.0)
     bucket.take(5.0, 0.0)
     assert bucket.left(0.0) == -3.0

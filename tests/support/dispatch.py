@@ -69,7 +69,7 @@ class Loop(asyncio.SelectorEventLoop):
         return self.now
 
     def clock(self) -> float:
-        """What the product's code reads."""
+        """The clock that the product's code reads."""
         self.now += self.tick
         return self.now
 
@@ -166,7 +166,7 @@ class WorkerEnd:
             self.cancelled.update(frame.calls)
 
     def hear(self) -> None:
-        """It has said nothing that was not heard."""
+        """Do nothing: every frame of this worker is heard at once."""
 
     def kill(self, cause: Exit) -> None:
         if not self.exited:
@@ -174,7 +174,7 @@ class WorkerEnd:
             self.ending = True
 
     def say(self, frame: ToDispatcher) -> None:
-        """What the dispatcher hears of it."""
+        """Say a frame to the dispatcher."""
         if not self.ending:
             self._say(frame)
 
@@ -278,7 +278,7 @@ class Desk:
 
     @property
     def in_flight(self) -> list[InFlight]:
-        """What the workers hold that fill the slots."""
+        """The runs that the slots' workers hold."""
         return [slot._worker.in_flight for slot in self.slots if slot._worker is not None]
 
     def caught(self, place: str) -> float:
@@ -323,7 +323,7 @@ class Desk:
         return call
 
     def replies(self, call: Call) -> list[Reply]:
-        """What the call's caller has been sent."""
+        """The replies that the call's caller has been sent."""
         return self.lane.replies.get(call._descriptor.call, [])
 
     def nothing_is_held(self) -> None:

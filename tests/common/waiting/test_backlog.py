@@ -38,7 +38,7 @@ def filled(*calls: Call, max_calls: float = math.inf) -> Backlog[Call]:
 
 
 def turns(backlog: Backlog[Call], kinds: set[Hashable] | None = None, seconds: float = 0.0) -> list[str]:
-    """What is decided while there is room for these kinds: a call's name, or its error's status."""
+    """Return the decisions while there is room for these kinds: a call's name, or its error's status."""
     roomy: set[Hashable] = {True, False} if kinds is None else kinds
     found = []
     while (turn := backlog.next(roomy, lambda _: PLACE, lambda *_: seconds)) is not None:
@@ -184,7 +184,7 @@ def test_new_call_that_cannot_be_in_time_is_refused_before_it_waits() -> None:
 
 
 def test_calls_are_taken_out_and_in_company() -> None:
-    """What fits is taken out, in order and uncharged; what runs with another call is charged."""
+    """Calls that fit are taken out, in order and uncharged; calls that run with another one are charged."""
     calls = [Call(str(number)) for number in range(4)]
     backlog = filled(*calls)
     assert backlog.take_out(lambda call: call.name != "1", 2) == [calls[0], calls[2]]

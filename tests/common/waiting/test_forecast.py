@@ -18,7 +18,7 @@ def test_nothing_is_expected_of_what_was_never_run() -> None:
 
 
 def test_recent_runs_count_most() -> None:
-    """What is expected follows the runs, and has forgotten after some dozens."""
+    """The forecast follows the runs, and has forgotten old ones after some dozens."""
     assert learned(*[0.01] * 10, *[0.02] * 30).expected("k", 1000) == pytest.approx(0.02, rel=0.01)
 
 
@@ -38,7 +38,7 @@ def test_one_stall_is_not_held_against_the_next_calls() -> None:
 
 
 def test_run_that_was_ended_tells_the_least_that_it_takes() -> None:
-    """It counts where it took longer than expected, and says nothing where it did not."""
+    """A run that was cut short counts if it took longer than expected, and teaches nothing if it did not."""
     times = learned(0.01)
     times.learn_at_least("k", 1000, 0.001)
     assert times.expected("k", 1000) == 0.01

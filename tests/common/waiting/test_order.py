@@ -114,7 +114,7 @@ def test_what_is_charged_afterwards_counts_as_what_was_expected() -> None:
 
 
 def test_weight_may_change_while_a_tenant_waits() -> None:
-    """What a tenant's weight is now decides its share from now on, though it has waited before."""
+    """A tenant's new weight decides its share from now on, even if it has waited before."""
     weights = {"a": 1.0, "b": 1.0}
     policy = Policy[Call](weights)
 
@@ -130,7 +130,7 @@ def test_weight_may_change_while_a_tenant_waits() -> None:
 
 
 def test_nobody_saves_up_a_share() -> None:
-    """One who was away comes back as an equal: neither before everybody else for long, nor after."""
+    """A tenant that was away comes back as an equal: neither long before all others, nor after them."""
     policy = filled(*(Call(tenant="busy", cost_seconds=1.0) for _ in range(200)))
     for _ in range(100):
         policy.next()

@@ -1,4 +1,4 @@
-"""What waits, by turns: whom a refusal costs nothing, and that none is forgotten."""
+"""Calls that wait are refused in slices: a refusal costs the tenant nothing, and no call is forgotten."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -61,7 +61,7 @@ def open_up(desk: Desk) -> None:
 
 
 def charged(policy: Policy[Call]) -> float:
-    """What the one tenant was charged."""
+    """Seconds that the only tenant was charged."""
     return sum(tenant.clock for tenant in policy._tenants.values())
 
 

@@ -232,7 +232,7 @@ class Day:
 
 @pytest.mark.parametrize(("where", "name", "place"), FAULTS)
 def test_fault_loses_no_call(loop: Loop, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, place: str) -> None:
-    """It is counted where it is caught; each call has one end, nothing is held by what has ended, and work goes on."""
+    """The fault is counted where it is caught, each call ends once, ended calls hold nothing, and work goes on."""
     fault = Fault(monkeypatch, where, name)
     desk = a_desk(loop)
     day = Day(loop, desk)

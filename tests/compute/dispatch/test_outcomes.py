@@ -1,4 +1,4 @@
-"""What becomes of a run's calls: the failure table of docs/architecture.md, each row by the code that decides it."""
+"""Outcomes of a run's calls: each row of the failure table of docs/architecture.md, by the code that decides it."""
 
 from dataclasses import replace
 from typing import Any, cast

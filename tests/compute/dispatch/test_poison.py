@@ -1,4 +1,4 @@
-"""What makes two calls the same call, and what of those that killed is kept, for how long."""
+"""Poison: when two calls are equal, and which calls that killed workers are remembered for how long."""
 
 from collections.abc import Callable
 from itertools import islice
@@ -38,7 +38,7 @@ class Ward(Desk):
         return found
 
     async def struck(self, call: Call) -> FailedPrecondition | None:
-        """What a call's caller hears when a worker has died of it, where that is that it is poison."""
+        """Return the error that a call gets when a worker has died of it and the call is poison."""
         self.dispatcher.settle(call, Strike(str(SIGKILL), Unavailable("its worker ended")))
         await until(lambda: call.ended, "it is read")
         (reply,) = self.replies(call)
@@ -141,7 +141,7 @@ async def test_what_did_no_harm_is_forgotten() -> None:
 
 
 async def test_strike_is_forgotten_in_time() -> None:
-    """One that killed long ago and kills again is not poison."""
+    """A call that killed a worker long ago and kills again is not poison."""
     ward = Ward(poison_seconds=1e-9)
     for _ in range(3):
         ward.sent(A)

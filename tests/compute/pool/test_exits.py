@@ -37,7 +37,7 @@ def test_worker_chooses_no_label() -> None:
 
 
 def test_detail_is_no_label() -> None:
-    """What a system call says is told, and counted under what it was about."""
+    """A system error is told as a message, and counted under its reason."""
     detailed = exits.DEAF.with_detail("No buffer space available")
     assert str(detailed) == "the worker's socket refused a frame: No buffer space available"
     assert detailed.reason == exits.DEAF.reason

@@ -55,7 +55,7 @@ async def test_stopped_process_is_found_and_no_other(runs: Runs) -> None:
 
 
 async def test_process_that_has_gone_is_not_looked_at(gone: int) -> None:
-    """One that has ended is somebody else's news, and nothing is kept of it."""
+    """A process that has ended is not reported, and no descriptor of it is kept."""
     look = StoppedWatch(gone, 0.5, lambda end: pytest.fail(str(end)))
     assert not [opened for opened in descriptors(os.getpid()).values() if opened.startswith(f"/proc/{gone}/")]
     look.close()

@@ -87,7 +87,7 @@ async def test_fault_as_a_reply_is_handed_on(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_fault_as_a_failure_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it held is freed, its record is told once, and a call that shares the execution hears of the failure."""
+    """A faulty call's memory is freed, its record is told once, and calls that share its execution fail too."""
     async with hand_gateway(1) as gateway:
         learn(gateway, 0.2)
         _, broken = gateway.begin(name="broken")

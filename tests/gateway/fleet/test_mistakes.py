@@ -190,7 +190,7 @@ async def test_new_call_that_cannot_be_sent_by_a_mistake_fails(breaks: str) -> N
     [("send", "send_held"), ("lane", "send_held"), ("sent", "send_held"), ("place", "held_call")],
 )
 async def test_held_call_whose_routing_fails_by_a_mistake_fails(breaks: str, place: str) -> None:
-    """It alone: the calls before and behind it are sent as soon as there is room."""
+    """Only that call fails: the calls before and behind it are sent as soon as there is room."""
     async with world(FULL) as made:
         before, wrong, behind = made.route(), made.route(breaks), made.route()
         assert made.fleet.held == 3
@@ -216,7 +216,7 @@ async def test_call_that_takes_no_refusal_does_not_keep_others_from_theirs() -> 
 
 
 async def test_mistake_of_who_is_told_of_changes_keeps_no_call() -> None:
-    """What is held is sent or refused all the same."""
+    """Held calls are sent or refused all the same."""
     async with world(FULL) as made:
         call = made.route()
         made.breaks_change = True
@@ -282,7 +282,7 @@ async def test_mistake_in_what_a_lane_says_does_not_end_the_lane(place: str, say
 
 
 async def test_mistake_at_the_end_of_a_lane_leaves_the_replica_without_it() -> None:
-    """It takes no calls until it has another lane."""
+    """The replica takes no calls until it has another lane."""
     async with world() as made:
 
         def mistake(*_: Any) -> None:

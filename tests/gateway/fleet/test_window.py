@@ -1,4 +1,4 @@
-"""What a gateway thinks of a replica between two of its reports."""
+"""A gateway's estimate of a replica's load between two of its reports."""
 
 import pytest
 
