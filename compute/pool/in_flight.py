@@ -207,14 +207,9 @@ class InFlight:
 
     def heard(self, frame: Done | Failed) -> bool:
         """Take in that the worker has ended a run. False where it cannot have: then it is killed."""
-        run = self._runs[0] if self._runs and self._runs[0].is_sent else None
-        named = [result.call for result in frame.results] if isinstance(frame, Done) else [frame.call]
-        if run is None or not named or len(set(run.numbers.values()).intersection(named)) < len(named):
-            self._process.kill(exits.OTHER_CALL)
-            return False
         results = {result.call: result for result in frame.results} if isinstance(frame, Done) else {}
-        if results and not self._is_whole(results, run):
-            self._process.kill(exits.UNSOUND_REPLY)
+        run = self._ended_by(frame, results)
+        if run is None:
             return False
         # A call that was cancelled may not have been begun, or may have stopped when it noticed.
         finished = (bool(results) or len(run.numbers) == 1) and run.wanted
@@ -232,6 +227,18 @@ class InFlight:
             # Whatever fails before: from here on only the listener can settle the run.
             self._listener.happened(run, Replied(frame, results, usage))
         return True
+
+    def _ended_by(self, frame: Done | Failed, results: dict[int, Result]) -> Run | None:
+        """Return the run that a frame ends. None for a frame that ends none, or whose results are unsound."""
+        run = self._runs[0] if self._runs and self._runs[0].is_sent else None
+        named = [result.call for result in frame.results] if isinstance(frame, Done) else [frame.call]
+        if run is None or not named or len(set(run.numbers.values()).intersection(named)) < len(named):
+            self._process.kill(exits.OTHER_CALL)
+            return None
+        if results and not self._is_whole(results, run):
+            self._process.kill(exits.UNSOUND_REPLY)
+            return None
+        return run
 
     def lost(self, cause: Exit, *, stopping: bool) -> None:
         """Settle the calls of a worker that has exited."""
