@@ -47,19 +47,15 @@ class Body:
     tensor; a body that arrives in pieces is fed, and wakes its cursors with each piece.
     """
 
-    __slots__ = ("_arrival", "_cursors", "_freed", "_kept", "_when_complete", "buffers", "lengths", "size")
+    __slots__ = ("_arrival", "_readers", "buffers", "lengths", "size")
 
     def __init__(self, lengths: Sequence[int], buffers: list[Buffer] | None = None) -> None:
         self.lengths = lengths
         self.size = sum(lengths)
         self.buffers: list[Buffer] = [] if buffers is None else buffers
         self._arrival = Arrival(lengths) if buffers is None and self.size else None
-        # Empty tuples until the first is there: a small body never has one.
-        self._cursors: tuple[Cursor, ...] = ()
-        self._when_complete: tuple[Callable[[], None], ...] = ()
-        self._kept = True
-        # Buffers at the front that were freed. They stay in the list as empty ones, so that cursors' positions hold.
-        self._freed = 0
+        # None until the first one: a small body never has any.
+        self._readers: _Readers | None = None
 
     @property
     def complete(self) -> bool:
@@ -77,46 +73,84 @@ class Body:
             raise ProtocolViolation("a piece of a body that is already here")
         self._arrival.place(len(piece))
         self.buffers.append(piece)
-        for cursor in self._cursors:
-            cursor.wake()
-        self.free_passed()
-        if not self._arrival.missing:
-            told, self._when_complete = self._when_complete, ()
-            for tell in told:
-                tell()
+        if self._readers is not None:
+            self._readers.fed(self)
 
     def subscribe(self, wake: Callable[[], None]) -> "Cursor":
         """Return a new cursor at the first byte that is still here. `wake` is called whenever more has come."""
-        cursor = Cursor(self, wake, self._freed)
-        self._cursors += (cursor,)
-        return cursor
+        return self._reading().subscribe(self, wake)
 
     def when_complete(self, tell: Callable[[], None]) -> None:
         """Have `tell` called once every byte is here. Only for a body that is not complete."""
-        self._when_complete += (tell,)
+        self._reading().when_complete += (tell,)
 
     def let_go(self) -> None:
         """Keep no buffer for readers to come: free what every cursor has passed, now and from now on."""
-        self._kept = False
-        self.free_passed()
+        if self._readers is None and self._arrival is None:
+            self.buffers = []
+            return
+        readers = self._reading()
+        readers.kept = False
+        readers.free_passed(self)
 
     def free_passed(self) -> None:
         """Free every buffer that all cursors have passed, unless the body is kept."""
-        if self._kept:
+        if self._readers is not None:
+            self._readers.free_passed(self)
+
+    def unsubscribe(self, cursor: "Cursor") -> None:
+        """Forget a cursor that its reader has closed."""
+        if self._readers is not None:
+            self._readers.unsubscribe(self, cursor)
+
+    def _reading(self) -> "_Readers":
+        if self._readers is None:
+            self._readers = _Readers()
+        return self._readers
+
+
+class _Readers:
+    """The cursors of a body, and the part of the body that none of them needs any more."""
+
+    __slots__ = ("_cursors", "_freed", "kept", "when_complete")
+
+    def __init__(self) -> None:
+        self._cursors: tuple[Cursor, ...] = ()
+        self.when_complete: tuple[Callable[[], None], ...] = ()
+        self.kept = True
+        # Buffers at the front that were freed. They stay in the list as empty ones, so that cursors' positions hold.
+        self._freed = 0
+
+    def subscribe(self, body: Body, wake: Callable[[], None]) -> "Cursor":
+        cursor = Cursor(body, wake, self._freed)
+        self._cursors += (cursor,)
+        return cursor
+
+    def unsubscribe(self, body: Body, cursor: "Cursor") -> None:
+        self._cursors = tuple(other for other in self._cursors if other is not cursor)
+        self.free_passed(body)
+
+    def fed(self, body: Body) -> None:
+        """Wake the readers of a body that has a new piece."""
+        for cursor in self._cursors:
+            cursor.wake()
+        self.free_passed(body)
+        if body.complete:
+            told, self.when_complete = self.when_complete, ()
+            for tell in told:
+                tell()
+
+    def free_passed(self, body: Body) -> None:
+        if self.kept:
             return
         if not self._cursors:
-            self.buffers = []
+            body.buffers = []
             self._freed = 0
             return
         passed = min(cursor.passed for cursor in self._cursors)
         while self._freed < passed:
-            self.buffers[self._freed] = b""
+            body.buffers[self._freed] = b""
             self._freed += 1
-
-    def unsubscribe(self, cursor: "Cursor") -> None:
-        """Forget a cursor that its reader has closed."""
-        self._cursors = tuple(other for other in self._cursors if other is not cursor)
-        self.free_passed()
 
 
 class Cursor:

@@ -24,17 +24,6 @@ Arguments = TypeVarTuple("Arguments")
 _TOLD_AT_ONCE = 32
 
 
-class _Unanswered:
-    """A call on the lane: its listener, what to do when it begins, and its reply's body once that is arriving."""
-
-    __slots__ = ("body", "listener", "started")
-
-    def __init__(self, listener: ReplyListener, started: Callable[[], bool] | None) -> None:
-        self.listener = listener
-        self.started = started
-        self.body: Body | None = None
-
-
 class LaneCaller:
     """The calling end of one lane, from its opening to its end. Not used again afterwards.
 
@@ -59,7 +48,10 @@ class LaneCaller:
         # From now on nothing that is sent arrives, and no listener would be told.
         self.ended = False
         self._numbers = count(1)
-        self._calls: dict[int, _Unanswered] = {}
+        # With what to call when it begins. Unanswered, or its reply's body is not complete.
+        self._calls: dict[int, tuple[ReplyListener, Callable[[], bool] | None]] = {}
+        # The reply's bodies that are not complete.
+        self._arriving: dict[int, Body] = {}
         self._outbox = Outbox(lambda: len(self._calls), caught, self._fail)
         # Set when the server wants another lane in this one's place.
         self.reopen_asked = asyncio.Event()
@@ -76,7 +68,7 @@ class LaneCaller:
         to hear that this is known.
         """
         number = next(self._numbers)
-        self._calls[number] = _Unanswered(listener, started)
+        self._calls[number] = listener, started
         self._outbox.call(number, descriptor, body)
         return number
 
@@ -127,7 +119,7 @@ class LaneCaller:
         for number in list(islice(self._calls, max_calls)):
             # A listener that is told may cancel others.
             if (call := self._calls.pop(number, None)) is not None:
-                self._tell(call.listener, Unavailable("the lane to the server broke before the reply was here"))
+                self._tell(call[0], Unavailable("the lane to the server broke before the reply was here"))
 
     def _receive(self, message: bytes) -> None:
         self.heard += 1
@@ -141,7 +133,7 @@ class LaneCaller:
             lengths = reply.lengths[:]
             whole: list[Buffer] | None = None
             if reply.whole:
-                whole = list[Buffer](payload[at : at + len(lengths)])
+                whole = [*payload[at : at + len(lengths)]]
                 at += len(lengths)
                 check_whole(lengths, whole)
             self._replied(reply, lengths, whole)
@@ -171,11 +163,11 @@ class LaneCaller:
             self._caught("lane_frame", error)
 
     def _begun(self, number: int) -> None:
-        call = self._calls.get(number)
-        if call is None or call.started is None:
+        _, started = self._calls.get(number, (None, None))
+        if started is None:
             return
         try:
-            if call.started():
+            if started():
                 self._outbox.started(number, 0.0)
         except Exception as error:  # noqa: BLE001 (the guard: this call fails, and no other)
             self._fail(number, self._caught("lane_started", error))
@@ -189,23 +181,25 @@ class LaneCaller:
             # The server may answer before it has the whole call: the rest of the call is not wanted.
             self._outbox.drop(number)
             if reply.HasField("failure"):
-                call.listener.failed(raised(reply.failure), reply)
+                call[0].failed(raised(reply.failure), reply)
                 self._over(number)
                 return
-            body = call.body = Body(lengths, whole)
-            call.listener.replied(reply, body)
+            body = Body(lengths, whole)
+            call[0].replied(reply, body)
             if body.complete:
                 self._over(number)
+            elif number in self._calls:
+                self._arriving[number] = body
         except Exception as error:  # noqa: BLE001 (the guard: this call fails, and no other)
             self._fail(number, self._caught("lane_reply", error))
 
     def _feed(self, number: int, piece: memoryview) -> None:
-        call = self._calls.get(number)
-        if call is None or call.body is None:
+        body = self._arriving.get(number)
+        if body is None:
             return
         try:
-            call.body.feed(piece)
-            if call.body.complete:
+            body.feed(piece)
+            if body.complete:
                 self._over(number)
         except ProtocolViolation:
             raise
@@ -217,7 +211,7 @@ class LaneCaller:
         call = self._calls.get(number)
         if call is not None:
             self.cancel(number)
-            self._tell(call.listener, error)
+            self._tell(call[0], error)
 
     def _tell(self, listener: ReplyListener, error: UnlatchError) -> None:
         try:
@@ -228,6 +222,7 @@ class LaneCaller:
     def _over(self, number: int) -> None:
         """Forget a call that has had its end."""
         self._calls.pop(number, None)
+        self._arriving.pop(number, None)
         if self.finishing:
             self._close_if_finished()
 

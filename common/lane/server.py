@@ -273,8 +273,11 @@ class LaneServer:
                 )
             if descriptor.call in self._calls:
                 raise ProtocolViolation(f"call {descriptor.call} is already under way")
+            if self.refusal is not None:
+                self._outbox.reply(descriptor.call, failed(self.refusal), Body((), []))
+                continue
             try:
-                accepted = self._accepted(descriptor, whole)
+                accepted = self._accept(self, descriptor, whole)
             except Exception as error:  # noqa: BLE001 (the guard: this call fails, and no other)
                 self._fail(descriptor.call, self._caught("lane_call", error))
                 continue
@@ -285,9 +288,3 @@ class LaneServer:
                 self._calls[descriptor.call] = _Taken(accepted, came, deadline, size)
                 self._bytes += size
         return at
-
-    def _accepted(self, descriptor: Descriptor, whole: list[memoryview] | None) -> Accepted | None:
-        if self.refusal is not None:
-            self._outbox.reply(descriptor.call, failed(self.refusal), Body((), []))
-            return None
-        return self._accept(self, descriptor, whole)
