@@ -1,1 +1,1 @@
-"""The compute service: a front that queues calls, and a pool of worker processes that run kernels."""
+"""The compute service: a dispatcher in which calls wait, and a pool of worker processes that run kernels."""

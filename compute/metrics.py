@@ -1,4 +1,4 @@
-"""What the front reports. Its files tell what happened; this says under which names it is seen."""
+"""The dispatcher's metrics: the other modules tell what happened, this one says under which names it is seen."""
 
 from collections.abc import Callable, Iterator
 from time import monotonic
@@ -15,7 +15,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class ComputeMetrics:
-    """The front's metrics. `queue_depth` is asked at each scrape."""
+    """The dispatcher's metrics. `queue_depth` is asked at each scrape."""
 
     def __init__(self, recorder: Recorder, processes: ProcessWatch, queue_depth: Callable[[], int]) -> None:
         self._processes = processes
@@ -45,7 +45,9 @@ class ComputeMetrics:
             buckets=_REPLACEMENT_BUCKETS,
         ).labels()
         self._wasted = recorder.counter(
-            "unlatch_wasted_cpu_seconds_total", "Processor time of runs that nobody waited for in the end.", ("worker",)
+            "unlatch_wasted_cpu_seconds_total",
+            "Processor time of runs for which no caller waited in the end.",
+            ("worker",),
         )
         self._workers: dict[str, WorkerMetrics] = {}
         recorder.gauge(
@@ -71,7 +73,7 @@ class ComputeMetrics:
         ).labels()
 
     def limited(self, memory_bytes: int) -> None:
-        """What a worker may have."""
+        """Tell the memory limit of a worker."""
         self._memory_limit.set(memory_bytes)
 
     def collect(self) -> Iterator[Metric]:
@@ -84,32 +86,32 @@ class ComputeMetrics:
         yield busy
 
     def call_ended(self, kernel: str, code: str) -> None:
-        """A call has its answer, or needs none any more."""
+        """Count a call that has its answer, or needs none any more."""
         self._calls.add(1, kernel, code)
 
     def stages(self, kernel: str, transfer: float, queue: float, run: float, reply: float) -> None:
-        """Where an answered call's time went, in seconds."""
+        """Tell where an answered call's time went, in seconds."""
         self._stages.observe(transfer, kernel, "transfer")
         self._stages.observe(queue, kernel, "queue")
         self._stages.observe(run, kernel, "run")
         self._stages.observe(reply, kernel, "reply")
 
     def waited(self, seconds: float) -> None:
-        """A worker begins a call that has waited so long."""
+        """Tell how long a call has waited that a worker begins."""
         self._queue_wait.observe(seconds)
 
     def batched(self, kernel: str, calls: int) -> None:
-        """So many calls of a kernel run as one."""
+        """Count a run of so many calls of a kernel as one."""
         self._batches.observe(calls, kernel)
 
     def forkserver_runs(self, pid: int) -> None:
-        """Whose child the next worker is. multiprocessing replaces a dead forkserver without a word."""
+        """Watch the forkserver of the next worker: multiprocessing replaces a dead one without a word."""
         if pid != self._forkserver:
             self._forkserver = pid
             self._processes.watch(FORKSERVER, pid)
 
     def worker(self, slot: int) -> "WorkerMetrics":
-        """What a slot reports to."""
+        """The metrics of one slot."""
         worker = self._workers[str(slot)] = WorkerMetrics(self, str(slot))
         return worker
 
@@ -118,30 +120,30 @@ class ComputeMetrics:
         return {(slot, run[0]): run[1] for slot, run in now.items() if run is not None}
 
     def worker_ran(self, slot: str, kernel: str, outcome: str) -> None:
-        """A worker has ended a call."""
+        """Count a call that a worker has ended."""
         self._worker_calls.add(1, slot, kernel, outcome)
 
     def worker_wasted(self, slot: str, seconds: float) -> None:
-        """A run has ended that nobody waited for any more."""
+        """Count the processor time of a run for which no caller waited in the end."""
         self._wasted.add(seconds, slot)
 
     def worker_started(self, slot: str, pid: int) -> None:
-        """A new process fills a slot."""
+        """Watch the new process that fills a slot."""
         self._processes.watch(f"worker-{slot}", pid)
 
     def worker_replaced(self, seconds: float) -> None:
-        """A slot whose worker had ended takes calls again."""
+        """Tell how long a slot whose worker had ended took no calls."""
         self._replacements.observe(seconds)
 
     def worker_ended(self, slot: str, reason: str) -> None:
-        """The process in a slot is gone; a reason is given where it is to be replaced."""
+        """Count the exit of a slot's process; the reason is empty where it is not to be replaced."""
         self._processes.settle()
         if reason:
             self._restarts.add(1, slot, reason)
 
 
 class WorkerMetrics:
-    """One slot's."""
+    """The metrics of one slot, whose workers follow one another."""
 
     def __init__(self, metrics: ComputeMetrics, slot: str) -> None:
         self._metrics = metrics
@@ -170,28 +172,28 @@ class WorkerMetrics:
         self._metrics.worker_started(self._slot, pid)
 
     def ready(self) -> None:
-        """It takes calls."""
+        """Take in that the worker takes calls."""
         self.up = True
         if self._lost_at is not None:
             self._metrics.worker_replaced(monotonic() - self._lost_at)
             self._lost_at = None
 
     def begins(self, kernel: str, now: float, calls: int, *, batch: bool) -> None:
-        """It begins a run of so many calls, of a kernel whose calls may run as one or not."""
+        """Take in that the worker begins a run of so many calls; `batch` of a kernel whose calls may run as one."""
         self._busy = (self.busy_seconds(), now, kernel)
         if batch:
             self._metrics.batched(kernel, calls)
 
     def waited(self, seconds: float) -> None:
-        """It begins a call that has waited so long."""
+        """Take in that the worker begins a call that has waited so long."""
         self._metrics.waited(seconds)
 
     def ran(self, kernel: str, outcome: str) -> None:
-        """It has ended a call."""
+        """Count a call that the worker has ended."""
         self._metrics.worker_ran(self._slot, kernel, outcome)
 
     def rests(self) -> None:
-        """It has ended the run that it was in."""
+        """Take in that the worker has ended the run that it was in."""
         self._busy = (self.busy_seconds(), None, "")
 
     def wasted(self, cpu_seconds: float) -> None:
@@ -199,7 +201,7 @@ class WorkerMetrics:
         self._metrics.worker_wasted(self._slot, cpu_seconds)
 
     def ended(self, reason: str) -> None:
-        """It is gone."""
+        """Take in that the worker is gone."""
         if self.up:
             self._lost_at = monotonic()
         self.up = False

@@ -1,7 +1,7 @@
 """The forkserver: a process that has NumPy and the kernels loaded and does nothing but fork workers.
 
-It is multiprocessing's own. It starts before any gRPC object exists, and the front never forks after; a worker that
-it forks is up within milliseconds and shares its pages.
+The forkserver is multiprocessing's own. It starts before any gRPC object exists, and the dispatcher never forks after;
+a worker that it forks is up within milliseconds and shares its pages.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ _CHANNEL_BYTES = 208 * 1024
 
 
 class Spawned(NamedTuple):
-    """A new worker process: the front's end of its channel, and whose child it is."""
+    """A new worker process: the dispatcher's end of its channel, and the process whose child it is."""
 
     process: ForkServerProcess
     channel: socket.socket
@@ -58,7 +58,7 @@ class ForkServer:
         self._worker_memory_bytes = worker_memory_bytes
         # One thread, so that starts do not race in multiprocessing.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="spawn")
-        # Workers hold the reading end, the front alone the writing end: when the front is gone, so is the pipe.
+        # Workers hold the reading end, the dispatcher alone the writing end: when that is gone, so is the pipe.
         self._dispatcher_alive, self._held = os.pipe2(os.O_CLOEXEC)
         # The forkserver takes nothing but an environment and names of modules to preload. The environment stays as it
         # is set here: multiprocessing starts another forkserver by itself where one has died.
@@ -125,7 +125,7 @@ class ForkServer:
     async def close(self) -> None:
         """Start no more workers, and end the forkserver."""
         self._starter.shutdown(wait=False, cancel_futures=True)
-        # It would end with the front; but one that hangs in a kernel module's import does not notice.
+        # It would end with the dispatcher; but one that hangs in a kernel module's import does not notice.
         await asyncio.to_thread(self.end)
 
 

@@ -27,7 +27,7 @@ _ASKED_EVERY_SECONDS = 2.0
 
 
 class Recycling:
-    """One for each worker process, from when it is ready. Raises OSError where it has ended already."""
+    """The limits of one worker process, from when it is ready. Raises OSError where it has ended already."""
 
     def __init__(self, process: WorkerProcess, in_flight: InFlight, limits: MemoryLimits) -> None:
         self._process = process
@@ -51,7 +51,7 @@ class Recycling:
         self._tolerated_bytes = limits.memory_bytes * _FAR_OVER
 
     def look(self) -> None:
-        """See what it has taken, and do something about it."""
+        """Read how much memory the worker has taken, and act on it."""
         if self._process.ending:
             return
         # A run that it was not given yet may have been taken from it.
@@ -67,7 +67,7 @@ class Recycling:
         self._calls = self._in_flight.calls
 
     def shrunk(self, left: Shrunk) -> None:
-        """It has given back what it could."""
+        """Take in how much memory the worker has left after it has given back what it could."""
         if self._process.ending:
             return
         limit = self._limits.memory_bytes
@@ -80,17 +80,17 @@ class Recycling:
             self.due = self.due or exits.GROWN
 
     def retire(self) -> None:
-        """Give it nothing more, and end it once it has no call."""
+        """Give the worker nothing more, and end it once it has no call."""
         self.retires = True
         self.rested()
 
     def rested(self) -> None:
-        """It has ended a call, or had none."""
+        """End a worker that retires: it has ended a call, or had none."""
         if self.retires and self.due and not self._in_flight:
             self._process.kill(self.due)
 
     def close(self) -> None:
-        """It is gone."""
+        """Read no more: the worker is gone."""
         self._footprint.close()
 
     def _far_over(self) -> None:
