@@ -45,7 +45,9 @@ class ComputeMetrics:
             buckets=_REPLACEMENT_BUCKETS,
         ).labels()
         self._wasted = recorder.counter(
-            "unlatch_wasted_cpu_seconds_total", "Processor time of runs that nobody waited for in the end.", ("worker",)
+            "unlatch_wasted_cpu_seconds_total",
+            "Processor time of runs for which no caller waited in the end.",
+            ("worker",),
         )
         self._workers: dict[str, WorkerMetrics] = {}
         recorder.gauge(
@@ -84,18 +86,18 @@ class ComputeMetrics:
         yield busy
 
     def call_ended(self, kernel: str, code: str) -> None:
-        """A call has its answer, or needs none any more."""
+        """Count a call that has its answer, or needs none any more."""
         self._calls.add(1, kernel, code)
 
     def stages(self, kernel: str, transfer: float, queue: float, run: float, reply: float) -> None:
-        """Where an answered call's time went, in seconds."""
+        """Tell where an answered call's time went, in seconds."""
         self._stages.observe(transfer, kernel, "transfer")
         self._stages.observe(queue, kernel, "queue")
         self._stages.observe(run, kernel, "run")
         self._stages.observe(reply, kernel, "reply")
 
     def waited(self, seconds: float) -> None:
-        """A worker begins a call that has waited so long."""
+        """Tell how long a call has waited that a worker begins."""
         self._queue_wait.observe(seconds)
 
     def batched(self, kernel: str, calls: int) -> None:
@@ -103,13 +105,13 @@ class ComputeMetrics:
         self._batches.observe(calls, kernel)
 
     def forkserver_runs(self, pid: int) -> None:
-        """Whose child the next worker is. multiprocessing replaces a dead forkserver without a word."""
+        """Watch the forkserver of the next worker: multiprocessing replaces a dead one without a word."""
         if pid != self._forkserver:
             self._forkserver = pid
             self._processes.watch(FORKSERVER, pid)
 
     def worker(self, slot: int) -> "WorkerMetrics":
-        """Return the metrics of a slot, made at its first use."""
+        """Make the metrics of a slot, whose workers follow one another."""
         worker = self._workers[str(slot)] = WorkerMetrics(self, str(slot))
         return worker
 
@@ -118,23 +120,23 @@ class ComputeMetrics:
         return {(slot, run[0]): run[1] for slot, run in now.items() if run is not None}
 
     def worker_ran(self, slot: str, kernel: str, outcome: str) -> None:
-        """A worker has ended a call."""
+        """Count a call that a worker has ended."""
         self._worker_calls.add(1, slot, kernel, outcome)
 
     def worker_wasted(self, slot: str, seconds: float) -> None:
-        """A run has ended that nobody waited for any more."""
+        """Count the processor time of a run for which no caller waited in the end."""
         self._wasted.add(seconds, slot)
 
     def worker_started(self, slot: str, pid: int) -> None:
-        """A new process fills a slot."""
+        """Watch the new process that fills a slot."""
         self._processes.watch(f"worker-{slot}", pid)
 
     def worker_replaced(self, seconds: float) -> None:
-        """A slot whose worker had ended takes calls again."""
+        """Tell how long a slot whose worker had ended took no calls."""
         self._replacements.observe(seconds)
 
     def worker_ended(self, slot: str, reason: str) -> None:
-        """The process in a slot is gone; a reason is given where it is to be replaced."""
+        """Count the exit of a slot's process; the reason is empty where it is not to be replaced."""
         self._processes.settle()
         if reason:
             self._restarts.add(1, slot, reason)

@@ -1,4 +1,4 @@
-"""Whether this replica takes calls: as long as a worker is up, and while one may be up any moment.
+"""Readiness: this replica takes calls as long as a worker is up, and while one may be up any moment.
 
 A worker that ends is replaced within milliseconds, and calls wait for that. It is otherwise where none can be started
 as things stand: the kernels do not load any more, or do not in time. Then, once no worker is left, calls are refused
@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 
 class Readiness:
-    """Slots report to it. `on_change` is told why no calls are taken; "" when they are again, or others than before."""
+    """Told by the slots. `on_change` is told why no calls are taken; "" when they are again, or others than before."""
 
     def __init__(self, on_change: Callable[[str], None]) -> None:
         # What all workers serve: the same object for ever.
@@ -32,7 +32,7 @@ class Readiness:
         return not self._up or _are_alike(kernels, self.kernels)
 
     def up(self, worker: int, kernels: dict[str, KernelSpec]) -> None:
-        """A worker that fits takes calls."""
+        """Take in that a worker that fits takes calls."""
         self._up.add(worker)
         self._obstacle = self._said = ""
         others = not _are_alike(kernels, self.kernels)
@@ -46,12 +46,12 @@ class Readiness:
             self._on_change("")
 
     def down(self, worker: int) -> None:
-        """A worker has ended."""
+        """Take in that a worker has ended."""
         self._up.discard(worker)
         self._reconsider()
 
     def failed(self, worker: int, why: str, *, lasting: bool) -> None:
-        """A worker could not be started in place of one that ended; `lasting` when the next try will fare no better."""
+        """Take in that a start failed; `lasting` when the next try will fail for the same reason."""
         if why != self._said:
             self._said = why
             log.error("worker did not start", worker=worker, message=why)

@@ -51,7 +51,7 @@ class Recycling:
         self._tolerated_bytes = limits.memory_bytes * _FAR_OVER
 
     def look(self) -> None:
-        """See what it has taken, and do something about it."""
+        """Read how much memory the worker has taken, and act on it."""
         if self._process.ending:
             return
         # A run that it was not given yet may have been taken from it.
@@ -80,7 +80,7 @@ class Recycling:
             self.due = self.due or exits.GROWN
 
     def retire(self) -> None:
-        """Give it nothing more, and end it once it has no call."""
+        """Give the worker nothing more, and end it once it has no call."""
         self.retires = True
         self.rested()
 

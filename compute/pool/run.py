@@ -32,9 +32,6 @@ class RunState(Enum):
     OVER = auto()  # nothing of it is in the worker any more
 
 
-_SENT = frozenset((RunState.SENT, RunState.RUNNING))
-
-
 class Usage(msgspec.Struct, frozen=True):
     """Usage of a run: seconds by the clock, processor seconds, and whether the kernel came to its end."""
 
@@ -123,7 +120,7 @@ class Run:
     @property
     def is_sent(self) -> bool:
         """Whether the worker has been given it."""
-        return self.state in _SENT
+        return self.state is RunState.RUNNING or self.state is RunState.SENT
 
     @property
     def must_be_announced(self) -> bool:
