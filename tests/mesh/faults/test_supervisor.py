@@ -294,7 +294,7 @@ def identity(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
             TAKEN_NAME,
             r"bad.py:6: kernel 'identity' is already defined at .*basics.py:\d+",
         ),
-        (None, r"bad.py: there is no such kernel file"),
+        (None, r"bad.py: no such kernel file"),
     ],
     ids=["import fails", "no Python", "exits", "name is taken", "no file"],
 )

@@ -28,14 +28,14 @@ def test_table_and_names(unlatch: Unlatch) -> None:
     assert names == sorted(names)
     table = unlatch("kernels").out
     assert all(name in table for name in names)
-    assert "The matrix product" in table
+    assert "Compute the matrix" in table
 
 
 def test_one_kernel_in_full(unlatch: Unlatch, mesh: Mesh) -> None:
     """A kernel's page has every argument with its dtypes and axes, the whole docstring, the options, and a command."""
     out = unlatch("kernels", "fixed_axes").out
     assert "pixels: uint8[height width 3]" in out
-    assert "The largest channel." in out
+    assert "Return the largest of a fixed number of channels." in out
     assert "version 1\nnot pure: is run at most once" in out
     values = "[[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]"
     assert out.endswith(f"\nunlatch call fixed_axes 'pixels={values}' --server {mesh.gateway}\n")
