@@ -223,7 +223,7 @@ class Execution:
             self._send_again(reply)
 
     def _again(self, error: Unavailable, reply: Reply | None) -> None:
-        """Send an execution again after its replica was lost or had no worker, if that is safe and within the budget."""
+        """Send the execution again after its replica was lost or had no worker, if safe and within the budget."""
         let_go = self._pure and self._reply is not None and self._held_bytes < self.body.size
         if let_go or self._fleet.alone:
             # There is no other replica, or the request's bytes were freed while there was none.
