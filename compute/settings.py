@@ -57,7 +57,9 @@ class ComputeSettings(ServiceSettings):
         0, ge=0, description="Maximum bytes of a worker's own memory; 0 divides the container's limit, if it has one"
     )
     # For kernels that leak memory or fragment the heap. Workers are replaced one at a time, between calls.
-    recycle_calls: int = Field(0, ge=0, description="Calls, about, after which a worker is replaced; 0 is never")
+    recycle_calls: int = Field(
+        0, ge=0, description="Approximate number of calls after which a worker is replaced; 0 is never"
+    )
     recycle_growth_bytes: int = Field(
         0, ge=0, description="Bytes of growth in memory after which a worker is replaced; 0 is never"
     )
@@ -69,7 +71,7 @@ class ComputeSettings(ServiceSettings):
     reserved_workers: int | None = Field(
         None,
         ge=0,
-        description="Workers that long calls leave free; 1 unless given, 0 with fewer than four workers",
+        description="Workers that long calls leave free; by default 1, or 0 with fewer than four workers",
     )
     tenant_weights: TenantWeights = Field(
         {}, description="Weights of tenants whose calls wait: name=2,other=0.5; 1 for tenants not named"

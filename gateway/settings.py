@@ -32,7 +32,7 @@ class GatewaySettings(ServiceSettings):
     max_replicas: int = Field(64, gt=0, description="Maximum replicas that this gateway opens lanes to")
     # For hundreds of replicas and many gateways: each replica then has lanes to a few gateways only.
     replica_subset: int = Field(
-        0, ge=0, description="Replicas that this gateway uses, chosen by its --name; 0 uses all"
+        0, ge=0, description="Number of replicas that this gateway uses, chosen by its --name; 0 uses all"
     )
     name: str = Field(
         default_factory=socket.gethostname, min_length=1, description="Name by which --replica-subset chooses replicas"
@@ -42,10 +42,12 @@ class GatewaySettings(ServiceSettings):
     )
     # Any of the first three makes the gateway speak TLS to replicas, except on Unix sockets. Certificates do not
     # contain the addresses that DNS returns, so the fourth gives the name that they do contain.
-    replica_ca: str = Field("", description="PEM file: authorities of replicas' certificates; else public ones")
+    replica_ca: str = Field(
+        "", description="PEM file: authorities of replicas' certificates; without it, the public ones"
+    )
     replica_cert: str = Field("", description="PEM file: certificate shown to replicas")
     replica_key: str = Field("", description="PEM file: private key of --replica-cert")
-    replica_name: str = Field("", description="Host name in replicas' certificates; else their address")
+    replica_name: str = Field("", description="Host name in replicas' certificates; without it, their address")
 
     # A caller that sets no deadline gets the first. A caller whose deadline is longer than the second gets the second.
     default_timeout_seconds: float = Field(60.0, gt=0, description="Timeout in seconds of a call without a deadline")

@@ -36,7 +36,7 @@ _STOP_MARGIN_SECONDS = 2.0
 
 
 class ServeSettings(Settings):
-    """`unlatch serve`: gateway and compute on this machine. The environment gives their other settings."""
+    """`unlatch serve`: gateway and compute on this machine. Other settings are read from environment variables."""
 
     listen: str = Field("127.0.0.1:8001", description="Address for callers: host:port or unix:/path")
     metrics_listen: str = Field("127.0.0.1:8002", description="Address of the gateway's /metrics")

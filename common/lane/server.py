@@ -1,7 +1,7 @@
-"""The serving end of a lane: takes calls in, sends replies out, and lets go of everything when the caller is gone.
+"""The serving end of a lane: it receives calls, sends replies, and frees everything when the caller has left.
 
-Each frame that comes is handled under a guard of its own: an exception there answers the one call that the frame is
-about with INTERNAL, is counted and logged, and the next frame is handled. Only ProtocolViolation ends the lane.
+Each frame is handled under a guard of its own. An unexpected exception ends only the frame's call with INTERNAL; it is
+counted and logged, and the next frame is handled. Only ProtocolViolation ends the lane.
 """
 
 import asyncio
@@ -29,20 +29,20 @@ from unlatch.common.lane.outbox import Outbox
 from unlatch.common.lane.replies import failed
 from unlatch.protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
 
-# How long a caller who does not read holds up the end of its lane.
+# How long the end of a lane waits for a caller that does not read.
 _LAST_WRITE_SECONDS = 1.0
-# How long the news that a call has started may wait for other frames to go with.
+# How long a `started` frame may wait to share a message with other frames.
 _STARTED_SECONDS = 0.01
 
 
 class Accepted(Protocol):
-    """A call that was taken in, as its lane knows it."""
+    """A call that was accepted, as its lane sees it."""
 
     def feed(self, piece: memoryview) -> None:
-        """Take the next piece of the call's body. Raises ProtocolViolation where it does not fit."""
+        """Take the next piece of the call's body. Raises ProtocolViolation if it does not fit."""
 
     def abandon(self) -> None:
-        """Give the call up. Its caller has left: no reply is to be sent."""
+        """Give the call up and send no reply, because its caller has left."""
 
 
 Accept = Callable[["LaneServer", Descriptor, list[memoryview] | None], Accepted | None]
@@ -50,7 +50,7 @@ Accept = Callable[["LaneServer", Descriptor, list[memoryview] | None], Accepted 
 
 @dataclass(slots=True)
 class _Taken:
-    """A call that was taken in: when it came, until when its caller waits, and the bytes of its tensors."""
+    """A call that was accepted: its arrival time, its deadline, and the bytes of its tensors."""
 
     call: Accepted
     came: float
@@ -61,9 +61,9 @@ class _Taken:
 class LaneServer:
     """The serving end of one lane, from its opening to its end.
 
-    `accept` is called for each descriptor, with the tensors' bytes where they came along. It returns what takes the
-    other bytes, or None when it has replied already. `renew` is given each token that the caller is to be authenticated
-    by from then on. `caught` settles exceptions that no code expected (common/lane/listener.py).
+    `accept` is called for each descriptor, with the tensors' bytes if they are in the same message. It returns the
+    call, which takes the remaining bytes, or None if it has answered the call. `renew` is called with each new token of
+    the caller. `caught` handles unexpected exceptions (common/lane/listener.py).
     """
 
     def __init__(self, accept: Accept, caught: Caught, renew: Callable[[str], None] = lambda _: None) -> None:
@@ -72,10 +72,10 @@ class LaneServer:
         self._renew = renew
         self._calls: dict[int, _Taken] = {}
         self._bytes = 0
-        # By call: what to do once the caller has said that it knows of the call's start.
+        # By call number: a function to call once the caller confirms that it knows of the call's start.
         self._unheard: dict[int, Callable[[], None]] = {}
         self._outbox = Outbox(lambda: len(self._calls), caught, self._fail)
-        # The most that this side has granted.
+        # The largest window that this side has granted.
         self._window_calls = self._window_bytes = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -83,7 +83,7 @@ class LaneServer:
         self.refusal: UnlatchError | None = None
 
     def welcome(self, welcome: Welcome) -> None:
-        """Say what this side serves and grants."""
+        """Send what this side serves, and the window that it grants."""
         # What was granted is not taken back.
         self._window_calls = max(self._window_calls, welcome.window_calls)
         self._window_bytes = max(self._window_bytes, welcome.window_bytes)
@@ -95,7 +95,7 @@ class LaneServer:
         return bool(self._calls)
 
     def load(self, load: Load) -> None:
-        """Say how much there is to do here."""
+        """Send a load report."""
         self._outbox.load(load)
 
     def draining(self) -> None:
@@ -103,16 +103,19 @@ class LaneServer:
         self._outbox.draining()
 
     def started(self, number: int, heard: Callable[[], None] | None = None) -> None:
-        """Say that a call has begun; or, with `heard`, that it is about to: `heard` is called when the caller knows."""
+        """Tell the caller that a call has begun; with `heard`, that it is about to.
+
+        `heard` is called when the caller has confirmed that it knows.
+        """
         if heard is None:
-            # Early enough if it goes with the next reply, or with that of this call.
+            # The frame may go with the next reply, even with the reply to this call.
             self._outbox.started(number, _STARTED_SECONDS)
         else:
             self._unheard[number] = heard
             self._outbox.started(number, 0.0)
 
     def ask_for_token(self) -> None:
-        """Say that the caller's token is about to end."""
+        """Ask the caller for a new token, because the present one is about to expire."""
         self._outbox.authorization("")
 
     def reopen(self) -> None:
@@ -127,7 +130,7 @@ class LaneServer:
         """Answer a call, and forget it. `sent` is called when the body's buffers are no longer needed."""
         taken = self._forget(number)
         now = monotonic()
-        # How long the reply may be gathered goes by the call's time so far, and by what is left of it.
+        # The longer the call has taken and the more time is left, the longer its reply may wait to share a message.
         seconds = 0.0 if taken is None else min(now - taken.came, taken.deadline - now)
         self._outbox.reply(number, reply, body, sent, seconds)
 
@@ -151,7 +154,7 @@ class LaneServer:
                 await self._outbox.relieved(MAX_UNSENT_BYTES)
         finally:
             try:
-                # gRPC can end no stream in the middle of a write: the caller would never hear how it ended.
+                # gRPC cannot end a stream during a write: the caller would never receive the status.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LAST_WRITE_SECONDS):
                         await writing.acquire()
@@ -169,7 +172,7 @@ class LaneServer:
         self._quiet.set()
 
     async def drain(self) -> None:
-        """Ask the caller for no more calls, and wait until all that came are answered and the answers handed on."""
+        """Ask the caller to send no more calls, and wait until all calls are answered and the answers are sent."""
         self.draining()
         while self._calls:
             self._quiet.clear()
@@ -184,19 +187,19 @@ class LaneServer:
         if frames.HasField("authorization"):
             try:
                 self._renew(frames.authorization)
-            except Exception as error:  # noqa: BLE001 (the guard: the token before holds)
+            except Exception as error:  # noqa: BLE001 (the guard: the previous token stays valid)
                 self._caught("lane_token", error)
-        # What is cancelled makes room for the calls that come with it.
+        # First, because cancels make room for the calls of the same message.
         self._cancel(frames.cancels)
         at = self._take_calls(frames, payload)
         check_pieces(frames, payload, at)
         for piece, bytes_ in zip(frames.pieces, payload[at:], strict=True):
             self._feed(piece.call, bytes_)
-        # A call may be cancelled by the message that brings it.
+        # Again, because a message may cancel a call that it brings.
         self._cancel(frames.cancels)
 
     def _check_counts(self, frames: Frames) -> None:
-        """Raise ProtocolViolation where a message says more than the protocol lets one."""
+        """Raise ProtocolViolation if a message has more calls, cancels or confirmations than the protocol allows."""
         if len(frames.calls) > MAX_CALLS:
             raise ProtocolViolation(f"{len(frames.calls)} calls in one message; {MAX_CALLS} are the most")
         if len(frames.cancels) > self._window_calls + len(frames.calls):
@@ -239,14 +242,14 @@ class LaneServer:
             self._caught("lane_cancel", error)
 
     def _fail(self, number: int, error: UnlatchError) -> None:
-        """Answer one call after an exception of ours, and give up what was taken in of it."""
+        """Answer one call after an exception in our own code, and abandon what was accepted of it."""
         taken = self._calls.get(number)
         self.reply(number, failed(error), Body((), []))
         if taken is not None:
             self._abandon(taken.call)
 
     def _forget(self, number: int) -> "_Taken | None":
-        """Return and forget a call of this lane, if the number is one's."""
+        """Remove and return the call with this number; None if the lane has no such call."""
         taken = self._calls.pop(number, None)
         self._unheard.pop(number, None)
         if taken is not None:
@@ -256,7 +259,7 @@ class LaneServer:
         return taken
 
     def _take_calls(self, frames: Frames, payload: list[memoryview]) -> int:
-        """Accept the calls of a message; return how many of its entries were theirs."""
+        """Accept the calls of a message; return how many entries of its payload belong to them."""
         at = 0
         for descriptor in frames.calls:
             # Read once: each walk of a protobuf list costs half a microsecond.

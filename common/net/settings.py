@@ -36,7 +36,9 @@ class Settings(BaseSettings):
     # Checked every second, and read again when they change. A Unix socket never speaks TLS.
     tls_cert: str = Field("", description="PEM file: certificate shown to callers, with its issuers")
     tls_key: str = Field("", description="PEM file: private key of --tls-cert")
-    tls_client_ca: str = Field("", description="PEM file: authorities of callers' certificates; else none is required")
+    tls_client_ca: str = Field(
+        "", description="PEM file: authorities of callers' certificates; without it, callers need none"
+    )
     # Callers need a moment to reconnect. A caller whose certificate or token is no longer valid gets as long.
     tls_grace_seconds: float = Field(
         10.0,
@@ -92,7 +94,9 @@ class ServiceSettings(Settings):
     handshake_seconds: float = Field(10.0, gt=0, description="Maximum seconds for a connection's handshakes")
     # Pings find connections whose other end has vanished without closing them.
     keepalive_seconds: float = Field(60.0, gt=0, description="Idle seconds before a keepalive ping")
-    reflection: bool | None = Field(None, description="Serve gRPC reflection; only on loopback addresses unless given")
+    reflection: bool | None = Field(
+        None, description="Serve gRPC reflection; by default only if other machines cannot reach --listen"
+    )
 
     @property
     def reflects(self) -> bool:

@@ -1,12 +1,12 @@
-"""The backlog: calls that wait, in a gateway for room at a replica, in a replica for a worker.
+"""The backlog: calls that wait. In a gateway they wait for room at a replica, in a replica for a worker.
 
     refusal_in_time ──> add ──────────────> waits ──> next ──> Send: to its place
       └ refused: it could   └ Refuse: one     │         └ Refuse: it would be done too late
         not be in time        call too many   └ refusals ──> Refuse: there is no place for its kind any more
 
-The policy says which call is next (common/waiting/order.py), the forecast what runs take (common/waiting/forecast.py).
-The backlog decides, and changes nothing but itself: it returns the calls to send, and those to refuse and with which
-error. Its owner performs that.
+The policy chooses the next call (common/waiting/order.py), and the forecast predicts run times
+(common/waiting/forecast.py). The backlog only decides: it returns the calls to send, and the calls to refuse with their
+errors. Its owner (the fleet or the dispatcher) carries the decisions out.
 """
 
 import math
@@ -26,24 +26,25 @@ Place = TypeVar("Place")
 
 
 class Send(NamedTuple, Generic[Entry, Place]):
-    """The decision to send a call, which waits no more, to a place."""
+    """The decision to send a call to a place. The call has left the backlog."""
 
     entry: Entry
     place: Place
 
 
 class Refuse(NamedTuple, Generic[Entry]):
-    """The decision to refuse a call, which waits no more and has cost its tenant nothing."""
+    """The decision to refuse a call. The call has left the backlog, and its tenant is not charged."""
 
     entry: Entry
     error: UnlatchError
 
 
 class Backlog(Generic[Entry]):
-    """The calls that wait. `caught` makes the error that a call is refused with from an exception of its owner's code.
+    """Hold the calls that wait, and decide which one is sent or refused next.
 
-    `reply_seconds` is what a call is expected to take beyond its wait and its run. `kind` tells which calls find room
-    together. `max_calls` trades memory and waiting against refusals; `full` makes the error of a call beyond it.
+    `reply_seconds` is the expected time of a call beyond its wait and its run. `kind` groups calls: either all calls of
+    a kind can find room, or none. `max_calls` trades memory and waiting against refusals; `full` makes the error for a
+    call beyond it. `caught` makes the error for a call about which the owner's code has raised an exception.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Backlog(Generic[Entry]):
     ) -> None:
         self.forecast = Forecast()
         self._policy = Policy[Entry](weights, kind)
-        # The kinds of the calls that wait, as they are at any time.
+        # The kinds of the calls that wait: a live view.
         self.kinds = self._policy.kinds
         self._reply_seconds = reply_seconds
         self._caught = caught
@@ -70,17 +71,17 @@ class Backlog(Generic[Entry]):
         return len(self._policy)
 
     def seconds(self, *, short: bool = False) -> float:
-        """The expected cost of all calls that wait. With `short`, of those that are not long."""
+        """Return the expected cost of all calls that wait. With `short`, of those that are not long."""
         return self._policy.seconds(short=short)
 
     def seconds_before(self, entry: Entry, *, short: bool = False) -> float:
-        """Seconds of work expected before a call that has yet to be added. With `short`, of calls that are not long."""
+        """Return the seconds of work before a call that is not added yet. With `short`, of calls that are not long."""
         return self._policy.seconds_before(entry, short=short)
 
     def refusal_in_time(self, entry: Entry, *, wait_seconds: float, run_seconds: float) -> ResourceExhausted | None:
-        """The refusal of a new call that could not wait, run and be answered before its deadline; None if it could."""
+        """Return the error for a new call that could not be answered before its deadline; None if it could."""
         if not wait_seconds:
-            # It finds an idle worker, and may try.
+            # A worker is idle, so the call may try.
             return None
         demand = entry.demand
         return refusal_in_time(
@@ -93,7 +94,7 @@ class Backlog(Generic[Entry]):
         )
 
     def add(self, entry: Entry) -> Refuse[Entry] | None:
-        """Let a call wait. Returns a call to refuse when too many wait, or this one when the backlog is shut."""
+        """Add a call. Returns a call to refuse if too many wait, or this call if the backlog is shut."""
         if self._shut is not None:
             return Refuse(entry, copy(self._shut))
         self._policy.add(entry)
@@ -104,7 +105,7 @@ class Backlog(Generic[Entry]):
         return Refuse(refused, self._full())
 
     def take_at_once(self, entry: Entry) -> None:
-        """Charge the tenant of a new call that need not wait, since there is room for it."""
+        """Charge the tenant of a new call that is sent at once, because there is room for it."""
         self._policy.take_at_once(entry)
 
     def next(
@@ -113,11 +114,12 @@ class Backlog(Generic[Entry]):
         place_of: Callable[[Entry], Place | None],
         seconds_until_done: Callable[[Entry, Place], float],
     ) -> Send[Entry, Place] | Refuse[Entry] | None:
-        """Decide about the call whose turn it is, of those `kinds` that have room; None when no such call has room.
+        """Decide about the next call among the `kinds` with room; None if no waiting call finds room.
 
-        `place_of` says where a call goes. None means that its kind has no room after all: the kind is removed from
-        `kinds`, and does not hold up the others. A call that would be done too late is refused: it must not keep a
-        worker from a call that would be in time. `seconds_until_done` is 0 for a call that may try all the same.
+        `place_of` returns the place for a call. If it returns None, the call's kind has no room after all: the kind is
+        removed from `kinds`, and the other kinds go on. A call that would be done too late is refused, because it must
+        not occupy a worker that could finish another call in time. `seconds_until_done` returns 0 for a call that may
+        run even if it could be late.
         """
         while kinds and (entry := self._policy.first(kinds)) is not None:
             try:
@@ -138,28 +140,31 @@ class Backlog(Generic[Entry]):
         return None
 
     def alike(self, entry: Entry) -> Iterator[Entry]:
-        """Calls that wait and could run as one with `entry`, by priority and arrival; none may be added or removed."""
+        """Return waiting calls that could run as one with `entry`, by priority and arrival.
+
+        Add and remove no calls while the iterator is used.
+        """
         return self._policy.alike(entry)
 
     def take(self, entry: Entry) -> None:
-        """Take a call that is sent in the company of another: its tenant is charged the expected cost."""
+        """Remove a call that is sent in a batch with another call, and charge its tenant the expected cost."""
         self._policy.take(entry)
 
     def take_out(self, fits: Callable[[Entry], bool], at_most: int) -> list[Entry]:
-        """Remove the first calls that fit, at most so many, and return them."""
+        """Remove and return the first calls for which `fits` is true, `at_most` so many."""
         found = list(islice(filter(fits, self._policy), at_most))
         for entry in found:
             self._policy.remove(entry)
         return found
 
     def withdraw(self, entry: Entry) -> bool:
-        """Remove a call whose caller has left; whether it waited."""
+        """Remove a call whose caller has left. Returns whether the call was waiting here."""
         return self._policy.remove(entry)
 
     def put_back(self, entry: Entry) -> Refuse[Entry] | None:
-        """Let a call whose turn it was wait again, before all others. No bound stops it: it has waited its turn.
+        """Put a call that was taken back at the head of the backlog, even beyond `max_calls`.
 
-        Returns the call to refuse when the backlog is shut.
+        Returns the call, to be refused, if the backlog is shut.
         """
         if self._shut is not None:
             self.not_run(entry)
@@ -168,27 +173,27 @@ class Backlog(Generic[Entry]):
         return None
 
     def put_back_after_run(self, entry: Entry) -> Refuse[Entry] | None:
-        """Let a call that was run wait again, to run once more: what its first run cost stays charged."""
+        """Put a call back that has run and will run again. Its tenant stays charged for the first run."""
         # Putting it back refunds the expected cost, which `ran` has settled already.
         self._policy.charge(entry, entry.estimate.seconds)
         return self.put_back(entry)
 
     def not_run(self, entry: Entry) -> None:
-        """Refund the expected cost of a call whose turn it was and which is not run after all."""
+        """Refund the expected cost of a call that was taken but did not run."""
         self._policy.charge(entry, -entry.estimate.seconds)
 
     def ran(self, entry: Entry, cost_seconds: float) -> None:
-        """Settle what a call has cost, of which the expected cost is charged already."""
+        """Charge the real cost of a call, minus the expected cost, which is charged already."""
         self._policy.charge(entry, cost_seconds - entry.estimate.seconds)
 
     def shut(self, error: UnlatchError | None) -> None:
-        """Refuse every call that comes from now on; None opens the backlog again. `refusals` ends those that wait."""
+        """Refuse all new calls; None opens the backlog again. `refusals_while_shut` refuses those that wait."""
         self._shut = error
 
     def refusals(self, error_of: Callable[[Hashable], UnlatchError | None]) -> Iterator[Refuse[Entry]]:
-        """Refuse the calls of every kind that `error_of` has an error for, one after another.
+        """Refuse the calls of every kind for which `error_of` returns an error, one after another.
 
-        Calls may come and go between two of them: which call is next is looked up each time.
+        Calls may be added and removed between two steps, because each step looks up the next call.
         """
         errors = {kind: error for kind in self.kinds if (error := error_of(kind)) is not None}
         while (entry := self._policy.first(errors)) is not None:
@@ -197,7 +202,7 @@ class Backlog(Generic[Entry]):
             yield Refuse(entry, copy(error))
 
     def refusals_while_shut(self) -> Iterator[Refuse[Entry]]:
-        """Refuse the calls that wait, one after another, as long as the backlog is shut."""
+        """Refuse the waiting calls, one after another, as long as the backlog is shut."""
         while (error := self._shut) is not None and (entry := self._policy.first()) is not None:
             self._policy.remove(entry)
             yield Refuse(entry, copy(error))

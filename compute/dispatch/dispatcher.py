@@ -1,15 +1,15 @@
 """The dispatcher: calls whose bytes have landed wait in the backlog for a worker of the pool.
 
     admit ──> its bytes land ──> offer ──> waits ──> given to a worker, alone or with others like it ──> settled
-      └ refused: it could not       └ refused: it is   └ failed: its time is over, or would be before it is done
-        be answered in time           poison, or the
+      └ refused: it could not       └ refused: it is   └ failed: its deadline has passed, or would pass before
+        be answered in time           poison, or the     the run ends
                                       backlog is full
 
-The backlog says which call is next (common/waiting/backlog.py), the pool which worker has room. What becomes of the
-calls that a worker has is decided in outcomes.py and done in `settle`.
+The backlog chooses the next call (common/waiting/backlog.py). The pool chooses a worker with room. outcomes.py decides
+how an event ends the calls of a worker, and `settle` carries the decision out.
 
-Each entry point has a guard: an exception that no code expected fails the calls at hand, is counted and logged, and
-what follows goes on.
+Each entry point has a guard. An unexpected exception fails only the calls that the entry point handles; it is counted
+and logged, and the dispatcher continues.
 """
 
 import asyncio
@@ -47,21 +47,21 @@ from unlatch.compute.pool.pool import Pool
 from unlatch.compute.pool.run import Event, Replied, Run, WorkerExited
 from unlatch.compute.pool.slot import Slot
 
-# What a call is expected to take beyond its wait and its run, on its way back to its caller.
+# Expected time of the way back to the caller: a call takes this beyond its wait and its run.
 _REPLY_SECONDS = 0.002
-# Refusing one takes about 20 µs.
+# Calls refused in one round of the event loop. Refusing a call takes about 20 µs.
 _REFUSED_AT_ONCE = 32
 _RECONSIDERED_AT_ONCE = 16
-# Tuples: to make a union takes longer than to look into it.
+# Tuples for isinstance: making a union takes longer than the check.
 _ENDS = (Replied, WorkerExited)
 _WAITS_AGAIN = (Requeue, RunAlone)
 _KEEPS_SEGMENT = (Answer, FailRunning)
 
 
 class Dispatcher:
-    """Owns the calls that wait, and the pool. `weights` are the tenants' shares.
+    """Hold the calls that wait, and give them to the workers of the pool. `weights` are the tenants' shares.
 
-    `max_calls` trades memory and waiting against refusals: what is over it is refused at once.
+    `max_calls` trades memory and waiting against refusals: calls beyond it are refused at once.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class Dispatcher:
             max_calls=max_calls,
             full=lambda: self.full(f"the queue is full: max_queued_calls={max_calls}"),
         )
-        # By turns: after a standstill all calls that wait may be late.
+        # In slices (ByTurns): after the process has stood still, all waiting calls may be late.
         self._assigning = ByTurns(self._assign, at_once=_REFUSED_AT_ONCE, caught=caught)
         self._refusing = ByTurns(self._refuse, at_once=_REFUSED_AT_ONCE, caught=partial(errors.caught, "shut"))
-        # Whether work is to be handed out in the loop's next round.
+        # Whether `assign` is scheduled for the next round of the event loop.
         self._assigns_soon = False
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class Dispatcher:
         await self._pool.start(self)
 
     def admit(self, call: Call) -> None:
-        """Estimate a new call. Raises ResourceExhausted where it could not be answered in time, by what runs took."""
+        """Estimate a new call from past runs. Raises ResourceExhausted if it could not be answered in time."""
         seconds = self._backlog.forecast.expected(call.spec.name, call.size)
         call.estimate = Estimate(seconds, seconds > self._long_call_seconds)
         if call.demand.deadline == math.inf:
@@ -118,18 +118,18 @@ class Dispatcher:
             raise refusal
 
     def wait_seconds(self, *, short: bool) -> float:
-        """How long a new call would wait; with `short`, one that is not long."""
+        """Return how many seconds a new call would wait; with `short`, a new call that is not long."""
         now = self._clock()
         short = short and self._pool.keeps_some_free(now)
         return self._pool.wait_seconds(self._backlog.seconds(short=short), now, short=short)
 
     def full(self, what: str) -> ResourceExhausted:
-        """The error for a caller for whom there is no room: to come back when a tenth of what waits is done."""
+        """Return the error for a call without room. Its RetryInfo is the time for a tenth of the backlog."""
         waited = self.wait_seconds(short=False)
         return ResourceExhausted(what, retry_after_milliseconds=retry_milliseconds(waited / 10))
 
     def offer(self, call: Call) -> None:
-        """Let a call wait, or run at once; once it is judged, where calls like it have killed workers."""
+        """Let a call wait or run at once. A call like one that killed a worker is checked for poison first."""
         try:
             if self._poison.suspects(call):
                 self._poison.judge(call, partial(self._judged, call))
@@ -140,7 +140,7 @@ class Dispatcher:
         self.assign()
 
     def withdraw(self, call: Call) -> None:
-        """Drop a call that waits: its caller has left."""
+        """Drop a waiting call whose caller has left."""
         try:
             self._backlog.withdraw(call)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
@@ -148,23 +148,23 @@ class Dispatcher:
         self.settle(call, DROP)
 
     def shut(self, why: Unavailable | None) -> None:
-        """Refuse what waits and what comes, since there will be no worker for it; until told that there is (None)."""
+        """Refuse all waiting and new calls with this error, since no worker can be started; None ends that."""
         self._backlog.shut(why)
         self._refusing.start()
 
     def changed(self) -> None:
-        """Hand out work in the loop's next round: a worker may have room, or a call has come back."""
+        """Schedule `assign` for the next round of the event loop: a worker may have room, or a call has come back."""
         if not self._assigns_soon:
             self._assigns_soon = True
             self._loop.call_soon(self._assign_soon)
 
     def assign(self) -> None:
-        """Hand out calls while a worker has room for one."""
+        """Give waiting calls to workers, as long as a worker has room."""
         if self._backlog:
             self._assigning.start()
 
     def happened(self, run: Run, event: Event) -> None:
-        """Settle a run's calls as what happened to it demands."""
+        """Settle the calls of a run after an event of that run."""
         try:
             rows = outcomes(run, event)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
@@ -180,17 +180,17 @@ class Dispatcher:
                 back.append(row)
             else:
                 self.settle(row.call, row.outcome, refund=row.refund, run=run)
-        # From the last to the first: each goes back before all that wait.
+        # From the last to the first, because each is put at the head of the backlog.
         for row in reversed(back):
             self.settle(row.call, row.outcome, refund=row.refund, run=run)
 
     def settle(self, call: Call, outcome: Outcome, *, refund: bool = False, run: Run | None = None) -> None:
-        """Do with a call what an outcome says: the one place where a call's time here ends, or begins anew.
+        """Carry out the outcome of a call. Only this function ends a call in the dispatcher, or lets it wait again.
 
-        `refund` gives back what its tenant was charged when its turn came. `run` is the one that it was in.
+        `refund` gives back what the tenant was charged when the call's turn came. `run` is the run of the call, if any.
         """
         try:
-            # What goes back to the backlog unrun is refunded there.
+            # The backlog refunds a call that is put back without having run.
             if refund and not isinstance(outcome, Requeue):
                 self._backlog.not_run(call)
             self._perform(call, outcome, run)
@@ -208,7 +208,7 @@ class Dispatcher:
             self._poison.strike(call, outcome.why, partial(self._struck, call, outcome))
         else:
             call.holder = None
-            # No worker reads it any more.
+            # No worker reads the call's memory any more.
             call.release()
             if isinstance(outcome, Answer):
                 assert run is not None
@@ -217,9 +217,9 @@ class Dispatcher:
                 call.fail(outcome.error, outcome.ran)
 
     def _perform_instead(self, call: Call, outcome: Outcome, told: UnlatchError, run: Run | None) -> Outcome:
-        """Fail a call whose outcome could not be performed as it stands."""
+        """Fail a call whose outcome could not be carried out; return the outcome that was carried out."""
         if isinstance(outcome, Answer) and call.ended:
-            # Its reply may be on its way: the segment is kept until it is sent.
+            # The reply may be on its way, and its segment is kept until it is sent.
             return outcome
         instead = FailRunning(told) if isinstance(outcome, FailRunning) else Fail(told)
         self._backlog.withdraw(call)
@@ -227,7 +227,7 @@ class Dispatcher:
         return instead
 
     def _put_back(self, call: Call, outcome: Requeue | RunAlone) -> None:
-        """Have a call wait again, before all others. It has waited its turn, so no bound is in its way."""
+        """Put a call back at the head of the backlog. No bound refuses it, because it has waited its turn."""
         call.holder = self
         if isinstance(outcome, RunAlone):
             call.demand = call.demand._replace(batch=None)
@@ -240,14 +240,14 @@ class Dispatcher:
         self.changed()
 
     def _struck(self, call: Call, strike: Strike, poison: UnlatchError | None) -> None:
-        """Settle a call that a worker has died of, and hold what waits against what is known now."""
+        """Settle a call whose run killed a worker. If it is poison, check the waiting calls again."""
         matches = self._poison.matcher(call)
         self.settle(call, verdict(call, strike, poison))
         if poison is not None:
             self._reconsider(matches)
 
     def _reconsider(self, matches: Callable[[Call], bool]) -> None:
-        """Judge calls that wait and may be poison. By turns, since many may wait."""
+        """Check waiting calls that may be poison, some in each round of the event loop, because many may wait."""
         try:
             found = self._backlog.take_out(matches, _RECONSIDERED_AT_ONCE)
             for call in found:
@@ -259,7 +259,7 @@ class Dispatcher:
             self._loop.call_soon(self._reconsider, matches)
 
     def _judged(self, call: Call, poison: UnlatchError | None) -> None:
-        """Let a call wait that has been judged, unless it is poison or its caller has left."""
+        """Let a call wait after its check for poison, unless it is poison or its caller has left."""
         if call.ended:
             self.settle(call, DROP)
         elif poison is not None:
@@ -272,14 +272,14 @@ class Dispatcher:
             self.assign()
 
     def _enqueue(self, call: Call) -> None:
-        """Let a call wait. Where too many wait one is refused: the one that can best be done without."""
+        """Add a call to the backlog. If the backlog is full, settle the call that the backlog chooses to refuse."""
         call.holder = self
         refusal = self._backlog.add(call)
         if refusal is not None:
             self.settle(refusal.entry, Fail(refusal.error))
 
     def _rescue(self, place: str, error: Exception, call: Call) -> None:
-        """Fail a call that could not be taken in."""
+        """Fail a call whose acceptance raised an unexpected exception."""
         told = self._errors.caught(place, error)
         self._backlog.withdraw(call)
         self.settle(call, Fail(told))
@@ -289,9 +289,9 @@ class Dispatcher:
         self.assign()
 
     def _assign(self) -> Iterator[None]:
-        """Give calls to workers while one has room. Each call that is refused is a step."""
+        """Give calls to workers as long as a worker has room. Yields after each refusal (a ByTurns step)."""
         while self._backlog:
-            # Once for each decision: what is free by one look at the clock must not be taken by another.
+            # One time for the whole decision: with two readings of the clock, a free worker could count as busy.
             now = self._clock()
             opening = self._pool.opening(now)
             if opening is None:
@@ -307,7 +307,7 @@ class Dispatcher:
                 yield
 
     def _hand_out(self, slot: Slot, call: Call, now: float) -> None:
-        """Give a call to the slot that was free for it, with others that run as one with it."""
+        """Give a call to a slot with room, together with waiting calls that can run as one batch with it."""
         if call.ended:
             self.settle(call, DROP, refund=True)
             return
@@ -325,7 +325,7 @@ class Dispatcher:
             self._not_handed_out(slot, calls, self._errors.caught("assign", error))
 
     def _not_handed_out(self, slot: Slot, calls: list[Call], told: UnlatchError) -> None:
-        """Fail calls that may have reached a worker or not. A worker that has them is killed: its exit lets go."""
+        """Fail calls that may have reached a worker. If the worker holds them, kill it: its exit frees their memory."""
         for call in calls:
             if slot.holds(call):
                 slot.kill(exits.INTERNAL_ERROR)
@@ -334,10 +334,10 @@ class Dispatcher:
                 self.settle(call, Fail(told), refund=True)
 
     def _seconds_until_done(self, now: float, call: Call, _: Slot) -> float:
-        """How long until a call would be done; 0 where it may try all the same.
+        """Return the seconds until a call would be done; 0 if it may run even if it could be late.
 
-        What cannot be done in time must not keep a worker from what can. A call that is handed out may be staged,
-        behind one that is not long.
+        A call that would be late must not occupy a worker that could finish another call in time. The call may be
+        staged behind a call that is not long.
         """
         seconds, left = call.estimate.seconds, call.demand.deadline - now
         if len(self._backlog) < 2 or left > MARGIN * (self._long_call_seconds + seconds):
@@ -345,7 +345,7 @@ class Dispatcher:
         return self._pool.wait_seconds(0.0, now, short=not call.estimate.long) + seconds
 
     def _wait_seconds(self, call: Call, longest: float, now: float) -> float:
-        """How long a call would wait; where it is `longest` at most, no better way is looked for."""
+        """Return the seconds that a call would wait. A wait of at most `longest` is returned without further search."""
         wait = self._pool.wait_seconds(self._backlog.seconds_before(call), now, short=False)
         if call.estimate.long or wait <= max(0.0, longest) or not self._pool.keeps_some_free(now):
             return wait
@@ -353,9 +353,9 @@ class Dispatcher:
         return min(wait, self._pool.wait_seconds(before, now, short=True))
 
     def _account(self, run: Run, event: Replied | WorkerExited, rows: list[Settled]) -> None:
-        """Learn what a run has taken, and charge its calls: each an equal part, whatever becomes of it.
+        """Learn the run time for the forecast, and charge each call of the run an equal part.
 
-        Seconds by the clock tell how long others wait; processor seconds are what a call has cost its tenant.
+        The forecast learns seconds by the clock, because other calls wait that long. Tenants pay for processor seconds.
         """
         usage = event.usage
         ran = [row for row in rows if not row.refund]
@@ -373,7 +373,7 @@ class Dispatcher:
                 self._poison.clear(call)
 
     def _refuse(self) -> Iterator[None]:
-        """Fail the calls that wait, as long as no worker can be started. Each is a step."""
+        """Fail the waiting calls, as long as no worker can be started. Yields after each call (a ByTurns step)."""
         for refusal in self._backlog.refusals_while_shut():
             self.settle(refusal.entry, Fail(refusal.error))
             yield

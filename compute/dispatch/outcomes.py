@@ -1,10 +1,10 @@
-"""Outcomes of a run's calls after each event of the run: the failure table of docs/architecture.md as code.
+"""Decide the outcome of each call of a run after an event: the failure table of docs/architecture.md as code.
 
-    outcomes(run, event) ──> [(call, outcome, refund)]        pure: no loop, no socket, no metric is touched
-    the dispatcher's settle performs each
+    outcomes(run, event) ──> [(call, outcome, refund)]        pure: it touches no event loop, socket or metric
+    Dispatcher.settle carries each outcome out
 
-A row's `refund` says that the call was not run: what its tenant was charged in advance is given back. Rows of an event
-that ends a run and have no refund share what the run has used.
+`refund` means that the call was not run, so its tenant gets back what it was charged in advance. When an event ends a
+run, the rows without a refund share the cost of the run.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from unlatch.compute.pool.run import (
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """Send the call's results, which lie in the run's reply segment."""
+    """Send the call's results from the run's reply segment."""
 
     tensors: Sequence[Tensor]
     ran: Ran
@@ -43,28 +43,28 @@ class Fail(msgspec.Struct, frozen=True):
 
 
 class FailRunning(msgspec.Struct, frozen=True):
-    """Tell the caller an error. The worker may still read the call's memory, so its exit or reply ends the call."""
+    """Send the caller an error, but keep the call's memory until the worker replies or exits: it may still read it."""
 
     error: UnlatchError
     ran: Ran | None = None
 
 
 class Drop(msgspec.Struct, frozen=True):
-    """Let go of a call that has had its answer, or needs none any more."""
+    """Free a call that was answered already, or whose caller has left."""
 
 
 class Requeue(msgspec.Struct, frozen=True):
-    """Put back a call that was not begun: it is next again."""
+    """Put a call that was not begun back at the head of the backlog."""
 
 
 class RunAlone(msgspec.Struct, frozen=True):
-    """Put back a call that was begun: it is next again, and runs alone. `died` says that a worker died meanwhile."""
+    """Put a call that was begun back at the head of the backlog, to run alone. `died`: its first run ended a worker."""
 
     died: bool = False
 
 
 class Strike(msgspec.Struct, frozen=True):
-    """Find out whether the call is poison, and then go by `verdict`: a worker died while it ran this call alone."""
+    """Check whether the call is poison, then apply `verdict`: a worker died while it ran this call alone."""
 
     why: str
     lost: Unavailable
@@ -76,7 +76,7 @@ DROP, REQUEUE, RUN_ALONE = Drop(), Requeue(), RunAlone()
 
 
 class Settled(NamedTuple):
-    """A call, what becomes of it, and whether its tenant is charged nothing for it."""
+    """A call, its outcome, and whether its tenant gets back what it was charged for it."""
 
     call: Call
     outcome: Outcome
@@ -84,7 +84,7 @@ class Settled(NamedTuple):
 
 
 def outcomes(run: Run, event: Event) -> list[Settled]:
-    """Return the outcome of each call of a run after an event. Calls without a row stay in the run."""
+    """Return the outcomes of a run's calls after an event. Calls without a row stay in the run."""
     match event:
         case Replied():
             return _replied(run, event)
@@ -102,7 +102,7 @@ def outcomes(run: Run, event: Event) -> list[Settled]:
 
 
 def unexpected(run: Run, event: Event, error: UnlatchError) -> list[Settled]:
-    """Return the outcomes after `outcomes` itself has failed: each call that the event is about fails."""
+    """Return the outcomes after `outcomes` itself has raised: each call that the event concerns fails with `error`."""
     match event:
         case Replied() | WorkerExited():
             return [Settled(call, DROP if call.ended else Fail(error)) for call in run.numbers]
@@ -115,7 +115,7 @@ def unexpected(run: Run, event: Event, error: UnlatchError) -> list[Settled]:
 
 
 def verdict(call: Call, strike: Strike, poison: UnlatchError | None) -> Outcome:
-    """Return the outcome of a call of which a worker has died, once it is known whether the call is `poison`."""
+    """Return the outcome of a call whose run killed a worker. `poison` is the error if it is poison, else None."""
     if call.ended:
         return DROP
     if poison is None and call.spec.pure:
@@ -131,7 +131,7 @@ def _replied(run: Run, event: Replied) -> list[Settled]:
     for call, number in run.numbers.items():
         result = event.results.get(number)
         if result is None:
-            # It was cancelled before the worker began it.
+            # The call was cancelled before the worker began it.
             rows.append(Settled(call, DROP, refund=True))
         else:
             rows.append(Settled(call, DROP if call.ended else Answer(result.tensors, ran)))
@@ -140,7 +140,7 @@ def _replied(run: Run, event: Replied) -> list[Settled]:
 
 def _failed(run: Run, event: Replied, failed: Failed) -> list[Settled]:
     if len(run.numbers) > 1:
-        # One of several is at fault, and alone is to fail: each runs again by itself.
+        # Only the call at fault may fail, and it is unknown which one that is: each call runs again alone.
         return [Settled(call, DROP if call.ended else RUN_ALONE) for call in run.numbers]
     error = from_code(failed.code, failed.message, field=failed.field)
     ran = Ran(event.usage.seconds, run.worker)
@@ -154,30 +154,30 @@ def _exited(run: Run, event: WorkerExited) -> list[Settled]:
 
 
 def _begun(run: Run, event: WorkerExited) -> Outcome:
-    """Return the outcome of each call of a run that was executing when its worker exited."""
+    """Return the outcome of each call of a run whose worker exited during the run."""
     if event.stopping:
         return Fail(Unavailable(f"worker {run.worker} ended: {event.exit}"))
     lost = Unavailable(f"worker {run.worker} ended while it ran the call: {event.exit}")
     alone = len(run.numbers) == 1
     if event.exit.blames_call and alone:
         return Strike(str(event.exit), lost)
-    # Of several it is not known which it was: each has the next worker for itself, and then it will be.
+    # It is unknown which of several calls killed the worker. Each runs again alone, which shows it.
     return RunAlone(died=event.exit.blames_call) if run.spec.pure else Fail(lost)
 
 
 def _not_begun(run: Run, event: WorkerExited) -> Outcome:
-    """Return the outcome of each call of a run that was staged when its worker exited."""
+    """Return the outcome of each call of a staged run whose worker exited."""
     if event.stopping:
         return Fail(Unavailable(f"worker {run.worker} ended: {event.exit}"))
     if run.is_sent and event.exit.may_have_begun_next and not run.spec.pure:
-        # What must not run twice is not run again.
+        # A call that must not run twice is not run again.
         return Fail(Unavailable(f"worker {run.worker} ended, and may have begun the call: {event.exit}"))
     return REQUEUE
 
 
 def _timed_out(run: Run) -> list[Settled]:
     if run.runs_again_alone:
-        # Which of several took so long shows when each runs alone: the worker's exit has them do so.
+        # No outcome yet: the worker is killed, and its exit makes each call run again alone. That shows the slow one.
         return []
     limit = run.spec.timeout_seconds or 0.0
     error = DeadlineExceeded(f"kernel {run.spec.name} ran for longer than its timeout of {limit:.3g} s")

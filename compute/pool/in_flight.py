@@ -1,13 +1,13 @@
-"""Runs in flight at a worker: the one that it executes and one staged behind it, each of one or more calls.
+"""The runs that one worker holds: one that it executes, and one staged behind it. A run has one call or several.
 
     given ──> begun ──> Done, or Failed ──> its calls are answered; several that failed together run again, each alone
-    │         ├─ no caller waits, or its time is over ─ grace ─> the worker is killed: the core is free
-    │         └─ the worker exits ──> run again elsewhere, each alone, if the kernel is pure and it was the first time
-    └─ the worker exits ──> back to the backlog, since it was not begun; where that is not known, only if it is pure
+    │         ├─ no caller waits, or the timeout has passed ─ grace ─> the worker is killed, and its core is free
+    │         └─ the worker exits ──> its calls run again, each alone, if pure and not poison
+    └─ the worker exits ──> its calls go back to the backlog; only if pure where they may have begun
 
-What becomes of the calls is said by compute/dispatch/outcomes.py, and done by the listener; here are the worker's
-frames and timers. Each entry point has a guard: after an exception that no code expected the worker is killed, since
-what it has is not known any more, and its exit settles its calls.
+This module handles the worker's frames and timers. compute/dispatch/outcomes.py decides the outcomes of the calls, and
+the listener (the dispatcher) carries them out. Each entry point has a guard: after an unexpected exception the state of
+the worker is unknown, so it is killed, and its exit settles its calls.
 """
 
 import asyncio
@@ -42,50 +42,50 @@ from unlatch.compute.pool.segments import KnownSegments
 
 log = structlog.get_logger()
 
-# One that runs and one staged.
+# One run that is executed, and one staged.
 _MAX_RUNS = 2
-# What is staged behind a run as short as this is about to begin.
+# A run that is staged behind a run as short as this counts as about to begin.
 _SOON_SECONDS = 0.02
-# How long a caller may take to say that it knows of its call's beginning. Meanwhile the worker has nothing to do.
+# How long a caller may take to confirm that its call is about to begin. The worker is idle meanwhile.
 _HEARD_SECONDS = 5.0
 
 
 class RunListener(Protocol):
-    """The pool's way to say what happened. The dispatcher is the listener."""
+    """Receives the events of runs from the pool. The dispatcher is the listener."""
 
     def happened(self, run: Run, event: Event) -> None:
-        """Settle the calls of a run as the event demands. Raises nothing."""
+        """Settle the calls of a run after an event. Raises nothing."""
 
     def assign(self) -> None:
-        """Hand out work now: a worker may have room. Raises nothing."""
+        """Give waiting calls to workers now, because a worker may have room. Raises nothing."""
 
     def changed(self) -> None:
-        """Hand out work by and by: a worker may have room."""
+        """Give waiting calls to workers in the next round of the event loop, because a worker may have room."""
 
 
 class Process(Protocol):
-    """The part of a worker's process that runs in flight need."""
+    """The operating system's process of a worker, as far as InFlight uses it."""
 
     @property
     def ending(self) -> bool:
-        """Whether nothing more is to be given to it."""
+        """Whether the process is being ended, so that it gets no more frames."""
 
     @property
     def cpu_seconds(self) -> float:
-        """The processor time that it has used."""
+        """The processor time that the process has used."""
 
     def send(self, frame: ToWorker, fd: int | None = None) -> None:
-        """Send a frame, with a descriptor or none."""
+        """Send a frame, with a file descriptor or without."""
 
     def kill(self, cause: Exit) -> None:
-        """End the worker, and give this as the reason."""
+        """Kill the worker. `cause` becomes the reason of its exit."""
 
     def hear(self) -> None:
-        """Take in what it has said already."""
+        """Handle the frames that the worker has sent already."""
 
 
 class InFlight:
-    """The runs that a worker process holds, and its frames about them. Each process has its own InFlight."""
+    """Track the runs that one worker process was given, and handle its replies, cancels and timeouts."""
 
     def __init__(
         self,
@@ -112,13 +112,13 @@ class InFlight:
         self._loop = asyncio.get_running_loop()
         self._numbers = count(1)
         self._runs: deque[Run] = deque()
-        # The worker's processor time when it last ended something: between its runs it uses none.
+        # The worker's processor time at the end of its last run: between runs it uses none.
         self._cpu_seconds = process.cpu_seconds
         self._cpu_seconds_at_end = 0.0
         self._segments = KnownSegments(process.send)
         # Calls that the worker has ended.
         self.calls = 0
-        # Calls that the worker is yet to hear of as cancelled, by their numbers.
+        # Numbers of cancelled calls that the worker has not been told of yet.
         self._cancelled: list[int] = []
 
     def __len__(self) -> int:
@@ -126,17 +126,17 @@ class InFlight:
 
     @property
     def calls_held(self) -> int:
-        """How many calls its runs have."""
+        """How many calls the worker's runs have."""
         return sum(len(run.numbers) for run in self._runs)
 
     @property
     def bytes(self) -> int:
-        """How many bytes of tensors its calls bring."""
+        """How many bytes the input tensors of the worker's calls have."""
         return sum(call.size for run in self._runs for call in run.numbers)
 
     @property
     def runs_long(self) -> bool:
-        """Whether the worker runs a call that takes long, or has one staged that it runs next."""
+        """Whether the worker runs a long call, or has one staged."""
         return any(run.first.estimate.long for run in self._runs)
 
     def has_room(self, now: float) -> bool:
@@ -146,14 +146,14 @@ class InFlight:
         return not self._runs or (len(self._runs) < _MAX_RUNS and self._ends_soon(self._runs[0], now))
 
     def _ends_soon(self, run: Run, now: float) -> bool:
-        """Whether a call may be staged behind a run: not behind one that is long, or turns out to be.
+        """Return whether a call may be staged behind a run: not if the run is long, or has taken long already.
 
-        Nor behind one that no caller waits for: that would be to wait for the grace and for a new worker.
+        Also not if no caller waits for the run: the staged call would wait for the grace period and for a new worker.
         """
         return run.wanted and not run.first.estimate.long and now - run.begun < self._long_call_seconds
 
     def seconds_left(self, now: float) -> float:
-        """Seconds that its runs are expected to take from now on."""
+        """Return how many more seconds the worker's runs are expected to take."""
         if not self._runs:
             return 0.0
         left = self._runs[0].begun - now
@@ -164,7 +164,7 @@ class InFlight:
     def run(self, calls: Sequence[Call], now: float) -> None:
         """Give the worker a call, or several of one kernel and the same parameters to run as one.
 
-        Raises ResourceExhausted where there is no memory for the reply.
+        Raises ResourceExhausted if there is no memory for the reply.
         """
         segment = self._segments.reply()
         numbers = {call: next(self._numbers) for call in calls}
@@ -182,31 +182,31 @@ class InFlight:
         return any(call in run.numbers for run in self._runs)
 
     def withdraw(self, call: Call) -> None:
-        """Tell the worker that a call's caller has left. A worker that goes on with it for long is killed."""
+        """Tell the worker that a call's caller has left. If the run outlasts the grace period, kill it."""
         try:
             self._withdraw(call)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
             self._survive("withdraw", error)
 
     def refuse(self, message: str, cause: Exit) -> None:
-        """Fail the running call for exceeding its memory limit, and kill the worker."""
+        """Fail the running call because it exceeds the memory limit, and kill the worker."""
         run = self._runs[0]
         if not run.is_sent:
-            # The worker runs nothing, and none of its calls has done it.
+            # The worker runs nothing, so none of its calls is the cause.
             self._kill_now(cause)
             return
         if self._has_ended(run):
-            # The worker has said so, and that had not been read yet.
+            # The run had ended before: its reply had not been read yet.
             return
         self._listener.happened(run, MemoryExceeded(message, self._clock() - run.begun))
         self._kill_now(cause)
 
     def sweep(self, dropped_inputs: Iterable[int]) -> None:
-        """Let the worker forget segments that are gone, and those of its own that it has not needed for a while."""
+        """Tell the worker to unmap input segments that are gone, and reply segments that were unused for a while."""
         self._segments.sweep(dropped_inputs)
 
     def heard(self, frame: Done | Failed) -> bool:
-        """Take in that the worker has ended a run. False where it cannot have: then it is killed."""
+        """Handle the reply that ends a run. Returns False for an invalid reply: the worker is killed."""
         results = {result.call: result for result in frame.results} if isinstance(frame, Done) else {}
         run = self._ended_by(frame, results)
         if run is None:
@@ -224,7 +224,7 @@ class InFlight:
                 log.error("kernel failed", kernel=run.spec.name, worker=self._worker, story=frame.log)
             self._count(run, results)
         finally:
-            # Whatever fails before: from here on only the listener can settle the run.
+            # Even if the lines above raise: the run is no longer in `_runs`, so only the listener can settle it.
             self._listener.happened(run, Replied(frame, results, usage))
         return True
 
@@ -243,11 +243,11 @@ class InFlight:
     def lost(self, cause: Exit, *, stopping: bool) -> None:
         """Settle the calls of a worker that has exited."""
         runs, self._runs = self._runs, deque()
-        # From the last to the first: each goes back before all that wait.
+        # From the last to the first, because each run's calls are put at the head of the backlog.
         for run in reversed(runs):
             usage = None
             if run.state is RunState.RUNNING:
-                # Of a worker that exited by itself all that is known is that it may have used all of its time.
+                # The processor time of a worker that exited by itself is unknown: count all of the elapsed time.
                 elapsed = self._clock() - run.begun
                 usage = self._used(elapsed, self._cpu_seconds_at_end or self._cpu_seconds + elapsed, finished=False)
             self._listener.happened(run, WorkerExited(cause, stopping, usage))
@@ -255,7 +255,7 @@ class InFlight:
         self._segments.close()
 
     def _go_on(self) -> None:
-        """Take in that the worker is in the run that was staged, or tell callers that it is next."""
+        """Begin the run that was staged, or announce to its callers that it is next."""
         if self._runs:
             run = self._runs[0]
             if run.is_sent:
@@ -268,7 +268,7 @@ class InFlight:
             self._loop.call_later(_HEARD_SECONDS, self._guarded, "not_heard", self._not_heard, run)
 
     def _known(self, run: Run, call: Call) -> None:
-        """Take in that a call's caller knows that the call is about to begin."""
+        """Note that a call's caller knows that the call is about to begin, and send the run if it may begin."""
 
         def known() -> None:
             run.known_to(call)
@@ -277,7 +277,7 @@ class InFlight:
         self._guarded("caller_heard", known)
 
     def _not_heard(self, run: Run) -> None:
-        """Fail calls whose callers have not said that they know: stopped or lost, they are in the way of others."""
+        """Fail the calls whose callers have not confirmed: the worker waits for them, and so do other calls."""
         if run in self._runs and not run.is_sent:
             silent = run.unheard
             self._listener.happened(run, NotHeard(silent))
@@ -285,9 +285,9 @@ class InFlight:
                 self._take_out(run, call)
 
     def _send_next(self) -> None:
-        """Give the worker the runs that it may begin, in order."""
+        """Send the worker the runs that it may begin, in order."""
         if self._process.ending:
-            # They would be lost, and count as begun.
+            # The runs would be lost, and would count as begun.
             return
         for run in self._runs:
             if not run.may_be_sent:
@@ -313,7 +313,7 @@ class InFlight:
             call.begins(now)
             self._metrics.waited(now - call.landed)
         if not run.wanted:
-            # The worker was told not to begin it, but may have begun before it heard.
+            # The worker was told not to begin the run, but may have begun it before it read that.
             self._kill_soon(run, exits.ABANDONED)
         elif spec.timeout_seconds is not None:
             run.timer = self._loop.call_later(spec.timeout_seconds, self._guarded, "timeout", self._timed_out, run)
@@ -327,27 +327,26 @@ class InFlight:
             self._take_out(run, call)
             return
         if not self._cancelled:
-            # Calls whose callers leave together are told of together: a worker that listens to none has only so much
-            # room.
+            # Cancels of the same round go in one frame: a worker that reads none has a socket buffer of limited size.
             self._loop.call_soon(self._guarded, "cancel", self._tell_cancelled)
         self._cancelled.append(run.numbers[call])
         if run is self._runs[0] and not run.wanted:
             self._kill_soon(run, exits.ABANDONED)
 
     def _take_out(self, run: Run, call: Call) -> None:
-        """Let go of a call that the worker has not been given."""
+        """Remove a call from a run that has not been sent to the worker."""
         run.take_out(call)
         if not run.numbers:
             self._runs.remove(run)
             run.end()
-            # Other callers may be leaving with this one: there may be room for another call before that is over.
+            # Not `assign`, because other callers may be leaving in the same round.
             self._listener.changed()
             if self._runs and self._runs[0].must_be_announced:
                 self._announce(self._runs[0])
         self._send_next()
 
     def _has_ended(self, run: Run) -> bool:
-        """Whether a run whose time is over had ended before: a dispatcher that was stopped hears its timers first."""
+        """Return whether a run ended before its timer fired: after a standstill, timers run before sockets are read."""
         self._process.hear()
         return not self._runs or self._runs[0] is not run
 
@@ -356,14 +355,14 @@ class InFlight:
             return
         self._listener.happened(run, TimedOut())
         if run.runs_again_alone:
-            # Each has the next worker, and the time, for itself.
+            # Each call runs again alone, with a whole timeout of its own.
             self._kill_now(exits.TIMED_OUT)
             return
         self._process.send(Cancel(list(run.numbers.values())))
         self._kill_soon(run, exits.TIMED_OUT)
 
     def _kill_soon(self, run: Run, cause: Exit) -> None:
-        """Give a run that is for nothing the grace in which it may notice, and then kill its worker."""
+        """Kill the worker after the grace period, unless the run ends before. No caller waits for the run any more."""
         run.stop_timer()
         run.timer = self._loop.call_later(
             self._kill_grace_seconds, self._guarded, "grace", self._grace_over, run, cause
@@ -374,7 +373,7 @@ class InFlight:
             self._kill_now(cause)
 
     def _kill_now(self, cause: Exit) -> None:
-        # Once the process is gone its clock is, too.
+        # The processor clock of the process cannot be read after its end.
         self._cpu_seconds_at_end = self._process.cpu_seconds
         self._process.kill(cause)
 
@@ -383,32 +382,32 @@ class InFlight:
         self._process.send(Cancel(cancelled))
 
     def _used(self, seconds: float, cpu_seconds: float, *, finished: bool) -> Usage:
-        """Return the usage of a run, now that the worker's processor clock is at `cpu_seconds`."""
+        """Return the usage of a run that has ended, when the worker's processor clock shows `cpu_seconds`."""
         used = max(0.0, cpu_seconds - self._cpu_seconds)
         self._cpu_seconds = cpu_seconds
         return Usage(seconds, used, finished)
 
     def _count(self, run: Run, results: dict[int, Result]) -> None:
-        """Count the calls that the worker has ended, but for those that failed together and run again alone."""
+        """Count the calls that the worker has ended, except calls that failed together and run again alone."""
         several_failed = not results and len(run.numbers) > 1
         for call, number in run.numbers.items():
             if call.ended or not several_failed:
                 self._metrics.ran(run.spec.name, "ok" if number in results else "error")
 
     def _guarded(self, place: str, work: Callable[..., None], *arguments: object) -> None:
-        """Do what a timer or a caller is for."""
+        """Call `work` from a timer or a lane, under the guard of an entry point."""
         try:
             work(*arguments)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
             self._survive(place, error)
 
     def _survive(self, place: str, error: Exception) -> None:
-        """Count and log what no code expected, and kill the worker: its exit settles the calls that it holds."""
+        """Count and log an unexpected exception, and kill the worker: its exit settles the calls that it holds."""
         self._errors.caught(place, error)
         self._process.kill(exits.INTERNAL_ERROR)
 
     def _is_whole(self, results: dict[int, Result], run: Run) -> bool:
-        """Whether there is a sound result for each call of a run, but for those that need none any more."""
+        """Return whether each call of a run has a valid result, except calls that have ended already."""
         for call, number in run.numbers.items():
             result = results.get(number)
             if not (call.ended if result is None else self._is_sound(result, run)):
@@ -416,7 +415,7 @@ class InFlight:
         return True
 
     def _is_sound(self, result: Result, run: Run) -> bool:
-        """Whether a reply is one that can be sent on: whatever a worker writes, it must not hurt the dispatcher."""
+        """Return whether a result can be sent on. A worker may write anything, and must not harm the dispatcher."""
         if len(result.tensors) != len(run.spec.outputs):
             return False
         end = 0

@@ -1,4 +1,4 @@
-"""A slot: one place in the pool, in which workers follow one another."""
+"""A slot: one numbered place in the pool. When its worker exits, the slot starts another worker."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -26,19 +26,19 @@ from unlatch.compute.settings import ComputeSettings
 
 log = structlog.get_logger()
 
-# So many starts that fail in a row do so for a reason that lasts.
+# After so many failed starts in a row, the cause counts as lasting.
 _MAX_VAIN_STARTS = 3
 
 
 class Spawns(Protocol):
-    """Where worker processes come from: the forkserver."""
+    """Forks worker processes: the forkserver, or a test's substitute."""
 
     async def spawn_within(self, seconds: float, *, unfit: int = 0) -> Spawned:
-        """A new worker process, and not a child of `unfit`. Raises StartError."""
+        """Fork a worker process, but not from the forkserver with the pid `unfit`. Raises StartError."""
 
 
 class Slot:
-    """A numbered place. `attach` makes a WorkerProcess of what was spawned."""
+    """Keep one numbered place filled with a worker. `attach` makes a WorkerProcess of a forked process."""
 
     def __init__(
         self,
@@ -64,11 +64,11 @@ class Slot:
         self._clock = clock
         self._worker: SlotWorker | None = None
         self._stopping = False
-        # The forkserver whose children cannot serve.
+        # The pid of a forkserver whose children cannot serve, because of the kernels that it has loaded.
         self._unfit_parent = 0
-        # Exits of a kernel's doing with no call finished between them; the first is made good at once.
+        # Waits after exits without a finished call between them. After the first exit there is no wait.
         self._exits = Backoff(first_seconds=0.05, longest_seconds=5.0, free_tries=1)
-        # A start costs more, where the kernels are loaded anew, and what is in its way takes longer to mend.
+        # Waits after failed starts: longer, because a start may load the kernels anew, and a repair takes a person.
         self._start_failures = Backoff(first_seconds=0.1, longest_seconds=20.0)
 
     @property
@@ -78,21 +78,21 @@ class Slot:
 
     @property
     def runs_long(self) -> bool:
-        """Whether the worker runs a call that takes long."""
+        """Whether the worker runs a long call, or has one staged."""
         return self._worker is not None and self._worker.in_flight.runs_long
 
     @property
     def bytes(self) -> int:
-        """How many bytes of tensors the worker's calls bring."""
+        """How many bytes the input tensors of the worker's calls have."""
         return self._worker.in_flight.bytes if self._worker is not None else 0
 
     @property
     def recycling(self) -> Recycling | None:
-        """The worker's limits, while it serves."""
+        """The check of the worker's limits, while the worker serves; else None."""
         return self._worker.recycling if self._worker is not None else None
 
     def seconds_left(self, now: float) -> float:
-        """Seconds that the worker's runs are expected to take from now on."""
+        """Return how many more seconds the worker's runs are expected to take."""
         return self._worker.in_flight.seconds_left(now) if self._worker is not None else 0.0
 
     def has_room(self, now: float) -> bool:
@@ -100,7 +100,7 @@ class Slot:
         return self._worker is not None and self._worker.has_room(now)
 
     def run(self, calls: Sequence[Call], now: float) -> None:
-        """Give the worker a call, or several to run as one. Raises ResourceExhausted where replies have no memory."""
+        """Give the worker a call, or several to run as one. Raises ResourceExhausted if there is no reply memory."""
         assert self._worker is not None
         self._worker.in_flight.run(calls, now)
 
@@ -109,17 +109,17 @@ class Slot:
         return self._worker is not None and self._worker.in_flight.holds(call)
 
     def kill(self, cause: Exit) -> None:
-        """Kill the worker that fills the slot now; another follows."""
+        """Kill the present worker; the slot starts another."""
         if self._worker is not None:
             self._worker.kill(cause)
 
     def sweep(self, dropped_inputs: Iterable[int]) -> None:
-        """Let the worker forget segments that are gone, and those of its own that it has not needed for a while."""
+        """Tell the worker to unmap input segments that are gone, and reply segments that were unused for a while."""
         if self._worker is not None:
             self._worker.in_flight.sweep(dropped_inputs)
 
     def look(self) -> None:
-        """See to it that the worker keeps to its limits."""
+        """Check that the worker keeps to its limits, and update its memory metric."""
         if self.recycling is not None:
             self.recycling.look()
             self._metrics.memory_bytes = self.recycling.taken_bytes
@@ -127,7 +127,7 @@ class Slot:
     async def keep(self, listener: RunListener, started: "asyncio.Future[None]") -> None:
         """Keep a worker in the slot: start another whenever one exits, until the slot is stopped.
 
-        `started` has the first start's result, StartError included, after which nothing more is tried.
+        `started` gets the result of the first start. If the first start fails, no other is tried.
         """
         try:
             worker = await self._start(listener)
@@ -146,13 +146,13 @@ class Slot:
             worker = await self._replacement(listener)
 
     def stop(self) -> bool:
-        """Fill the slot no more, and kill its worker; whether there is one, whose exit is to be waited for."""
+        """Stop filling the slot, and kill its worker. Returns whether there is a worker whose exit must be awaited."""
         self._stopping = True
         self.kill(exits.POOL_STOPS)
         return self._worker is not None
 
     async def _replacement(self, listener: RunListener) -> SlotWorker:
-        """Another worker in place of one that has exited, however many tries it takes."""
+        """Start a worker in place of one that has exited; try again, with waits, until a start succeeds."""
         while True:
             try:
                 return await self._start(listener)
@@ -168,7 +168,7 @@ class Slot:
                 await asyncio.sleep(delay)
 
     async def _start(self, listener: RunListener) -> SlotWorker:
-        """Fill the slot. Raises StartError when the worker does not become ready."""
+        """Start one worker, and wait until it serves. Raises StartError if it does not become ready."""
         within = self._settings.worker_start_seconds
         spawned = await self._forkserver.spawn_within(within, unfit=self._unfit_parent)
         try:
@@ -199,7 +199,7 @@ class Slot:
         except Exception as error:  # noqa: BLE001 (an entry point's guard: the worker must not be left alone)
             why = str(self._errors.caught("worker_start", error))
         if why:
-            # Told once the process is gone: then the slot may be filled again.
+            # Raise StartError only after the process is gone, because then the slot may be filled again.
             worker.kill(exits.MISFIT)
             cause = await worker.exited
             self._emptied(worker, cause, listener, served=False)
@@ -209,12 +209,12 @@ class Slot:
         return worker
 
     def _serves(self, worker: SlotWorker) -> str:
-        """Let a worker that is ready take runs; or why it cannot, else empty."""
+        """Let a ready worker take runs. Returns why it cannot serve, or an empty string."""
         if not worker.ready.done():
             return f"a worker ended before it was ready: {worker.exited.result()}"
         why = worker.ready.result() or self._limits.refusal(worker.kernels.values())
         if why:
-            # What its parent has failed to load, or should not have loaded, is the same for all its children.
+            # All children of this forkserver have the same kernels, so all of them are unfit.
             self._unfit_parent = worker.parent
             return why
         if not self._readiness.fits(worker.kernels):
@@ -226,7 +226,7 @@ class Slot:
         return ""
 
     def _emptied(self, worker: SlotWorker, cause: Exit, listener: RunListener, *, served: bool) -> None:
-        """Settle what a worker had, now that it has exited, and tell who must know."""
+        """Settle the calls of a worker that has exited, and update metrics, readiness and the log."""
         self._worker = None
         lost = worker.in_flight.calls_held
         for step in (

@@ -1,11 +1,11 @@
-"""A worker's loop, the whole life of the child: read a RunFrame, call the kernel on views of the arena, send the reply.
+"""A worker's loop: read a RunFrame, call the kernel on views of the arena, send the reply; until the dispatcher ends.
 
     loop ── setup        become a worker, give way
          ── kernel_call  input arrays, the kernel, checks of its outputs
          ── reply        outputs written in place, or an error
 
-No gRPC, event loop or metrics here. One thread, one loop, blocking reads: whatever a kernel does with the interpreter
-lock concerns this process alone.
+A worker has no gRPC, event loop or metrics. One thread reads with blocking calls. A kernel that holds the interpreter
+lock therefore blocks only its own worker.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class _Worker:
         self._max_reply_bytes = max_reply_bytes
         self._allowance = allowance
         self._ran_short = self._asked_to_shrink = False
-        # True while there is no memory to return, since no kernel has run after the last time.
+        # True while there is no memory to return, because no kernel has run since memory was last returned.
         self._is_idle = True
         self._mapped = Mapped()
         self._waiting: deque[wire.RunFrame] = deque()
@@ -83,12 +83,12 @@ class _Worker:
                 self._cancelled = {call for call in self._cancelled if call > run.members[-1].call}
 
     def _answer(self, run: wire.RunFrame) -> bytes:
-        """Run the members that are not cancelled; returns the frame that answers the RunFrame."""
+        """Run the calls (members) that are not cancelled; return the encoded frame that answers the RunFrame."""
         wanted = [member for member in run.members if member.call not in self._cancelled]
         return encoded(self._run(run, wanted) if wanted else not_begun(run), run, wanted)
 
     def _next(self) -> wire.RunFrame | None:
-        """The next RunFrame; None when the dispatcher is gone."""
+        """Wait for the next RunFrame and return it; None when the dispatcher is gone."""
         while True:
             self._shrink_if_due()
             if self._waiting or self._dispatcher_is_gone:
@@ -151,7 +151,7 @@ class _Worker:
         return self._dispatcher_is_gone or all(member.call in self._cancelled for member in self._running)
 
     def _run(self, run: wire.RunFrame, members: Sequence[wire.Member]) -> wire.Done | wire.Failed:
-        """Run the kernel once, for these members together."""
+        """Run the kernel once, for these members (calls) together."""
         started = time.perf_counter_ns()
         log = ""
         self._running = members
@@ -165,7 +165,7 @@ class _Worker:
             results = write_outputs(self._mapped, spec, outputs, run.reply_segment, members, self._max_reply_bytes)
             return wire.Done(results, taken)
         except UnlatchError as expected:
-            # An Internal error with a cause is our reading of the kernel's exception, which the kernel's author needs.
+            # An Internal error with a cause wraps the kernel's own exception. The kernel's author needs its traceback.
             log = traceback_text(expected) if isinstance(expected, Internal) and expected.__cause__ else ""
             # A traceback refers to frames, which refer to the error: the run's arrays would outlive the run.
             error = expected.with_traceback(None)

@@ -1,4 +1,4 @@
-"""The one path of a call, whichever door it came by: admit, set its deadline, have it run (execution.py), answer."""
+"""The path of every call, from each door: admit it, set its deadline, let it run (execution.py), answer it."""
 
 import asyncio
 from copy import copy
@@ -21,7 +21,7 @@ from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 
 class Calls:
-    """Every call that the gateway holds, and the bounds on them."""
+    """Hold every call of the gateway, and enforce the bounds on them."""
 
     def __init__(self, fleet: Fleet, settings: GatewaySettings, records: Records) -> None:
         self.fleet = fleet
@@ -41,9 +41,9 @@ class Calls:
     def begin(
         self, descriptor: Descriptor, body: Body, seconds: float | None, caller: ReplyListener, tenant: Tenant
     ) -> "LiveCall":
-        """Admit a tenant's call with `seconds` to live (None: its caller sets no limit) and send it on its way.
+        """Admit a tenant's call, and let it run. Its timeout is `seconds`; None if its caller sets none.
 
-        Refuses nothing by raising: the call returned may be over already, and its caller told why.
+        A refusal does not raise: the caller is sent the error, and the returned call has ended.
         """
         call = LiveCall(self, self._records.begin(descriptor), caller)
         call.record.bytes_in, call.record.tenant = body.size, tenant.label
@@ -57,19 +57,19 @@ class Calls:
         return call
 
     def refuse(self, descriptor: Descriptor, error: UnlatchError, caller: ReplyListener) -> "LiveCall":
-        """Return a call that a door refuses before it is known what to run. It is over, and its caller told why."""
+        """Record a call that a door refuses, and send its caller the error. The returned call has ended."""
         call = LiveCall(self, self._records.begin(descriptor), caller)
         call.failed(error)
         return call
 
     def left(self, call: "LiveCall") -> None:
-        """Forget a call that has been answered, or whose caller has left."""
+        """Remove a call that has been answered, or whose caller has left."""
         self._live.discard(call)
         if not self._live:
             self._none_left.set()
 
     async def drain(self) -> None:
-        """Take no new calls, and wait until every one has ended."""
+        """Refuse new calls, and wait until every live call has ended."""
         self._draining = True
         while self._live:
             self._none_left.clear()
@@ -114,13 +114,14 @@ class Calls:
 
 
 class LiveCall:
-    """A caller's call, from its admission until its caller has left with the answer.
+    """A caller's call, from its admission until its caller has the answer or has left.
 
         begin ──> shares an execution ──> replied ──> pieces ──> over ──> left
           └── refused ─────── failed, expired ───────────────────┘
 
-    Until it is over its deadline holds, and a caller who leaves ends the execution too, even when half of the reply is
-    here. The record is told of the end in one place, `_end`. Nothing here raises: the caller is told.
+    Until the call is over, its deadline applies, and its caller can cancel it, even after half of the reply has
+    arrived. If no other call shares the execution, that cancels the execution too. Only `_end` reports the end to the
+    record. The methods do not raise: errors are sent to the caller.
     """
 
     __slots__ = (
@@ -130,17 +131,17 @@ class LiveCall:
 
     def __init__(self, calls: Calls, record: Record, caller: ReplyListener) -> None:
         self.record = record
-        # Whether its kernel is one that is served, and may be a label.
+        # Whether its kernel is served. Only then may the kernel's name be a label of metrics.
         self.known = False
         self.deadline = 0.0
         self._calls = calls
-        # None once the caller has left. Each holds the other: their bytes would wait for the garbage collector.
+        # None once the caller has left: a reference cycle would keep the bytes of both until a garbage collection.
         self._caller: ReplyListener | None = caller
         self._execution: Execution | None = None
         self._tenant: Tenant | None = None
         self._seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        # Bytes of the reply. Those of the request are held by the execution.
+        # Bytes of the reply, as charged to live_bytes. The execution is charged for those of the request.
         self._held_bytes = 0
         self._reply: Reply | None = None
         self._body: Body | None = None
@@ -158,14 +159,14 @@ class LiveCall:
         execution.join(self, self.deadline)
 
     def replied(self, reply: Reply, body: Body) -> None:
-        """Pass the execution's response to the caller, in place of the one before, if there was one."""
+        """Pass the execution's reply to the caller. It replaces an earlier reply, whose replica was lost."""
         caller = self._caller
         if caller is None or self._over:
             return
         try:
             own = self.record.descriptor.request.id
             if reply.response.id != own:
-                # The call shares the execution of another.
+                # The call shares another call's execution, so the reply has the other call's id.
                 reply = copy(reply)
                 reply.response.id = own
             self._calls.live_bytes.charge(body.size, instead_of=self._held_bytes)
@@ -182,7 +183,7 @@ class LiveCall:
             self.failed(self._calls.metrics.errors.caught("call_reply", error), reply)
 
     def failed(self, error: UnlatchError, reply: Reply | None = None) -> None:
-        """Tell the caller that the call failed, by that reply where there is one."""
+        """Send the caller an error. `reply` is the replica's reply that carried it, if a replica answered."""
         caller = self._caller
         if caller is not None and not self._over:
             self._end(error.status, error, reply)
@@ -194,7 +195,7 @@ class LiveCall:
         self.leave()
 
     def leave(self) -> None:
-        """Free what the call holds, here and in the replica: its caller has the answer, or does not wait for it."""
+        """Free what the call holds in the gateway and in the replica. Its caller has the answer, or has left."""
         if not self._over:
             if self._body is not None and self._body.complete:
                 self._end("OK", reply=self._reply)

@@ -1,4 +1,4 @@
-"""Execution: one run of a kernel, which one or several calls wait for. The fleet routes, binds and loses executions."""
+"""Execution: one run of a kernel, for which one or several calls wait. The fleet chooses its replica and sends it."""
 
 import asyncio
 import random
@@ -19,22 +19,22 @@ from unlatch.gateway.fleet.replica import Lane, Replica
 from unlatch.gateway.metrics import GatewayMetrics
 from unlatch.protos.unlatch_pb2 import Descriptor, Kernel, Reply
 
-# How long a replica that has failed an execution is not sent it again; twice as long each time.
+# A replica that has failed an execution is not sent it again for this time; twice as long after each failure.
 _FIRST_BACKOFF_SECONDS = 0.02
-# A call whose deadline is later than its execution's was, by this share of its time, may have the execution sent again.
+# If the deadline of a call is later than the one that was sent, by this share of the time sent, it is sent again.
 _MUCH_LATER = 0.1
 
 
 class Execution:
-    """A run of a kernel, from its first call until its reply is here, or no call waits for it any more.
+    """A run of a kernel, from its first call until its reply has arrived or no call waits for it.
 
         routed ──> held by the fleet ──> sent ──> replied ──> pieces ──> over
           ↑                               │  └── failed, no call waits ──┘
           └────── sent again ──── lost, or not begun ───────────────────┘
 
-    It listens to its own reply on a replica's lane, and passes the reply on to the listeners of its calls, which raise
-    nothing. The request's bytes are held as long as they may have to be sent again. `charge` is told what the execution
-    has cost, in seconds of a worker.
+    The execution receives its reply from a replica's lane, and passes it on to the listeners of its calls, which raise
+    nothing. It holds the request's bytes as long as they may have to be sent again. `charge` is called with the cost of
+    the execution, in seconds of a worker.
     """
 
     __slots__ = (
@@ -57,28 +57,28 @@ class Execution:
         self.kernel = kernel
         self.descriptor = descriptor
         self.body = body
-        # Its deadline is the latest of its calls'. The replica decides which calls run as one.
+        # `demand.deadline` is the latest deadline of its calls. `batch` stays None: the replica chooses batches.
         self.demand = Demand(kernel.name, body.size, descriptor.tenant, RANKS[descriptor.priority], 0.0)
-        # The fleet's, when the execution is routed.
+        # Set by the fleet when the execution is routed.
         self.estimate = UNKNOWN
-        # A hash of all that the call says, where identical calls may share this execution; and who is told when it is
-        # over (both are gateway/calls/coalescing.py's).
+        # Both are set by gateway/calls/coalescing.py: a hash of the request, if identical calls may share this
+        # execution; and a function that is called when it is over.
         self.digest = b""
         self.when_over: Callable[[Execution], None] | None = None
-        # A replica that has just failed it.
+        # A replica that has just failed this execution.
         self.avoids: Replica | None = None
         self._fleet = fleet
         self._retries = retries
         self._live_bytes = live_bytes
         self._metrics = metrics
         self._charge = charge
-        # With the deadline of each.
+        # The listeners of its calls, with the deadline of each call.
         self._listeners: list[tuple[ReplyListener, float]] = []
-        # An identical execution that its calls wait for instead.
+        # An identical execution that has taken over the calls of this one.
         self._joined: Execution | None = None
         self._held_bytes = body.size
         self._sent: tuple[Replica, Lane, int] | None = None
-        # When it was sent last, and its deadline then.
+        # The time when it was last sent, and its deadline at that time.
         self._sent_at = self._sent_deadline = 0.0
         self._times_sent = self._times_begun = 0
         self._pure = kernel.pure
@@ -88,34 +88,34 @@ class Execution:
 
     @property
     def over(self) -> bool:
-        """Whether no more of a reply is to come."""
+        """Whether the execution has ended: nothing more of a reply comes."""
         return self._over
 
     @property
     def replica(self) -> str:
-        """The name of the replica that the execution is on, or was; "" where it never came to one."""
+        """The name of the replica that the execution was last sent to; "" if it was not sent."""
         if self._joined is not None:
             return self._joined.replica
         return self._sent[0].name if self._sent is not None else ""
 
     def remaining_microseconds(self) -> int:
-        """Return what is left of its time; never 0, which would mean no limit."""
+        """Return the microseconds until the deadline; at least 1, because 0 would mean no limit."""
         return max(1, round((self.demand.deadline - monotonic()) * 1e6))
 
     def join(self, listener: ReplyListener, deadline: float) -> None:
-        """Have one more call's listener wait for the reply, until its deadline."""
+        """Add the listener of a call, which waits for the reply until its deadline."""
         self._listeners.append((listener, deadline))
         if deadline > self.demand.deadline:
             self.demand = self.demand.until(deadline)
 
     def takes(self, like: "Execution") -> bool:
-        """Whether calls of an identical execution may join: not for half a reply, nor behind less urgent calls."""
+        """Return whether an identical execution's calls may join: not during a reply, nor at a lower priority."""
         if self._over or self._reply is not None:
             return False
         return self._sent is None or self.demand.priority <= like.demand.priority
 
     def join_another(self, other: "Execution") -> None:
-        """Let the calls wait for an identical execution, which takes them. This one is over."""
+        """Move the calls to an identical execution. This execution is over."""
         listeners = self._listeners
         self._joined = other
         self._end()
@@ -124,7 +124,7 @@ class Execution:
         other.hurry(self)
 
     def hurry(self, like: "Execution") -> None:
-        """Raise the priority to that of an identical execution. Only while this one is held by the fleet."""
+        """Raise the priority to that of an identical execution. Call only while the fleet holds this one."""
         if like.demand.priority < self.demand.priority:
             self._fleet.withdraw(self)
             self.demand = self.demand._replace(priority=like.demand.priority)
@@ -132,7 +132,7 @@ class Execution:
             self.route()
 
     def leave(self, listener: ReplyListener) -> None:
-        """Take one call's listener off. The replica need not go on when none is left."""
+        """Remove the listener of a call. When none is left, cancel the execution at the replica."""
         if self._joined is not None:
             self._joined.leave(listener)
         elif not self._over:
@@ -143,8 +143,8 @@ class Execution:
                 self._end()
 
     def route(self) -> None:
-        """Have the execution sent to a replica."""
-        # What has nowhere else to go need not be known to have begun.
+        """Let the fleet send the execution to a replica."""
+        # With one replica nothing is sent again, so the replica need not report that the execution has begun.
         self.descriptor.attempt = 0 if self._fleet.alone else self._times_sent + 1
         self._fleet.route(self)
 
@@ -152,7 +152,7 @@ class Execution:
         """Note the replica and the lane that the execution was sent on, and its number there."""
         self._sent = replica, lane, number
         self._sent_at, self._sent_deadline = monotonic(), self.demand.deadline
-        # Of several versions this replica's word counts.
+        # Replicas may serve different versions: what this replica's version declares counts.
         self._pure = replica.kernels.get(self.kernel.name, self.kernel).pure
         if not self._times_sent:
             self._retries.called(replica.window.calls)
@@ -160,19 +160,19 @@ class Execution:
         self._started = False
 
     def started(self) -> bool:
-        """Note that a worker has begun it, or is about to; return whether the worker waits to hear that this is known.
+        """Note that a worker has begun, or is about to; return whether the worker waits for confirmation.
 
-        A worker waits where the kernel may have effects.
+        A worker waits for confirmation if the kernel is not pure.
         """
         self._started = True
         self._times_begun += 1
         if not self._pure:
-            # It is sent to no other replica any more.
+            # From here on it is not sent to another replica.
             self._let_go()
         return not self._pure
 
     def replied(self, reply: Reply, body: Body) -> None:
-        """Pass the replica's response on to every call, and end once its body is here."""
+        """Pass the replica's reply on to every call. The execution ends when the reply's body is complete."""
         if self._over:
             return
         self._reply = reply
@@ -181,16 +181,16 @@ class Execution:
             self._end()
         else:
             if not self._pure or self._fleet.alone:
-                # Should the rest of the reply not come, the execution is not sent again.
+                # If the rest of the reply does not arrive, the execution is not sent again.
                 self._let_go()
             body.when_complete(self._completed)
         for listener, _ in listeners:
             listener.replied(reply, body)
 
     def failed(self, error: UnlatchError, reply: Reply | None = None) -> None:
-        """Send the execution again where its failure allows it, else fail its calls.
+        """Send the execution again if its failure allows that, else fail its calls.
 
-        Without a reply the lane broke, or handling it raised; after a response the rest of its body does not come.
+        `reply` is None if the lane broke or if our own code raised. After `replied`, the rest of the body is lost.
         """
         if self._over:
             return
@@ -202,7 +202,7 @@ class Execution:
             self._fail(error, reply)
 
     def unroutable(self, error: UnlatchError) -> None:
-        """Fail the calls: no replica takes the execution any more, or none could be in time."""
+        """Fail the calls: no replica serves the kernel, or none could answer in time."""
         self._fail(error, None)
 
     def _completed(self) -> None:
@@ -210,7 +210,7 @@ class Execution:
             self._end()
 
     def _refused_unrun(self, error: UnlatchError, reply: Reply) -> None:
-        """Take a refusal by a deadline that was the latest when the execution was sent: calls may have later ones."""
+        """Handle a refusal by the deadline that was sent: send again for calls that joined with a later one."""
         later = self._sent_deadline + _MUCH_LATER * (self._sent_deadline - self._sent_at)
         if self.demand.deadline <= later or self._held_bytes < self.body.size:
             self._fail(error, reply)
@@ -223,10 +223,10 @@ class Execution:
             self._send_again(reply)
 
     def _again(self, error: Unavailable, reply: Reply | None) -> None:
-        """Send the execution elsewhere, if that is safe and feeds no outage. Its replica was lost or has no worker."""
+        """Send the execution again after its replica was lost or had no worker, if safe and within the budget."""
         let_go = self._pure and self._reply is not None and self._held_bytes < self.body.size
         if let_go or self._fleet.alone:
-            # There is nowhere to send it; or there was not, and its bytes were let go.
+            # There is no other replica, or the request's bytes were freed while there was none.
             self._fail(error, reply)
             return
         begun = True if self._started or self._reply is not None else (False if self.descriptor.attempt else None)
@@ -247,14 +247,14 @@ class Execution:
         asyncio.get_running_loop().call_later(seconds, self._forgive, replica)
 
     def _forgive(self, replica: Replica) -> None:
-        """Let the execution be sent to the replica again."""
+        """Allow sending the execution to the replica again."""
         if self._over or self.avoids is not replica:
             return
         try:
             if self._sent is not None:
                 self.avoids = None
                 return
-            # The fleet holds it among those that avoid the replica.
+            # The fleet holds it as a call of the kind that avoids the replica: withdraw it and route it anew.
             self._fleet.withdraw(self)
             self.avoids = None
             self.route()
@@ -274,7 +274,7 @@ class Execution:
         self._reply = reply
         self._end()
         for listener, _ in listeners:
-            # Each is raised where its caller waits, with a traceback of its own.
+            # Each caller raises its error, which needs a traceback of its own: hence the copies.
             listener.failed(error if len(listeners) == 1 else copy(error), reply)
 
     def _drop(self) -> None:
@@ -285,13 +285,13 @@ class Execution:
             lane.cancel(number)
 
     def _let_go(self) -> None:
-        """Free the request's bytes: they are needed no more."""
+        """Free the request's bytes, which will not be sent again."""
         self.body.let_go()
         self._live_bytes.free(self._held_bytes)
         self._held_bytes = 0
 
     def _end(self) -> None:
-        """Be over, and settle with all but the calls. Raises nothing: the calls are to hear of the end."""
+        """End the execution: free its bytes, settle with replica and tenant. Raises nothing, so the calls are told."""
         self._over = True
         self._listeners = []
         try:
@@ -319,7 +319,7 @@ class Execution:
 
 
 def _status(reply: Reply | None) -> str:
-    """Return the status that a replica has answered with; "" where it has not."""
+    """Return the status of a replica's reply; "" without a reply."""
     if reply is None:
         return ""
     return raised(reply.failure).status if reply.HasField("failure") else "OK"

@@ -1,12 +1,13 @@
 """The fleet: every replica that the gateway knows, and the calls that fit no replica's window yet.
 
-    route ──> room somewhere ───────────────────────────────> sent to the replica that would be done with it first
-      ├─ refused: by what replicas report and            ↑
-      │  what is held here it could not be in time       │
+    route ──> a replica has room ───────────────────────────> sent to the replica that would finish it first
+      ├─ refused: it could not be in time, by the        ↑
+      │  replicas' reports and the backlog here          │
       └─ no room: held in the backlog, in its order ─────┘
-            └─ refused: its time would be over before it is done; or no replica serves it any more
+            └─ refused: it would be done after its deadline; or no replica serves it any more
 
-A call is bound to a replica when that has room for it, not before: until then it can still go to any.
+In this folder a call is an Execution (gateway/calls/execution.py), which the fleet knows as the protocol `Routed`. A
+call is bound to a replica only when that replica has room. Until then it can go to any replica.
 """
 
 import random
@@ -28,28 +29,28 @@ from unlatch.gateway.fleet.routed import Routed
 from unlatch.gateway.fleet.status import ReplicaStatus
 from unlatch.protos.unlatch_pb2 import Kernel
 
-# Refusing one call takes about 30 µs.
+# Calls refused in one round of the event loop. Refusing a call takes about 30 µs.
 _REFUSED_AT_ONCE = 32
-# What a call of a kernel that has not run yet counts for in a window.
+# Seconds that a call of a kernel without a known run time counts for in a window.
 _UNKNOWN_SECONDS = 0.01
-# What a call is expected to take beyond its wait and its run, to the replica and back to its caller.
+# Expected time of the way to the replica and back: a call takes this beyond its wait and its run.
 _REPLY_SECONDS = 0.004
-# Of many replicas this many are looked at by chance, and the best of them taken if it is idle enough to begin at once.
-# Gateways that all take the best of a hundred take the same one, until the next report says that it is the worst.
+# So many replicas are sampled at random first, and the best of them is taken if it has an idle worker. If all gateways
+# took the best of a hundred replicas, they would all choose the same one, until its next report.
 _LOOKED_AT = 3
-# Replicas that would be done within so many seconds of one another are as good as each other: chance keeps gateways
-# that have heard the same reports from sending all they have to the same one.
+# Replicas that would finish within so many seconds of one another count as equal, and one of them is chosen at random.
+# Otherwise gateways with the same reports would all send to the same replica.
 _EQUAL_SECONDS = 0.0005
 
-# A kernel, the version that is asked for, whether its calls are long, how many run together, and a replica that they
-# are to avoid: where one call of a kind finds no room none does.
+# The kind of a call: kernel, requested version, whether the call is long, how many calls may run together, and the
+# replica to avoid. If one call of a kind finds no room, no other call of that kind does.
 _Kind: TypeAlias = tuple[str, str, bool, int, Replica | None]
 
 
 class Fleet:
-    """Routes calls to replicas. `weights` are the tenants' shares where calls are held.
+    """Route calls to replicas, and hold calls without room. `weights` are the tenants' shares in the backlog.
 
-    `changed` is called when a replica came, went, drains, or serves something else.
+    `changed` is called when a replica joins, leaves or drains, or serves other kernels.
     """
 
     def __init__(
@@ -78,11 +79,11 @@ class Fleet:
 
     @property
     def alone(self) -> bool:
-        """Whether there is only one replica: what is lost there can go nowhere else."""
+        """Whether there is at most one replica, so that a lost call cannot be sent to another."""
         return len(self._members) < 2
 
     def expected_seconds(self, kernel: str, size: int) -> float:
-        """Seconds that a run of `size` bytes is expected to take, by the runs before it; 0 where nothing is known."""
+        """Return the expected seconds of a run with `size` bytes of input, from past runs; 0 if unknown."""
         return self._backlog.forecast.expected(kernel, size)
 
     @property
@@ -100,17 +101,17 @@ class Fleet:
         return self.catalogue.find(name, "") is not None
 
     def kernel(self, name: str, version: str) -> Kernel:
-        """A kernel that some replica serves. Raises NotFound with near names, Unavailable when there is no replica."""
+        """Return a kernel that a replica serves. Raises NotFound with similar names, or Unavailable."""
         return self._offer(name, version).kernel
 
     def statuses(self) -> list[ReplicaStatus]:
-        """The status of each replica. From any thread."""
+        """Return the status of each replica. Any thread may call this."""
         return self._members.statuses()
 
     def route(self, call: Routed) -> None:
-        """Send a call to a replica with room, or hold it until there is one; no call overtakes another of its kind.
+        """Send a call to a replica with room, or hold it until there is one. Calls of a kind keep their order.
 
-        A call that could not be in time is unroutable at once, by what runs have taken and what waits before it.
+        If the call could not be answered in time, by past runs and the backlog, its `unroutable` is called at once.
         """
         refusal: UnlatchError | None
         try:
@@ -124,13 +125,13 @@ class Fleet:
             call.unroutable(refusal)
 
     def withdraw(self, call: Routed) -> None:
-        """Drop a call that is held and wanted no more."""
+        """Remove a held call for which no caller waits any more."""
         self._backlog.withdraw(call)
 
     def ended(self, call: Routed, replica: Replica, run_seconds: float, code: str = "") -> None:
-        """Free the room of a call that was sent and has ended, for another call.
+        """Free the room of a sent call that has ended, and send held calls.
 
-        `code` is the status that the replica has answered with; "" where it has not answered.
+        `code` is the status of the replica's reply; "" without a reply.
         """
         replica.ended(call)
         self._backlog.ran(call, run_seconds)
@@ -151,7 +152,7 @@ class Fleet:
         await self._members.close()
 
     def _members_changed(self) -> None:
-        """Take in that what replicas serve or take has changed."""
+        """React to a change of the replicas or their kernels: refuse held calls that none serves, send the others."""
         with self._errors.guarded("fleet_changed"):
             self._changed()
         if self.held:
@@ -172,7 +173,7 @@ class Fleet:
         raise self.catalogue.missing(name, version)
 
     def _route(self, call: Routed) -> ResourceExhausted | None:
-        """Send or hold a call; or return why it is refused. Raises NotFound, Unavailable."""
+        """Send or hold a call, or return the error that refuses it. Raises NotFound, Unavailable."""
         demand = call.demand
         offer = self._offer(demand.kernel, call.descriptor.request.version)
         expected = self._backlog.forecast.expected(demand.kernel, demand.size)
@@ -190,12 +191,12 @@ class Fleet:
             self._backlog.take_at_once(call)
             self._send(call, replica)
         else:
-            # Without a bound of its own no call is one too many: max_live_calls bounds what the gateway holds.
+            # This backlog has no bound and refuses nothing: max_live_calls bounds what the gateway holds.
             self._backlog.add(call)
         return None
 
     def _choose(self, call: Routed, offer: Offer) -> Replica | None:
-        """The replica that would be done with a call first, of a few with an idle worker, else of all with room."""
+        """Return the replica that would finish a call first: of a few with an idle worker, else of all with room."""
         roomy: list[Replica] = []
         if len(offer.replicas) > _LOOKED_AT:
             few = _roomy(call, random.sample(offer.replicas, _LOOKED_AT))
@@ -211,7 +212,7 @@ class Fleet:
     def _refusal_in_time(
         self, call: Routed, offer: Offer, replica: Replica | None, expected: float
     ) -> ResourceExhausted | None:
-        """The refusal of a new call that could not be in time."""
+        """Return the error for a new call that could not be answered in time; None if it could."""
         if replica is None:
             return self._backlog.refusal_in_time(
                 call, wait_seconds=self._wait_seconds(call, offer), run_seconds=expected
@@ -221,7 +222,7 @@ class Fleet:
         return self._backlog.refusal_in_time(call, wait_seconds=wait_seconds, run_seconds=expected * window.slowness)
 
     def _wait_seconds(self, call: Routed, offer: Offer) -> float:
-        """Seconds that a call to be held would wait: for what is held before it, and then at a replica."""
+        """Return the seconds that a call would wait: behind the calls that are held here, and then at a replica."""
         takers = [replica for replica in offer.replicas if replica.takes_calls]
         is_long = call.estimate.long
         before = self._backlog.seconds_before(call, short=not is_long)
@@ -232,8 +233,8 @@ class Fleet:
         call.sent(replica, *replica.send(call))
 
     def _send_held(self) -> Iterator[None]:
-        """Send held calls as long as there is room. Each call that is refused is a step."""
-        # While no replica has room for them, no call is looked for among the many that may wait.
+        """Send held calls as long as there is room. Yields after each call that is refused (a ByTurns step)."""
+        # Only kinds with room are searched, because many calls of the other kinds may wait.
         offers = {kind: offer for kind in self._kinds() if (offer := self._offer_with_room(kind)) is not None}
         roomy: set[Hashable] = set(offers)
         while True:
@@ -251,7 +252,7 @@ class Fleet:
                 yield
 
     def _offer_with_room(self, kind: _Kind) -> Offer | None:
-        """The offer for a kind of calls, if any replica has room for some call of it."""
+        """Return the offer for a kind of calls if a replica has room for a call of that kind, else None."""
         kernel, version, is_long, together, avoids = kind
         offer = self.catalogue.find(kernel, version)
         if offer is None:
@@ -263,13 +264,13 @@ class Fleet:
     def _learn(self, call: Routed, replica: Replica, run_seconds: float) -> None:
         kernel, size, forecast = call.demand.kernel, call.demand.size, self._backlog.forecast
         expected = forecast.expected(kernel, size)
-        # One replica is as fast as the mean of itself.
+        # A single replica's speed is the mean, so there is no slowness to learn.
         if expected and len(self._members) > 1:
             replica.window.ran(expected, run_seconds)
         forecast.learn(kernel, size, run_seconds)
 
     def _refuse_unserved(self) -> Iterator[None]:
-        """Refuse the held calls of kernels that no replica has any more. Each is a step, since many may be held."""
+        """Refuse held calls of kernels that no replica has any more. Yields after each call (a ByTurns step)."""
         for call, error in self._backlog.refusals(self._unserved):
             self._refuse(call, error)
             yield
@@ -296,12 +297,12 @@ def _kind(call: Routed) -> _Kind:
 
 
 def _roomy(call: Routed, replicas: Sequence[Replica]) -> list[Replica]:
-    """Those of the replicas that have room for a call."""
+    """Return the replicas that have room for a call."""
     size, estimate, avoids = call.demand.size, call.estimate, call.avoids
     return [replica for replica in replicas if replica is not avoids and replica.has_room(size, estimate)]
 
 
 def _seconds_until_done(call: Routed, replica: Replica) -> float:
-    """Seconds until a held call would be done at a replica; 0 where a worker is idle, so that it may try."""
+    """Return the seconds until a held call would be done at a replica; 0 if a worker is idle, so the call may try."""
     wait = replica.window.wait_seconds(long=call.estimate.long)
     return wait + call.estimate.seconds * replica.window.slowness if wait else 0.0

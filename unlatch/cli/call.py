@@ -24,7 +24,9 @@ def parser() -> Parser:
         help="an array as @file (.npy, .npz, .npz:member, .csv, an image), @- (.npy on stdin) or JSON; or a scalar",
     )
     add_priority(made)
-    made.add_argument("-o", "--output", help="file for the result, format by suffix; - is .npy on stdout; else printed")
+    made.add_argument(
+        "-o", "--output", help="file for the result, format by suffix; - is .npy on stdout; without it, printed"
+    )
     return made
 
 

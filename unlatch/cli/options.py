@@ -47,10 +47,10 @@ class Parser(argparse.ArgumentParser):
 
 
 _TLS_FLAGS = {
-    "ca": "PEM file: authorities of the gateway's certificate; else public ones",
+    "ca": "PEM file: authorities of the gateway's certificate; without it, the public ones",
     "cert": "PEM file: certificate shown to the gateway",
     "key": "PEM file: private key of --tls-cert",
-    "name": "host name in the gateway's certificate; else its address",
+    "name": "host name in the gateway's certificate; without it, its address",
 }
 _METAVARS = {"ca": "FILE", "cert": "FILE", "key": "FILE", "name": "NAME"}
 
