@@ -23,7 +23,7 @@ from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A run that calls were in: for how long, in which worker's slot, and how many of them."""
+    """The run of a call: its seconds, its worker's slot, and its number of calls."""
 
     seconds: float
     worker: int
@@ -35,7 +35,7 @@ _NOT_RUN = Ran(0.0, 0, 0)
 
 @dataclass(slots=True)
 class Arguments:
-    """A call's arguments, and the outputs that it wants.
+    """A call's arguments, and its requested outputs.
 
     `order[i]` is the position in the descriptor of the kernel's i-th array; `outputs` are positions in the spec.
     """
@@ -48,10 +48,10 @@ class Arguments:
 
 
 class Holder(Protocol):
-    """The part that has a call now: the poison check that reads it, the dispatcher's backlog, or a worker's runs."""
+    """The part that holds a call: the check for poison, the dispatcher with its backlog, or a worker's runs."""
 
     def withdraw(self, call: "Call") -> None:
-        """Let go of a call whose caller has left, as soon as that is safe. Raises nothing."""
+        """Release a call whose caller has left, as soon as that is safe. Raises nothing."""
 
 
 class Call:
@@ -70,22 +70,22 @@ class Call:
     ) -> None:
         self.spec = spec
         self.arguments = arguments
-        # The dispatcher's, when it is admitted.
+        # Set by the dispatcher when the call is admitted.
         self.estimate = UNKNOWN
         self.ended = False
-        # None before its bytes are here, and once it is settled.
+        # None before the call's bytes have arrived, and after the call is settled.
         self.holder: Holder | None = None
-        # Workers that ended while they ran it.
+        # How many workers exited while they ran the call.
         self.deaths = 0
-        # What it is, once somebody has had reason to read it (compute/dispatch/poison.py).
+        # A hash of the call, made when it is needed (compute/dispatch/poison.py).
         self.digest = b""
         remaining = descriptor.remaining_microseconds
         self.arrived = monotonic()
-        # Since when the call has waited for a worker, and since when one has run it.
+        # When the call's bytes were complete, so that it waits for a worker; and when a worker began it.
         self.landed = self.begun = self.arrived
         self._lane = lane
         self._descriptor = descriptor
-        # Whether its caller wants to hear when it begins, and whether it has heard.
+        # Whether its caller wants to be told when the call begins, and whether it has confirmed that.
         self._told = descriptor.attempt > 0
         self._known = False
         self._lengths = descriptor.lengths[:]
@@ -107,21 +107,21 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """How long the first axis of its arrays is, of a kernel whose calls may run as one."""
+        """The length of the first axis of the arrays, for a kernel whose calls may run as one."""
         return self.arguments.shapes[0][0]
 
     def make_room(self) -> None:
-        """Have room for its bytes. Raises ResourceExhausted where there is none."""
+        """Reserve room in the arena for the call's bytes. Raises ResourceExhausted if there is none."""
         if self.size:
             self.block = self._arena.allocate(self.size)
 
     @property
     def must_be_known(self) -> bool:
-        """Whether it may begin only once its caller knows of that: one who does not might send it elsewhere as well."""
+        """Whether the call may begin only after its caller knows of that, so that the caller sends it nowhere else."""
         return self._told and not self._known and not self.spec.pure
 
     def announce(self, heard: Callable[[], None]) -> bool:
-        """Tell its caller that it is about to begin; whether it waits for `heard` to be called: once it knows."""
+        """Tell the caller that the call is about to begin. Returns whether `heard` will be called on confirmation."""
         if self.ended:
             return False
 
@@ -133,19 +133,19 @@ class Call:
         return True
 
     def begins(self, now: float) -> None:
-        """A worker begins it."""
+        """Note that a worker begins the call. The caller of a pure kernel's call is told."""
         self.begun = now
         if self.spec.pure and self._told:
             self._lane.started(self._descriptor.call)
 
     @property
     def complete(self) -> bool:
-        """Whether all its bytes are in the arena."""
+        """Whether all bytes of the call are in the arena."""
         return not self._arrival.missing
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its arrays in the kernel's order, as a worker finds them in the input segment."""
+        """The arrays in the kernel's order, with their places in the input segment."""
         base = self.block.offset if self.block else 0
         arguments = self.arguments
         return tuple(
@@ -154,7 +154,7 @@ class Call:
         )
 
     def land(self, whole: Sequence[memoryview]) -> None:
-        """Take all its bytes at once."""
+        """Write all bytes of the call to the arena at once."""
         if self.block is not None:
             memory, base = self.block.segment.view, self.block.offset
             for start, piece in zip(self._starts, whole, strict=True):
@@ -163,7 +163,7 @@ class Call:
         self._when_landed(self)
 
     def feed(self, piece: memoryview) -> None:
-        """Take the next piece of its bytes. Raises ProtocolViolation where it does not fit."""
+        """Write the next piece of the call's bytes to the arena. Raises ProtocolViolation if it does not fit."""
         tensor, at = self._arrival.place(len(piece))
         if self.block is not None:
             start = self.block.offset + self._starts[tensor] + at
@@ -173,7 +173,7 @@ class Call:
             self._when_landed(self)
 
     def answer(self, tensors: Sequence[Tensor], memory: memoryview, ran: Ran, sent: Callable[[], None]) -> None:
-        """Send a kernel's results, which lie in `memory`. `sent` is called when they need not lie there any longer."""
+        """Send a kernel's results from `memory`. `sent` is called when `memory` is no longer needed."""
         reply = Reply()
         response = reply.response
         response.kernel, response.version, response.id = self.spec.name, self.spec.version, self._descriptor.request.id
@@ -201,19 +201,19 @@ class Call:
         self._end(failed(error), Body((), []), error.status, ran or _NOT_RUN, None)
 
     def abandon(self) -> None:
-        """Take in that no caller waits for the reply any more."""
+        """End the call without a reply, because its caller has left."""
         if self.ended:
             return
         self.ended = True
         if self.holder is not None:
             self.holder.withdraw(self)
         else:
-            # It has not been offered to any part before its bytes are here, and no more of them come.
+            # The call has no holder before all its bytes have arrived, and no more of them come.
             self.release()
         self._metrics.call_ended(self.spec.name, "CANCELLED")
 
     def release(self) -> None:
-        """Give its memory back. Only when no worker can be reading it."""
+        """Free the call's memory. Call only when no worker can be reading it."""
         if self.block is not None:
             self._arena.free(self.block)
             self.block = None
@@ -235,7 +235,7 @@ class Call:
         timings.run = round(ran.seconds * 1e6)
         timings.worker = ran.worker
         timings.batch = ran.calls
-        # First of all: whatever fails after this, the caller has its reply.
+        # First, so that the caller has its reply even if the lines below raise.
         self._lane.reply(self._descriptor.call, reply, body, sent)
         self._metrics.call_ended(self.spec.name, code)
         self._metrics.stages(
@@ -245,7 +245,7 @@ class Call:
             self._trace(queue, code, ran)
 
     def _trace(self, queue: float, code: str, ran: Ran) -> None:
-        """Tell of its wait and of its run, if it came to that, whose ends were seen here."""
+        """Record a span for the call's wait, and one for its run if it ran."""
         told: dict[str, str | int] = {"unlatch.kernel": self.spec.name, "unlatch.code": code}
         waited_until = self.landed + queue if ran is not _NOT_RUN else monotonic()
         self._tracing.passed("queue", self._descriptor, self.landed, waited_until, told)

@@ -1,13 +1,13 @@
-"""A run: one execution of a kernel, of one call or of several, which one worker has.
+"""A run: one execution of a kernel by one worker, for one call or for several.
 
     STAGED ──> ANNOUNCED ──> SENT ──> RUNNING ──> OVER
       └──────────────────────^  calls that need no announcement
 
-A call that must not run twice is begun only when its caller has said that it knows: a caller who does not know would
-send it elsewhere if this replica were lost. What tells the caller may be lost with the replica, too: only the answer
-is proof (docs/decisions/0014).
+A call that must not run twice is begun only after its caller (the gateway) has confirmed that it knows of the
+beginning. Otherwise, if this replica were lost, the caller would send the call to another one. Telling the caller is
+not enough: the message may be lost with the replica (docs/decisions/0014).
 
-What happens to a run is an `Event`. compute/dispatch/outcomes.py says what becomes of its calls then.
+An `Event` is something that happens to a run. compute/dispatch/outcomes.py decides the outcome of its calls then.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ from unlatch.compute.pool.exits import Exit
 class RunState(Enum):
     """How far a run has come."""
 
-    STAGED = auto()  # behind another run, or about to be sent
-    ANNOUNCED = auto()  # callers are told that it is about to begin; the worker has not got it
-    SENT = auto()  # the worker has it, and has another before it
-    RUNNING = auto()  # the worker is in it
-    OVER = auto()  # nothing of it is in the worker any more
+    STAGED = auto()  # waits behind another run, or is about to be sent
+    ANNOUNCED = auto()  # callers are told that it is about to begin; the worker does not have it
+    SENT = auto()  # the worker has it, behind another run
+    RUNNING = auto()  # the worker executes it
+    OVER = auto()  # the worker no longer has it
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -41,7 +41,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Replied(msgspec.Struct, frozen=True):
-    """The worker has answered the run with a sound frame. `results` are a Done frame's by the calls' numbers."""
+    """The worker has answered the run with a valid frame. `results` are those of a Done frame, by call number."""
 
     frame: Done | Failed
     results: dict[int, Result]
@@ -49,7 +49,7 @@ class Replied(msgspec.Struct, frozen=True):
 
 
 class WorkerExited(msgspec.Struct, frozen=True):
-    """The worker that had the run is gone. `usage` is None where it had not begun the run."""
+    """The worker that had the run has exited. `usage` is None if the worker had not begun the run."""
 
     exit: Exit
     stopping: bool
@@ -57,11 +57,11 @@ class WorkerExited(msgspec.Struct, frozen=True):
 
 
 class TimedOut(msgspec.Struct, frozen=True):
-    """The run has taken its kernel's timeout."""
+    """The run has reached its kernel's timeout."""
 
 
 class MemoryExceeded(msgspec.Struct, frozen=True):
-    """The run has taken too much memory in so many seconds. `message` says how much, and the limit."""
+    """The run has taken too much memory, after `seconds`. `message` has the amount and the limit."""
 
     message: str
     seconds: float
@@ -83,9 +83,9 @@ Event = Replied | WorkerExited | TimedOut | MemoryExceeded | NotHeard | Withdraw
 
 
 class Run:
-    """A run, and its calls with the numbers that the worker knows them by.
+    """A run and its calls. `numbers` are the numbers of the calls in the worker's frames.
 
-    `segment` is lent from when the run is made until the last reply in it is read, or will never be written.
+    The run uses `segment` until the last reply in it has been read or will not be written any more.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class Run:
         self.state = RunState.STAGED
         self.expected_seconds = self.first.estimate.seconds * len(numbers)
         self.begun = now
-        # What ends the time of a run that is begun.
+        # The timer of the kernel's timeout, or of the grace period.
         self.timer: asyncio.TimerHandle | None = None
-        # Calls that may have effects: whose callers have yet to be told of their start, and to say that they know.
+        # Calls that may have effects, and whose callers must be told of the beginning and must confirm it.
         self._untold = [call for call in numbers if call.must_be_known]
         self._unheard: set[Call] = set()
         self._unread = set(numbers)
@@ -109,36 +109,36 @@ class Run:
 
     @property
     def wanted(self) -> bool:
-        """Whether a caller waits for it."""
+        """Whether a caller waits for the run."""
         return not self.first.ended or any(not call.ended for call in self.numbers)
 
     @property
     def runs_again_alone(self) -> bool:
-        """Whether a failure of it says nothing of each call: several of a pure kernel, which run again one by one."""
+        """Whether its calls run again alone after a failure: several calls of a pure kernel."""
         return self.spec.pure and len(self.numbers) > 1
 
     @property
     def is_sent(self) -> bool:
-        """Whether the worker has been given it."""
+        """Whether the run has been sent to the worker."""
         return self.state is RunState.RUNNING or self.state is RunState.SENT
 
     @property
     def must_be_announced(self) -> bool:
-        """Whether callers must still be told that it is about to begin."""
+        """Whether callers must still be told that the run is about to begin."""
         return self.state is RunState.STAGED and bool(self._untold)
 
     @property
     def may_be_sent(self) -> bool:
-        """Whether the worker may be given it: all callers who must know of its beginning do."""
+        """Whether the run may be sent to the worker: all callers that must know of its beginning know."""
         return not self._untold and not self._unheard
 
     @property
     def unheard(self) -> tuple[Call, ...]:
-        """Calls whose callers have been told, and have not said that they know."""
+        """Calls whose callers have been told, and have not confirmed."""
         return tuple(self._unheard)
 
     def announce(self, heard: Callable[["Run", Call], None]) -> bool:
-        """Tell callers who must know that it is about to begin; whether `heard` is still to be called for some."""
+        """Tell callers that must know that the run is about to begin. Returns whether any has yet to confirm."""
         self.state = RunState.ANNOUNCED
         untold, self._untold = self._untold, []
         for call in untold:
@@ -151,34 +151,34 @@ class Run:
         return bool(self._unheard)
 
     def known_to(self, call: Call) -> None:
-        """Take in that a call's caller knows of the beginning."""
+        """Note that a call's caller knows of the beginning."""
         self._unheard.discard(call)
 
     def take_out(self, call: Call) -> None:
-        """Let go of a call that the worker has not been given."""
+        """Remove a call from a run that has not been sent to the worker."""
         del self.numbers[call]
         self._unheard.discard(call)
         if call in self._untold:
             self._untold.remove(call)
 
     def begin(self, now: float) -> None:
-        """Take in that the worker is in it from now on."""
+        """Note that the worker executes the run from now on."""
         self.state = RunState.RUNNING
         self.begun = now
 
     def end(self) -> None:
-        """Take in that nothing of it is in the worker any more."""
+        """Note that the worker no longer has the run."""
         self.state = RunState.OVER
         self.stop_timer()
 
     def stop_timer(self) -> None:
-        """End the time of the run no more."""
+        """Cancel the timer of the run."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
 
     def read(self, call: Call) -> None:
-        """Take in that the call's reply has been read from the segment, or will never be written to it."""
+        """Note that the call's reply has been read from the segment, or will not be written to it."""
         if call in self._unread:
             self._unread.discard(call)
             if not self._unread:

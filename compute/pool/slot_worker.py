@@ -24,9 +24,9 @@ from unlatch.compute.settings import ComputeSettings
 
 
 class SlotWorker:
-    """A worker that was spawned. `on_reply` is called for each run that it ends as it should.
+    """A worker in a process that was forked. `on_reply` is called after each valid reply.
 
-    Raises OSError, of a process that has ended already ProcessLookupError.
+    Raises OSError; ProcessLookupError if the process has ended already.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SlotWorker:
         self._errors = errors
         self._on_reply = on_reply
         loop = asyncio.get_running_loop()
-        # Its kernels are known and it takes runs; or why it cannot serve.
+        # Empty once the worker's kernels are known; or the reason why it cannot serve.
         self.ready: asyncio.Future[str] = loop.create_future()
         self.exited: asyncio.Future[Exit] = loop.create_future()
         self.process = attach(
@@ -70,24 +70,24 @@ class SlotWorker:
             max_reply_bytes=settings.max_reply_bytes,
             clock=clock,
         )
-        # While it serves.
+        # None until the worker serves, and after its exit.
         self.recycling: Recycling | None = None
 
     def has_room(self, now: float) -> bool:
-        """Whether it can take one run more."""
+        """Return whether the worker can take one run more."""
         return self.recycling is not None and not self.recycling.retires and self.in_flight.has_room(now)
 
     def serve(self, limits: MemoryLimits) -> None:
-        """Take runs from now on."""
-        with suppress(OSError):  # it has ended meanwhile: nothing is given to it before that is heard
+        """Let the worker take runs from now on."""
+        with suppress(OSError):  # the process has ended meanwhile: it gets no run before its exit is handled
             self.recycling = Recycling(self.process, self.in_flight, limits)
 
     def kill(self, cause: Exit) -> None:
-        """Kill it, whatever it is doing."""
+        """Kill the worker, whatever it is doing."""
         self.process.kill(cause)
 
     def close(self, cause: Exit, *, stopping: bool) -> None:
-        """Let go of everything, now that it has exited."""
+        """Settle the runs of a worker that has exited, and free its resources."""
         recycling, self.recycling = self.recycling, None
         self.in_flight.lost(cause, stopping=stopping)
         if recycling is not None:
