@@ -1,4 +1,4 @@
-"""A call as the fleet sees it: what it demands, what it is expected to take, and what it is told."""
+"""The interface of a call in the fleet. Its implementation is Execution (gateway/calls/execution.py)."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Routed(ReplyListener, Protocol):
-    """A call that wants a replica. The fleet stands below the calls, and knows them by this."""
+    """A call that needs a replica. The fleet may not import gateway/calls, so it uses this interface."""
 
     descriptor: Descriptor
     body: Body
-    # What its run is expected to take on a replica of the fleet's mean speed. The fleet sets it when it routes the
-    # call, and it stays as it is while the call is held or on its way.
+    # The expected time of its run on a replica of the fleet's mean speed. The fleet sets it when it routes the call,
+    # and does not change it while the call is held or on its way.
     estimate: Estimate
 
     @property
@@ -27,16 +27,16 @@ class Routed(ReplyListener, Protocol):
 
     @property
     def avoids(self) -> "Replica | None":
-        """A replica that it is not to be sent to for now."""
+        """A replica that it must not be sent to for now."""
 
     def remaining_microseconds(self) -> int:
         """Microseconds until its deadline."""
 
     def started(self) -> bool:
-        """Note that a worker has begun it, or is about to; returns whether the replica waits to hear of that."""
+        """Note that a worker has begun it, or is about to. Returns whether the replica waits for a confirmation."""
 
     def sent(self, replica: "Replica", lane: "Lane", number: int) -> None:
-        """Take note that it is on that lane to that replica now, under that number."""
+        """Note that it was sent on this lane to this replica, under this number."""
 
     def unroutable(self, error: UnlatchError) -> None:
-        """Fail: no replica takes it, or could answer it in time."""
+        """Fail its calls: no replica serves it, or none could answer it in time."""
