@@ -32,7 +32,7 @@ class Readiness:
         return not self._up or _are_alike(kernels, self.kernels)
 
     def up(self, worker: int, kernels: dict[str, KernelSpec]) -> None:
-        """Take in that a worker that fits takes calls."""
+        """Note that a worker with fitting kernels takes calls."""
         self._up.add(worker)
         self._obstacle = self._said = ""
         others = not _are_alike(kernels, self.kernels)
@@ -46,12 +46,12 @@ class Readiness:
             self._on_change("")
 
     def down(self, worker: int) -> None:
-        """Take in that a worker has ended."""
+        """Note that a worker has ended."""
         self._up.discard(worker)
         self._reconsider()
 
     def failed(self, worker: int, why: str, *, lasting: bool) -> None:
-        """Take in that a start failed; `lasting` when the next try will fail for the same reason."""
+        """Note that a start failed; `lasting` when the next try will fail for the same reason."""
         if why != self._said:
             self._said = why
             log.error("worker did not start", worker=worker, message=why)

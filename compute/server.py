@@ -103,7 +103,7 @@ class ComputeService:
             self.lanes.greet_again()
 
     async def close(self) -> None:
-        """End every worker and let go of all memory."""
+        """End every worker and free all shared memory."""
         if self._reporting is not None:
             self._reporting.cancel()
         await self.pool.stop()

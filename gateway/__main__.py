@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str]) -> int:
     """Run a gateway with settings from flags and the environment; 2 when it cannot start."""
-    # gRPC reads it when it is imported. It writes past our log: a line for each handshake that somebody fails at.
+    # Read by gRPC at its import. gRPC writes to stderr, past our log: a line for each failed TLS handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from unlatch.common.service.main import run
     from unlatch.gateway.server import serve

@@ -98,7 +98,7 @@ class ArrivingArrays:
         return arrays(self._reply.response.tensors, self._memory)
 
     def close(self) -> None:
-        """Let go of the memory: body, cursor and this hold one another, and the garbage collector would come late."""
+        """Free the memory: body, cursor and this object form a cycle, which the garbage collector would free late."""
         self._cursor.close()
         self._memory = []
 

@@ -172,7 +172,7 @@ class Outbox:
             await self._relieved.wait()
 
     def close(self) -> None:
-        """Let go of every body, and of tasks that wait for bodies to be sent: the lane is gone."""
+        """Free every body and end the tasks that wait for bodies to be sent, because the lane has ended."""
         for call in list(self._sending):
             self.drop(call)
         self._closed.clear()

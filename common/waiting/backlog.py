@@ -162,7 +162,7 @@ class Backlog(Generic[Entry]):
         return self._policy.remove(entry)
 
     def put_back(self, entry: Entry) -> Refuse[Entry] | None:
-        """Put a call that was taken back at the head of the backlog, even beyond `max_calls`.
+        """Put back a call whose turn it was, at the head of the backlog, even beyond `max_calls`.
 
         Returns the call, to be refused, if the backlog is shut.
         """
@@ -173,7 +173,7 @@ class Backlog(Generic[Entry]):
         return None
 
     def put_back_after_run(self, entry: Entry) -> Refuse[Entry] | None:
-        """Put a call back that has run and will run again. Its tenant stays charged for the first run."""
+        """Put back a call that has run and will run again. Its tenant stays charged for the first run."""
         # Putting it back refunds the expected cost, which `ran` has settled already.
         self._policy.charge(entry, entry.estimate.seconds)
         return self.put_back(entry)

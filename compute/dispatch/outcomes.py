@@ -54,11 +54,11 @@ class Drop(msgspec.Struct, frozen=True):
 
 
 class Requeue(msgspec.Struct, frozen=True):
-    """Put a call that was not begun back at the head of the backlog."""
+    """Put back a call that was not begun, at the head of the backlog."""
 
 
 class RunAlone(msgspec.Struct, frozen=True):
-    """Put a call that was begun back at the head of the backlog, to run alone. `died`: its first run ended a worker."""
+    """Put back a call that was begun, at the head of the backlog, to run alone. `died`: a worker died in its run."""
 
     died: bool = False
 

@@ -2,7 +2,7 @@
 
 reason                a snake_case code, which metrics and logs carry: one of those below, never chosen by a worker
 message               the same as a sentence, with what varies, for logs and callers
-blames_call           the call that the worker ran is held to have caused the exit (compute/dispatch/poison.py)
+blames_call           the call that the worker ran counts as the cause of the exit (compute/dispatch/poison.py)
 at_once               the slot is filled again at once, however often this happens
 may_have_begun_next   the worker had said something of its run, and may have begun the run that was staged behind it
 """

@@ -132,7 +132,7 @@ class WorkerProcess:
         return True
 
     def _hung_up(self) -> None:
-        """Take in that the worker has closed its socket: it can never answer again, so it exits now or is killed."""
+        """Handle a closed socket: the worker can no longer answer, so it exits now or is killed."""
         self._hear_no_more()
         if self._grace is None:
             self._grace = self._loop.call_later(_ENDS_WITHIN_SECONDS, self.kill, exits.HUNG_UP)

@@ -90,7 +90,7 @@ class Recycling:
             self._process.kill(self.due)
 
     def close(self) -> None:
-        """Let go of the process: it is gone."""
+        """Close the files of the process, which has exited."""
         self._footprint.close()
 
     def _far_over(self) -> None:

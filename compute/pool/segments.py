@@ -49,5 +49,5 @@ class KnownSegments:
             self._send(Forget(inputs, replies), None)
 
     def close(self) -> None:
-        """Let go of the replies' memory once it is read: the worker is gone."""
+        """Free the replies' memory once it has been read, because the worker has exited."""
         self.replies.close()

@@ -30,7 +30,7 @@ class StoppedWatch:
         self._looks = 0
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        # Stands for this very process, whoever has its number later.
+        # A reference to this process, even if another process gets its pid later.
         self._stat = -1
         if seconds:
             try:

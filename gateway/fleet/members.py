@@ -83,7 +83,7 @@ class Members:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def changed(self) -> None:
-        """Take in that what a replica serves or takes has changed."""
+        """React to a change of a replica: of its kernels, or of whether it takes calls."""
         self.catalogue = FleetCatalogue(self._replicas.values())
         takers = [replica for replica in self._replicas.values() if replica.takes_calls]
         self.take_calls = bool(takers)

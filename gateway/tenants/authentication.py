@@ -1,7 +1,7 @@
 """Authentication of callers: by a token, or else by the certificate of the connection.
 
-A caller who brings a token is who that says, or nobody: a token that does not hold is never made up for by a
-certificate. Where a gateway has neither keys for tokens nor a CA for certificates, it asks nobody.
+If a caller sends a token, only the token identifies the caller: a certificate does not replace an invalid token. A
+gateway with neither keys for tokens nor a CA for certificates does not authenticate.
 """
 
 from collections.abc import Callable, Iterable, Mapping

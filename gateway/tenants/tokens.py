@@ -17,7 +17,7 @@ import jwt
 from unlatch.common.errors import Unauthenticated
 from unlatch.common.security.watched import WatchedFile
 
-# Good ones and bad ones apart: who sends bad ones pushes out nobody else's.
+# Valid and invalid tokens are kept apart, so that a flood of invalid tokens evicts no valid ones.
 _MOST_REMEMBERED = 4096
 _MOST_KEYS = 64
 _MOST_TOKEN_BYTES = 8192
