@@ -70,6 +70,11 @@ class Backlog(Generic[Entry]):
     def __len__(self) -> int:
         return len(self._policy)
 
+    @property
+    def is_shut(self) -> bool:
+        """Whether new calls are refused."""
+        return self._shut is not None
+
     def seconds(self, *, short: bool = False) -> float:
         """Return the expected cost of all calls that wait. With `short`, of those that are not long."""
         return self._policy.seconds(short=short)

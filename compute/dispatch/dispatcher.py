@@ -22,7 +22,7 @@ from unlatch.common.errors import ResourceExhausted, Unavailable, UnlatchError
 from unlatch.common.fair import ByTurns
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.waiting.admission import MARGIN, retry_milliseconds
-from unlatch.common.waiting.backlog import Backlog, Send
+from unlatch.common.waiting.backlog import Backlog, Refuse, Send
 from unlatch.common.waiting.demand import Estimate
 from unlatch.compute.call import Call
 from unlatch.compute.dispatch.batching import companions
@@ -83,16 +83,13 @@ class Dispatcher:
         self._long_call_seconds = long_call_seconds
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        caught = partial(errors.caught, "assign")
         self._backlog = Backlog[Call](
             weights or {},
             reply_seconds=_REPLY_SECONDS,
-            caught=caught,
+            caught=partial(errors.caught, "assign"),
             max_calls=max_calls,
             full=lambda: self.full(f"the queue is full: max_queued_calls={max_calls}"),
         )
-        # In slices (ByTurns): after the process has stood still, all waiting calls may be late.
-        self._assigning = ByTurns(self._assign, at_once=_REFUSED_AT_ONCE, caught=caught)
         self._refusing = ByTurns(self._refuse, at_once=_REFUSED_AT_ONCE, caught=partial(errors.caught, "shut"))
         # Whether `assign` is scheduled for the next round of the event loop.
         self._assigns_soon = False
@@ -160,8 +157,32 @@ class Dispatcher:
 
     def assign(self) -> None:
         """Give waiting calls to workers, as long as a worker has room."""
-        if self._backlog:
-            self._assigning.start()
+        try:
+            refused = 0
+            # In slices: after the process has stood still, all waiting calls may be late.
+            while self._backlog and refused < _REFUSED_AT_ONCE:
+                # One time for the whole decision: with two readings of the clock, a free worker could count as busy.
+                now = self._clock()
+                decision = self._decide(now)
+                if isinstance(decision, Send):
+                    self._hand_out(decision.place, decision.entry, now)
+                elif decision is not None:
+                    self.settle(decision.entry, DROP if decision.entry.ended else Fail(decision.error))
+                    refused += 1
+                else:
+                    return
+            if self._backlog:
+                self.changed()
+        except Exception as error:  # noqa: BLE001 (an entry point's guard)
+            self._errors.caught("assign", error)
+
+    def _decide(self, now: float) -> Send[Call, Slot] | Refuse[Call] | None:
+        """Decide about the call that is next: the slot that it goes to, or its refusal; None if no worker has room."""
+        opening = self._pool.opening(now)
+        if opening is None:
+            return None
+        kinds: set[Hashable] = {False, True} if opening.takes_long else {False}
+        return self._backlog.next(kinds, opening.takes, partial(self._seconds_until_done, now))
 
     def happened(self, run: Run, event: Event) -> None:
         """Settle the calls of a run after an event of that run."""
@@ -274,9 +295,22 @@ class Dispatcher:
     def _enqueue(self, call: Call) -> None:
         """Add a call to the backlog. If the backlog is full, settle the call that the backlog chooses to refuse."""
         call.holder = self
+        if not self._backlog and self._hand_out_at_once(call):
+            return
         refusal = self._backlog.add(call)
         if refusal is not None:
             self.settle(refusal.entry, Fail(refusal.error))
+
+    def _hand_out_at_once(self, call: Call) -> bool:
+        """Give a call to a worker at once, where one has room. Most calls find one, and need not wait."""
+        now = self._clock()
+        opening = self._pool.opening(now)
+        has_room = opening is not None and (opening.takes_long or not call.estimate.long)
+        if opening is None or not has_room or call.demand.deadline < now or self._backlog.is_shut:
+            return False
+        self._backlog.take_at_once(call)
+        self._hand_out(opening.slot, call, now)
+        return True
 
     def _rescue(self, place: str, error: Exception, call: Call) -> None:
         """Fail a call whose acceptance raised an unexpected exception."""
@@ -287,24 +321,6 @@ class Dispatcher:
     def _assign_soon(self) -> None:
         self._assigns_soon = False
         self.assign()
-
-    def _assign(self) -> Iterator[None]:
-        """Give calls to workers as long as a worker has room. Yields after each refusal (a ByTurns step)."""
-        while self._backlog:
-            # One time for the whole decision: with two readings of the clock, a free worker could count as busy.
-            now = self._clock()
-            opening = self._pool.opening(now)
-            if opening is None:
-                return
-            kinds: set[Hashable] = {False, True} if opening.takes_long else {False}
-            decision = self._backlog.next(kinds, opening.takes, partial(self._seconds_until_done, now))
-            if decision is None:
-                return
-            if isinstance(decision, Send):
-                self._hand_out(decision.place, decision.entry, now)
-            else:
-                self.settle(decision.entry, DROP if decision.entry.ended else Fail(decision.error))
-                yield
 
     def _hand_out(self, slot: Slot, call: Call, now: float) -> None:
         """Give a call to a slot with room, together with waiting calls that can run as one batch with it."""
