@@ -126,7 +126,9 @@ async def test_death_in_a_call_fails_that_call(faulty: Mesh, client: Client, ker
     """A worker that dies of its kernel, or with half of its reply written, fails that call alone, with the reason."""
     with replaced(faulty, DEATHS[how]):
         doomed = asyncio.ensure_future(client.call(kernel, fresh(1 << 18), how=how, timeout=5.0))
-        others = [client.echo(X * factor) for factor in range(50)]
+        # A worker that has said something false may have begun the call staged behind: only a pure one runs again.
+        other = client.identity if how in SAID else client.echo
+        others = [other(X * factor) for factor in range(50)]
         for factor, y in enumerate(await asyncio.gather(*others)):
             np.testing.assert_array_equal(y, X * factor)
         await fails(doomed, STORIES[how])
