@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from served import arguments, served
 from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score
-
-from examples.served import arguments, served
 
 CLUSTERS, STARTS = 10, 8
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-
-from examples.served import arguments, served
+from served import arguments, served
 
 WIDTH, HEIGHT, LIMIT, ROWS_A_CALL = 600, 400, 300, 8
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import ndtr
+from served import arguments, served
 
-from examples.served import arguments, served
 from unlatch import BlockingClient
 
 SPOT, MATURITY, PATHS = 100.0, 1.0, 100_000

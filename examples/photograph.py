@@ -10,8 +10,7 @@ from urllib.request import urlopen
 import matplotlib.image as images
 import numpy as np
 from matplotlib import cbook
-
-from examples.served import arguments, served
+from served import arguments, served
 
 ROWS, SIGMA, MARGIN = 8, 4.0, 16
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-
-from examples.served import arguments, served
+from served import arguments, served
 
 RATE_HERTZ, SECONDS = 8000, 4.0
 FIRST_HERTZ, LAST_HERTZ = 200.0, 3500.0

@@ -181,7 +181,7 @@ async def test_health_follows_the_replica(tmp_path: Path) -> None:
             check = stub.Check
             assert (await check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
             assert (await check(health_pb2.HealthCheckRequest(service=LIVENESS))).status == SERVING
-            with pytest.raises(Unavailable, match="no replica"):
+            with pytest.raises(Unavailable, match="no ready replica"):
                 await client.call("echo", X)
             with dispatcher_at(socket) as dispatcher:
                 assert [await status(watch) for watch in watches] == [SERVING] * 3

@@ -71,7 +71,7 @@ WRONG: dict[str, tuple[pb.ModelInferRequest, str, str]] = {
     "another field": (typed("FP32", [1], int_contents=[1]), "x", "FP32 is given in fp32_contents, not in int_contents"),
     "two fields": (typed("INT8", [1], int_contents=[1], bool_contents=[True]), "x", "not in bool_contents"),
     "too large an element": (typed("INT8", [1], int_contents=[128]), "x", "not every element is INT8"),
-    "too few": (typed("FP64", [2], fp64_contents=[1.0]), "x", "is 16 bytes, but 8 came"),
+    "too few": (typed("FP64", [2], fp64_contents=[1.0]), "x", "is 16 bytes, but got 8"),
     "half precision": (typed("FP16", [1], fp32_contents=[1.0]), "x", "'FP16' has no typed contents"),
     "BF16": (typed("BF16", [1], fp32_contents=[1.0]), "x", "'BF16' has no typed contents"),
     "too many integers": (
