@@ -8,7 +8,7 @@ READY := .venv/.ready
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 # Packages that only compute and the command line need, which the gateway's image leaves out.
-NOT_OF_THE_GATEWAY := numpy jaxtyping wadler-lindig threadpoolctl msgspec watchfiles anyio idna shtab
+NOT_OF_THE_GATEWAY := numpy jaxtyping wadler-lindig threadpoolctl msgspec shtab
 # protoc finds its plugins for typed stubs through PATH.
 protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) \
 	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) unlatch/protos/inference.proto unlatch/protos/unlatch.proto
@@ -22,11 +22,11 @@ REVISION = $(shell git rev-parse HEAD 2> /dev/null || echo unknown)
 build_image = $(CONTAINER) build --file deploy/docker/Dockerfile --target $(1) --tag unlatch-$(1):$(VERSION) \
 	--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BASE_IMAGE:%=--build-arg BASE_IMAGE=%) $(ARGS) .
 
-.PHONY: help setup run test unit lint check fmt protos rules dashboards bench soak demo image lock clean
+.PHONY: help setup run test unit lint check fmt protos rules dashboards bench bench-peers soak demo image deploy lock clean
 .DEFAULT_GOAL := help
 
 help: ## print this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name says; do printf '  %-11s%s\n' "$$name" "$$says"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name says; do printf '  %-11s%s\n' "$$name" "$$says"; done
 
 setup: $(READY) ## create .venv with the versions in the lock file
 
@@ -63,7 +63,10 @@ dashboards: setup ## generate Grafana's boards from deploy/dashboards
 bench: setup ## run all benchmarks; ARGS=--quick takes a minute
 	@$(BIN)/python -m bench $(ARGS)
 
-soak: setup ## kill a worker every second under load and check all replies; ARGS="--seconds 600", or "--fleet" to kill replicas
+bench-peers: setup ## compare with servers of other projects, which are installed in .peers; takes five minutes
+	@$(BIN)/python -m bench.peers $(ARGS)
+
+soak: setup ## kill a worker every second under load and check all replies; ARGS="--seconds 600", "--units 2", "--units 2 --kill-units", "--fleet"
 	@$(BIN)/python -m bench.soak $(ARGS)
 
 demo: setup ## blur a photograph and find its edges on all workers; pictures in demo/
@@ -72,6 +75,9 @@ demo: setup ## blur a photograph and find its edges on all workers; pictures in 
 image: ## build both images; CONTAINER=docker or podman, BASE_IMAGE=…, ARGS for its build
 	for target in gateway compute; do $(call build_image,$$target) || exit; done
 
+deploy: ## apply OVERLAY (dev, prod, or a directory of your own) to kubectl's cluster, if that has what it needs
+	@deploy/k8s/deploy.sh $(OVERLAY)
+
 lock: setup ## resolve dependencies and write all lock files; ARGS=--upgrade for the newest versions
 	$(LOCK) $(ARGS) pyproject.toml --extra dev -o requirements-dev.lock
 	$(LOCK) -c requirements-dev.lock pyproject.toml --extra otel -o requirements.lock
@@ -79,9 +85,11 @@ lock: setup ## resolve dependencies and write all lock files; ARGS=--upgrade for
 	echo hatchling | $(LOCK) -c requirements-dev.lock - -o deploy/docker/build.lock
 
 clean: ## remove all generated files, .venv too
-	rm -rf .venv .*_cache .hypothesis .coverage* bench/out demo dist
+	rm -rf .venv .peers .*_cache .hypothesis .coverage* bench/out demo dist
 
+# Our modules are compiled here once. Else each process compiles them again where Python may not write bytecode.
 $(READY): requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; make PYTHON=…")'
 	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e . && touch $@
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m compileall -q common compute gateway protos unlatch && touch $@

@@ -197,6 +197,17 @@ def zombies(root: int) -> list[int]:
     return [pid for pid, fields in seen.items() if fields and fields[0] == "Z" and int(fields[1]) in parents]
 
 
+def with_variable(name: str, value: str) -> list[int]:
+    """All processes that were started with this environment variable, and their forks."""
+    entry = f"{name}={value}".encode()
+    found = []
+    for process in Path("/proc").iterdir():
+        with suppress(OSError):
+            if process.name.isdigit() and entry in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
 def workers(root: int) -> list[int]:
     """The workers in the tree under `root`."""
     return [pid for pid, name in label(tree(root)).items() if name == "workers"]
@@ -206,6 +217,24 @@ def rss_anon_bytes(pid: int) -> int:
     """Bytes in memory that belong to this process alone."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
+def descriptors(pid: int) -> int:
+    """How many file descriptors a process has open: its segments of shared memory are among them."""
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def threads(pid: int) -> int:
+    """How many threads a process has, without those of gRPC's pool, whose number follows the load."""
+    return sum(1 for task in Path(f"/proc/{pid}/task").iterdir() if _thread_name(task) not in {"", "event_engine"})
+
+
+def _thread_name(task: Path) -> str:
+    """The name of a thread, by its folder in /proc; "" once the thread has ended."""
+    try:
+        return (task / "comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def label(processes: Sequence[Seen]) -> dict[int, str]:
@@ -224,7 +253,7 @@ def _label(seen: Seen, by_pid: Mapping[int, Seen]) -> str:
         return "workers"
     if parent is None:
         return "supervisor" if "unlatch" in seen.command and " serve" in seen.command else "server"
-    for word, name in (("gateway", "gateway"), ("compute", "dispatcher")):
+    for word, name in (("unlatch.unit", "unit"), ("gateway", "gateway"), ("compute", "dispatcher")):
         if word in seen.command:
             return name
     return "other"

@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 # Values by series: a sample's name and its labels.
 Scrape = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 
-_GROWING = ("_total", "_count", "_bucket")
+# What only grows, in counters and in histograms, none of which counts anything below 0.
+_GROWING = ("_total", "_count", "_bucket", "_sum")
 
 
 def scrape(port: int) -> Scrape:

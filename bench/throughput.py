@@ -36,12 +36,12 @@ class Cell:
 
 
 CASES: dict[tuple[str, int], tuple[str, ...]] = {
-    ("identity_1k", 1): ("echo", "recipe", "unlatch"),
-    ("identity_1k", 32): ("echo", "recipe", "unlatch", "plaintext", "tls"),
+    ("identity_1k", 1): ("echo", "recipe", "apart", "unlatch"),
+    ("identity_1k", 32): ("echo", "recipe", "apart", "unlatch", "plaintext", "tls", "one unit", "two units"),
     ("identity_1m", 1): ("echo", "recipe", "unlatch"),
-    ("identity_1m", 32): ("echo", "recipe", "unlatch", "plaintext", "tls"),
+    ("identity_1m", 32): ("echo", "recipe", "apart", "unlatch", "plaintext", "tls", "one unit", "two units"),
     ("spin10", 1): ("recipe", "unlatch"),
-    ("spin10", 32): ("recipe", "unlatch", "bare"),
+    ("spin10", 32): ("recipe", "apart", "unlatch", "bare", "one unit", "two units"),
     ("elementwise", 32): ("recipe", "unlatch", "bare"),
 }
 WARM_CALLS = {"identity_1k": 1_500, "identity_1m": 96}
@@ -106,7 +106,15 @@ def loaded_with_cpu(
     """Measure one stretch of load, and the CPU microseconds a call of each of the subject's processes."""
     body = work.body()
     before = subject.cpu()
-    loaded = load(subject.port, body, calls=calls, in_flight=in_flight, reply_bytes=reply_bytes, tls=bool(subject.ca))
+    loaded = load(
+        subject.port,
+        body,
+        calls=calls,
+        in_flight=in_flight,
+        reply_bytes=reply_bytes,
+        tls=bool(subject.ca),
+        clients=subject.connections,
+    )
     after = subject.cpu()
     spent = {name: (after[name] - before.get(name, 0.0)) / calls * 1e6 for name in after}
     spent["load generator"] = loaded.generator_cpu_us_per_call

@@ -6,6 +6,7 @@ workers load it too.
 """
 
 import difflib
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
@@ -14,6 +15,12 @@ from typing import ClassVar
 # more, and the status with them. The frames between dispatcher and worker are bounded too.
 _MAX_MESSAGE_BYTES = 1024
 _MAX_FIELD_BYTES = 64
+# Names that a message lists.
+_MAX_LISTED = 20
+# In the message of a call that is not sent again, since its kernel is not pure.
+POSSIBLE_EFFECT = "the call may have begun, and may have had an effect"
+# Characters of a value that a message shows.
+_MAX_SHOWN = 64
 
 
 def _bounded(text: str, most_bytes: int) -> str:
@@ -26,17 +33,29 @@ class UnlatchError(Exception):
     """The failure of a call. `code` is its google.rpc.Code.
 
     `field` names the argument at fault, if there is one. `quota` names the tenant whose quota was used up, if one was.
+    `item` is the number of the item, from 0, if the call was one of a client's map. `not_begun` says that the call was
+    certainly not begun, and may be sent to another server.
     """
 
     code: ClassVar[int] = 2
 
-    def __init__(self, message: str, *, field: str = "", retry_after_milliseconds: int = 0, quota: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str = "",
+        retry_after_milliseconds: int = 0,
+        quota: str = "",
+        not_begun: bool = False,
+    ) -> None:
         # `message` may be any object, since a kernel may raise KernelError with anything.
         self.message = _bounded(str(message), _MAX_MESSAGE_BYTES)
         super().__init__(self.message)
         self.field = _bounded(field, _MAX_FIELD_BYTES)
         self.retry_after_milliseconds = retry_after_milliseconds
         self.quota = _bounded(quota, _MAX_FIELD_BYTES)
+        self.item: int | None = None
+        self.not_begun = not_begun
 
     @property
     def status(self) -> str:
@@ -81,9 +100,18 @@ class ResourceExhausted(UnlatchError):
 
 
 class FailedPrecondition(UnlatchError):
-    """This call killed workers before, and is not run again. Find the reason in the log."""
+    """The call killed workers before and is not run again (the log has the reason), or its client cannot be used."""
 
     code = 9
+
+
+class Aborted(UnlatchError):
+    """The process that had the call ended, and the call may have had an effect. Find out before you send it again.
+
+    Only calls of kernels that are not pure end so. No part of Unlatch sends them again by itself.
+    """
+
+    code = 10
 
 
 class Unimplemented(UnlatchError):
@@ -99,7 +127,10 @@ class Internal(UnlatchError):
 
 
 class Unavailable(UnlatchError):
-    """The process that had the call ended, or none was there to run it. Retrying is reasonable."""
+    """The process that had the call ended, or none was there to run it. The call may be sent again.
+
+    It had no effect: its kernel is pure, or it did not begin.
+    """
 
     code = 14
 
@@ -116,29 +147,15 @@ class KernelError(InvalidArgument):
 
 _BY_CODE: dict[int, type[UnlatchError]] = {kind.code: kind for kind in UnlatchError.__subclasses__()}
 
-NAMES = {
-    0: "OK",
-    1: "CANCELLED",
-    2: "UNKNOWN",
-    3: "INVALID_ARGUMENT",
-    4: "DEADLINE_EXCEEDED",
-    5: "NOT_FOUND",
-    7: "PERMISSION_DENIED",
-    8: "RESOURCE_EXHAUSTED",
-    9: "FAILED_PRECONDITION",
-    12: "UNIMPLEMENTED",
-    13: "INTERNAL",
-    14: "UNAVAILABLE",
-    16: "UNAUTHENTICATED",
+# The names of codes in gRPC. Each class is named after its code: NotFound is NOT_FOUND.
+NAMES = {0: "OK", UnlatchError.code: "UNKNOWN"} | {
+    code: re.sub("(?<=[a-z])(?=[A-Z])", "_", kind.__name__).upper() for code, kind in _BY_CODE.items()
 }
 
 
-def from_code(
-    code: int, message: str, *, field: str = "", retry_after_milliseconds: int = 0, quota: str = ""
-) -> UnlatchError:
+def error_class(code: int) -> type[UnlatchError]:
     """The error class of a code; UnlatchError itself for a code that Unlatch does not use."""
-    kind = _BY_CODE.get(code, UnlatchError)
-    return kind(message, field=field, retry_after_milliseconds=retry_after_milliseconds, quota=quota)
+    return _BY_CODE.get(code, UnlatchError)
 
 
 def opaque(what: str) -> tuple[Internal, str]:
@@ -152,7 +169,8 @@ def no_kernel(name: str, version: str, versions: Mapping[str, str]) -> NotFound:
     served = versions.get(name)
     if served is not None:
         return NotFound(f"kernel {name} has version {served}, not {version[:64]!r}", field="version")
-    return NotFound(f"there is no kernel {name[:64]!r}{near(name, versions)}", field="kernel")
+    missing = f"there is no kernel {name[:64]!r}" if name else "the call names no kernel: model_name is empty"
+    return NotFound(f"{missing}{near(name, versions)}", field="kernel")
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -162,7 +180,16 @@ def near(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name[:64], known, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(close)}?"
-    return f"; there are {', '.join(known[:20])}" if known else ""
+    more = f" and {len(known) - _MAX_LISTED} more" if len(known) > _MAX_LISTED else ""
+    return f"; known names: {', '.join(known[:_MAX_LISTED])}{more}" if known else ""
+
+
+def shown(value: object) -> str:
+    """Return the first 64 characters of a value's `repr`, for a message; the value's type if it has no `repr`."""
+    try:
+        return repr(value)[:_MAX_SHOWN]
+    except Exception:  # noqa: BLE001 (a caller's object may raise anything, and an int of over 4,300 digits does)
+        return f"a value of type {type(value).__name__}"
 
 
 class CertificateError(ValueError):
@@ -170,3 +197,7 @@ class CertificateError(ValueError):
 
     This is no answer to a call: the program that starts a service or client gets it.
     """
+
+
+class DirectoryError(Exception):
+    """No directory for sockets can be made. The message says what to do. No answer to a call, either."""

@@ -2,6 +2,7 @@
 
     Turns      work that comes from many sides at once: each round of the loop takes in as much as fits in 2 ms
     ByTurns    one long piece of work, some steps of it in each round; it may be started again at any time
+    by_turns   the same, once, for a task that waits for its end
 
 A loop goes round: it runs what is ready, looks at the sockets, and runs what is ready again. A task that needs several
 rounds, as each RPC does, waits in each of them for all that others have to do.
@@ -91,3 +92,13 @@ class ByTurns:
             except Exception as error:  # noqa: BLE001 (counted and logged by the owner's guard)
                 self._caught(error)
         asyncio.get_running_loop().call_soon(self._turn)
+
+
+async def by_turns(steps: Iterator[object], at_once: int) -> None:
+    """Do every step, `at_once` of them in each round of the loop; all that are left if the task is cancelled."""
+    try:
+        for done, _ in enumerate(steps, 1):
+            if done % at_once == 0:
+                await asyncio.sleep(0)
+    finally:
+        deque(steps, maxlen=0)

@@ -15,11 +15,6 @@ class MovingMean:
         # How many values are averaged so far; a start is as good as all of those that are averaged.
         self._count = 0.0 if start is None else 1 / weight
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is no value yet."""
-        return not self._count
-
     def add(self, value: float) -> None:
         """Take in one more value."""
         self._count += 1

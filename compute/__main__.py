@@ -4,6 +4,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from unlatch.common.machine.leave import leave
+from unlatch.common.service.early import take_over
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run a replica with settings from flags and the environment; 2 when it cannot start."""
@@ -11,12 +14,14 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Imported here: multiprocessing's children import this module again under another name.
     from unlatch.common.service.main import run
-    from unlatch.compute.errors import StartError
+    from unlatch.compute.errors import KilledAtStartError, StartError
     from unlatch.compute.server import serve
     from unlatch.compute.settings import ComputeSettings
 
-    return run("unlatch compute", "dispatcher", ComputeSettings, serve, arguments, os.environ, (StartError,))
+    refusals, passing = (StartError,), (KilledAtStartError,)
+    return run("unlatch compute", "dispatcher", ComputeSettings, serve, arguments, os.environ, refusals, passing)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    take_over()
+    leave(main(sys.argv[1:]))

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
 
+import msgspec
+
 from unlatch.common.errors import UnlatchError
 from unlatch.common.kernel.datatypes import NP_DTYPE, carrier, is_carried
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.lane.body import Arrival, Body, Buffer
 from unlatch.common.lane.replies import failed
-from unlatch.common.lane.server import LaneServer
+from unlatch.common.lane.server import ServingEnd
 from unlatch.common.telemetry.tracing import Tracing
 from unlatch.common.waiting.demand import UNKNOWN, Demand
 from unlatch.common.waiting.priority import NORMAL, RANKS
@@ -21,8 +23,7 @@ from unlatch.compute.metrics import ComputeMetrics
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
+class Ran(msgspec.Struct, frozen=True):
     """The run of a call: its seconds, its worker's slot, and its number of calls."""
 
     seconds: float
@@ -37,9 +38,11 @@ _NOT_RUN = Ran(0.0, 0, 0)
 class Arguments:
     """A call's arguments, and its requested outputs.
 
-    `order[i]` is the position in the descriptor of the kernel's i-th array; `outputs` are positions in the spec.
+    `lengths` are the tensors' bytes, in the descriptor's order. `order[i]` is the position there of the kernel's i-th
+    array; `outputs` are positions in the spec.
     """
 
+    lengths: list[int]
     dtypes: list[str]
     shapes: list[tuple[int, ...]]
     order: list[int]
@@ -59,7 +62,7 @@ class Call:
 
     def __init__(
         self,
-        lane: LaneServer,
+        lane: ServingEnd,
         descriptor: Descriptor,
         spec: KernelSpec,
         arguments: Arguments,
@@ -85,16 +88,16 @@ class Call:
         self.landed = self.begun = self.arrived
         self._lane = lane
         self._descriptor = descriptor
-        # Whether its caller wants to be told when the call begins, and whether it has confirmed that.
+        # Whether its caller wants to be told when the call begins.
         self._told = descriptor.attempt > 0
-        self._known = False
-        self._lengths = descriptor.lengths[:]
+        # Whether the call may begin only after its caller has confirmed that it knows, and so sends it nowhere else.
+        self.must_be_known = self._told and not spec.pure
         self._arena = arena
         self._metrics = metrics
         self._tracing = tracing
         self._when_landed = landed
-        self._arrival = Arrival(self._lengths)
-        self._starts, self.size = offsets(self._lengths)
+        self._arrival = Arrival(arguments.lengths)
+        self._starts, self.size = offsets(arguments.lengths)
         self.block: Block | None = None
         self.demand = Demand(
             spec.name,
@@ -115,18 +118,13 @@ class Call:
         if self.size:
             self.block = self._arena.allocate(self.size)
 
-    @property
-    def must_be_known(self) -> bool:
-        """Whether the call may begin only after its caller knows of that, so that the caller sends it nowhere else."""
-        return self._told and not self._known and not self.spec.pure
-
     def announce(self, heard: Callable[[], None]) -> bool:
         """Tell the caller that the call is about to begin. Returns whether `heard` will be called on confirmation."""
         if self.ended:
             return False
 
         def known() -> None:
-            self._known = True
+            self.must_be_known = False
             heard()
 
         self._lane.started(self._descriptor.call, known)
@@ -149,7 +147,7 @@ class Call:
         base = self.block.offset if self.block else 0
         arguments = self.arguments
         return tuple(
-            Tensor(arguments.dtypes[i], arguments.shapes[i], base + self._starts[i], self._lengths[i])
+            Tensor(arguments.dtypes[i], arguments.shapes[i], base + self._starts[i], arguments.lengths[i])
             for i in arguments.order
         )
 
@@ -218,14 +216,7 @@ class Call:
             self._arena.free(self.block)
             self.block = None
 
-    def _end(
-        self,
-        reply: Reply,
-        body: Body,
-        code: str,
-        ran: Ran,
-        sent: Callable[[], None] | None,
-    ) -> None:
+    def _end(self, reply: Reply, body: Body, code: str, ran: Ran, sent: Callable[[], None] | None) -> None:
         self.ended = True
         now = monotonic()
         queue = max(0.0, self.begun - self.landed)
@@ -238,9 +229,9 @@ class Call:
         # First, so that the caller has its reply even if the lines below raise.
         self._lane.reply(self._descriptor.call, reply, body, sent)
         self._metrics.call_ended(self.spec.name, code)
-        self._metrics.stages(
-            self.spec.name, self.landed - self.arrived, queue, ran.seconds, now - self.begun - ran.seconds
-        )
+        # A worker begins a staged run before its last reply is read here, so the run may be longer than `now - begun`.
+        reply_seconds = max(0.0, now - self.begun - ran.seconds)
+        self._metrics.stages(self.spec.name, self.landed - self.arrived, queue, ran.seconds, reply_seconds)
         if self._tracing.records:
             self._trace(queue, code, ran)
 

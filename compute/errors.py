@@ -10,3 +10,10 @@ class StartError(Exception):
     def __init__(self, message: str, *, lasting: bool = False) -> None:
         super().__init__(message)
         self.lasting = lasting
+
+
+class KilledAtStartError(StartError):
+    """A worker was killed by SIGKILL as it started: for want of memory, or by an operator.
+
+    The next start may succeed.
+    """

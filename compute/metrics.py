@@ -5,6 +5,7 @@ from time import monotonic
 
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 
+from unlatch.common.telemetry.components import CALL_SECONDS, QUEUE_DEPTH
 from unlatch.common.telemetry.processes import ProcessWatch
 from unlatch.common.telemetry.recorder import Recorder
 
@@ -18,33 +19,31 @@ class ComputeMetrics:
     """The metrics of the dispatcher. `queue_depth` is read at each scrape."""
 
     def __init__(self, recorder: Recorder, processes: ProcessWatch, queue_depth: Callable[[], int]) -> None:
-        self._processes = processes
+        self.processes = processes
         self._forkserver = 0
         self._calls = recorder.counter(
             "unlatch_calls_total", "Calls that ended, by the status their caller got.", ("kernel", "code")
         )
-        self._stages = recorder.histogram(
-            "unlatch_call_seconds", "Where a call's time went: transfer, queue, run, reply.", ("kernel", "stage")
-        )
-        self._queue_wait = recorder.histogram(
+        self._stages = recorder.histogram("unlatch_call_seconds", CALL_SECONDS, ("kernel", "stage"))
+        self.queue_wait = recorder.histogram(
             "unlatch_queue_wait_seconds", "How long calls waited between their bytes' arrival and their run."
         ).labels()
-        self._batches = recorder.histogram(
+        self.batches = recorder.histogram(
             "unlatch_batch_calls", "How many calls ran as one, of kernels that take batches.", ("kernel",), _BATCHES
         )
-        recorder.gauge("unlatch_queue_depth", "Calls that wait for a worker.", read=lambda: float(queue_depth()))
-        self._worker_calls = recorder.counter(
+        recorder.gauge("unlatch_queue_depth", QUEUE_DEPTH, read=lambda: float(queue_depth()))
+        self.worker_calls = recorder.counter(
             "unlatch_worker_calls_total", "Calls that a worker ended.", ("worker", "kernel", "outcome")
         )
-        self._restarts = recorder.counter(
+        self.restarts = recorder.counter(
             "unlatch_worker_restarts_total", "Workers that ended and were replaced.", ("worker", "reason")
         )
-        self._replacements = recorder.histogram(
+        self.replacements = recorder.histogram(
             "unlatch_worker_replacement_seconds",
             "From the end of a worker until its replacement takes calls.",
             buckets=_REPLACEMENT_BUCKETS,
         ).labels()
-        self._wasted = recorder.counter(
+        self.wasted = recorder.counter(
             "unlatch_wasted_cpu_seconds_total",
             "Processor time of runs for which no caller waited in the end.",
             ("worker",),
@@ -96,19 +95,11 @@ class ComputeMetrics:
         self._stages.observe(run, kernel, "run")
         self._stages.observe(reply, kernel, "reply")
 
-    def waited(self, seconds: float) -> None:
-        """Tell how long a call has waited that a worker begins."""
-        self._queue_wait.observe(seconds)
-
-    def batched(self, kernel: str, calls: int) -> None:
-        """Count a batch: calls of a kernel that run as one."""
-        self._batches.observe(calls, kernel)
-
     def forkserver_runs(self, pid: int) -> None:
         """Watch the forkserver of the next worker: multiprocessing replaces a dead one without a word."""
         if pid != self._forkserver:
             self._forkserver = pid
-            self._processes.watch(FORKSERVER, pid)
+            self.processes.watch(FORKSERVER, pid)
 
     def worker(self, slot: int) -> "WorkerMetrics":
         """Make the metrics of a slot, whose workers follow one another."""
@@ -118,28 +109,6 @@ class ComputeMetrics:
     def _running(self) -> dict[tuple[str, ...], float]:
         now = {slot: worker.running() for slot, worker in list(self._workers.items())}
         return {(slot, run[0]): run[1] for slot, run in now.items() if run is not None}
-
-    def worker_ran(self, slot: str, kernel: str, outcome: str) -> None:
-        """Count a call that a worker has ended."""
-        self._worker_calls.add(1, slot, kernel, outcome)
-
-    def worker_wasted(self, slot: str, seconds: float) -> None:
-        """Count the processor time of a run for which no caller waited in the end."""
-        self._wasted.add(seconds, slot)
-
-    def worker_started(self, slot: str, pid: int) -> None:
-        """Watch the new process that fills a slot."""
-        self._processes.watch(f"worker-{slot}", pid)
-
-    def worker_replaced(self, seconds: float) -> None:
-        """Tell how long a slot whose worker had ended took no calls."""
-        self._replacements.observe(seconds)
-
-    def worker_ended(self, slot: str, reason: str) -> None:
-        """Count the exit of a slot's process; the reason is empty where it is not to be replaced."""
-        self._processes.settle()
-        if reason:
-            self._restarts.add(1, slot, reason)
 
 
 class WorkerMetrics:
@@ -167,44 +136,42 @@ class WorkerMetrics:
         return None if since is None else (kernel, max(0.0, monotonic() - since))
 
     def started(self, pid: int, forkserver: int) -> None:
-        """A process was started, by that forkserver."""
+        """Watch a process that fills the slot from now on, and the forkserver that forked it."""
         self._metrics.forkserver_runs(forkserver)
-        self._metrics.worker_started(self._slot, pid)
+        self._metrics.processes.watch(f"worker-{self._slot}", pid)
 
     def ready(self) -> None:
         """Record that the worker takes calls."""
         self.up = True
         if self._lost_at is not None:
-            self._metrics.worker_replaced(monotonic() - self._lost_at)
+            self._metrics.replacements.observe(monotonic() - self._lost_at)
             self._lost_at = None
 
     def begins(self, kernel: str, now: float, calls: int, *, batch: bool) -> None:
         """Record the start of a run of `calls` calls. `batch` tells whether calls of this kernel may run together."""
         self._busy = (self.busy_seconds(), now, kernel)
         if batch:
-            self._metrics.batched(kernel, calls)
+            self._metrics.batches.observe(calls, kernel)
 
     def waited(self, seconds: float) -> None:
         """Record the start of a call, and how long the call has waited."""
-        self._metrics.waited(seconds)
+        self._metrics.queue_wait.observe(seconds)
 
     def ran(self, kernel: str, outcome: str) -> None:
         """Count a call that the worker has ended."""
-        self._metrics.worker_ran(self._slot, kernel, outcome)
+        self._metrics.worker_calls.add(1, self._slot, kernel, outcome)
 
     def rests(self) -> None:
         """Record the end of a run."""
         self._busy = (self.busy_seconds(), None, "")
 
-    def wasted(self, cpu_seconds: float) -> None:
-        """Count processor seconds of a run whose callers had all left."""
-        self._metrics.worker_wasted(self._slot, cpu_seconds)
-
     def ended(self, reason: str) -> None:
-        """Record the exit of the worker."""
+        """Count the exit of the worker. The reason is empty if the worker is not to be replaced."""
         if self.up:
             self._lost_at = monotonic()
         self.up = False
         self.memory_bytes = 0
-        self._busy = (self.busy_seconds(), None, "")
-        self._metrics.worker_ended(self._slot, reason)
+        self.rests()
+        self._metrics.processes.settle()
+        if reason:
+            self._metrics.restarts.add(1, self._slot, reason)

@@ -1,8 +1,8 @@
-"""Readiness: this replica takes calls as long as a worker is up, and while one may be up any moment.
+"""Readiness: whether this replica takes calls.
 
-A worker that ends is replaced within milliseconds, and calls wait for that. It is otherwise where none can be started
-as things stand: the kernels do not load any more, or do not in time. Then, once no worker is left, calls are refused
-with the reason, until a worker is up again. Why workers do not start is said once, not at every try.
+A worker that ends is replaced within milliseconds, and calls wait for that. But if no worker can be started, because
+the kernels do not load any more or take too long, and no worker is left, calls are refused with the reason until a
+worker is up again. The reason is logged once, and not at every try.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,23 @@ log = structlog.get_logger()
 
 
 class Readiness:
-    """Told by the slots. `on_change` is told why no calls are taken; "" when they are again, or others than before."""
+    """Knows which slots have a worker, and why starts fail.
+
+    `on_change` is called with the reason when this replica stops taking calls, and with "" when it takes calls again or
+    its kernels have changed.
+    """
 
     def __init__(self, on_change: Callable[[str], None]) -> None:
-        # What all workers serve: the same object for ever.
+        # The kernels that all workers serve. Always the same object.
         self.kernels: dict[str, KernelSpec] = {}
         self._on_change = on_change
         self._up: set[int] = set()
         self._refuses = False
-        # Why starts fail as things stand, and what was last said of one that failed.
+        # The reason why starts keep failing, and the reason of a failed start that was logged last.
         self._obstacle = self._said = ""
 
     def fits(self, kernels: dict[str, KernelSpec]) -> bool:
-        """Whether a worker with these may serve: calls are checked by what those that are up have."""
+        """Whether a worker with these kernels may serve: they must be those of the workers that are up."""
         return not self._up or _are_alike(kernels, self.kernels)
 
     def up(self, worker: int, kernels: dict[str, KernelSpec]) -> None:

@@ -1,10 +1,10 @@
 """Reports of a replica's load on every lane: how long calls would wait, and how many may be sent ahead.
 
-A gateway that knew nothing of the backlog here would send all it has, and a call that waits here can go nowhere else.
-So a lane's window is no larger than keeps the workers busy: what each has in flight (one run, one staged), or else so
-many seconds of work as pass between a reply and the call that takes its place. Lanes that have calls share it.
+Without reports a gateway would send all its calls, and a call that waits here cannot go to another replica. So all
+lanes together have a window that just keeps the workers busy: two calls for each worker (one running, one staged), or
+as many seconds of work as pass between a reply and the next call. Lanes that have calls share it.
 
-The reports are a replica's heartbeat, too: each says when the next one comes at the latest.
+The reports are also the replica's heartbeat: each says when the next one comes at the latest.
 """
 
 import asyncio
@@ -18,22 +18,23 @@ from unlatch.compute.pool.pool import Pool
 from unlatch.compute.settings import ComputeSettings
 from unlatch.protos.unlatch_pb2 import Load
 
-# How often it is looked at, and by how much a wait is another that is told before its time.
+# How often the pool is looked at, and by how much a wait must change to be reported before its time.
 _LOOK_SECONDS = 0.025
 _CHANGED_SECONDS = 0.02
 _CHANGED_TIMES = 1.5
-# A worker has one call that it runs and one staged. Behind a long one none is staged: of those one more than run, and
-# one for every so many workers, is on its way.
+# A worker has one call that it runs and one staged. No call is staged behind a long one: of long calls, one more than
+# there are workers may be sent, and one more for each of so many workers.
 _IN_HAND = 2
 _WORKERS_A_LONG_CALL_AHEAD = 16
-# How much a look counts in what was busy of late.
+# The weight of one look in the utilisation, and a utilisation that counts as none.
 _WEIGHT = 0.05
-# What is told of a wait that has no end.
+_NO_UTILIZATION = 0.005
+# Reported for a wait without an end.
 _LONGEST_WAIT_SECONDS = 3600.0
 
 
 class Reports:
-    """How the pool stands, for the callers of its lanes."""
+    """Makes reports of the pool's load for the callers of its lanes."""
 
     def __init__(self, pool: Pool, dispatcher: Dispatcher, settings: ComputeSettings, errors: InternalErrors) -> None:
         self._pool = pool
@@ -42,12 +43,12 @@ class Reports:
         self._settings = settings
         self._utilization = MovingMean(_WEIGHT, start=0.0)
         self._told = self._wait_seconds
-        # In the time of a report, and since the last one.
+        # Looks between two reports, and since the last report.
         self._looks = max(1, math.floor(settings.report_seconds / _LOOK_SECONDS))
         self._looked = 0
 
     def load(self, lanes: int) -> Load:
-        """The report, for each of so many lanes that have calls."""
+        """Make a report for each of `lanes` lanes that have calls."""
         settings, workers = self._settings, self._pool.workers
         long_workers = workers - settings.workers_reserved
         long_calls = long_workers + 1 + long_workers // _WORKERS_A_LONG_CALL_AHEAD
@@ -66,11 +67,11 @@ class Reports:
 
     @property
     def look_seconds(self) -> float:
-        """How long until the next look."""
+        """The seconds until the next look."""
         return self._settings.report_seconds / self._looks
 
     def is_due(self) -> bool:
-        """Look at the pool: whether a report is to be made now."""
+        """Look at the pool. Returns whether a report is due."""
         self._utilization.add(self._pool.busy_ratio)
         self._looked += 1
         if self._looked < self._looks and not self._has_changed():
@@ -79,14 +80,25 @@ class Reports:
         return True
 
     async def run(self, lanes: Lanes) -> None:
-        """Report on every lane, for ever: every so often, and sooner when waiting has become another matter."""
+        """Report on every lane, for ever: at the set interval, and sooner if the wait has changed much."""
         while True:
-            await asyncio.sleep(self.look_seconds)
+            await self._next_look()
             try:
                 if self.is_due():
                     lanes.report()
             except Exception as error:  # noqa: BLE001 (an entry point's guard: the loop goes on)
                 self._errors.caught("report", error)
+
+    async def _next_look(self) -> None:
+        """Wait until the next look is due. In an idle pool that is the time of a report, or of the next run."""
+        if len(self._dispatcher) or self._pool.busy_ratio or self._utilization.value > _NO_UTILIZATION:
+            await asyncio.sleep(self.look_seconds)
+        else:
+            time = asyncio.get_running_loop().time
+            began = time()
+            await self._pool.until_changed((self._looks - self._looked) * self.look_seconds)
+            # The look that follows counts as one.
+            self._looked += max(0, round((time() - began) / self.look_seconds) - 1)
 
     @property
     def _wait_seconds(self) -> float:

@@ -2,20 +2,27 @@
 
 import asyncio
 import os
-from importlib.metadata import version
 
 import grpc.aio
+from prometheus_client.registry import Collector
 
 from unlatch.common.errors import Unavailable
 from unlatch.common.kernel.messages import to_message
-from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, SERVICE
+from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, MAX_UNSENT_BYTES, SERVICE
+from unlatch.common.lane.held_bytes import HeldBytes
 from unlatch.common.lane.lanes import Lanes
+from unlatch.common.lane.local import LocalLane
 from unlatch.common.lane.server import LaneServer
-from unlatch.common.machine.memory import granted_memory
+from unlatch.common.machine.cgroups import granted_memory
+from unlatch.common.machine.process_states import this_process
 from unlatch.common.net.rpc import handlers
+from unlatch.common.net.unread import unread_answers
 from unlatch.common.security.tls import report, server_certificates
 from unlatch.common.service.health import Health
+from unlatch.common.service.life import Life
 from unlatch.common.service.serve import serve as serve_until_stopped
+from unlatch.common.service.version import VERSION
+from unlatch.common.telemetry.components import Component
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.telemetry.processes import ProcessWatch
 from unlatch.common.telemetry.recorder import Recorder
@@ -28,12 +35,17 @@ from unlatch.compute.ipc.memory_budget import memory_budget
 from unlatch.compute.ipc.memory_limits import MemoryLimits
 from unlatch.compute.metrics import FORKSERVER, ComputeMetrics
 from unlatch.compute.pool.forkserver import ForkServer
+from unlatch.compute.pool.occupancy import Occupancy
 from unlatch.compute.pool.pool import Pool
 from unlatch.compute.pool.slot import Slot
 from unlatch.compute.readiness import Readiness
 from unlatch.compute.reports import Reports
 from unlatch.compute.settings import ComputeSettings
 from unlatch.protos.unlatch_pb2 import Welcome
+
+# Bytes of frames and small replies that gateways have still to read on all lanes. Past it a lane is read again when it
+# has nothing left to send. A part of what memory_budget.py keeps for the services.
+_UNSENT_BYTES = 8 * MAX_UNSENT_BYTES
 
 
 class ComputeService:
@@ -58,30 +70,40 @@ class ComputeService:
         self.metrics.limited(limits.memory_bytes)
         self.readiness = Readiness(self.readiness_changed)
         parts = self.readiness, limits, settings, errors
+        occupancy = Occupancy(settings.worker_count)
         slots = [
-            Slot(number, forkserver, self.metrics.worker(number), *parts) for number in range(settings.worker_count)
+            Slot(number, forkserver, occupancy, self.metrics.worker(number), *parts)
+            for number in range(settings.worker_count)
         ]
-        self.pool = Pool(slots, self.arena, errors, reserved_workers=settings.workers_reserved)
+        self.pool = Pool(slots, occupancy, self.arena, errors, reserved_workers=settings.workers_reserved)
         self.poison = Poison(settings.poison_seconds, errors)
-        self.dispatcher = Dispatcher(
-            self.pool,
-            self.poison,
-            self.metrics,
-            errors,
-            weights=settings.tenant_weights,
-            max_calls=settings.max_queued_calls,
-            long_call_seconds=settings.long_call_seconds,
-        )
+        self.dispatcher = Dispatcher(self.pool, self.poison, self.metrics, errors, settings)
         beside = self.metrics, Tracing(), errors
-        self._intake = CallIntake(self.readiness.kernels, self.arena, self.dispatcher, *beside, settings.max_call_bytes)
+        intake = CallIntake(self.readiness.kernels, self.arena, self.dispatcher, *beside, settings.max_call_bytes)
+        self.accept = intake.accept
         self._welcome = Welcome()
         self._reports = Reports(self.pool, self.dispatcher, settings, errors)
-        self.lanes = Lanes(lambda: self._welcome, errors.caught, self._reports.load)
+        self._unsent = HeldBytes(max_bytes=_UNSENT_BYTES)
+        unread = unread_answers(settings.unread_seconds)
+        self.lanes = Lanes(lambda _: self._welcome, errors.caught, unread, self._reports.load)
         self._reporting: asyncio.Task[None] | None = None
+
+    @property
+    def collectors(self) -> list[Collector]:
+        """The metrics of the service."""
+        return [self.recorder, self.metrics]
 
     async def open(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """A gateway opens a lane."""
-        await self.lanes.carry(LaneServer(self._intake.accept, self.errors.caught), context)
+        await self.lanes.carry(LaneServer(self.accept, self.errors.caught, within=self._unsent), context)
+
+    async def carry(self, lane: LocalLane) -> None:
+        """Serve a lane of this process until it ends. The lane's calls go to `accept`."""
+        self.lanes.greet(lane)
+        try:
+            await lane.run()
+        finally:
+            self.lanes.forget(lane)
 
     async def start(self) -> None:
         """Fill the pool. Raises StartError."""
@@ -102,6 +124,14 @@ class ComputeService:
             self._welcome = self._greeting()
             self.lanes.greet_again()
 
+    async def drain(self) -> None:
+        """Answer what gateways send until they know of the end, then refuse what still comes.
+
+        A gateway may send a refused call again, on another lane: it was certainly not begun.
+        """
+        await self.lanes.drain()
+        await self.lanes.end(Unavailable("this replica is ending and takes no new calls"))
+
     async def close(self) -> None:
         """End every worker and free all shared memory."""
         if self._reporting is not None:
@@ -114,17 +144,17 @@ class ComputeService:
     def _greeting(self) -> Welcome:
         return Welcome(
             server=self._settings.name,
-            version=version("unlatch"),
+            version=VERSION,
             kernels=[to_message(spec) for spec in self.readiness.kernels.values()],
             window_calls=self._settings.window_calls,
             window_bytes=self._settings.window_bytes,
+            process=this_process(),
         )
 
 
-async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
-    """Run a replica until it is told to stop. Raises StartError, BindError, CertificateError when it cannot start."""
-    certificates = server_certificates(settings)
-    budget = memory_budget(settings, granted_memory())
+def new_service(settings: ComputeSettings, processes: ProcessWatch, memory_bytes: int) -> ComputeService:
+    """Start a forkserver, and make the service whose workers it forks. It may use `memory_bytes`; 0 is no limit."""
+    budget = memory_budget(settings, memory_bytes)
     limits = MemoryLimits(
         memory_bytes=budget.worker_bytes,
         recycle_calls=settings.recycle_calls,
@@ -133,9 +163,15 @@ async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
     forkserver = ForkServer(
         settings.kernels, settings.worker_blas_threads, settings.max_reply_bytes, limits.memory_bytes
     )
+    return ComputeService(settings, forkserver, budget.arena_bytes, limits, processes)
+
+
+async def serve(settings: ComputeSettings, life: Life) -> None:
+    """Run a replica until it is told to stop. Raises StartError, BindError, CertificateError when it cannot start."""
+    certificates = server_certificates(settings)
     with ProcessWatch(reaper=FORKSERVER) as processes:
         processes.watch("dispatcher", os.getpid())
-        service = ComputeService(settings, forkserver, budget.arena_bytes, limits, processes)
+        service = new_service(settings, processes, granted_memory())
         report(service.recorder, certificates)
         try:
             await service.start()
@@ -148,11 +184,10 @@ async def serve(settings: ComputeSettings, notify_socket: str = "") -> None:
                 reflected=[SERVICE],
                 max_message_bytes=MAX_MESSAGE_BYTES,
                 health=service.health,
-                recorder=service.recorder,
-                collectors=[service.metrics, processes],
+                collectors=[Component("compute", lambda: service.collectors), processes],
                 live=service.dispatcher.__len__,
-                drain=service.lanes.drain,
-                notify_socket=notify_socket,
+                drain=service.drain,
+                life=life,
             )
         finally:
             await service.close()

@@ -1,13 +1,11 @@
 """The compute service's settings."""
 
 import socket
-from typing import Annotated
 
-from pydantic import Field, field_validator
-from pydantic_settings import NoDecode
+from pydantic import Field
 
-from unlatch.common.machine.cores import granted_cores
-from unlatch.common.net.settings import MiB, ServiceSettings, TenantWeights, separated
+from unlatch.common.machine.cgroups import granted_cores
+from unlatch.common.net.settings import Address, MiB, ServiceSettings, Several, TcpAddress, TenantWeights
 
 # With fewer workers, keeping one of them free costs too large a part of the whole.
 _FEWEST_TO_RESERVE = 4
@@ -16,12 +14,10 @@ _FEWEST_TO_RESERVE = 4
 class ComputeSettings(ServiceSettings):
     """`unlatch compute`: one replica."""
 
-    listen: str = Field("127.0.0.1:8011", description="Address for lanes: host:port or unix:/path")
-    metrics_listen: str = Field("127.0.0.1:8012", description="Address of /metrics, for Prometheus")
-    health_listen: str = Field("127.0.0.1:8013", description="Address of grpc.health.v1, in plaintext")
-    kernels: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Kernel modules besides the built-in ones: pkg.module,path/to/file.py"
-    )
+    listen: Address = Field("127.0.0.1:8011", description="Address for lanes: host:port or unix:/path")
+    metrics_listen: TcpAddress = Field("127.0.0.1:8012", description="Address of /metrics, for Prometheus")
+    health_listen: Address = Field("127.0.0.1:8013", description="Address of grpc.health.v1, in plaintext")
+    kernels: Several = Field((), description="Kernel modules besides the built-in ones: pkg.module,path/to/file.py")
     workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 is one for each granted core")
     blas_threads: int = Field(0, ge=0, description="BLAS threads of each worker; 0 divides the granted cores")
     name: str = Field(default_factory=socket.gethostname, description="Name of this replica in logs and replies")
@@ -86,11 +82,6 @@ class ComputeSettings(ServiceSettings):
     # The window of one lane. Calls that exceed it wait in the gateway, which can still send them to another replica.
     window_calls: int = Field(1024, gt=0, description="Maximum unanswered calls of one lane")
     window_bytes: int = Field(1024 * MiB, gt=0, description="Maximum bytes of one lane's unanswered calls")
-
-    @field_validator("kernels", mode="before")
-    @classmethod
-    def _separated(cls, value: object) -> object:
-        return separated(value)
 
     @property
     def workers_reserved(self) -> int:

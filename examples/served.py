@@ -12,14 +12,12 @@ from typing import Any
 
 from unlatch import BlockingClient
 
-_ANY_PORTS = [
-    f"--{door}listen=127.0.0.1:0" for door in ("", "metrics-", "health-", "compute-metrics-", "compute-health-")
-]
+_ANY_PORTS = [f"--{door}listen=127.0.0.1:0" for door in ("", "metrics-", "health-")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """A client of a mesh, and the address of its replica's /metrics if that is known."""
+    """A client of a mesh, and the address of its /metrics if that is known."""
 
     mesh: BlockingClient
     metrics: str
@@ -44,21 +42,21 @@ def served(server: str, *flags: str) -> Iterator[Served]:
     with Popen(command, stderr=PIPE, text=True) as process:
         try:
             log = _log_until_ready(process)
-            with BlockingClient(log["gateway", "serving"]["listen"]) as mesh:
-                yield Served(mesh=mesh, metrics=log["dispatcher", "serving"]["metrics_listen"])
+            with BlockingClient(log["serving"]["listen"]) as mesh:
+                yield Served(mesh=mesh, metrics=log["serving"]["metrics_listen"])
         finally:
             process.terminate()
             process.communicate()
 
 
-def _log_until_ready(process: "Popen[str]") -> dict[tuple[str, str], dict[str, Any]]:
-    """Read log entries by process and event. Raises SystemExit, with the last line, if the process ends."""
-    log: dict[tuple[str, str], dict[str, Any]] = {}
+def _log_until_ready(process: "Popen[str]") -> dict[str, dict[str, Any]]:
+    """Read log entries by event. Raises SystemExit, with the last line, if the process ends."""
+    log: dict[str, dict[str, Any]] = {}
     line = ""
-    while ("gateway", "serving") not in log or ("gateway", "replica is ready") not in log:
+    while "serving" not in log or "replica is ready" not in log:
         said, line = line, process.stderr.readline() if process.stderr else ""
         if not line:
             raise SystemExit(f"unlatch serve ended: {said}")
         entry = json.loads(line) if line.startswith("{") else {}
-        log[entry.get("process", ""), entry.get("event", "")] = entry
+        log[entry.get("event", "")] = entry
     return log

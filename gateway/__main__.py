@@ -4,6 +4,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from unlatch.common.machine.leave import leave
+from unlatch.common.service.early import take_over
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run a gateway with settings from flags and the environment; 2 when it cannot start."""
@@ -17,4 +20,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    take_over()
+    leave(main(sys.argv[1:]))

@@ -1,21 +1,15 @@
 """The gateway's metrics: other modules tell what happened, this one gives it names and labels."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from time import perf_counter, time
-from typing import Any, TypeVar
+from time import time
 
-from unlatch.common.errors import UnlatchError
-from unlatch.common.net.rpc import abort
+from unlatch.common.telemetry.components import CALL_SECONDS, QUEUE_DEPTH
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.telemetry.recorder import GaugeReader, Recorder
-from unlatch.gateway.fleet.fleet import Fleet
-from unlatch.gateway.fleet.status import ReplicaStatus
+from unlatch.gateway.fleet.fleets import Fleets
+from unlatch.gateway.fleet.replica import Replica
 from unlatch.protos.unlatch_pb2 import Timings
-
-Answer = TypeVar("Answer")
-# A method as gRPC calls it: with the request, or a stream of them, and the RPC's context.
-Method = Callable[[Any, Any], Awaitable[Answer]]
 
 # Prometheus' rate() does not see the first value of a series. So where it matters series exist before they count: for
 # a kernel's calls, the codes that are not the caller's fault exist from its first call on.
@@ -23,16 +17,20 @@ _FAULTS = ("DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
 _RETRIED = ("not_begun", "lost", "failed")
 _NOT_RETRIED = ("not_pure", "attempts", "budget")
 
-_OF_REPLICAS: tuple[tuple[str, str, Callable[[ReplicaStatus], float]], ...] = (
-    ("unlatch_replica_up", "Whether a replica takes calls.", lambda one: one.up),
-    ("unlatch_replica_calls_in_flight", "This gateway's calls on a replica.", lambda one: one.calls),
-    ("unlatch_replica_wait_seconds", "How long a new call would wait on a replica.", lambda one: one.wait_seconds),
+_OF_REPLICAS: tuple[tuple[str, str, Callable[[Replica], float]], ...] = (
+    ("unlatch_replica_up", "Whether a replica takes calls.", lambda one: one.takes_calls),
+    ("unlatch_replica_calls_in_flight", "This gateway's calls on a replica.", lambda one: one.window.calls),
+    (
+        "unlatch_replica_wait_seconds",
+        "How long a new call would wait on a replica.",
+        lambda one: one.window.wait_seconds(),
+    ),
     (
         "unlatch_replica_utilization_ratio",
         "Share of a replica's workers busy recently.",
-        lambda one: one.utilization,
+        lambda one: one.window.utilization,
     ),
-    ("unlatch_replica_ejected", "Whether a replica gets no calls since it failed.", lambda one: one.ejected),
+    ("unlatch_replica_ejected", "Whether a replica gets no calls since it failed.", lambda one: one.ejection.ejected),
     ("unlatch_replica_heartbeat_age_seconds", "Seconds since a replica's last report.", lambda one: one.silent_seconds),
 )
 
@@ -45,7 +43,7 @@ class GatewayMetrics:
         recorder: Recorder,
         errors: InternalErrors,
         live: Callable[[], int],
-        fleet: Fleet,
+        fleets: Fleets,
         tenants_live: GaugeReader,
     ) -> None:
         self.errors = errors
@@ -54,8 +52,7 @@ class GatewayMetrics:
         )
         self._stages = recorder.histogram(
             "unlatch_call_seconds",
-            "Where a call's time went: queue and run in the replica, transfer for all else, and the total; failed for "
-            "the whole of calls that did not succeed.",
+            CALL_SECONDS,
             ("kernel", "stage"),
         )
         # Calls and their seconds of run, by kernel and by how many calls shared a run.
@@ -63,67 +60,62 @@ class GatewayMetrics:
         self._last = recorder.gauge(
             "unlatch_last_call_timestamp_seconds", "When a call of a kernel last ended, since the epoch.", ("kernel",)
         )
-        recorder.gauge("unlatch_queue_depth", "Calls that fit no replica's window yet.", read=lambda: float(fleet.held))
+        recorder.gauge("unlatch_queue_depth", QUEUE_DEPTH, read=lambda: float(fleets.held))
         recorder.gauge("unlatch_calls_in_flight", "Calls that have not ended.", read=lambda: float(live()))
-        self._retries = recorder.counter(
+        self.retries = recorder.counter(
             "unlatch_retries_total",
             "Runs that were sent again: not begun by any worker, which is free; lost or failed, within the budget.",
             ("reason",),
         )
-        self._not_retried = recorder.counter(
+        self.retries_refused = recorder.counter(
             "unlatch_retries_refused_total",
             "Runs lost and not sent again: their kernel is not pure, the budget is spent, or there were many attempts.",
             ("reason",),
         )
         for why in _RETRIED:
-            self._retries.labels(why)
+            self.retries.labels(why)
         for why in _NOT_RETRIED:
-            self._not_retried.labels(why)
-        self._coalesced = recorder.counter(
+            self.retries_refused.labels(why)
+        self.coalesced_calls = recorder.counter(
             "unlatch_coalesced_calls_total", "Calls that shared the run of an identical one.", ("kernel",)
         )
         self._recorder = recorder
         for name, text, read in _OF_REPLICAS:
             # The series of a replica that has left the fleet goes with it.
-            recorder.gauge(name, text, ("replica",), partial(_by_replica, fleet, read))
-        self._tenants_calls = recorder.counter(
-            "unlatch_tenant_calls_total",
-            "A tenant's calls that ended, by their status.",
-            ("tenant", "code"),
+            recorder.gauge(name, text, ("replica",), partial(_by_replica, fleets, read))
+        self.tenant_calls = recorder.counter(
+            "unlatch_tenant_calls_total", "A tenant's calls that ended, by their status.", ("tenant", "code")
         )
-        self._tenants_runs = recorder.counter(
+        self.tenant_run_seconds = recorder.counter(
             "unlatch_tenant_run_seconds_total", "Seconds that runs for a tenant have taken.", ("tenant",)
         )
         recorder.gauge(
             "unlatch_tenant_calls_in_flight", "A tenant's calls that have not ended.", ("tenant",), read=tenants_live
         )
-        self._unauthenticated = recorder.counter(
+        self.unauthenticated = recorder.counter(
             "unlatch_unauthenticated_total",
             "Callers that were refused because they could not be identified.",
             ("reason",),
         )
+        self.lanes_refused = recorder.counter(
+            "unlatch_lanes_refused_total", "Lanes of clients that were refused as they were opened.", ("code",)
+        )
+        # Exists before the first refusal, so that an alert sees that one too.
+        self.lanes_refused.labels("RESOURCE_EXHAUSTED")
         rpc = ("grpc_type", "grpc_service", "grpc_method")
-        self._started = recorder.counter("grpc_server_started_total", "RPCs that began.", rpc)
-        self._handled = recorder.counter(
+        self.rpcs_started = recorder.counter("grpc_server_started_total", "RPCs that began.", rpc)
+        self.rpcs_handled = recorder.counter(
             "grpc_server_handled_total", "RPCs that ended, by status.", (*rpc, "grpc_code")
         )
-        self._handling = recorder.histogram("grpc_server_handling_seconds", "How long RPCs took.", rpc)
+        self.rpc_seconds = recorder.histogram("grpc_server_handling_seconds", "How long RPCs took.", rpc)
+
+    def lanes(self, opened: Callable[[], float]) -> None:
+        """Export how many lanes clients have open, as `opened` returns it at each scrape."""
+        self._recorder.gauge("unlatch_lanes", "Lanes that clients have open.", read=opened)
 
     def retry_budget(self, left: Callable[[], float]) -> None:
         """Export how many retries there may be, as `left` returns it at each scrape."""
         self._recorder.gauge("unlatch_retry_budget", "Runs that had begun and may be sent again now.", read=left)
-
-    def retried(self, reason: str) -> None:
-        """Count a run that is sent again."""
-        self._retries.add(1, reason)
-
-    def not_retried(self, reason: str) -> None:
-        """Count a run that was lost and is not sent again."""
-        self._not_retried.add(1, reason)
-
-    def coalesced(self, kernel: str) -> None:
-        """Count a call that shares another's run."""
-        self._coalesced.add(1, kernel)
 
     def call_ended(self, kernel: str, code: str, seconds: float, timings: Timings | None) -> None:
         """Count a call that has its answer, or needs none any more."""
@@ -144,18 +136,6 @@ class GatewayMetrics:
         calls, total = self._ran.setdefault(kernel, {}).get(timings.batch, (0, 0.0))
         self._ran[kernel][timings.batch] = calls + 1, total + timings.run / 1e6
 
-    def tenants_call_ended(self, tenant: str, code: str) -> None:
-        """Count a tenant's call that has its answer, or needs none any more."""
-        self._tenants_calls.add(1, tenant, code)
-
-    def tenants_run_ended(self, tenant: str, seconds: float) -> None:
-        """Add the seconds of a run for a tenant."""
-        self._tenants_runs.add(seconds, tenant)
-
-    def unauthenticated(self, reason: str) -> None:
-        """Count a caller that could not be identified."""
-        self._unauthenticated.add(1, reason)
-
     def stage(self, kernel: str, stage: str) -> tuple[int, float]:
         """Return how many of a kernel's calls have been through a stage, and the seconds that they spent in it."""
         series = self._stages.seen(kernel, stage)
@@ -171,31 +151,6 @@ class GatewayMetrics:
         series = self._last.seen(kernel)
         return series.value if series is not None else 0.0
 
-    def measured(self, service: str, name: str, method: Method[Answer], kind: str = "unary") -> Method[Answer]:
-        """Return a method that counts, and whose errors become statuses: only our own errors' text reaches a caller."""
-        labels = (kind, service, name)
-        started, handling = self._started.labels(*labels), self._handling.labels(*labels)
 
-        async def handle(request: Any, context: Any) -> Answer:
-            began = perf_counter()
-            started.add()
-            code = "CANCELLED"
-            try:
-                answer = await method(request, context)
-                code = "OK"
-            except UnlatchError as error:
-                code = error.status
-                await abort(context, error)
-            except Exception as unexpected:  # noqa: BLE001 (the guard: the caller hears of it)
-                code = "INTERNAL"
-                await abort(context, self.errors.caught("rpc", unexpected))
-            finally:
-                self._handled.add(1, *labels, code)
-                handling.observe(perf_counter() - began)
-            return answer
-
-        return handle
-
-
-def _by_replica(fleet: Fleet, read: Callable[[ReplicaStatus], float]) -> Mapping[tuple[str, ...], float]:
-    return {(one.target,): float(read(one)) for one in fleet.statuses()}
+def _by_replica(fleets: Fleets, read: Callable[[Replica], float]) -> Mapping[tuple[str, ...], float]:
+    return {(one.target,): float(read(one)) for one in fleets.replicas()}

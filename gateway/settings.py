@@ -1,13 +1,12 @@
 """The gateway's settings."""
 
 import socket
-from typing import Annotated, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import NoDecode
 
-from unlatch.common.net.settings import MiB, ServiceSettings, TenantWeights, separated
-from unlatch.gateway.fleet.discovery import is_name, split_name
+from unlatch.common.net.settings import Address, MiB, ServiceSettings, Several, TcpAddress, TenantWeights
+from unlatch.gateway.fleet.discovery import by_tenant, check_target
 
 # Signature algorithms of tokens (RFC 7518, RFC 8037).
 ASYMMETRIC = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
@@ -18,16 +17,27 @@ _SYMMETRIC = ("HS256", "HS384", "HS512")
 class GatewaySettings(ServiceSettings):
     """`unlatch gateway`: the entry to a fleet of replicas."""
 
-    listen: str = Field("127.0.0.1:8001", description="Address for Open Inference Protocol calls and client lanes")
-    metrics_listen: str = Field("127.0.0.1:8002", description="Address of /metrics, for Prometheus")
-    health_listen: str = Field("127.0.0.1:8003", description="Address of grpc.health.v1, in plaintext")
-    replicas: Annotated[tuple[str, ...], NoDecode] = Field(
+    listen: Address = Field("127.0.0.1:8001", description="Address for Open Inference Protocol calls and client lanes")
+    metrics_listen: TcpAddress = Field("127.0.0.1:8002", description="Address of /metrics, for Prometheus")
+    health_listen: Address = Field("127.0.0.1:8003", description="Address of grpc.health.v1, in plaintext")
+    # Less than half of a drain: callers leave their connections before they would be refused. A new connection costs a
+    # gateway some 0.1 ms, and 2 ms with TLS. So thousands of them want both to be longer.
+    connection_seconds: float = Field(10.0, gt=0, description="Seconds until callers open another connection")
+    replicas: Several = Field(
         ("127.0.0.1:8011",),
         min_length=1,
-        description="Compute replicas: host:port,unix:/path,dns:///name:port,… (a name stands for all its addresses)",
+        description="Compute replicas: host:port,unix:/path,dns:///name:port,file:PATH,… (a name stands for all its "
+        "addresses, a file has an address on each line); tenant=host:port,… for calls of that tenant only",
     )
     # A new pod gets its first calls, and one that has left its last, up to this long after the DNS answer changed.
     discovery_seconds: float = Field(3.0, ge=0.05, description="Seconds between DNS lookups of replica names")
+    # As long as a replica takes to start again. A replica that has taken the place of the last one of a name may not be
+    # found for as long as resolvers cache their answers: 30 s, often.
+    hold_seconds: float = Field(
+        10.0, ge=0, description="Seconds for which calls wait if no replica takes calls; 0 refuses them at once"
+    )
+    max_held_calls: int = Field(10_000, ge=0, description="Maximum calls that wait because no replica takes calls")
+    max_held_bytes: int = Field(512 * MiB, ge=0, description="Maximum bytes of calls that wait for any replica")
     # Each replica costs a lane, and one comparison for each call that is sent.
     max_replicas: int = Field(64, gt=0, description="Maximum replicas that this gateway opens lanes to")
     # For hundreds of replicas and many gateways: each replica then has lanes to a few gateways only.
@@ -62,6 +72,10 @@ class GatewaySettings(ServiceSettings):
     stalled_call_seconds: float = Field(10.0, gt=0, description="Maximum seconds between arrivals of a call's bytes")
     # A caller that sends slowly holds the memory of what has arrived; 64 MiB at 10 Mbit/s take 54 s.
     message_seconds: float = Field(60.0, gt=0, description="Maximum seconds for a ModelInfer request to arrive")
+    # By parts of grpcio that are not its public API, if the installed version has them (docs/decisions/0027).
+    accept_ahead: bool = Field(default=True, description="Accept several ModelInfer calls at a time")
+    # An idle lane takes some 100 KiB.
+    max_lanes: int = Field(4096, gt=0, description="Maximum open lanes of clients")
     # The window of one client's lane; the client holds back what exceeds it.
     window_calls: int = Field(1024, gt=0, description="Maximum unanswered calls of one client lane")
     window_bytes: int = Field(1024 * MiB, gt=0, description="Maximum bytes of one client lane's unanswered calls")
@@ -99,7 +113,7 @@ class GatewaySettings(ServiceSettings):
     token_issuer: str = Field("", description="Required issuer (iss) of a token")
     token_audience: str = Field("", description="Required audience (aud) of a token")
     # A key of a symmetric algorithm can both verify and sign tokens, so these must be asked for by name.
-    token_algorithms: Annotated[tuple[str, ...], NoDecode] = Field(
+    token_algorithms: Several = Field(
         ASYMMETRIC, min_length=1, description="Accepted signature algorithms; HS256, HS384 and HS512 only if listed"
     )
     token_leeway_seconds: float = Field(10.0, ge=0, le=300, description="Allowed clock skew in seconds, for tokens")
@@ -115,6 +129,13 @@ class GatewaySettings(ServiceSettings):
             raise ValueError("--token-keys needs --token-issuer and --token-audience: a key may sign for others too")
         return self
 
+    @model_validator(mode="after")
+    def _tenants_known(self) -> Self:
+        own = [tenant for tenant in by_tenant(self.replicas) if tenant]
+        if own and not any(getattr(self, name) for name in self.identified_by):
+            raise ValueError(f"--replicas {own[0]}=… needs --token-keys or --tls-client-ca: else no caller is known")
+        return self
+
     @field_validator("token_algorithms")
     @classmethod
     def _known(cls, algorithms: tuple[str, ...]) -> tuple[str, ...]:
@@ -124,14 +145,12 @@ class GatewaySettings(ServiceSettings):
                 raise ValueError(f"unknown algorithm {name[:20]!r}; known are {', '.join(known)}")
         return algorithms
 
-    @field_validator("replicas", "token_algorithms", mode="before")
-    @classmethod
-    def _separated(cls, value: object) -> object:
-        return separated(value)
-
     @field_validator("replicas")
     @classmethod
     def _readable(cls, replicas: tuple[str, ...]) -> tuple[str, ...]:
-        for target in filter(is_name, replicas):
-            split_name(target)
+        for tenant, targets in by_tenant(replicas).items():
+            if "" in targets:
+                raise ValueError(f"wanted tenant=host:port, got no address after {tenant}=")
+            for target in targets:
+                check_target(target)
         return replicas

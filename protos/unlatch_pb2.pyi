@@ -88,6 +88,7 @@ class Frames(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     AUTHORIZATION_FIELD_NUMBER: _builtins.int
     REOPEN_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """Server to caller: calls that were already sent will be answered; new ones belong elsewhere."""
     authorization: _builtins.str
@@ -98,6 +99,8 @@ class Frames(_message.Message):
     """Server to caller: open another lane by another handshake and send new calls there; certificates have changed. This
     one carries on until the other is there, and what was sent on it is answered.
     """
+    last: _builtins.bool
+    """Server to caller: this lane ends, and what came on it is answered. A call without an answer was not begun."""
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First from the side that serves, and again when its catalogue changes."""
@@ -145,10 +148,11 @@ class Frames(_message.Message):
         started: _abc.Iterable[_builtins.int] | None = ...,
         authorization: _builtins.str | None = ...,
         reopen: _builtins.bool = ...,
+        last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_authorization", b"_authorization", "authorization", b"authorization", "load", b"load", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_authorization", b"_authorization", "authorization", b"authorization", "calls", b"calls", "cancels", b"cancels", "draining", b"draining", "load", b"load", "pieces", b"pieces", "reopen", b"reopen", "replies", b"replies", "started", b"started", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_authorization", b"_authorization", "authorization", b"authorization", "calls", b"calls", "cancels", b"cancels", "draining", b"draining", "last", b"last", "load", b"load", "pieces", b"pieces", "reopen", b"reopen", "replies", b"replies", "started", b"started", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__authorization: _TypeAlias = _typing.Literal["authorization"]  # noqa: Y015
     _WhichOneofArgType__authorization: _TypeAlias = _typing.Literal["_authorization", b"_authorization"]  # noqa: Y015
@@ -225,6 +229,7 @@ class Welcome(_message.Message):
     KERNELS_FIELD_NUMBER: _builtins.int
     WINDOW_CALLS_FIELD_NUMBER: _builtins.int
     WINDOW_BYTES_FIELD_NUMBER: _builtins.int
+    PROCESS_FIELD_NUMBER: _builtins.int
     server: _builtins.str
     """A name for logs, for example the host's."""
     version: _builtins.str
@@ -233,6 +238,10 @@ class Welcome(_message.Message):
     window_bytes: _builtins.int
     @_builtins.property
     def kernels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Kernel]: ...
+    @_builtins.property
+    def process(self) -> Global___Process:
+        """Where a replica runs. A gateway on the same machine can then see whether a silent replica is stopped."""
+
     def __init__(
         self,
         *,
@@ -241,14 +250,43 @@ class Welcome(_message.Message):
         kernels: _abc.Iterable[Global___Kernel] | None = ...,
         window_calls: _builtins.int = ...,
         window_bytes: _builtins.int = ...,
+        process: Global___Process | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kernels", b"kernels", "server", b"server", "version", b"version", "window_bytes", b"window_bytes", "window_calls", b"window_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kernels", b"kernels", "process", b"process", "server", b"server", "version", b"version", "window_bytes", b"window_bytes", "window_calls", b"window_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class Process(_message.Message):
+    """A process, known by its number only within its PID namespace on one running machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    PID_NAMESPACE_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    boot_id: _builtins.str
+    """Linux's /proc/sys/kernel/random/boot_id, and the inode of /proc/self/ns/pid."""
+    pid_namespace: _builtins.int
+    pid: _builtins.int
+    def __init__(
+        self,
+        *,
+        boot_id: _builtins.str = ...,
+        pid_namespace: _builtins.int = ...,
+        pid: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "pid", b"pid", "pid_namespace", b"pid_namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Process: _TypeAlias = Process  # noqa: Y015
 
 @_typing.final
 class Descriptor(_message.Message):
@@ -613,6 +651,7 @@ class Failure(_message.Message):
     FIELD_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_MILLISECONDS_FIELD_NUMBER: _builtins.int
     QUOTA_FIELD_NUMBER: _builtins.int
+    NOT_BEGUN_FIELD_NUMBER: _builtins.int
     code: _builtins.int
     """A google.rpc.Code."""
     message: _builtins.str
@@ -622,6 +661,8 @@ class Failure(_message.Message):
     """When overload passes, by the server's guess; 0 means that it makes none."""
     quota: _builtins.str
     """Whose quota was used up ("tenant:name"), where that is why."""
+    not_begun: _builtins.bool
+    """The call was not begun, because this lane takes no more calls. It may be sent on another lane."""
     def __init__(
         self,
         *,
@@ -630,10 +671,11 @@ class Failure(_message.Message):
         field: _builtins.str = ...,
         retry_after_milliseconds: _builtins.int = ...,
         quota: _builtins.str = ...,
+        not_begun: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message", "quota", b"quota", "retry_after_milliseconds", b"retry_after_milliseconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message", "not_begun", b"not_begun", "quota", b"quota", "retry_after_milliseconds", b"retry_after_milliseconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -712,6 +754,7 @@ class Kernel(_message.Message):
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    NONEMPTY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     doc: _builtins.str
@@ -721,6 +764,8 @@ class Kernel(_message.Message):
     timeout_seconds: _builtins.float
     """Seconds; 0 means none is declared."""
     memory_bytes: _builtins.int
+    nonempty: _builtins.bool
+    """Whether every array of a call needs at least one element."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Array]: ...
     @_builtins.property
@@ -741,10 +786,11 @@ class Kernel(_message.Message):
         max_batch_size: _builtins.int = ...,
         timeout_seconds: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
+        nonempty: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "doc", b"doc", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "memory_bytes", b"memory_bytes", "name", b"name", "outputs", b"outputs", "pure", b"pure", "scalars", b"scalars", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "doc", b"doc", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "memory_bytes", b"memory_bytes", "name", b"name", "nonempty", b"nonempty", "outputs", b"outputs", "pure", b"pure", "scalars", b"scalars", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,14 +1,16 @@
 """The command `unlatch`. Each command imports what it needs: multiprocessing's children import this module too."""
 
 import sys
+from typing import NoReturn
 
 
-def main() -> int:
-    """Run the command that the arguments name; returns its exit code."""
+def main() -> NoReturn:
+    """Run the command that the arguments name, and end with its exit code."""
     from unlatch.cli import run
+    from unlatch.common.machine.leave import leave
 
-    return run(sys.argv[1:])
+    leave(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,17 +1,25 @@
-"""Arrays on the caller's side: arguments become a descriptor and a body, replies become arrays."""
+"""Arrays on the caller's side: arguments become a descriptor and a body, replies become arrays.
 
-from collections.abc import Mapping, Sequence
+A call takes the bytes of its arrays when it begins. Its caller may change them at once, whatever their size.
+"""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import deepcopy
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from unlatch.common.errors import InvalidArgument, near
-from unlatch.common.kernel.datatypes import DATATYPES, NP_DTYPE, OBJECT, carrier, is_carried, is_served
+from unlatch.common.kernel.datatypes import DATATYPES, NP_DTYPE, carrier, is_carried, is_served
 from unlatch.common.kernel.parameters import parameter
 from unlatch.common.kernel.spec import ArraySpec, KernelSpec
 from unlatch.common.kernel.tensors import Array, dtype_name, pack_bytes, unpack_bytes
 from unlatch.common.lane.body import WHOLE_BYTES, Arrival, Body, Buffer
+from unlatch.conversion import refusal, to_array
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Tensor
+
+Arguments = Sequence[Any]
 
 _DTYPES = {datatype: np.dtype(dtype) for datatype, (dtype, _) in DATATYPES.items()}
 
@@ -19,48 +27,97 @@ _DTYPES = {datatype: np.dtype(dtype) for datatype, (dtype, _) in DATATYPES.items
 _COPIED_AT_ONCE = 1024 * 1024
 
 
-class RequestBuilder:
-    """Builds descriptors of one kernel's calls, and uses the last one again while dtypes and shapes are the same."""
+class Copies:
+    """Copies of arguments, for calls that cannot begin at once. Calls of the same unchanged array share one copy."""
 
-    def __init__(self, spec: KernelSpec, named: Mapping[str, Any]) -> None:
+    def __init__(self) -> None:
+        self._copies: WeakValueDictionary[int, Array] = WeakValueDictionary()
+
+    def of(self, value: Any) -> Any:
+        """Copy an argument, or the arguments in a tuple."""
+        if isinstance(value, tuple):
+            return tuple(map(self.of, value))
+        if type(value) is np.ndarray and value.flags.c_contiguous and not value.dtype.hasobject:
+            return self.of_array(value)
+        try:
+            return deepcopy(value)
+        except TypeError:
+            return np.array(value)
+
+    def of_array(self, array: Array) -> Array:
+        """Copy an array in C order without objects."""
+        copy = self._copies.get(id(array))
+        if copy is None or not _is_same(copy, array):
+            copy = self._copies[id(array)] = array.copy()
+        return copy
+
+
+class RequestBuilder:
+    """Builds descriptors of one kernel's calls, and uses the last one again while dtypes and shapes are the same.
+
+    `copy` makes a copy of a large array, so that the caller may change the array while the copy is sent.
+    """
+
+    def __init__(self, spec: KernelSpec, named: Mapping[str, Any], copy: Callable[[Array], Array] = np.copy) -> None:
         self.spec = spec
-        arrays = {array.name for array in spec.inputs}
-        self._named = {name: value for name, value in named.items() if name in arrays}
+        self._copy = copy
+        arrays = {array.name: array for array in spec.inputs}
+        self._named = {name: self._taken(arrays[name], value) for name, value in named.items() if name in arrays}
         self._descriptor = Descriptor()
         request = self._descriptor.request
         # No version is set, so that during a rollout any version that takes these arguments may answer.
         request.kernel = spec.name
         for name, value in named.items():
             if name not in arrays:
-                request.parameters[name].CopyFrom(_parameter(spec, name, value))
+                _set(request.parameters, spec, name, value)
         self._kind: list[tuple[np.dtype[Any], tuple[int, ...]]] = []
 
-    def request(self, arrays: Sequence[Any]) -> tuple[Descriptor, Body]:
+    def request(self, arrays: Arguments) -> tuple[Descriptor, Body]:
         """Build a call's descriptor, valid until the next one is built, and its body. Raises InvalidArgument."""
-        given = [_array(spec, value) for spec, value in self._given(arrays)]
-        kind = [(array.dtype, array.shape) for array in given]
+        given = self._given(arrays)
+        kind = [(array.dtype, array.shape) for array, _ in given]
         if kind != self._kind:
-            self._describe(given)
+            self._kind = []
+            self._describe([array for array, _ in given])
             self._kind = kind
-        buffers = [_buffer(array) for array in given]
+        buffers = [buffer for _, buffer in given]
         return self._descriptor, Body([len(buffer) for buffer in buffers], buffers)
 
-    def _given(self, arrays: Sequence[Any]) -> list[tuple[ArraySpec, Any]]:
+    def _given(self, arrays: Arguments) -> list[tuple[Array, Buffer]]:
+        """Every array with its bytes, by position or by name, in the kernel's order. Raises InvalidArgument."""
         inputs = self.spec.inputs
-        if not self._named and len(arrays) == len(inputs):
-            return list(zip(inputs, arrays, strict=True))
         if len(arrays) > len(inputs):
-            raise InvalidArgument(f"kernel {self.spec.name} takes {len(inputs)} arrays, but got {len(arrays)}")
-        by_position = dict(zip((array.name for array in inputs), arrays, strict=False))
-        twice = by_position.keys() & self._named.keys()
-        if twice:
-            name = min(twice)
-            raise InvalidArgument(f"{name}: given by position and by name", field=name)
-        every = by_position | self._named
-        for array in inputs:
-            if array.name not in every:
-                raise InvalidArgument(f"{array.name}: kernel {self.spec.name} requires this array", field=array.name)
-        return [(array, every[array.name]) for array in inputs]
+            raise self._too_many(len(arrays))
+        given = [self._taken(spec, value) for spec, value in zip(inputs, arrays, strict=False)]
+        if not self._named and len(given) == len(inputs):
+            return given
+        for array in inputs[: len(given)]:
+            if array.name in self._named:
+                raise refusal(array, "given by position and by name")
+        for array in inputs[len(given) :]:
+            if array.name not in self._named:
+                raise refusal(array, f"kernel {self.spec.name} requires this array")
+        return [*given, *(self._named[array.name] for array in inputs[len(given) :])]
+
+    def _too_many(self, given: int) -> InvalidArgument:
+        """The error for more arrays than the kernel takes: some of them may be scalars."""
+        wanted = len(self.spec.inputs)
+        by_name = ", ".join(f"{scalar.name}=…" for scalar in self.spec.scalars)
+        hint = f"; give scalars by name: {by_name}" if by_name else ""
+        takes = f"{wanted} array{'' if wanted == 1 else 's'}"
+        return InvalidArgument(f"kernel {self.spec.name} takes {takes}, but got {given}{hint}")
+
+    def _taken(self, spec: ArraySpec, value: Any) -> tuple[Array, Buffer]:
+        """Convert an array, and take its bytes."""
+        array = to_array(spec, value)
+        if array.dtype.kind in "OSU":
+            try:
+                return array, pack_bytes(array)
+            except (TypeError, ValueError) as error:
+                raise refusal(spec, str(error)) from None
+        if array.nbytes <= WHOLE_BYTES:
+            return array, array.tobytes()
+        return array, self._copy(array).reshape(-1).view(np.uint8).data
 
     def _describe(self, arrays: list[Array]) -> None:
         tensors = self._descriptor.request.tensors
@@ -108,25 +165,16 @@ def arrays(tensors: Sequence[Tensor], memory: Sequence[bytearray | memoryview]) 
     return [_result(tensor, bytes_) for tensor, bytes_ in zip(tensors, memory, strict=True)]
 
 
-def _array(spec: ArraySpec, value: Any) -> Array:
-    """Convert an argument to an array in C order and native byte order; lists and numbers take the kernel's dtype."""
-    try:
-        if isinstance(value, np.ndarray | np.generic):
-            array = np.asarray(value, order="C")
-        else:
-            preferred = spec.dtypes[0] if spec.dtypes and spec.dtypes[0] != OBJECT else None
-            array = np.asarray(value, dtype=preferred, order="C")
-    except (ValueError, TypeError) as error:
-        raise InvalidArgument(f"{spec.name}: {error}", field=spec.name) from None
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+def _is_same(copy: Array, array: Array) -> bool:
+    """Whether two arrays in C order are the same, bit by bit."""
+    alike = copy.dtype == array.dtype and copy.shape == array.shape
+    return alike and np.array_equal(_bits(copy), _bits(array))
 
 
-def _buffer(array: Array) -> Buffer:
-    if array.dtype.kind in "OSU":
-        return pack_bytes(array)
-    if array.nbytes <= WHOLE_BYTES:
-        return array.tobytes()
-    return array.reshape(-1).view(np.uint8).data
+def _bits(array: Array) -> Array:
+    """View the bytes of an array in C order, eight at a time if that is possible: they are compared faster so."""
+    flat = array.reshape(-1).view(np.uint8)
+    return flat if flat.size % 8 else flat.view(np.uint64)
 
 
 def _result(tensor: Tensor, memory: bytearray | memoryview) -> Array:
@@ -140,11 +188,13 @@ def _result(tensor: Tensor, memory: bytearray | memoryview) -> Array:
     return np.ndarray(shape, dtype, memory)
 
 
-def _parameter(spec: KernelSpec, name: str, value: Any) -> Any:
+def _set(parameters: MutableMapping[str, Any], spec: KernelSpec, name: str, value: Any) -> None:
+    """Add a scalar to the parameters. Raises InvalidArgument."""
     if isinstance(value, np.generic):
         value = value.item()
     try:
-        return parameter(value)
-    except (TypeError, OverflowError) as error:
-        known = near(name, [array.name for array in spec.inputs] + [scalar.name for scalar in spec.scalars])
-        raise InvalidArgument(f"{name}: {error}{known}", field=name) from None
+        parameters[name].CopyFrom(parameter(value))
+    except (TypeError, ValueError, OverflowError) as error:
+        known = [array.name for array in spec.inputs] + [scalar.name for scalar in spec.scalars]
+        similar = "" if name in known else near(name, known)
+        raise InvalidArgument(f"{name}: {error}{similar}", field=name) from None

@@ -3,6 +3,7 @@
 - `map`: `Client.map`, in order, 64 in flight
 - `call`: `Client.call`, each awaited before the next
 - `gathered`: 32 tasks, each awaiting its own `Client.call`s
+- `gathered_16k`: `asyncio.gather` of 16,000 `Client.call`s at a time
 - `unary`: 32 tasks of OIP ModelInfer RPCs from grpc.aio, arrays packed and unpacked by hand
 - `beside`: 1 KiB calls on a schedule, and one 64 MiB call in their middle, all on one client's lane
 """
@@ -26,6 +27,7 @@ from unlatch.protos import inference_pb2_grpc as pb_grpc
 
 MAP_IN_FLIGHT = 64
 IN_FLIGHT = 32
+AT_ONCE = 16_000
 WARM_SECONDS = 0.4
 SMALL_PERIOD_SECONDS = 0.004
 LARGE_BYTES = 64 << 20
@@ -66,6 +68,12 @@ async def one_after_another(call: Call, until: Until, x: Array) -> None:
 
 async def many(call: Call, until: Until, x: Array) -> None:
     await asyncio.gather(*(one_after_another(call, until, x) for _ in range(IN_FLIGHT)))
+
+
+async def all_at_once(call: Call, until: Until, x: Array) -> None:
+    while until.more():
+        for y in await asyncio.gather(*(call(x) for _ in range(AT_ONCE))):
+            until.note(y)
 
 
 async def mapped(mesh: Any, until: Until) -> None:
@@ -130,7 +138,7 @@ async def client(kind: str, gateway: str) -> None:
             if kind == "map":
                 await mapped(mesh, until)
             else:
-                await (one_after_another if kind == "call" else many)(call, until, x)
+                await _WAYS.get(kind, many)(call, until, x)
             took = until.seconds()
             cpu_us = (time.process_time() - cpu) / until.calls * 1e6
             return {"calls": until.calls, "calls_per_second": until.calls / took, "client_cpu_us": cpu_us}
@@ -143,6 +151,9 @@ async def client(kind: str, gateway: str) -> None:
         print("{}", flush=True)
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             print(json.dumps(await stretch(json.loads(line)["seconds"])), flush=True)
+
+
+_WAYS = {"call": one_after_another, "gathered_16k": all_at_once}
 
 
 async def _caller(kind: str, gateway: str, stack: AsyncExitStack) -> tuple[Any, Call]:
@@ -162,7 +173,7 @@ async def _caller(kind: str, gateway: str, stack: AsyncExitStack) -> tuple[Any, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.load.client", description=__doc__)
-    parser.add_argument("kind", choices=["map", "call", "gathered", "unary", "beside"])
+    parser.add_argument("kind", choices=["map", "call", "gathered", "gathered_16k", "unary", "beside"])
     parser.add_argument("--gateway", required=True)
     args = parser.parse_args()
     uvloop.run(client(args.kind, args.gateway))

@@ -8,8 +8,8 @@ from bench.processes import Child, load_core
 from bench.subjects.subjects import Subject
 from bench.throughput import Cell
 
-KINDS = ("map", "call", "gathered", "unary")
-IN_FLIGHT = {"map": 64, "call": 1, "gathered": 32, "unary": 32}
+KINDS = ("map", "call", "gathered", "gathered_16k", "unary")
+IN_FLIGHT = {"map": 64, "call": 1, "gathered": 32, "gathered_16k": 16_000, "unary": 32}
 
 
 def measure(subject: Subject, *, rounds: int, seconds: float, on_step: Callable[[str], None]) -> list[Cell]:

@@ -29,23 +29,19 @@ class Answers:
 
     def note(self, message: bytes) -> None:
         """Count the answers in a message."""
-        frames, payload = unpack(message)
-        at = 0
-        for reply in frames.replies:
+        arrived = unpack(message)
+        for reply, lengths, whole in arrived.bodied(arrived.frames.replies):
             failed = reply.HasField("failure")
             before = self._wanted.get(reply.call, ...)
             if before is None or (before is not ... and not (failed and before)):
                 self._tell(f"call {reply.call} was answered twice")
-            entries = len(reply.lengths) if reply.whole else 0
-            came = sum(map(len, payload[at : at + entries]))
-            at += entries
-            self._wanted[reply.call] = None if failed else sum(reply.lengths) - came
-        for piece, entry in zip(frames.pieces, payload[at:], strict=True):
-            wanted = self._wanted.get(piece.call)
-            if wanted is None or wanted < len(entry):
-                self._tell(f"call {piece.call} got {len(entry)} bytes where {wanted} were wanted")
+            self._wanted[reply.call] = None if failed else 0 if whole is not None else sum(lengths)
+        for number, piece in arrived.pieces():
+            wanted = self._wanted.get(number)
+            if wanted is None or wanted < len(piece):
+                self._tell(f"call {number} got {len(piece)} bytes where {wanted} were wanted")
             else:
-                self._wanted[piece.call] = wanted - len(entry)
+                self._wanted[number] = wanted - len(piece)
 
     def _tell(self, what: str) -> None:
         if len(self.wrong) < _MAX_TOLD:
@@ -53,11 +49,11 @@ class Answers:
 
 
 class CountedChannel:
-    """The part of a channel that opens a lane and closes."""
+    """The part of a channel that opens a lane and closes. Each lane adds its answers to `answers`."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, answers: list[Answers]) -> None:
         self._channel = channel
-        self.answers: list[Answers] = []
+        self.answers = answers
 
     async def close(self) -> None:
         """Close the channel."""

@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from bench.subjects.oip import METHOD
 
 TIMEOUT_SECONDS = 90
 MAX_CALLS = 400_000
+# A flag and a length before each message of gRPC.
+_FRAMING_BYTES = 5
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
 
@@ -53,14 +56,36 @@ def calls_for(seconds: float, rate: float, in_flight: int) -> int:
     return min(MAX_CALLS, max(2, round(seconds * rate / in_flight)) * in_flight)
 
 
-def load(port: int, body: Path, *, calls: int, in_flight: int, reply_bytes: int, tls: bool = False) -> Load:
-    """Send `body` `calls` times, `in_flight` at a time; `reply_bytes` is the size of one good reply's message."""
-    clients, streams = connections(in_flight)
+def load(
+    port: int,
+    body: Path,
+    *,
+    calls: int,
+    in_flight: int,
+    reply_bytes: int,
+    tls: bool = False,
+    clients: int | None = None,
+) -> Load:
+    """Send `body` `calls` times, `in_flight` at a time; `reply_bytes` is the size of one good reply's message.
+
+    `clients` is the number of connections, by default that of `connections`.
+    """
+    clients, streams = connections(in_flight) if clients is None else (clients, in_flight // clients)
     scheme = "https" if tls else "http"
-    argv = ["taskset", "--cpu-list", str(load_core()), "h2load"]
-    argv += ["-n", str(calls), "-c", str(clients), "-m", str(streams), "-t", "1"]
-    argv += ["-w", "24", "-W", "26", "-d", str(body)]
+    argv = ["-c", str(clients), "-m", str(streams), "-w", "24", "-W", "26"]
     argv += ["-H", "content-type: application/grpc", "-H", "te: trailers", f"{scheme}://127.0.0.1:{port}{METHOD}"]
+    return _run(argv, body, calls=calls, reply_bytes=reply_bytes + _FRAMING_BYTES)
+
+
+def load_http(port: int, path: str, body: Path, *, calls: int, in_flight: int, reply_bytes: int) -> Load:
+    """Post `body` over HTTP/1.1, with a connection for each call in flight."""
+    argv = ["--h1", "-c", str(in_flight), "-H", "content-type: application/octet-stream"]
+    return _run([*argv, f"http://127.0.0.1:{port}{path}"], body, calls=calls, reply_bytes=reply_bytes)
+
+
+def _run(arguments: Sequence[str], body: Path, *, calls: int, reply_bytes: int) -> Load:
+    argv = ["taskset", "--cpu-list", str(load_core()), "h2load", "-t", "1", "-n", str(calls), "-d", str(body)]
+    argv += arguments
     before = _children_cpu_seconds()
     try:
         ended = subprocess.run(
@@ -71,7 +96,7 @@ def load(port: int, body: Path, *, calls: int, in_flight: int, reply_bytes: int,
     if ended.returncode != 0:
         raise BenchError(f"h2load failed ({ended.returncode}): {ended.stderr or ended.stdout}")
     cpu = _children_cpu_seconds() - before
-    return parse(ended.stdout, calls=calls, reply_bytes=reply_bytes + 5, cpu_seconds=cpu)
+    return parse(ended.stdout, calls=calls, reply_bytes=reply_bytes, cpu_seconds=cpu)
 
 
 def parse(output: str, *, calls: int, reply_bytes: int, cpu_seconds: float = 0.0) -> Load:

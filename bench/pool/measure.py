@@ -68,7 +68,7 @@ def measure(
             continue
         with ExitStack() as stack:
             on_step(f"pool · starting {workers} workers")
-            subject = start(stack, "unlatch", workers=workers, settings=settings, log="pool")
+            subject = start(stack, "apart", workers=workers, settings=settings, log="pool")
             await_ready(subject, work)
             callers = stack.enter_context(Child("pool-callers", "bench.pool.callers", cpus=[load_core()]))
             for figure in wanted:

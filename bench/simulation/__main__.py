@@ -42,7 +42,7 @@ from bench.simulation.world import (
     Unlatch,
     addresses_of,
 )
-from unlatch.common.machine.cores import granted_cores
+from unlatch.common.machine.cgroups import granted_cores
 from unlatch.gateway.fleet.subset import subset
 
 ROOT = Path(__file__).resolve().parents[2]

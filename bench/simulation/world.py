@@ -30,9 +30,10 @@ from unlatch.compute.call import Call as ReplicaCall
 from unlatch.compute.call import Holder, Ran
 from unlatch.compute.dispatch.dispatcher import Dispatcher
 from unlatch.compute.dispatch.poison import Poison
-from unlatch.compute.ipc.arena import InputArena, ReplySegments, Segment
+from unlatch.compute.ipc.arena import InputArena, Segment, WorkerSegments
 from unlatch.compute.ipc.frames import Done, Result
 from unlatch.compute.metrics import ComputeMetrics
+from unlatch.compute.pool.occupancy import Held, Occupancy
 from unlatch.compute.pool.pool import Pool
 from unlatch.compute.pool.run import Replied, Run, Usage
 from unlatch.compute.pool.slot import Slot
@@ -125,31 +126,42 @@ class _Segment:
 
 
 _NOWHERE = cast("Segment", _Segment(memoryview(b"")))
-_REPLIES = cast("ReplySegments", _Replies())
+_REPLIES = cast("WorkerSegments", _Replies())
 
 
 class _Slot:
     """A worker with a run and one staged behind it at most; none is staged behind a long one."""
 
-    recycling = None
-    bytes = 0
-
-    def __init__(self, number: int, clock: Clock, slowness: float, long_call_seconds: float) -> None:
+    def __init__(
+        self, number: int, clock: Clock, slowness: float, long_call_seconds: float, occupancy: Occupancy
+    ) -> None:
         self.busy_seconds = 0.0
         self.dispatcher: Dispatcher
-        self._number = number
+        self.worker = number
+        self._occupancy = occupancy
         self._clock = clock
         self._slowness = slowness
         self._long_call_seconds = long_call_seconds
         self._runs: deque[Run] = deque()
+        occupancy.changed(self)
 
     @property
-    def runs(self) -> int:
+    def in_flight(self) -> "_Slot":
+        """The slot is the place of its worker's runs, too."""
+        return self
+
+    def __len__(self) -> int:
         return len(self._runs)
 
     @property
-    def runs_long(self) -> bool:
-        return any(run.first.estimate.long for run in self._runs)
+    def expected_end(self) -> float:
+        return self._runs[0].begun + sum(run.expected_seconds for run in self._runs)
+
+    def held(self) -> Held:
+        runs = self._runs
+        rank = (len(runs), 0, self.worker) if len(runs) < _MAX_RUNS else None
+        is_long = any(run.first.estimate.long for run in runs)
+        return rank, bool(runs), is_long, sum(run.expected_seconds for run in runs)
 
     def has_room(self, now: float) -> bool:
         if not self._runs:
@@ -161,14 +173,9 @@ class _Slot:
             and now - first.begun < self._long_call_seconds
         )
 
-    def seconds_left(self, now: float) -> float:
-        if not self._runs:
-            return 0.0
-        first = self._runs[0]
-        return sum(run.expected_seconds for run in self._runs) - min(first.expected_seconds, now - first.begun)
-
     def run(self, calls: Sequence[ReplicaCall], now: float) -> None:
-        self._runs.append(Run(self._number, dict.fromkeys(calls, 1), _NOWHERE, _REPLIES, now))
+        self._occupancy.changed(self)
+        self._runs.append(Run(self.worker, dict.fromkeys(calls, 1), _NOWHERE, _REPLIES, now))
         if len(self._runs) == 1:
             self._begin()
 
@@ -179,8 +186,8 @@ class _Slot:
         self._clock.after(seconds, lambda: self._done(seconds))
 
     def _done(self, seconds: float) -> None:
+        self._occupancy.changed(self)
         run = self._runs.popleft()
-        run.end()
         self.busy_seconds += seconds
         if self._runs:
             self._begin()
@@ -203,8 +210,10 @@ class SimulatedCompute:
     """A replica: its dispatcher, its workers, and its reports to listeners."""
 
     def __init__(self, clock: Clock, workers: int, slowness: float, phase: float) -> None:
-        settings = ComputeSettings.model_construct(workers=workers)
-        self._slots = [_Slot(number, clock, slowness, settings.long_call_seconds) for number in range(workers)]
+        settings = ComputeSettings.model_construct(workers=workers, max_queued_calls=1_000_000)
+        occupancy = Occupancy(workers)
+        of_slot = clock, slowness, settings.long_call_seconds, occupancy
+        self._slots = [_Slot(number, *of_slot) for number in range(workers)]
         recorder = Recorder()
         errors = InternalErrors(recorder)
 
@@ -212,14 +221,13 @@ class SimulatedCompute:
             return clock.now
 
         slots = cast("Sequence[Slot]", self._slots)
-        pool = _Pool(slots, InputArena(0), errors, reserved_workers=settings.workers_reserved, clock=now)
+        pool = _Pool(slots, occupancy, InputArena(0), errors, reserved_workers=settings.workers_reserved)
         self._dispatcher = Dispatcher(
             pool,
             Poison(0.0, errors),
             ComputeMetrics(recorder, ProcessWatch(), lambda: len(self._dispatcher)),
             errors,
-            max_calls=1_000_000,
-            long_call_seconds=settings.long_call_seconds,
+            settings,
             clock=now,
         )
         for slot in self._slots:
@@ -240,12 +248,12 @@ class SimulatedCompute:
     @property
     def idle(self) -> int:
         """The number of workers without work."""
-        return sum(not slot.runs for slot in self._slots)
+        return sum(not slot for slot in self._slots)
 
     @property
     def waiting(self) -> int:
         """The number of calls that wait here: in the backlog or staged."""
-        return len(self._dispatcher) + sum(max(0, slot.runs - 1) for slot in self._slots)
+        return len(self._dispatcher) + sum(max(0, len(slot) - 1) for slot in self._slots)
 
     def send(self, arrival: Arrival, answered: Callable[[float], None]) -> None:
         """Take a call from a gateway; the answer has the duration of its run."""
@@ -342,9 +350,10 @@ class _SimulatedReplica(Replica):
     async def run(self) -> None:
         settings = ComputeSettings.model_construct()
         lane = _Lane(self._compute)
-        window = {"window_calls": settings.window_calls, "window_bytes": settings.window_bytes}
+        welcome = Welcome(server=self.target, version="1", kernels=self._kernels)
+        welcome.window_calls, welcome.window_bytes = settings.window_calls, settings.window_bytes
         self.reported(lane, self._compute.report())
-        self.welcomed(lane, Welcome(server=self.target, version="1", kernels=self._kernels, **window))
+        self.welcomed(lane, welcome)
         self._compute.listeners.append(lambda load: self.reported(lane, load))
         # Runs until the fleet is closed.
         await asyncio.Event().wait()
@@ -354,6 +363,7 @@ class _Lane:
     """A lane on which a call arrives one hop later."""
 
     def __init__(self, compute: SimulatedCompute) -> None:
+        self.welcomed = True
         self.finishing = self.ended = False
         self._compute = compute
 
@@ -401,6 +411,7 @@ class _Routed:
 
     def answered(self, seconds: float) -> None:
         assert self.replica is not None
+        self.replica.ended(cast("Routed", self))
         self.fleet.ended(cast("Routed", self), self.replica, seconds, "OK")
         self.over(self.arrival)
 
@@ -431,10 +442,10 @@ class Unlatch:
 
     async def open(self) -> None:
         """Find the replicas."""
-        self._fleet.start()
+        self._fleet.members.start()
         for _ in range(4):
             await asyncio.sleep(0)
-        assert sum(status.up for status in self._fleet.statuses()) == min(self.most, len(self.computes))
+        assert sum(replica.takes_calls for replica in self._fleet.members) == min(self.most, len(self.computes))
 
     @property
     def held(self) -> int:
@@ -442,7 +453,7 @@ class Unlatch:
 
     async def close(self) -> None:
         """Drop all replicas."""
-        await self._fleet.close()
+        await self._fleet.members.close()
 
     def route(self, arrival: Arrival, ended: Callable[[Arrival], None]) -> None:
         descriptor = self._descriptors[arrival.kernel]

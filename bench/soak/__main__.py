@@ -1,9 +1,15 @@
 """`python -m bench.soak --seconds 120`: a mesh at saturation, with a random worker killed every second.
 
+The mesh is a gateway and a dispatcher, or with `--units N` as many units. With `--kill-units` a unit is killed instead
+of a worker, every two seconds if the others serve: any unit in the first half of the time, and then never the first
+one, which must hold nothing of the others that died.
+
 Callers in processes of their own call kernels of every kind and check every reply (bench/soak/callers.py). A call must
 end once, with the right content or with a failure that the table in docs/architecture.md predicts. Counters must only
-grow. Every five seconds there is a lull, and at its end the services' memory is read; in a run of a minute or more it
-must not grow, as far as such a run can tell. Exit codes: 1 a check failed, with a message; 2 the soak could not run.
+grow. Descriptors, segments of shared memory and threads are counted after a warm-up, and must be no more after the
+last call. Every five seconds there is a lull, and at its end the services' memory is read; in a run of a minute or
+more, or two for two units, it must not grow, as far as such a run can tell. Exit codes: 1 a check failed, with a
+message; 2 the soak could not run.
 """
 
 import argparse
@@ -12,10 +18,10 @@ import random
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, linear_regression
 from typing import Any, Never
 
@@ -23,22 +29,44 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.processes import BenchError, Child, kill, rss_anon_bytes, workers, zombies
-from bench.scrape import Scrape, fallen, scrape, total
+from bench.processes import BenchError, Child, kill, rss_anon_bytes
+from bench.scrape import Scrape, fallen
 from bench.soak import fleet as soak_fleet
 from bench.soak.calls import KINDS, LEFT, LULL_EVERY_SECONDS, OK
+from bench.soak.mesh import WORKERS, Mesh, everywhere
 from bench.subjects import oip, subjects
-from bench.subjects.subjects import Subject
 
-WORKERS = 2
 KILL_SECONDS = 1.0
+UNIT_KILL_SECONDS = 2.0
+# Length of the round of calls before the soak, in which what is opened once is opened.
+WARM_UP_SECONDS = 6.0
 # The share of a run before which pools and allocators still grow to the load; the dispatcher takes most of a minute.
 WARM_SHARE = 0.5
 # In a shorter run the slope depends on the calls that happen to be running.
 JUDGED_SECONDS = 60.0
 MAX_MIB_A_MINUTE = 1.0
-RESTORED_SECONDS = 10.0
-SERVICES = ("gateway", "dispatcher")
+# A segment of shared memory that no call has used is freed within 20 s.
+RESTORED_SECONDS = 40.0
+# Connections of each interface of a process of callers to several units: so many that each unit has some.
+CONNECTIONS = 4
+# The dispatcher's thread for digests starts with the first death of a worker that ran a large call.
+MAY_START = {"threads": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The soak that is asked for: how long, with how many processes of callers, and of which mesh."""
+
+    seconds: float
+    processes: int
+    seed: int
+    units: int
+    kill_units: bool
+
+    @property
+    def judged_seconds(self) -> float:
+        """The least length of a run whose memory is judged: each of several units has a part of the calls."""
+        return JUDGED_SECONDS * max(1, self.units)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,7 +75,9 @@ class Watched:
 
     kills: int = 0
     # (seconds, bytes) of each service.
-    memory: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {name: [] for name in SERVICES})
+    memory: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    # Counts of each service's descriptors and threads after the warm-up, and of what all have together.
+    at_start: dict[str, dict[str, int]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
     def growth(self, service: str) -> tuple[float, float]:
@@ -65,118 +95,156 @@ class Watched:
         return line.slope * 60 / 2**20, 2 * error * 60 / 2**20
 
 
-def run(seconds: float, processes: int, seed: int, console: Console) -> list[str]:
+def run(asked: Asked, console: Console) -> list[str]:
     """Soak a mesh, and print what happened. Returns what was wrong."""
     with ExitStack() as stack, console.status("starting") as status:
-        subject = subjects.start(stack, "unlatch", workers=WORKERS, log="soak")
-        subjects.await_ready(subject, oip.works()["identity_1k"])
-        targets = ("--gateway", f"127.0.0.1:{subject.port}", "--dispatcher", subject.dispatcher_target())
-        callers = [
-            stack.enter_context(Child(f"soak-callers-{number}", "bench.soak.callers", *targets))
-            for number in range(processes)
-        ]
-        before = {name: scrape(subject.metrics[name]) for name in SERVICES}
-        status.update(f"soaking for {seconds:.0f} s")
-        began = time.monotonic()
-        for number, child in enumerate(callers):
-            child.tell(began=began, seconds=seconds, seed=seed + number)
-        watched = watch(subject, began, seconds, random.Random(seed))
-        status.update("the last calls end")
-        doors = [(name, door) for child in callers for name, door in child.answer().items()]
-        after = restored(subject, watched)
+        mesh = Mesh.start(stack, asked.units)
+        subjects.await_ready(mesh.subject, oip.works()["identity_1k"])
+        status.update("warming up")
+        warm = Watched()
+        soak(mesh, warm, replace(asked, seconds=WARM_UP_SECONDS, kill_units=False))
+        before = restored(mesh, warm)
+        watched = Watched(at_start=mesh.held(), wrong=warm.wrong)
+        status.update(f"soaking for {asked.seconds:.0f} s")
+        doors = soak(mesh, watched, asked)
+        after = restored(mesh, watched)
         wrong = [*(f"{name}: {what}" for name, door in doors for what in door["wrong"]), *watched.wrong]
-        wrong += uncounted(doors, before, after, watched.kills)
-        if seconds >= JUDGED_SECONDS:
-            for name in SERVICES:
-                slope, unsure = watched.growth(name)
-                if slope - unsure >= MAX_MIB_A_MINUTE:
-                    wrong.append(f"{name}: its memory grows by {slope:.1f} ± {unsure:.1f} MiB a minute")
-    show(doors, watched, total(after["dispatcher"], "unlatch_worker_restarts_total"), seconds, console)
+        # The counts of a unit end with it.
+        wrong += unended(doors) if asked.kill_units else uncounted(doors, before, after, watched.kills)
+        if asked.seconds >= asked.judged_seconds:
+            wrong += grown(watched)
+        if not watched.kills:
+            wrong.append("no process was killed")
+        wrong += mesh.end()
+    show(doors, watched, everywhere(after, "unlatch_worker_restarts_total"), asked, console)
     return wrong
 
 
-def watch(subject: Subject, began: float, seconds: float, dice: random.Random) -> Watched:
-    """Kill a worker every second and check that counters grow; at the end of each lull read the memory."""
-    watched = Watched()
-    pids = {name: subject.pid(name) for name in SERVICES}
-    last = {name: scrape(subject.metrics[name]) for name in SERVICES}
-    for at, is_kill in _ticks(seconds):
+def soak(mesh: Mesh, watched: Watched, asked: Asked) -> list[tuple[str, dict[str, Any]]]:
+    """Let processes of callers call while the mesh is watched. Returns what each interface counted, with its name."""
+    flags = ["--gateway", f"127.0.0.1:{mesh.subject.port}"]
+    flags += ["--dispatcher", mesh.subject.dispatcher_target()] if not mesh.units else []
+    flags += ["--connections", str(CONNECTIONS)] if mesh.units > 1 else []
+    flags += ["--units-die"] if asked.kill_units else []
+    with ExitStack() as stack:
+        callers = [
+            stack.enter_context(Child(f"soak-callers-{number}", "bench.soak.callers", *flags))
+            for number in range(asked.processes)
+        ]
+        began = time.monotonic()
+        for number, child in enumerate(callers):
+            child.tell(began=began, seconds=asked.seconds, seed=asked.seed + number)
+        watch(mesh, watched, began, asked)
+        return [(name, door) for child in callers for name, door in child.answer().items()]
+
+
+def watch(mesh: Mesh, watched: Watched, began: float, asked: Asked) -> None:
+    """Kill a worker every second, or a unit every two, and check counters; at the end of each lull read the memory."""
+    dice = random.Random(asked.seed)
+    pids, last = mesh.pids(), mesh.scrapes()
+    for at, is_kill in _ticks(asked.seconds, UNIT_KILL_SECONDS if asked.kill_units else KILL_SECONDS):
         time.sleep(max(0.0, began + at - time.monotonic()))
         if not is_kill:
-            for name in SERVICES:
-                watched.memory[name].append((at, rss_anon_bytes(pids[name])))
+            for name, pid in mesh.pids().items():
+                watched.memory[name].append((at, rss_anon_bytes(pid)))
             continue
-        if alive := workers(subject.process.pid):
-            kill(dice.choice(alive))
-            watched.kills += 1
-        now = {name: scrape(subject.metrics[name]) for name in SERVICES}
-        watched.wrong += [f"{name}: {what}" for name in SERVICES for what in fallen(last[name], now[name])][:1]
+        now, before, pids = mesh.scrapes(), pids, mesh.pids()
+        # A part that is another process has begun to count anew.
+        same = [name for name in last if before.get(name) == pids.get(name) and name in pids]
+        if missing := [name for name in same if name not in now]:
+            watched.wrong.append(f"{', '.join(missing)}: no metrics")
+        watched.wrong += [f"{name}: {what}" for name in same if name in now for what in fallen(last[name], now[name])][
+            :1
+        ]
         last = now
-    return watched
+        if asked.kill_units:
+            spared = ("unit 0",) if at > asked.seconds / 2 else ()
+            victims = [pids[name] for name in mesh.services if name not in spared] if mesh.serves(now) else []
+        else:
+            victims = mesh.workers()
+        if victims:
+            kill(victim := dice.choice(victims))
+            watched.kills += 1
+            # What it had before it died counts for nothing.
+            for name in [name for name, pid in pids.items() if pid == victim]:
+                watched.memory[name].clear()
 
 
-def _ticks(seconds: float) -> list[tuple[float, bool]]:
-    """Times at which a worker is killed (True), and at which memory is read, just before the end of a lull."""
-    kills = [(at * KILL_SECONDS, True) for at in range(1, math.ceil(seconds / KILL_SECONDS))]
+def _ticks(seconds: float, kill_seconds: float) -> list[tuple[float, bool]]:
+    """Times at which a process is killed (True), and at which memory is read, just before the end of a lull."""
+    kills = [(at * kill_seconds, True) for at in range(1, math.ceil(seconds / kill_seconds))]
     lulls = range(1, math.floor(seconds / LULL_EVERY_SECONDS) + 1)
     return sorted([*kills, *((at * LULL_EVERY_SECONDS - 0.1, False) for at in lulls)])
 
 
-def restored(subject: Subject, watched: Watched) -> dict[str, Scrape]:
-    """The last readings, once every worker is up, no call is left, and no zombie is left."""
+def restored(mesh: Mesh, watched: Watched) -> dict[str, Scrape]:
+    """The last readings, once every worker is up, no call is left, and nothing else is left."""
     deadline = time.monotonic() + RESTORED_SECONDS
     while True:
-        after = {name: scrape(subject.metrics[name]) for name in SERVICES}
-        left = _left(subject, after)
+        after = mesh.scrapes()
+        left = [*mesh.left(after), *more(watched.at_start, mesh.held())]
         if not left or time.monotonic() > deadline:
             watched.wrong += [f"{what}, {RESTORED_SECONDS:.0f} s after the last call" for what in left]
             return after
         time.sleep(0.05)
 
 
-def _left(subject: Subject, after: dict[str, Scrape]) -> list[str]:
-    left = []
-    if (up := total(after["dispatcher"], "unlatch_worker_up")) != WORKERS:
-        left.append(f"{up:.0f} of {WORKERS} workers are up")
-    if calls := total(after["gateway"], "unlatch_calls_in_flight"):
-        left.append(f"the gateway holds {calls:.0f} calls")
-    if calls := total(after["dispatcher"], "unlatch_queue_depth"):
-        left.append(f"{calls:.0f} calls wait in the dispatcher")
-    if any(name == "unlatch_worker_running_seconds" for name, _ in after["dispatcher"]):
-        left.append("a worker runs a call")
-    if dead := zombies(subject.process.pid):
-        left.append(f"{len(dead)} processes are zombies")
-    return left
+def more(at_start: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> list[str]:
+    """List the counts that are higher now than at the start."""
+    return [
+        f"{name}: {now[name][what]} {what}, {now[name][what] - count} more than at the start"
+        for name, counts in at_start.items()
+        # A unit that is being started again is found by its metrics.
+        if name in now
+        for what, count in counts.items()
+        if now[name][what] > count + MAY_START.get(what, 0)
+    ]
+
+
+def grown(watched: Watched) -> list[str]:
+    """List the services whose memory grows."""
+    wrong = []
+    for name in watched.memory:
+        slope, unsure = watched.growth(name)
+        if slope - unsure >= MAX_MIB_A_MINUTE:
+            wrong.append(f"{name}: its memory grows by {slope:.1f} ± {unsure:.1f} MiB a minute")
+    return wrong
+
+
+def unended(doors: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Calls whose ends do not match their begins, by the callers' counts."""
+    wrong = []
+    for name, door in doors:
+        begun, ended = sum(door["begun"].values()), sum(count for _, _, count in door["ended"])
+        if begun != ended:
+            wrong.append(f"{name}: {begun} calls began, and {ended} ended")
+    return wrong
 
 
 def uncounted(
     doors: list[tuple[str, dict[str, Any]]], before: Mapping[str, Scrape], after: Mapping[str, Scrape], kills: int
 ) -> list[str]:
     """Calls whose ends do not match their begins, by the callers' counts and by the services' own."""
-    wrong = []
-    for name, door in doors:
-        begun, ended = sum(door["begun"].values()), sum(count for _, _, count in door["ended"])
-        if begun != ended:
-            wrong.append(f"{name}: {begun} calls began, and {ended} ended")
+    wrong = unended(doors)
     through = [door for name, door in doors if name != "dispatcher"]
     begun = sum(sum(door["begun"].values()) for door in through)
     # A caller that leaves at once may have sent nothing.
     left = sum(count for door in through for _, code, count in door["ended"] if code == LEFT)
-    counted = _grown(before["gateway"], after["gateway"], "unlatch_calls_total")
+    counted = _more(before, after, "unlatch_calls_total", "gateway")
     if not begun - left <= counted <= begun:
         wrong.append(f"gateway: {counted:.0f} calls ended there, where {begun - left} to {begun} were sent")
-    replaced = _grown(before["dispatcher"], after["dispatcher"], "unlatch_worker_replacement_seconds_count")
+    replaced = _more(before, after, "unlatch_worker_replacement_seconds_count")
     if replaced < kills:
         wrong.append(f"dispatcher: {replaced:.0f} workers were replaced, where {kills} were killed")
     return wrong
 
 
-def _grown(before: Scrape, after: Scrape, name: str) -> float:
-    return total(after, name) - total(before, name)
+def _more(before: Mapping[str, Scrape], after: Mapping[str, Scrape], name: str, component: str = "") -> float:
+    return everywhere(after, name, component) - everywhere(before, name, component)
 
 
 def show(
-    doors: list[tuple[str, dict[str, Any]]], watched: Watched, restarts: float, seconds: float, console: Console
+    doors: list[tuple[str, dict[str, Any]]], watched: Watched, restarts: float, asked: Asked, console: Console
 ) -> None:
     begun: Counter[str] = Counter()
     ended: Counter[tuple[str, str]] = Counter()
@@ -184,7 +252,8 @@ def show(
         begun.update(door["begun"])
         ended.update({(kind, code): count for kind, code, count in door["ended"]})
     codes = sorted({code for _, code in ended} - {OK, LEFT})
-    table = Table(title=f"{sum(begun.values()):,} calls in {seconds:.0f} s, {watched.kills} kills")
+    killed = "units" if asked.kill_units else "workers"
+    table = Table(title=f"{sum(begun.values()):,} calls in {asked.seconds:.0f} s, {watched.kills} {killed} killed")
     table.title_justify = table.caption_justify = "left"
     table.add_column("kind")
     for name in ("begun", OK, LEFT, *codes):
@@ -192,8 +261,9 @@ def show(
     for kind in KINDS:
         counts = (begun[kind.name], *(ended[kind.name, code] for code in (OK, LEFT, *codes)))
         table.add_row(kind.name, *(f"{count:,}" if count else "" for count in counts))
-    judged = "" if seconds >= JUDGED_SECONDS else f"; not judged in a run under {JUDGED_SECONDS:.0f} s"
-    slopes = ", ".join("{} {:+.1f} ± {:.1f}".format(name, *watched.growth(name)) for name in SERVICES)
+    least = asked.judged_seconds
+    judged = "" if asked.seconds >= least else f"; not judged in a run under {least:.0f} s"
+    slopes = ", ".join("{} {:+.1f} ± {:.1f}".format(name, *watched.growth(name)) for name in watched.memory)
     table.caption = f"{restarts:.0f} workers ended and were replaced. RssAnon, MiB a minute: {slopes}{judged}."
     console.print(table)
 
@@ -203,17 +273,21 @@ def main() -> int:
         prog="bench.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="how long callers begin calls")
+    parser.add_argument("--units", type=int, default=0, help="as many units; 0: gateway and dispatcher apart")
+    parser.add_argument("--kill-units", action="store_true", help="kill units instead of workers")
     parser.add_argument("--fleet", action="store_true", help="three replicas, one killed every two seconds")
     parser.add_argument("--processes", type=int, default=2, help="processes of callers")
     parser.add_argument("--seed", type=int, default=0, help="of all dice: who is called, with what, who is killed")
     args = parser.parse_args()
+    if not 0 <= args.units <= WORKERS or (args.kill_units and args.units < 2):
+        parser.error(f"--units must be 0 to {WORKERS}, and 2 with --kill-units")
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console(width=None if sys.stdout.isatty() else 150)
     try:
         if args.fleet:
             wrong = soak_fleet.run(args.seconds, args.seed, console)
         else:
-            wrong = run(args.seconds, args.processes, args.seed, console)
+            wrong = run(Asked(args.seconds, args.processes, args.seed, args.units, args.kill_units), console)
     except BenchError as error:
         console.print("[bold red]soak:[/]", Text(str(error)), highlight=False)
         return 2

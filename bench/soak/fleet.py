@@ -1,6 +1,6 @@
 """`python -m bench.soak --fleet`: three replicas at saturation, one killed every two seconds, then each restarted.
 
-Callers check every reply. No call of a pure kernel may fail. Other calls may be UNAVAILABLE while replicas are killed,
+Callers check every reply. No call of a pure kernel may fail. Other calls may be ABORTED while replicas are killed,
 but not while they are restarted, and the gateway must count each. Retries must keep to their budget.
 """
 
@@ -26,7 +26,7 @@ from unlatch.common.errors import UnlatchError
 REPLICAS = 3
 KILL_SECONDS = 2.0
 CALLERS = 8
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 PURE = ("doubled", "doubled_slowly")
 OTHER = ("negated", "negated_slowly")
 # As in decision 14.
@@ -124,13 +124,13 @@ async def _run(fleet: Fleet, seconds: float, dice: random.Random, console: Conso
             await fleet.kill(dice.randrange(REPLICAS))
             kills += 1
         await fleet.up(REPLICAS)
-        lost = {kernel: ended.codes[kernel, "UNAVAILABLE"] for kernel in OTHER}
+        lost = {kernel: ended.codes[kernel, "ABORTED"] for kernel in OTHER}
         for number in range(REPLICAS):
             await fleet.restart(number)
         stop.set()
         await asyncio.gather(*callers)
     for kernel in OTHER:
-        if more := ended.codes[kernel, "UNAVAILABLE"] - lost[kernel]:
+        if more := ended.codes[kernel, "ABORTED"] - lost[kernel]:
             ended.wrong.append(f"{kernel}: {more} calls were lost to a rolling restart")
     _check_counts(fleet, ended, kills, len(callers), seconds, console)
     return ended.wrong
@@ -160,7 +160,7 @@ async def _call(client: Client, kernel: str, noise: np.random.Generator, ended: 
             y = await client.call(kernel, x)
         except UnlatchError as error:
             ended.codes[kernel, error.status] += 1
-            if kernel in PURE or error.status != "UNAVAILABLE" or "may have had effect" not in error.message:
+            if kernel in PURE or error.status != "ABORTED" or "may have had an effect" not in error.message:
                 ended.wrong.append(f"{kernel}: {error.status} {error.message[:200]}")
         else:
             ended.codes[kernel, "OK"] += 1

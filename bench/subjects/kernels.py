@@ -1,7 +1,7 @@
 """The bench's work as Unlatch kernels: `unlatch serve --kernels bench/subjects/kernels.py`."""
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Shaped
 
 from bench.subjects import work
 from unlatch import KernelError, kernel
@@ -110,6 +110,12 @@ def negated_slowly(x: Vector) -> Vector:
     """Negate a vector, using 50 ms of processor time."""
     work.burnt(50.0)
     return -x
+
+
+@kernel(pure=True)
+def reversed_any(x: Shaped[np.ndarray, "n"]) -> Shaped[np.ndarray, "n"]:
+    """Reverse a vector of any dtype."""
+    return x[::-1]
 
 
 @kernel

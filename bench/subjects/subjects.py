@@ -1,7 +1,7 @@
 """The subjects: servers with a port for calls, a port for health checks, and a process tree to measure."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ START_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A running server. `metrics` has the ports of gateway and dispatcher, if there are any.
+    """A running server. `metrics` has the ports of gateway and dispatcher, or of the unit, if there are any.
 
     `ca` is the authority of its certificate, if it speaks TLS.
     """
@@ -28,18 +28,24 @@ class Subject:
     health_port: int
     metrics: dict[str, int]
     ca: bytes = b""
+    # Connections that the calls in flight are spread over, where it is not the usual number of them.
+    connections: int | None = None
 
     def cpu(self) -> dict[str, float]:
         return labelled_cpu(self.process.pid)
 
     def pid(self, name: str) -> int:
-        """The pid of the gateway or the dispatcher."""
-        return next(pid for pid, found in label(tree(self.process.pid)).items() if found == name)
+        """The pid of the gateway, the dispatcher or the unit."""
+        return self.pids(name)[0]
+
+    def pids(self, name: str) -> list[int]:
+        """The pids of the processes of one kind, such as all units."""
+        return [pid for pid, found in label(tree(self.process.pid)).items() if found == name]
 
     def dispatcher_target(self) -> str:
-        """The address of the dispatcher's lanes, from its command line."""
+        """The address of the dispatcher's lanes, from its command line. A unit has none."""
         command = next(seen.command for seen in tree(self.process.pid) if seen.pid == self.pid("dispatcher"))
-        return command.partition("--listen ")[2].split()[0]
+        return command.partition("--listen=")[2].split()[0]
 
 
 def start(
@@ -50,43 +56,54 @@ def start(
     workers: int = 2,
     log: str = "",
     settings: Mapping[str, str] | None = None,
+    connections: int | None = None,
 ) -> Subject:
     """Start `name`, with its whole tree bound to `cpus` if given; `stack` ends it.
 
-    `settings` are Unlatch's, by the names of their variables.
+    `unlatch` is a unit, `apart` is its two services in processes of their own. `settings` are Unlatch's, by the names
+    of their variables.
     """
     bound = None if cpus is None else list(cpus)
     log = log or (name if bound is None else f"{name}-{len(bound)}-cores")
     port = free_port()
-    if name != "unlatch":
+    if name not in ("unlatch", "apart"):
         argv = [PYTHON, "-m", "bench.subjects.baselines", name, "--port", str(port)]
         process = stack.enter_context(Process(log, argv, cpus=bound))
         return Subject(name=name, process=process, port=port, health_port=port, metrics={})
     if not UNLATCH.exists():
         raise BenchError(f"{UNLATCH} does not exist; `make setup` installs it")
-    health, gateway, dispatcher = free_port(), free_port(), free_port()
-    argv = [str(UNLATCH), "serve", "--listen", f"127.0.0.1:{port}", "--health-listen", f"127.0.0.1:{health}"]
-    argv += ["--metrics-listen", f"127.0.0.1:{gateway}", "--compute-metrics-listen", f"127.0.0.1:{dispatcher}"]
-    argv += ["--compute-health-listen", "127.0.0.1:0"]
-    argv += ["--workers", str(workers), "--kernels", "bench/subjects/kernels.py"]
+    health = free_port()
+    flags = ["--workers", str(workers), "--kernels", "bench/subjects/kernels.py"]
+    ports = {part: free_port() for part in (("unit",) if name == "unlatch" else ("gateway", "dispatcher"))}
+    if name == "unlatch":
+        argv = [str(UNLATCH), "serve", "--listen", f"127.0.0.1:{port}", "--health-listen", f"127.0.0.1:{health}"]
+        argv += ["--metrics-listen", f"127.0.0.1:{ports['unit']}", *flags]
+    else:
+        argv = [PYTHON, "-m", "bench.subjects.apart", "--port", str(port), "--health", str(health)]
+        argv += ["--metrics", *map(str, ports.values()), "--", *flags]
     # The cost of calls is measured with identical calls, so these must not share runs.
     variables = {"UNLATCH_COALESCING": "false", **(settings or {})}
     process = stack.enter_context(Process(log, argv, cpus=bound, variables=variables))
-    ports = {"gateway": gateway, "dispatcher": dispatcher}
-    return Subject(name=name, process=process, port=port, health_port=health, metrics=ports)
+    return Subject(name=name, process=process, port=port, health_port=health, metrics=ports, connections=connections)
 
 
-def await_ready(subject: Subject, work: Work) -> None:
-    """Wait until a first call is answered. An error shows the end of the server's log."""
-    deadline = time.monotonic() + START_SECONDS
+def await_ready(
+    subject: Subject,
+    work: Work,
+    ask: Callable[[Subject, Work], int] | None = None,
+    *,
+    within_seconds: float = START_SECONDS,
+) -> None:
+    """Wait until a first call, by `ask` or else by `check`, is answered. An error shows the end of the server's log."""
+    deadline = time.monotonic() + within_seconds
     while True:
         try:
-            check(subject, work)
+            (ask or check)(subject, work)
             return
         except (grpc.RpcError, BenchError) as error:
             ended = subject.process.child.poll()
             if ended is not None or time.monotonic() > deadline:
-                state = f"ended with {ended}" if ended is not None else f"is not ready after {START_SECONDS:.0f} s"
+                state = f"ended with {ended}" if ended is not None else f"is not ready after {within_seconds:.0f} s"
                 raise BenchError(f"{subject.name} {state}: {error}\n{subject.process.tail()}") from None
             time.sleep(0.1)
 

@@ -1,4 +1,4 @@
-"""Ten thousand calls in flight at once on one gateway, by either interface, behind busy workers."""
+"""Ten thousand calls in flight at once by either interface, behind busy workers."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,11 +10,18 @@ from bench.subjects.oip import Work
 from bench.subjects.subjects import Subject, await_ready, start
 
 WORKERS = 2
+# What is measured: the subject and its settings.
+SERVERS: dict[str, tuple[str, dict[str, str]]] = {
+    "unit": ("unlatch", {}),
+    "units": ("unlatch", {"UNLATCH_UNITS": "2"}),
+    "apart": ("apart", {}),
+}
 DOORS = ("protocol", "lane")
+CASES = tuple(f"waiting_{server}_{door}" for server in SERVERS for door in DOORS)
 
 BOUNDS = tuple(
-    Bound(name=f"waiting_{door}_{name}", at_most=at_most)
-    for door in DOORS
+    Bound(name=f"{case}_{name}", at_most=at_most)
+    for case in CASES
     for name, at_most in (("kib_a_call", 40.0), ("loop_lag_p99_ms", 20.0), ("health_worst_ms", 50.0), ("failed", 0.0))
 )
 
@@ -22,28 +29,32 @@ Figures = dict[str, float]
 
 
 def measure(work: Work, *, calls: int, on_step: Callable[[str], None]) -> Figures:
-    """For each interface: gateway memory of a waiting call, loop lag, and the worst health check, on a new mesh."""
+    """For each server and interface: memory of a waiting call, loop lag, and the worst health check, each anew."""
     found: Figures = {}
-    for door in DOORS:
-        with ExitStack() as stack:
-            on_step(f"waiting · {calls} calls by the {door}")
-            subject = start(stack, "unlatch", workers=WORKERS, log=f"waiting-{door}")
-            await_ready(subject, work)
-            found |= {f"waiting_{door}_{name}": value for name, value in _once(stack, subject, door, calls).items()}
+    for server, (name, settings) in SERVERS.items():
+        for door in DOORS:
+            with ExitStack() as stack:
+                on_step(f"waiting · {server} · {calls} calls by the {door}")
+                log = f"waiting-{server}-{door}"
+                subject = start(stack, name, workers=WORKERS, log=log, settings=settings)
+                await_ready(subject, work)
+                figures = _once(stack, subject, door, calls)
+            found |= {f"waiting_{server}_{door}_{figure}": value for figure, value in figures.items()}
     return found
 
 
 def _once(stack: ExitStack, subject: Subject, door: str, calls: int) -> Figures:
-    metrics = subject.metrics["gateway"]
+    serving = "gateway" if "gateway" in subject.metrics else "unit"
+    metrics = subject.metrics[serving]
     probe = stack.enter_context(
         Child(f"probe-waiting-{door}", "bench.load.probe", "--health", f"127.0.0.1:{subject.health_port}")
     )
     callers = stack.enter_context(Child(f"callers-waiting-{door}", "bench.waiting.callers", cpus=[load_core()]))
     probe.ask(do="start")
-    before = lag_buckets(metrics, "gateway")
+    before = lag_buckets(metrics, serving)
     asked = {"door": door, "gateway": f"127.0.0.1:{subject.port}", "metrics": metrics, "calls": calls}
-    found = callers.ask(**asked, pid=subject.pid("gateway"))
-    lag = p99_seconds(before, lag_buckets(metrics, "gateway"))
+    found = callers.ask(**asked, pids=subject.pids(serving))
+    lag = p99_seconds(before, lag_buckets(metrics, serving))
     health = probe.ask(do="stop")["health"]
     return {
         "kib_a_call": found["bytes_a_call"] / 1024,

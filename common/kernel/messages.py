@@ -19,6 +19,7 @@ def to_message(spec: KernelSpec) -> Kernel:
         max_batch_size=spec.max_batch_size,
         timeout_seconds=spec.timeout_seconds or 0.0,
         memory_bytes=spec.memory_bytes or 0,
+        nonempty=spec.nonempty,
     )
 
 
@@ -36,6 +37,7 @@ def from_message(kernel: Kernel) -> KernelSpec:
         max_batch_size=kernel.max_batch_size,
         timeout_seconds=kernel.timeout_seconds or None,
         memory_bytes=kernel.memory_bytes or None,
+        nonempty=kernel.nonempty,
     )
 
 

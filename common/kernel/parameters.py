@@ -1,5 +1,6 @@
 """Conversion of scalars: Python's bool, int, float and str to the protocol's InferParameter, and back."""
 
+from unlatch.common.errors import shown
 from unlatch.protos.unlatch_pb2 import Parameter
 
 Value = bool | int | float | str
@@ -17,7 +18,7 @@ def parameter(value: Value) -> Parameter:
         return Parameter(double_param=value)
     if isinstance(value, str):
         return Parameter(string_param=value)
-    raise TypeError(f"wanted a bool, int, float or str parameter, got a {type(value).__name__}")
+    raise TypeError(f"wanted a bool, int, float or str parameter, got the type {type(value).__name__}")
 
 
 def scalar(message: Parameter) -> Value | None:
@@ -29,5 +30,5 @@ def scalar(message: Parameter) -> Value | None:
 
 def _unsigned(value: int) -> int:
     if not 0 <= value < 2**64:
-        raise OverflowError(f"{value} does not fit in 64 bits")
+        raise OverflowError(f"{shown(value)} does not fit in 64 bits")
     return value

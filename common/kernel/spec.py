@@ -7,7 +7,8 @@ are.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from unlatch.common.errors import InvalidArgument
+from unlatch.common.errors import InvalidArgument, shown
+from unlatch.common.kernel.numbers import real
 
 ELLIPSIS = "..."
 ANY_LENGTH = "_"
@@ -53,10 +54,14 @@ class ScalarSpec:
         try:
             if self.type == "bool":
                 return {"true": True, "false": False}[text.lower()]
-            kinds: dict[str, Callable[[str], int | float | str]] = {"int": int, "float": float, "str": str}
+            kinds: dict[str, Callable[[str], int | float | str]] = {"int": int, "float": real, "str": str}
             return kinds[self.type](text)
+        except OverflowError as error:
+            raise InvalidArgument(f"{self.name}: {error}", field=self.name) from None
         except (KeyError, ValueError):
-            raise InvalidArgument(f"{self.name}: wanted a {self.type}, got {text!r}", field=self.name) from None
+            raise InvalidArgument(
+                f"{self.name}: wanted a value of type {self.type}, got {shown(text)}", field=self.name
+            ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,3 +79,5 @@ class KernelSpec:
     max_batch_size: int
     timeout_seconds: float | None
     memory_bytes: int | None
+    # Whether every array needs at least one element.
+    nonempty: bool = False

@@ -5,10 +5,11 @@
                                       └── Cursor of a door's caller  joins them to one message
 
 A body keeps its buffers for readers to come until its maker lets go. From then on it frees a buffer once every cursor
-has passed it.
+has passed it. `when_freed` is called when it is let go and has no cursor: memory that it only borrowed may be used
+again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from unlatch.common.lane.frames import ProtocolViolation
 
@@ -16,6 +17,18 @@ from unlatch.common.lane.frames import ProtocolViolation
 WHOLE_BYTES = 64 * 1024
 
 Buffer = bytes | bytearray | memoryview
+# A slice that is less than this part of what it is a slice of is copied before it is kept.
+_SHARE = 4
+
+
+def kept(buffer: Buffer) -> Buffer:
+    """Return bytes to keep: a copy of a small slice of a large message, which the slice would keep alive.
+
+    So the bytes that are held are no more than some times those that are counted.
+    """
+    if isinstance(buffer, memoryview) and isinstance(whole := buffer.obj, bytes) and _SHARE * len(buffer) < len(whole):
+        return bytes(buffer)
+    return buffer
 
 
 class Arrival:
@@ -47,15 +60,22 @@ class Body:
     tensor; a body that arrives in pieces is fed, and wakes its cursors with each piece.
     """
 
-    __slots__ = ("_arrival", "_readers", "buffers", "lengths", "size")
+    __slots__ = (
+        *("_arrival", "_cursors", "_freed", "_kept", "_when_complete"),
+        *("buffers", "lengths", "size", "when_freed"),
+    )
 
-    def __init__(self, lengths: Sequence[int], buffers: list[Buffer] | None = None) -> None:
+    def __init__(self, lengths: Sequence[int], buffers: Iterable[Buffer] | None = None) -> None:
         self.lengths = lengths
         self.size = sum(lengths)
-        self.buffers: list[Buffer] = [] if buffers is None else buffers
+        self.buffers: list[Buffer] = [] if buffers is None else [*buffers]
         self._arrival = Arrival(lengths) if buffers is None and self.size else None
-        # None until the first one: a small body never has any.
-        self._readers: _Readers | None = None
+        self._cursors: tuple[Cursor, ...] = ()
+        self._when_complete: tuple[Callable[[], None], ...] = ()
+        self.when_freed: Callable[[], None] | None = None
+        self._kept = True
+        # Buffers at the front that were freed. They stay in the list as empty ones, so that cursors' positions hold.
+        self._freed = 0
 
     @property
     def complete(self) -> bool:
@@ -72,84 +92,49 @@ class Body:
         if self._arrival is None:
             raise ProtocolViolation("a piece of a body that is already here")
         self._arrival.place(len(piece))
-        self.buffers.append(piece)
-        if self._readers is not None:
-            self._readers.fed(self)
-
-    def subscribe(self, wake: Callable[[], None]) -> "Cursor":
-        """Return a new cursor at the first byte that is still here. `wake` is called whenever more has come."""
-        return self._reading().subscribe(self, wake)
-
-    def when_complete(self, tell: Callable[[], None]) -> None:
-        """Have `tell` called once every byte is here. Only for a body that is not complete."""
-        self._reading().when_complete += (tell,)
-
-    def let_go(self) -> None:
-        """Keep no buffer for readers to come: free what every cursor has passed, now and from now on."""
-        if self._readers is None and self._arrival is None:
-            self.buffers = []
-            return
-        readers = self._reading()
-        readers.kept = False
-        readers.free_passed(self)
-
-    def free_passed(self) -> None:
-        """Free every buffer that all cursors have passed, unless the body is kept."""
-        if self._readers is not None:
-            self._readers.free_passed(self)
-
-    def unsubscribe(self, cursor: "Cursor") -> None:
-        """Forget a cursor that its reader has closed."""
-        if self._readers is not None:
-            self._readers.unsubscribe(self, cursor)
-
-    def _reading(self) -> "_Readers":
-        if self._readers is None:
-            self._readers = _Readers()
-        return self._readers
-
-
-class _Readers:
-    """The cursors of a body, and the part of the body that none of them needs any more."""
-
-    __slots__ = ("_cursors", "_freed", "kept", "when_complete")
-
-    def __init__(self) -> None:
-        self._cursors: tuple[Cursor, ...] = ()
-        self.when_complete: tuple[Callable[[], None], ...] = ()
-        self.kept = True
-        # Buffers at the front that were freed. They stay in the list as empty ones, so that cursors' positions hold.
-        self._freed = 0
-
-    def subscribe(self, body: Body, wake: Callable[[], None]) -> "Cursor":
-        cursor = Cursor(body, wake, self._freed)
-        self._cursors += (cursor,)
-        return cursor
-
-    def unsubscribe(self, body: Body, cursor: "Cursor") -> None:
-        self._cursors = tuple(other for other in self._cursors if other is not cursor)
-        self.free_passed(body)
-
-    def fed(self, body: Body) -> None:
-        """Wake the readers of a body that has a new piece."""
+        self.buffers.append(kept(piece))
         for cursor in self._cursors:
             cursor.wake()
-        self.free_passed(body)
-        if body.complete:
-            told, self.when_complete = self.when_complete, ()
+        self.free_passed()
+        if self.complete:
+            told, self._when_complete = self._when_complete, ()
             for tell in told:
                 tell()
 
-    def free_passed(self, body: Body) -> None:
-        if self.kept:
+    def subscribe(self, wake: Callable[[], None]) -> "Cursor":
+        """Return a new cursor at the first byte that is still here. `wake` is called whenever more has come."""
+        cursor = Cursor(self, wake, self._freed)
+        self._cursors += (cursor,)
+        return cursor
+
+    def unsubscribe(self, cursor: "Cursor") -> None:
+        """Forget a cursor that its reader has closed."""
+        self._cursors = tuple(other for other in self._cursors if other is not cursor)
+        self.free_passed()
+
+    def when_complete(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called once every byte is here. Only for a body that is not complete."""
+        self._when_complete += (tell,)
+
+    def let_go(self) -> None:
+        """Keep no buffer for readers to come: free what every cursor has passed, now and from now on."""
+        self._kept = False
+        self.free_passed()
+
+    def free_passed(self) -> None:
+        """Free every buffer that all cursors have passed, unless the body is kept."""
+        if self._kept:
             return
         if not self._cursors:
-            body.buffers = []
+            self.buffers = []
             self._freed = 0
+            if self.when_freed is not None:
+                when_freed, self.when_freed = self.when_freed, None
+                when_freed()
             return
         passed = min(cursor.passed for cursor in self._cursors)
         while self._freed < passed:
-            body.buffers[self._freed] = b""
+            self.buffers[self._freed] = b""
             self._freed += 1
 
 

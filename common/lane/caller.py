@@ -5,20 +5,19 @@ about, is counted and logged, and the next frame is handled. Only ProtocolViolat
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import count, islice
-from typing import Any, TypeVarTuple
+from itertools import count
+from typing import Any
 
 from unlatch.common.errors import Unavailable, UnlatchError
-from unlatch.common.lane.body import Body, Buffer
-from unlatch.common.lane.frames import ProtocolViolation, check_pieces, check_whole, unpack
-from unlatch.common.lane.listener import Caught, ReplyListener
+from unlatch.common.fair import by_turns
+from unlatch.common.lane.body import Body
+from unlatch.common.lane.frames import unpack
+from unlatch.common.lane.listener import CallGuard, Caught, ReplyListener
 from unlatch.common.lane.outbox import Outbox
 from unlatch.common.lane.replies import raised
 from unlatch.protos.unlatch_pb2 import Descriptor, Frames, Load, Reply, Welcome
-
-Arguments = TypeVarTuple("Arguments")
 
 # Listeners that are told at once that the lane broke. Each may send its call elsewhere, which takes some 50 µs.
 _TOLD_AT_ONCE = 32
@@ -40,19 +39,21 @@ class LaneCaller:
     ) -> None:
         self._on_welcome = on_welcome
         self._on_draining = on_draining
-        self._caught = caught
+        self._guard = CallGuard(caught, self._fail)
         self._on_token_ends = on_token_ends
         self._on_load = on_load
         # Messages that have come: while they do the server lives.
         self.heard = 0
         # From now on nothing that is sent arrives, and no listener would be told.
         self.ended = False
+        # Whether the server has said that calls without an answer were not begun.
+        self.last = False
         self._numbers = count(1)
         # With what to call when it begins. Unanswered, or its reply's body is not complete.
         self._calls: dict[int, tuple[ReplyListener, Callable[[], bool] | None]] = {}
         # The reply's bodies that are not complete.
         self._arriving: dict[int, Body] = {}
-        self._outbox = Outbox(lambda: len(self._calls), caught, self._fail)
+        self._outbox = Outbox(lambda: len(self._calls), self._guard)
         # Set when the server wants another lane in this one's place.
         self.reopen_asked = asyncio.Event()
         self._stream: Any = None
@@ -85,7 +86,7 @@ class LaneCaller:
 
     def renew(self, token: str) -> None:
         """Authenticate by this token from now on."""
-        self._outbox.authorization(token)
+        self._outbox.frames(0.0).authorization = token
 
     async def run(self, stream: Any) -> None:
         """Carry calls until grpc.aio's `stream` ends, then tell every listener. Raises what ended the lane, if any."""
@@ -104,107 +105,77 @@ class LaneCaller:
             with suppress(BaseException):
                 await writer
             self._outbox.close()
-            await self._lose_all()
+            # The stream keeps its connection open, and this object may be garbage for long before it is collected.
+            self._stream = None
+            await by_turns(self._losses(), _TOLD_AT_ONCE)
 
-    async def _lose_all(self) -> None:
-        """Tell every listener that the lane broke. In slices, since there may be many, and each may send at once."""
-        try:
-            while len(self._calls) > _TOLD_AT_ONCE:
-                self._lose(_TOLD_AT_ONCE)
-                await asyncio.sleep(0)
-        finally:
-            self._lose(len(self._calls))
-
-    def _lose(self, max_calls: int) -> None:
-        for number in list(islice(self._calls, max_calls)):
+    def _losses(self) -> Iterator[None]:
+        """Tell every listener, one after another, that the lane broke."""
+        for number in list(self._calls):
             # A listener that is told may cancel others.
             if (call := self._calls.pop(number, None)) is not None:
-                self._tell(call[0], Unavailable("the lane to the server broke before the reply was here"))
+                broke = "the lane to the server broke before the reply was here"
+                self._tell(call[0], Unavailable(broke, not_begun=self.last))
+                yield
 
     def _receive(self, message: bytes) -> None:
         self.heard += 1
-        frames, payload = unpack(message)
-        self._hear(frames)
-        for number in frames.started:
-            self._begun(number)
-        at = 0
-        for reply in frames.replies:
-            # Read once: each walk of a protobuf list costs half a microsecond.
-            lengths = reply.lengths[:]
-            whole: list[Buffer] | None = None
-            if reply.whole:
-                whole = [*payload[at : at + len(lengths)]]
-                at += len(lengths)
-                check_whole(lengths, whole)
-            self._replied(reply, lengths, whole)
-        check_pieces(frames, payload, at)
-        for piece in frames.pieces:
-            self._feed(piece.call, payload[at])
-            at += 1
-        if frames.draining:
-            self._guarded(self._on_draining)
+        arrived = unpack(message)
+        self._hear(arrived.frames)
+        for number in arrived.frames.started:
+            self._guard("lane_started", number, self._begun, number)
+        for reply, lengths, whole in arrived.bodied(arrived.frames.replies):
+            try:
+                self._replied(reply, lengths, whole)
+            except Exception as error:  # noqa: BLE001 (a guard in line: on every call's path)
+                self._fail(reply.call, self._guard.caught("lane_reply", error))
+        for number, piece in arrived.pieces():
+            if number in self._arriving:
+                self._guard("lane_piece", number, self._feed, number, piece)
+        if arrived.frames.draining:
+            self._guard("lane_frame", None, self._on_draining)
 
     def _hear(self, frames: Frames) -> None:
         """Take what the server says of itself, and of this lane."""
         if self._on_load is not None and frames.HasField("load"):
-            self._guarded(self._on_load, frames.load)
+            self._guard("lane_frame", None, self._on_load, frames.load)
         if frames.HasField("welcome"):
             self.welcomed = True
-            self._guarded(self._on_welcome, frames.welcome)
+            self._guard("lane_frame", None, self._on_welcome, frames.welcome)
         if frames.HasField("authorization"):
-            self._guarded(self._on_token_ends)
+            self._guard("lane_frame", None, self._on_token_ends)
         if frames.reopen:
             self.reopen_asked.set()
-
-    def _guarded(self, tell: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
-        try:
-            tell(*arguments)
-        except Exception as error:  # noqa: BLE001 (the guard: the message's other frames, and its calls, go on)
-            self._caught("lane_frame", error)
+        self.last = self.last or frames.last
 
     def _begun(self, number: int) -> None:
         _, started = self._calls.get(number, (None, None))
-        if started is None:
-            return
-        try:
-            if started():
-                self._outbox.started(number, 0.0)
-        except Exception as error:  # noqa: BLE001 (the guard: this call fails, and no other)
-            self._fail(number, self._caught("lane_started", error))
+        if started is not None and started():
+            self._outbox.frames(0.0).started.append(number)
 
-    def _replied(self, reply: Reply, lengths: list[int], whole: list[Buffer] | None) -> None:
+    def _replied(self, reply: Reply, lengths: list[int], whole: list[memoryview] | None) -> None:
         number = reply.call
-        call = self._calls.get(number)
-        if call is None:
+        listener, _ = self._calls.get(number, (None, None))
+        if listener is None:
             return
-        try:
-            # The server may answer before it has the whole call: the rest of the call is not wanted.
-            self._outbox.drop(number)
-            if reply.HasField("failure"):
-                call[0].failed(raised(reply.failure), reply)
-                self._over(number)
-                return
-            body = Body(lengths, whole)
-            call[0].replied(reply, body)
-            if body.complete:
-                self._over(number)
-            elif number in self._calls:
-                self._arriving[number] = body
-        except Exception as error:  # noqa: BLE001 (the guard: this call fails, and no other)
-            self._fail(number, self._caught("lane_reply", error))
+        # The server may answer before it has the whole call: the rest of the call is not wanted.
+        self._outbox.drop(number)
+        if not lengths and reply.HasField("failure"):
+            listener.failed(raised(reply.failure), reply)
+            self._over(number)
+            return
+        body = Body(lengths, whole)
+        listener.replied(reply, body)
+        if whole is not None or body.complete:
+            self._over(number)
+        elif number in self._calls:
+            self._arriving[number] = body
 
     def _feed(self, number: int, piece: memoryview) -> None:
-        body = self._arriving.get(number)
-        if body is None:
-            return
-        try:
-            body.feed(piece)
-            if body.complete:
-                self._over(number)
-        except ProtocolViolation:
-            raise
-        except Exception as error:  # noqa: BLE001 (the guard: this call fails, and no other)
-            self._fail(number, self._caught("lane_piece", error))
+        body = self._arriving[number]
+        body.feed(piece)
+        if body.complete:
+            self._over(number)
 
     def _fail(self, number: int, error: UnlatchError) -> None:
         """End one call after an exception of ours. The server, which may not know of it, is told to stop."""
@@ -214,10 +185,7 @@ class LaneCaller:
             self._tell(call[0], error)
 
     def _tell(self, listener: ReplyListener, error: UnlatchError) -> None:
-        try:
-            listener.failed(error)
-        except Exception as unexpected:  # noqa: BLE001 (the guard: the other listeners are told)
-            self._caught("lane_failure", unexpected)
+        self._guard("lane_failure", None, listener.failed, error)
 
     def _over(self, number: int) -> None:
         """Forget a call that has had its end."""

@@ -7,16 +7,17 @@ for another's bytes.
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from time import monotonic
 
-from unlatch.common.errors import UnlatchError
-from unlatch.common.lane.body import WHOLE_BYTES, Body, Buffer, Cursor
+from unlatch.common.lane.body import WHOLE_BYTES, Body, Buffer, Cursor, kept
 from unlatch.common.lane.frames import MAX_ENTRIES, MAX_FRAMES, PAYLOAD_FIELD
-from unlatch.common.lane.listener import Caught
+from unlatch.common.lane.held_bytes import HeldBytes
+from unlatch.common.lane.listener import CallGuard
 from unlatch.common.lane.pacing import Pace, gathered
 from unlatch.common.lane.protowire import bulk_entry
-from unlatch.protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Load, Reply, Welcome
+from unlatch.protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Reply
 
 # A piece: large enough that its cost is copying, small enough that copying it holds a loop well under a millisecond.
 PIECE_BYTES = 512 * 1024
@@ -29,31 +30,27 @@ _MIXED_SECONDS = 0.1
 _FRAMES_FIELD = LaneMessage.FRAMES_FIELD_NUMBER
 
 
+@dataclass(slots=True, eq=False)
 class _Sending:
     """A body on its way out, piece by piece."""
 
-    __slots__ = ("call", "cursor", "sent", "size")
-
-    def __init__(self, call: int, size: int, cursor: Cursor, sent: Callable[[], None] | None) -> None:
-        self.call = call
-        self.size = size
-        self.cursor = cursor
-        self.sent = sent
+    call: int
+    cursor: Cursor
+    sent: Callable[[], None] | None
 
 
 class Outbox:
     """Everything that one end of a lane has still to say. No method waits, except `run`, which sends.
 
-    `outstanding` returns how many calls are unanswered. `caught` settles exceptions that no code expected, and `lost`
-    ends a call, with that error, whose frames or bytes could not be sent.
+    `outstanding` returns how many calls are unanswered. `guard` ends a call whose frames or bytes could not be sent.
+    `within` counts what is held here too: frames and small bodies, and each message until gRPC's flow control has taken
+    it. Large bodies are counted where they come from.
     """
 
-    def __init__(
-        self, outstanding: Callable[[], int], caught: Caught, lost: Callable[[int, UnlatchError], None]
-    ) -> None:
+    def __init__(self, outstanding: Callable[[], int], guard: CallGuard, within: HeldBytes | None = None) -> None:
         self._outstanding = outstanding
-        self._caught = caught
-        self._lost = lost
+        self._guard = guard
+        self._held = HeldBytes(within=within)
         self._draft = _Draft()
         self._closed: deque[_Draft] = deque()
         self._whole_at = float("-inf")
@@ -62,47 +59,21 @@ class Outbox:
         self._pace = Pace()
         self._idle = asyncio.Event()
         self._idle.set()
-        # Bytes of frames and bodies that were taken on and not sent yet.
-        self._unsent = 0
+        # The lane has ended: nothing more is sent, and nothing is waited for.
+        self._ended = False
+        # The bytes of the message that is being written.
+        self._written_bytes = 0
         self._relieved = asyncio.Event()
 
-    def welcome(self, welcome: Welcome) -> None:
-        """Say what this side serves and grants."""
-        self._draft.frames.welcome.CopyFrom(welcome)
-        # The reader applies `draining` after the welcome, which takes it back.
-        self._draft.frames.draining = False
-        self._wake()
-
-    def load(self, load: Load) -> None:
-        """Say how much there is to do here. The latest report counts: it replaces one that has not left yet."""
-        self._draft.frames.load.CopyFrom(load)
-        self._wake()
-
-    def draining(self) -> None:
-        """Ask for no more calls."""
-        self._draft.frames.draining = True
-        self._wake()
-
-    def started(self, call: int, within: float) -> None:
-        """Say that a call is begun, or that this is known; at most `within` seconds after the last message."""
-        self._draft.frames.started.append(call)
+    def frames(self, within: float | None = None) -> Frames:
+        """Return the frames of the next message, to add to them. It leaves `within` seconds after the last, or soon."""
         self._wake(within)
-
-    def authorization(self, token: str) -> None:
-        """Renew the caller's token; or, empty, ask the caller to."""
-        self._draft.frames.authorization = token
-        self._wake(0.0)
-
-    def reopen(self) -> None:
-        """Ask the caller for another lane in this one's place."""
-        self._draft.frames.reopen = True
-        self._wake()
+        return self._draft.frames
 
     def cancel(self, call: int) -> None:
         """Tell the server that a call is given up, and stop sending its body."""
         self.drop(call)
-        self._draft.frames.cancels.append(call)
-        self._wake()
+        self.frames().cancels.append(call)
 
     def call(self, number: int, descriptor: Descriptor, body: Body) -> None:
         """Send a call under its number here. The descriptor is copied: a caller makes several calls of one."""
@@ -125,11 +96,15 @@ class Outbox:
         not be sent to its end.
         """
         self.drop(number)
+        if self._ended:
+            if sent is not None:
+                self._guard("lane_sent", None, sent)
+            return
         frame = self._draft.frames.replies.add()
         frame.CopyFrom(reply)
         frame.call = number
-        # A refusal is worth something while its caller can still go elsewhere.
-        within = 0.0 if reply.HasField("failure") else gathered(self._outstanding(), taken_seconds)
+        # A failure has no tensors, and is worth something while its caller can still go elsewhere.
+        within = gathered(self._outstanding(), taken_seconds) if body.lengths else 0.0
         self._send(frame, body, sent, within)
 
     def drop(self, call: int) -> None:
@@ -138,67 +113,80 @@ class Outbox:
         if sending is None:
             return
         sending.cursor.close()
-        self._sent(sending.size)
         if sending in self._turns:
             self._turns.remove(sending)
         if sending.sent is not None:
-            try:
-                sending.sent()
-            except Exception as error:  # noqa: BLE001 (the guard: the other bodies go on)
-                self._caught("lane_sent", error)
+            self._guard("lane_sent", None, sending.sent)
         if not self._sending:
             # A drain or a close may wait for there to be nothing left.
             self._wake()
 
     async def run(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Send what is due, for ever: until `write` raises or the task is cancelled."""
-        while True:
+        """Send what is due until the outbox is closed, `write` raises, or the task is cancelled."""
+        while not self._ended:
             await self._pace.next()
-            while self._closed or self._turns or self._draft.frames.ByteSize():
+            while not self._ended and (self._closed or self._turns or self._draft.frames.ByteSize()):
                 if message := self._take():
-                    await write(message)
+                    await self._write(write, message)
             self._pace.sent()
             if not self._sending:
                 self._idle.set()
+
+    async def _write(self, write: Callable[[bytes], Awaitable[None]], message: bytes) -> None:
+        self._written_bytes = len(message)
+        self._held.hold(len(message))
+        try:
+            await write(message)
+        finally:
+            self._written_bytes = 0
+            self._free(len(message))
 
     async def flushed(self) -> None:
         """Wait until everything, bodies included, has been handed to gRPC."""
         await self._idle.wait()
 
     async def relieved(self, limit: int) -> None:
-        """Wait until no more than `limit` bytes of bodies are unsent: a peer that reads slowly is served slowly."""
-        while self._unsent > limit:
+        """Wait until no more than `limit` bytes are held here, and none while all that may be held in all is held.
+
+        So a peer that reads slowly is served slowly.
+        """
+        while self._held.held > limit or (self._held.held and self._held.is_full):
             self._relieved.clear()
             await self._relieved.wait()
 
     def close(self) -> None:
-        """Free every body and end the tasks that wait for bodies to be sent, because the lane has ended."""
+        """Free every body and end the tasks that wait for bodies to be sent, because the lane has ended.
+
+        Frames that are added later are dropped, and no task waits for them.
+        """
+        self._ended = True
         for call in list(self._sending):
             self.drop(call)
         self._closed.clear()
         self._draft = _Draft()
+        # The message that is being written stays counted until it has left.
+        self._free(self._held.held - self._written_bytes)
+        self._pace.send_within(0.0)
         self._idle.set()
 
     def _send(self, frame: Descriptor | Reply, body: Body, sent: Callable[[], None] | None, within: float) -> None:
         frame.lengths[:] = body.lengths
         draft = self._draft
-        frame_bytes = frame.ByteSize()
-        draft.size += frame_bytes
-        draft.own_bytes += frame_bytes
+        own_bytes = frame.ByteSize()
         draft.count += 1
-        self._unsent += frame_bytes + body.size
         if body.whole:
+            own_bytes += body.size
             frame.whole = True
             self._whole_at = monotonic()
-            draft.payload += body.buffers
-            draft.size += body.size
-            draft.own_bytes += body.size
+            draft.payload += map(kept, body.buffers)
         else:
             frame.whole = False
             self._send_pieces(frame.call, body, sent)
             if isinstance(frame, Reply):
                 # A call's body may have to be sent again, elsewhere; a reply's never.
                 body.let_go()
+        draft.size += own_bytes
+        self._held.hold(own_bytes)
         if draft.full:
             self._closed.append(draft)
             self._draft = _Draft()
@@ -210,17 +198,19 @@ class Outbox:
                 self._turns.append(sending)
                 self._wake()
 
-        sending = self._sending[call] = _Sending(call, body.size, body.subscribe(more), sent)
+        sending = self._sending[call] = _Sending(call, body.subscribe(more), sent)
         self._turns.append(sending)
 
     def _wake(self, within: float | None = None) -> None:
+        if self._ended:
+            return
         self._idle.clear()
         # What is large, or comes in pieces, gains nothing by waiting.
         at_once = self._closed or self._turns or self._draft.size > WHOLE_BYTES
         self._pace.send_within(0.0 if at_once else gathered(self._outstanding()) if within is None else within)
 
-    def _sent(self, size: int) -> None:
-        self._unsent -= size
+    def _free(self, size: int) -> None:
+        self._held.free(size)
         self._relieved.set()
 
     def _take(self) -> bytes:
@@ -229,15 +219,19 @@ class Outbox:
         if self._closed:
             # Pieces wait: their frames may be in a later message than this.
             draft = self._closed.popleft()
+            own_bytes = draft.size
         else:
             draft, self._draft = self._draft, _Draft()
+            own_bytes = draft.size
             self._fill(draft, done)
         try:
             message = draft.packed()
         except Exception as error:  # noqa: BLE001 (the guard: the message's calls fail, and no others)
             message = b""
-            self._lose(draft.numbers(), error)
-        self._sent(draft.own_bytes)
+            told = self._guard.caught("lane_writer", error)
+            for call in draft.numbers():
+                self._guard.fail(call, told)
+        self._free(own_bytes)
         for sending in done:
             self.drop(sending.call)
         return message
@@ -248,40 +242,29 @@ class Outbox:
         message_bytes, piece_bytes = (MIXED_BYTES, MIXED_BYTES) if mixed else (MESSAGE_BYTES, PIECE_BYTES)
         while self._turns and draft.size < message_bytes:
             sending = self._turns.popleft()
-            try:
-                piece = sending.cursor.next(piece_bytes)
-            except Exception as error:  # noqa: BLE001 (the guard: this call fails, and no other)
-                self.drop(sending.call)
-                self._lose([sending.call], error)
-                continue
-            if piece is not None:
-                draft.frames.pieces.add().call = sending.call
-                draft.payload.append(piece)
-                draft.size += len(piece)
-            if sending.cursor.finished:
-                done.append(sending)
-            elif piece is not None:
-                self._turns.append(sending)
+            self._guard("lane_writer", sending.call, self._add_piece, draft, sending, piece_bytes, done)
 
-    def _lose(self, calls: Iterable[int], error: Exception) -> None:
-        """End the calls of a message, or of a body, that could not be made."""
-        told = self._caught("lane_writer", error)
-        for call in calls:
-            self._lost(call, told)
+    def _add_piece(self, draft: "_Draft", sending: _Sending, max_bytes: int, done: list[_Sending]) -> None:
+        piece = sending.cursor.next(max_bytes)
+        if piece is not None:
+            draft.frames.pieces.add().call = sending.call
+            draft.payload.append(piece)
+            draft.size += len(piece)
+        if sending.cursor.finished:
+            done.append(sending)
+        elif piece is not None:
+            self._turns.append(sending)
 
 
+@dataclass(slots=True)
 class _Draft:
-    """A message that is being filled."""
+    """A message that is being filled. `size` is that of its calls, replies, bodies and pieces."""
 
-    __slots__ = ("count", "frames", "own_bytes", "payload", "size")
-
-    def __init__(self) -> None:
-        self.frames = Frames()
-        self.count = 0
-        self.payload: list[Buffer] = []
-        self.size = 0
-        # Of its frames, and of the bodies that go beside them.
-        self.own_bytes = 0
+    frames: Frames = field(default_factory=Frames)
+    payload: list[Buffer] = field(default_factory=list)
+    # Calls and replies.
+    count: int = 0
+    size: int = 0
 
     @property
     def full(self) -> bool:

@@ -41,10 +41,8 @@ class Pace:
         when = self._last + seconds
         if when >= self._when or self._due.is_set():
             return
+        self._stop()
         self._when = when
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         left = when - monotonic()
         if left > _TICK_SECONDS:
             self._timer = asyncio.get_running_loop().call_later(left, self._due.set)
@@ -58,8 +56,11 @@ class Pace:
     def sent(self) -> None:
         """Pace the next message from now on: everything so far has been sent."""
         self._last = monotonic()
+        self._stop()
         self._when = float("inf")
+        self._due.clear()
+
+    def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._due.clear()

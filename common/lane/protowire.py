@@ -5,6 +5,8 @@ order the fields come, and gives the bulk as slices of the message and the rest 
 way back. Wire format: https://protobuf.dev/programming-guides/encoding/
 """
 
+from functools import lru_cache
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
 # Fields besides the bulk: a request has some for each of its tensors, parameters and outputs.
@@ -84,6 +86,7 @@ def varint(value: int) -> bytes:
     return bytes(encoded)
 
 
+@lru_cache(1024)
 def bulk_entry(field: int, size: int) -> bytes:
     """Return the bytes that stand before one entry, of `size` bytes, of a `bytes` field."""
     return varint(field << 3 | _BYTES) + varint(size)

@@ -1,7 +1,7 @@
 """Certificates in files, read and checked at the start, and again whenever the files change.
 
     every second: did a file change? ──> read and checked, on a thread ──> used from now on
-                                                     ├── not valid yet: tried again when they are
+                                                     ├── not valid now: tried again when they are
                                                      └── invalid: the old ones stay, the log has the reason
 
 Kubernetes replaces the directory that holds them in one step, but other tools write one file after the other. So after
@@ -14,7 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from functools import partial
 from time import time
 from typing import Never
 
@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cryptography.x509 import Certificate, load_pem_x509_certificate, load_pem_x509_certificates
 
 from unlatch.common.errors import CertificateError
-from unlatch.common.security.files import LOOK_SECONDS, FileWatch, content
+from unlatch.common.security.files import LOOK_SECONDS, FileWatch, content, read_apart
 
 # Not structlog: clients use this module too, and their program configures logging.
 _log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _MAX_FILE_BYTES = 4 * 1024 * 1024
 # Bound of remembered peers, and of remembered authorities that are no longer trusted.
 _MAX_REMEMBERED = 1024
+_DATE = "%Y-%m-%d %H:%M:%S"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +63,12 @@ class Contents:
     expiries: Mapping[tuple[str, str], float]
 
 
-class NotValidYet(CertificateError):
-    """A certificate that is not valid yet. `valid_from` says from when it is, in seconds since the epoch."""
+class NotValidNow(CertificateError):
+    """A certificate that is not valid yet, or has expired. The dates are in seconds since the epoch."""
 
-    valid_from = math.inf
+    def __init__(self, message: str, begins: float, ends: float) -> None:
+        super().__init__(message)
+        self.begins, self.ends = begins, ends
 
 
 class Certificates:
@@ -78,8 +81,9 @@ class Certificates:
         self._removed: OrderedDict[bytes, Certificate] = OrderedDict()
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
         self._watch = watch
-        # From when the files' contents are valid, if they were read too early.
-        self._valid_from = math.inf
+        # From when and until when the files' contents are valid, if they were not when they were read. The clock may be
+        # set, so an expired certificate may become valid, too.
+        self._valid = (math.inf, math.inf)
         self._changed = asyncio.Event()
 
     async def changed(self) -> None:
@@ -88,27 +92,42 @@ class Certificates:
 
     async def watch(self, looked: Callable[[], None] = lambda: None, taken: Callable[[], None] = lambda: None) -> Never:
         """Keep certificates up to date, for ever. Calls `looked` every second, and `taken` after each change."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            if await self._refresh():
-                taken()
-            looked()
+        refresh: asyncio.Task[bool] | None = None
+        try:
+            while True:
+                await asyncio.sleep(LOOK_SECONDS)
+                refresh = refresh or asyncio.create_task(self._refresh())
+                # Peers are looked at, too, while a file system hangs.
+                await asyncio.wait((refresh,), timeout=LOOK_SECONDS)
+                if refresh.done():
+                    if refresh.result():
+                        taken()
+                    refresh = None
+                looked()
+        finally:
+            if refresh is not None:
+                refresh.cancel()
 
     async def _refresh(self) -> bool:
         """Read the files again if they have changed or become valid. Returns whether new certificates are in use."""
-        if not self._watch.has_changed() and time() < self._valid_from:
-            return False
-        self._valid_from = math.inf
+        begins, ends = self._valid
+        paths = self.files.paths
         try:
-            contents = await asyncio.to_thread(_read, self.files)
+            contents = await read_apart(", ".join(paths.values()), partial(self._changed_contents, begins, ends))
         except CertificateError as error:
-            if isinstance(error, NotValidYet):
-                self._valid_from = error.valid_from
+            self._valid = (error.begins, error.ends) if isinstance(error, NotValidNow) else (math.inf, math.inf)
             _log.warning("certificates not replaced, old ones stay in use: %s", error)
             return False
+        if contents is None:
+            return False
+        self._valid = (math.inf, math.inf)
         self._take(contents)
-        _log.info("certificates replaced: %s", ", ".join(f"{name} {path}" for name, path in self.files.paths.items()))
+        _log.info("certificates replaced: %s", ", ".join(f"{name} {path}" for name, path in paths.items()))
         return True
+
+    def _changed_contents(self, begins: float, ends: float) -> Contents | None:
+        """The contents of the files if they have changed, or have become valid at `begins` and are until `ends`."""
+        return _read(self.files) if self._watch.has_changed() or begins <= time() < ends else None
 
     def refusal(self, certificate: bytes) -> str:
         """Why a peer whose certificate was once accepted is now refused; "" if it is not."""
@@ -211,21 +230,16 @@ def _pem(name: str, path: str) -> bytes:
 
 
 def _check_dates(name: str, path: str, certificate: Certificate) -> None:
-    now, begins, ends = datetime.now(UTC), certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if now >= ends:
-        raise _wrong(name, path, f"the certificate expired at {ends:%Y-%m-%d %H:%M:%S} UTC")
-    if now < begins:
-        early = NotValidYet(_told(name, path, f"the certificate is not valid before {begins:%Y-%m-%d %H:%M:%S} UTC"))
-        early.valid_from = begins.timestamp()
-        raise early
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if begins.timestamp() <= time() < ends.timestamp():
+        return
+    expired = time() >= ends.timestamp()
+    what = f"expired at {ends:{_DATE}}" if expired else f"is not valid before {begins:{_DATE}}"
+    raise NotValidNow(f"{name} {path}: the certificate {what} UTC", begins.timestamp(), ends.timestamp())
 
 
 def _wrong(name: str, path: str, what: str) -> CertificateError:
-    return CertificateError(_told(name, path, what))
-
-
-def _told(name: str, path: str, what: str) -> str:
-    return f"{name} {path}: {what}"
+    return CertificateError(f"{name} {path}: {what}")
 
 
 def _expiry(certificate: Certificate) -> float:

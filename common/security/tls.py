@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from unlatch.common.errors import Unauthenticated
-from unlatch.common.net.addresses import is_unix
+from unlatch.common.net.addresses import is_private, is_unix
 from unlatch.common.net.settings import Settings
 from unlatch.common.telemetry.recorder import Recorder
 
@@ -76,6 +76,8 @@ class ChannelSecurity:
 
     def open_channel(self, target: str, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
         """Open a channel on connections of its own, made with the present certificates."""
+        # Without this, gRPC uses the proxy that http_proxy names for private addresses, too. An earlier option counts.
+        options = [*options, ("grpc.enable_http_proxy", int(not is_private(target)))]
         if self._certificates is None or is_unix(target):
             return grpc.aio.insecure_channel(target, options=options)
         now = self._certificates.now
@@ -121,17 +123,6 @@ def refusal(certificates: "Certificates | None", context: Any) -> str:
         return ""
     shown = context.auth_context().get("x509_pem_cert")
     return certificates.refusal(shown[0]) if shown else ""
-
-
-def guarded(certificates: "Certificates | None", method: Method[Answer]) -> Method[Answer]:
-    """A method that refuses peers whose certificate is no longer valid. Raises Unauthenticated."""
-
-    async def handle(request: Any, context: Any) -> Answer:
-        if why := refusal(certificates, context):
-            raise Unauthenticated(why)
-        return await method(request, context)
-
-    return method if certificates is None else handle
 
 
 def guarded_stream(certificates: "Certificates | None", method: Method[None]) -> Method[None]:

@@ -6,11 +6,11 @@ from typing import Never
 
 import structlog
 
-from unlatch.common.security.files import LOOK_SECONDS, FileWatch, content
+from unlatch.common.security.files import LOOK_SECONDS, FileWatch, content, read_apart
 
 log = structlog.get_logger()
 
-# Bound of a file, since it is read at once on the event loop.
+# Bound of a file, since its content is taken at once on the event loop.
 _MAX_BYTES = 1024 * 1024
 
 
@@ -19,9 +19,13 @@ class FileError(Exception):
 
 
 class WatchedFile:
-    """Passes a file's bytes to `take`. If `take` raises ValueError, the last valid content stays in effect."""
+    """Passes the bytes of the file of a setting, `flag`, to `take`.
 
-    def __init__(self, path: str, take: Callable[[bytes], None]) -> None:
+    If `take` raises ValueError, the last valid content stays in effect.
+    """
+
+    def __init__(self, flag: str, path: str, take: Callable[[bytes], None]) -> None:
+        self._flag = flag
         self._path = path
         self._take = take
         self._watch = FileWatch(path)
@@ -32,24 +36,29 @@ class WatchedFile:
         try:
             self._take(content(self._path, _MAX_BYTES))
         except (OSError, ValueError) as error:
-            raise FileError(f"{self._path}: {_reason(error)}") from None
+            raise FileError(f"{self._flag} {self._path}: {_reason(error)}") from None
 
     async def run(self) -> Never:
         """Read the file again whenever it has changed, for ever."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            self.look()
+            await self.look()
 
-    def look(self) -> None:
+    async def look(self) -> None:
         """Read the file again if it has changed."""
-        if not self._watch.has_changed():
-            return
         try:
-            self._take(content(self._path, _MAX_BYTES))
+            found = await read_apart(self._path, self._changed)
+            if found is None:
+                return
+            self._take(found)
         except Exception as error:  # noqa: BLE001 (with any fault the file is read again when it changes)
             log.error("file not replaced, old content stays", path=self._path, message=_reason(error))
         else:
             log.info("file replaced", path=self._path)
+
+    def _changed(self) -> bytes | None:
+        """The content of the file if it has changed."""
+        return content(self._path, _MAX_BYTES) if self._watch.has_changed() else None
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,6 @@ Python and time the answer: `unlatch_gil_contention_ratio`.
 import asyncio
 import atexit
 import time
-from types import TracebackType
 from typing import Self
 
 from gilknocker import KnockKnock  # type: ignore[import-untyped]  # compiled, without stubs
@@ -93,9 +92,7 @@ class LoopWatch:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _schedule(self) -> None:

@@ -31,7 +31,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -112,6 +111,10 @@ class _Life:
             if opened >= 0:
                 os.close(opened)
         self._stat = self._schedstat = -1
+
+    def __del__(self) -> None:
+        # Of a watch that is dropped.
+        self._end()
 
 
 class _Name:
@@ -219,9 +222,7 @@ class ProcessWatch:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _run(self) -> None:

@@ -13,9 +13,9 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
@@ -77,6 +77,9 @@ Series = TypeVar("Series", CounterSeries, GaugeSeries, HistogramSeries)
 class _Metric(ABC, Generic[Series]):
     """A named family of series, one for each combination of label values seen."""
 
+    # Makes the family for prometheus_client, still without samples.
+    _family: ClassVar[type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]]
+
     def __init__(self, name: str, text: str, label_names: Sequence[str], max_series: int) -> None:
         # prometheus_client would accept any UTF-8 as a name.
         if not all(re.fullmatch("[a-z][a-z0-9_]*", word) for word in (name, *label_names)):
@@ -103,16 +106,19 @@ class _Metric(ABC, Generic[Series]):
         """The series with these label values; None if it has not been created."""
         return self._series.get(values)
 
-    @abstractmethod
-    def _family(self) -> Metric:
-        """The family for prometheus_client, still without samples."""
+    def collect(self) -> Metric:
+        """Collect all series at their present values. Called from a scrape's thread."""
+        family = self._family(self.name, self.text, labels=self.label_names)
+        for labels, sample in self._samples():
+            family.add_metric(labels, *sample)
+        return family
 
     @abstractmethod
     def _new_series(self) -> Series: ...
 
     @abstractmethod
-    def collect(self) -> Metric:
-        """Collect all series at their present values. Called from a scrape's thread."""
+    def _samples(self) -> Iterable[tuple[tuple[str, ...], tuple[Any, ...]]]:
+        """The series' labels, each with the arguments of its family's `add_metric`."""
 
     def _add_series(self, values: tuple[str, ...]) -> Series:
         if len(values) != len(self.label_names) or not all(isinstance(value, str) for value in values):
@@ -125,6 +131,8 @@ class _Metric(ABC, Generic[Series]):
 class Counter(_Metric[CounterSeries]):
     """A sum that only grows: `counter.add(1, kernel, code)`."""
 
+    _family = CounterMetricFamily
+
     def add(self, amount: float, *labels: str) -> None:
         """Add `amount`, which must not be negative."""
         try:
@@ -135,18 +143,14 @@ class Counter(_Metric[CounterSeries]):
     def _new_series(self) -> CounterSeries:
         return CounterSeries()
 
-    def _family(self) -> CounterMetricFamily:
-        return CounterMetricFamily(self.name, self.text, labels=self.label_names)
-
-    def collect(self) -> Metric:
-        family = self._family()
-        for labels, series in self._series.copy().items():
-            family.add_metric(labels, series.value)
-        return family
+    def _samples(self) -> Iterable[tuple[tuple[str, ...], tuple[float]]]:
+        return [(labels, (series.value,)) for labels, series in self._series.copy().items()]
 
 
 class Histogram(_Metric[HistogramSeries]):
     """A distribution of values over buckets, in base units: `histogram.observe(seconds, kernel, stage)`."""
+
+    _family = HistogramMetricFamily
 
     def __init__(
         self, name: str, text: str, label_names: Sequence[str], max_series: int, buckets: Sequence[float]
@@ -169,19 +173,16 @@ class Histogram(_Metric[HistogramSeries]):
     def _new_series(self) -> HistogramSeries:
         return HistogramSeries(self._bounds)
 
-    def _family(self) -> HistogramMetricFamily:
-        return HistogramMetricFamily(self.name, self.text, labels=self.label_names)
-
-    def collect(self) -> Metric:
-        family = self._family()
+    def _samples(self) -> Iterable[tuple[tuple[str, ...], tuple[list[tuple[str, int]], float]]]:
         for labels, series in self._series.copy().items():
             counts = accumulate(series.counts.copy())
-            family.add_metric(labels, list(zip(self._bucket_names, counts, strict=True)), series.sum)
-        return family
+            yield labels, (list(zip(self._bucket_names, counts, strict=True)), series.sum)
 
 
 class Gauge(_Metric[GaugeSeries]):
     """A present value: set by the loop with `gauge.set(value, *labels)`, or read by `read` at each scrape."""
+
+    _family = GaugeMetricFamily
 
     def __init__(
         self, name: str, text: str, label_names: Sequence[str], max_series: int, read: "GaugeReader | None" = None
@@ -199,24 +200,16 @@ class Gauge(_Metric[GaugeSeries]):
     def _new_series(self) -> GaugeSeries:
         return GaugeSeries()
 
-    def _family(self) -> GaugeMetricFamily:
-        return GaugeMetricFamily(self.name, self.text, labels=self.label_names)
-
-    def collect(self) -> Metric:
-        family = self._family()
-        for labels, value in self._values().items():
-            family.add_metric(labels, value)
-        return family
-
-    def _values(self) -> dict[tuple[str, ...], float]:
+    def _samples(self) -> Iterable[tuple[tuple[str, ...], tuple[float]]]:
         if self._read is None:
-            return {labels: series.value for labels, series in self._series.copy().items()}
+            return [(labels, (series.value,)) for labels, series in self._series.copy().items()]
         try:
             values = self._read()
         except Exception:  # noqa: BLE001 (only this metric is left out: in trouble the others are needed most)
             _log.exception("metric %s could not be read", self.name)
-            return {}
-        return dict(values) if isinstance(values, Mapping) else {(): values}
+            return []
+        found = dict(values) if isinstance(values, Mapping) else {(): values}
+        return [(labels, (value,)) for labels, value in found.items()]
 
 
 # Returns a number for a gauge without labels, else numbers by label values. Called from a scrape's thread.

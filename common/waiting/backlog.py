@@ -16,13 +16,22 @@ from itertools import islice
 from time import monotonic
 from typing import Generic, NamedTuple, TypeVar
 
-from unlatch.common.errors import ResourceExhausted, UnlatchError
-from unlatch.common.waiting.admission import MARGIN, refusal_in_time, too_late
+from unlatch.common.errors import DeadlineExceeded, ResourceExhausted, UnlatchError
 from unlatch.common.waiting.forecast import Forecast
 from unlatch.common.waiting.order import Policy, Waiting, by_length
 
 Entry = TypeVar("Entry", bound=Waiting)
 Place = TypeVar("Place")
+
+# A prediction is a mean, and a call that is done too late has kept a worker from a call that would have been in time.
+# So this many times the predicted seconds must fit before the deadline. The margin costs nothing under overload.
+MARGIN = 1.25
+_SHORTEST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.01, 10.0
+
+
+def retry_milliseconds(seconds: float) -> int:
+    """How long a refused caller is told to wait when room is expected in `seconds`."""
+    return round(min(max(seconds, _SHORTEST_RETRY_SECONDS), _LONGEST_RETRY_SECONDS) * 1e3)
 
 
 class Send(NamedTuple, Generic[Entry, Place]):
@@ -83,19 +92,24 @@ class Backlog(Generic[Entry]):
         """Return the seconds of work before a call that is not added yet. With `short`, of calls that are not long."""
         return self._policy.seconds_before(entry, short=short)
 
-    def refusal_in_time(self, entry: Entry, *, wait_seconds: float, run_seconds: float) -> ResourceExhausted | None:
-        """Return the error for a new call that could not be answered before its deadline; None if it could."""
-        if not wait_seconds:
-            # A worker is idle, so the call may try.
-            return None
+    def refusal_in_time(
+        self, entry: Entry, *, wait_seconds: float, run_seconds: float
+    ) -> ResourceExhausted | DeadlineExceeded | None:
+        """Return the error for a new call that could not wait, run and be answered in time; None if it could."""
         demand = entry.demand
-        return refusal_in_time(
-            demand,
-            self.forecast,
-            wait_seconds=wait_seconds,
-            run_seconds=run_seconds,
-            reply_seconds=self._reply_seconds,
-            left_seconds=demand.deadline - monotonic(),
+        left_seconds = demand.deadline - monotonic()
+        needed = MARGIN * (wait_seconds + run_seconds) + self._reply_seconds
+        # A call that finds an idle worker may try, whatever is expected of it: else nothing new would ever be learned.
+        if not wait_seconds or needed <= left_seconds:
+            return None
+        if left_seconds <= 0:
+            return DeadlineExceeded(f"the deadline passed before kernel {demand.kernel} could be begun")
+        if MARGIN * run_seconds + self._reply_seconds > left_seconds:
+            self.forecast.doubt(demand.kernel, demand.size)
+        return ResourceExhausted(
+            f"kernel {demand.kernel} would be done in {needed:.2g} s, with what waits before it, and the deadline is "
+            f"in {left_seconds:.2g} s",
+            retry_after_milliseconds=retry_milliseconds(needed - left_seconds),
         )
 
     def add(self, entry: Entry) -> Refuse[Entry] | None:
@@ -139,7 +153,8 @@ class Backlog(Generic[Entry]):
                 return Refuse(entry, self._caught(error))
             if is_late:
                 self._policy.remove(entry)
-                return Refuse(entry, too_late(entry.demand.kernel))
+                late = f"the deadline passed, or would have, while kernel {entry.demand.kernel} waited"
+                return Refuse(entry, DeadlineExceeded(late))
             self._policy.take_before_others(entry)
             return Send(entry, place)
         return None

@@ -63,8 +63,8 @@ class _Tenant(Generic[Call]):
 
     __slots__ = ("calls", "clock", "lines", "weight")
 
-    def __init__(self, weight: float, clock: float) -> None:
-        self.weight = weight
+    def __init__(self, clock: float) -> None:
+        self.weight = 1.0
         self.clock = clock
         self.lines: dict[Hashable, _Line[Call]] = {}
         self.calls = 0
@@ -84,7 +84,7 @@ class Policy(Generic[Call]):
     def __init__(
         self, weights: Mapping[str, float] | None = None, kind: Callable[[Call], Hashable] = by_length
     ) -> None:
-        self._weights = weights or {}
+        self._weights = {} if weights is None else weights
         self._kind = kind
         self._tenants: dict[_Key, _Tenant[Call]] = {}
         self._waiting: dict[_Key, _Tenant[Call]] = {}
@@ -188,15 +188,9 @@ class Policy(Generic[Call]):
 
     def take(self, call: Call) -> None:
         """Take a waiting call: it waits no more, and its tenant is charged the expected cost."""
-        if self.remove(call):
-            self.charge(call, call.estimate.seconds)
-
-    def next(self, kinds: Container[Hashable] | None = None) -> Call | None:
-        """Take the call whose turn it is, of all or of these kinds; None when no such call waits."""
-        call = self.first(kinds)
-        if call is not None:
-            self.take_before_others(call)
-        return call
+        # The charge comes first: if it raises, the call still waits.
+        self.charge(call, call.estimate.seconds)
+        self.remove(call)
 
     def first(self, kinds: Container[Hashable] | None = None) -> Call | None:
         """The call whose turn it is, of all or of these kinds, without taking it; None when no such call waits."""
@@ -297,11 +291,9 @@ class Policy(Generic[Call]):
         if tenant is None:
             if len(self._tenants) > 2 * len(self._waiting) + _MAX_AWAY:
                 self._forget_tenants()
-            clock = self._clocks[demand.priority]
-            tenant = self._tenants[key] = _Tenant(self._weights.get(demand.tenant, 1.0), clock)
-        else:
-            # The weight may be another by now.
-            tenant.weight = self._weights.get(demand.tenant, 1.0)
+            tenant = self._tenants[key] = _Tenant(self._clocks[demand.priority])
+        # Set anew each time: the weights may be others by now.
+        tenant.weight = self._weights.get(demand.tenant, 1.0)
         return tenant
 
     def _forget_tenants(self) -> None:

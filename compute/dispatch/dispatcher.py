@@ -14,21 +14,23 @@ and logged, and the dispatcher continues.
 
 import asyncio
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from time import monotonic
+
+import structlog
 
 from unlatch.common.errors import ResourceExhausted, Unavailable, UnlatchError
 from unlatch.common.fair import ByTurns
 from unlatch.common.telemetry.internal_errors import InternalErrors
-from unlatch.common.waiting.admission import MARGIN, retry_milliseconds
-from unlatch.common.waiting.backlog import Backlog, Refuse, Send
+from unlatch.common.waiting.backlog import MARGIN, Backlog, Send, retry_milliseconds
 from unlatch.common.waiting.demand import Estimate
 from unlatch.compute.call import Call
 from unlatch.compute.dispatch.batching import companions
 from unlatch.compute.dispatch.outcomes import (
     DROP,
     Answer,
+    Drop,
     Fail,
     FailRunning,
     Outcome,
@@ -41,11 +43,15 @@ from unlatch.compute.dispatch.outcomes import (
     verdict,
 )
 from unlatch.compute.dispatch.poison import Poison
+from unlatch.compute.ipc.frames import Failed
 from unlatch.compute.metrics import ComputeMetrics
 from unlatch.compute.pool import exits
+from unlatch.compute.pool.in_flight import InFlight
 from unlatch.compute.pool.pool import Pool
 from unlatch.compute.pool.run import Event, Replied, Run, WorkerExited
-from unlatch.compute.pool.slot import Slot
+from unlatch.compute.settings import ComputeSettings
+
+log = structlog.get_logger()
 
 # Expected time of the way back to the caller: a call takes this beyond its wait and its run.
 _REPLY_SECONDS = 0.002
@@ -54,15 +60,11 @@ _REFUSED_AT_ONCE = 32
 _RECONSIDERED_AT_ONCE = 16
 # Tuples for isinstance: making a union takes longer than the check.
 _ENDS = (Replied, WorkerExited)
-_WAITS_AGAIN = (Requeue, RunAlone)
 _KEEPS_SEGMENT = (Answer, FailRunning)
 
 
 class Dispatcher:
-    """Hold the calls that wait, and give them to the workers of the pool. `weights` are the tenants' shares.
-
-    `max_calls` trades memory and waiting against refusals: calls beyond it are refused at once.
-    """
+    """Hold the calls that wait, and give them to the workers of the pool."""
 
     def __init__(
         self,
@@ -70,26 +72,26 @@ class Dispatcher:
         poison: Poison,
         metrics: ComputeMetrics,
         errors: InternalErrors,
+        settings: ComputeSettings,
         *,
-        weights: Mapping[str, float] | None = None,
-        max_calls: int = 10_000,
-        long_call_seconds: float = 0.1,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._pool = pool
         self._poison = poison
         self._metrics = metrics
         self._errors = errors
-        self._long_call_seconds = long_call_seconds
+        self._long_call_seconds = settings.long_call_seconds
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._backlog = Backlog[Call](
-            weights or {},
+            settings.tenant_weights,
             reply_seconds=_REPLY_SECONDS,
             caught=partial(errors.caught, "assign"),
-            max_calls=max_calls,
-            full=lambda: self.full(f"the queue is full: max_queued_calls={max_calls}"),
+            max_calls=settings.max_queued_calls,
+            full=lambda: self.full(f"the queue is full: max_queued_calls={settings.max_queued_calls}"),
         )
+        # The kinds of the calls that wait: empty if none waits. Asking this costs less than the backlog's length.
+        self._waiting = self._backlog.kinds
         self._refusing = ByTurns(self._refuse, at_once=_REFUSED_AT_ONCE, caught=partial(errors.caught, "shut"))
         # Whether `assign` is scheduled for the next round of the event loop.
         self._assigns_soon = False
@@ -108,8 +110,11 @@ class Dispatcher:
         if call.demand.deadline == math.inf:
             return
         now = self._clock()
-        left = call.demand.deadline - now
-        wait = self._wait_seconds(call, (left - _REPLY_SECONDS) / MARGIN - seconds, now)
+        longest = (call.demand.deadline - now - _REPLY_SECONDS) / MARGIN - seconds
+        before = self._backlog.seconds_before(call) if self._waiting else 0.0
+        if self._pool.longest_wait_seconds(before) <= longest:
+            return
+        wait = self._wait_seconds(call, before, longest, now)
         refusal = self._backlog.refusal_in_time(call, wait_seconds=wait, run_seconds=seconds)
         if refusal is not None:
             raise refusal
@@ -125,23 +130,23 @@ class Dispatcher:
         waited = self.wait_seconds(short=False)
         return ResourceExhausted(what, retry_after_milliseconds=retry_milliseconds(waited / 10))
 
-    def offer(self, call: Call) -> None:
+    def offer(self, call: Call, *, judged: bool = False) -> None:
         """Let a call wait or run at once. A call like one that killed a worker is checked for poison first."""
         try:
-            if self._poison.suspects(call):
+            if not judged and self._poison.suspects(call):
                 self._poison.judge(call, partial(self._judged, call))
                 return
             self._enqueue(call)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            self._rescue("offer", error, call)
+            told = self._errors.caught("offer", error)
+            self._backlog.withdraw(call)
+            self.settle(call, Fail(told))
         self.assign()
 
     def withdraw(self, call: Call) -> None:
         """Drop a waiting call whose caller has left."""
-        try:
+        with self._errors.guarded("withdraw"):
             self._backlog.withdraw(call)
-        except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            self._errors.caught("withdraw", error)
         self.settle(call, DROP)
 
     def shut(self, why: Unavailable | None) -> None:
@@ -160,29 +165,25 @@ class Dispatcher:
         try:
             refused = 0
             # In slices: after the process has stood still, all waiting calls may be late.
-            while self._backlog and refused < _REFUSED_AT_ONCE:
+            while self._waiting and refused < _REFUSED_AT_ONCE:
                 # One time for the whole decision: with two readings of the clock, a free worker could count as busy.
                 now = self._clock()
-                decision = self._decide(now)
-                if isinstance(decision, Send):
-                    self._hand_out(decision.place, decision.entry, now)
-                elif decision is not None:
-                    self.settle(decision.entry, DROP if decision.entry.ended else Fail(decision.error))
+                opening = self._pool.opening(now)
+                if opening is None:
+                    return
+                kinds: set[Hashable] = {False, True} if opening.takes_long else {False}
+                turn = self._backlog.next(kinds, opening.takes, partial(self._seconds_until_done, now))
+                if isinstance(turn, Send):
+                    self._hand_out(turn.place, turn.entry, now)
+                elif turn is not None:
+                    self.settle(turn.entry, Fail(turn.error))
                     refused += 1
                 else:
                     return
-            if self._backlog:
+            if self._waiting:
                 self.changed()
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
             self._errors.caught("assign", error)
-
-    def _decide(self, now: float) -> Send[Call, Slot] | Refuse[Call] | None:
-        """Decide about the call that is next: the slot that it goes to, or its refusal; None if no worker has room."""
-        opening = self._pool.opening(now)
-        if opening is None:
-            return None
-        kinds: set[Hashable] = {False, True} if opening.takes_long else {False}
-        return self._backlog.next(kinds, opening.takes, partial(self._seconds_until_done, now))
 
     def happened(self, run: Run, event: Event) -> None:
         """Settle the calls of a run after an event of that run."""
@@ -195,15 +196,9 @@ class Dispatcher:
                 self._account(run, event, rows)
             except Exception as error:  # noqa: BLE001 (an entry point's guard)
                 self._errors.caught("account", error)
-        back: list[Settled] = []
-        for row in rows:
-            if isinstance(row.outcome, _WAITS_AGAIN):
-                back.append(row)
-            else:
-                self.settle(row.call, row.outcome, refund=row.refund, run=run)
-        # From the last to the first, because each is put at the head of the backlog.
-        for row in reversed(back):
-            self.settle(row.call, row.outcome, refund=row.refund, run=run)
+        # From the last to the first, because calls that wait again are put at the head of the backlog.
+        for call, outcome, refund in reversed(rows):
+            self.settle(call, outcome, refund=refund, run=run)
 
     def settle(self, call: Call, outcome: Outcome, *, refund: bool = False, run: Run | None = None) -> None:
         """Carry out the outcome of a call. Only this function ends a call in the dispatcher, or lets it wait again.
@@ -216,18 +211,17 @@ class Dispatcher:
                 self._backlog.not_run(call)
             self._perform(call, outcome, run)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            outcome = self._perform_instead(call, outcome, self._errors.caught("settle", error), run)
+            told = self._errors.caught("settle", error)
+            # The reply of a call that has ended may be on its way, and its segment is kept until it is sent.
+            if not (isinstance(outcome, Answer) and call.ended):
+                outcome = FailRunning(told) if isinstance(outcome, FailRunning) else Fail(told)
+                self._backlog.withdraw(call)
+                self._perform(call, outcome, run)
         if run is not None and not isinstance(outcome, _KEEPS_SEGMENT):
             run.read(call)
 
     def _perform(self, call: Call, outcome: Outcome, run: Run | None) -> None:
-        if isinstance(outcome, FailRunning):
-            call.fail(outcome.error, outcome.ran)
-        elif isinstance(outcome, (Requeue, RunAlone)):
-            self._put_back(call, outcome)
-        elif isinstance(outcome, Strike):
-            self._poison.strike(call, outcome.why, partial(self._struck, call, outcome))
-        else:
+        if isinstance(outcome, (Answer, Fail, Drop)):
             call.holder = None
             # No worker reads the call's memory any more.
             call.release()
@@ -236,16 +230,12 @@ class Dispatcher:
                 call.answer(outcome.tensors, run.segment.view, outcome.ran, partial(run.read, call))
             elif isinstance(outcome, Fail):
                 call.fail(outcome.error, outcome.ran)
-
-    def _perform_instead(self, call: Call, outcome: Outcome, told: UnlatchError, run: Run | None) -> Outcome:
-        """Fail a call whose outcome could not be carried out; return the outcome that was carried out."""
-        if isinstance(outcome, Answer) and call.ended:
-            # The reply may be on its way, and its segment is kept until it is sent.
-            return outcome
-        instead = FailRunning(told) if isinstance(outcome, FailRunning) else Fail(told)
-        self._backlog.withdraw(call)
-        self._perform(call, instead, run)
-        return instead
+        elif isinstance(outcome, FailRunning):
+            call.fail(outcome.error, outcome.ran)
+        elif isinstance(outcome, Strike):
+            self._poison.strike(call, outcome.why, partial(self._struck, call, outcome))
+        else:
+            self._put_back(call, outcome)
 
     def _put_back(self, call: Call, outcome: Requeue | RunAlone) -> None:
         """Put a call back at the head of the backlog. No bound refuses it, because it has waited its turn."""
@@ -269,13 +259,11 @@ class Dispatcher:
 
     def _reconsider(self, matches: Callable[[Call], bool]) -> None:
         """Check waiting calls that may be poison, some in each round of the event loop, because many may wait."""
-        try:
+        found: list[Call] = []
+        with self._errors.guarded("reconsider"):
             found = self._backlog.take_out(matches, _RECONSIDERED_AT_ONCE)
-            for call in found:
-                self.offer(call)
-        except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            self._errors.caught("reconsider", error)
-            return
+        for call in found:
+            self.offer(call)
         if found:
             self._loop.call_soon(self._reconsider, matches)
 
@@ -286,44 +274,30 @@ class Dispatcher:
         elif poison is not None:
             self.settle(call, Fail(poison))
         else:
-            try:
-                self._enqueue(call)
-            except Exception as error:  # noqa: BLE001 (an entry point's guard)
-                self._rescue("offer", error, call)
-            self.assign()
+            self.offer(call, judged=True)
 
     def _enqueue(self, call: Call) -> None:
-        """Add a call to the backlog. If the backlog is full, settle the call that the backlog chooses to refuse."""
+        """Give a call to a worker, or add it to the backlog. If that is full, settle the call that it refuses."""
         call.holder = self
-        if not self._backlog and self._hand_out_at_once(call):
-            return
+        if not self._waiting and not self._backlog.is_shut:
+            # Most calls find a worker with room, and need not wait.
+            now = self._clock()
+            opening = self._pool.opening(now)
+            has_room = opening is not None and (opening.takes_long or not call.estimate.long)
+            if opening is not None and has_room and call.demand.deadline >= now:
+                self._backlog.take_at_once(call)
+                self._hand_out(opening.in_flight, call, now)
+                return
         refusal = self._backlog.add(call)
         if refusal is not None:
             self.settle(refusal.entry, Fail(refusal.error))
-
-    def _hand_out_at_once(self, call: Call) -> bool:
-        """Give a call to a worker at once, where one has room. Most calls find one, and need not wait."""
-        now = self._clock()
-        opening = self._pool.opening(now)
-        has_room = opening is not None and (opening.takes_long or not call.estimate.long)
-        if opening is None or not has_room or call.demand.deadline < now or self._backlog.is_shut:
-            return False
-        self._backlog.take_at_once(call)
-        self._hand_out(opening.slot, call, now)
-        return True
-
-    def _rescue(self, place: str, error: Exception, call: Call) -> None:
-        """Fail a call whose acceptance raised an unexpected exception."""
-        told = self._errors.caught(place, error)
-        self._backlog.withdraw(call)
-        self.settle(call, Fail(told))
 
     def _assign_soon(self) -> None:
         self._assigns_soon = False
         self.assign()
 
-    def _hand_out(self, slot: Slot, call: Call, now: float) -> None:
-        """Give a call to a slot with room, together with waiting calls that can run as one batch with it."""
+    def _hand_out(self, in_flight: InFlight, call: Call, now: float) -> None:
+        """Give a call to a worker with room, together with waiting calls that can run as one batch with it."""
         if call.ended:
             self.settle(call, DROP, refund=True)
             return
@@ -333,23 +307,21 @@ class Dispatcher:
                 for other in companions(call, self._backlog.alike(call), now):
                     self._backlog.take(other)
                     calls.append(other)
-            self._pool.run(slot, calls, now)
+            self._pool.run(in_flight, calls, now)
         except ResourceExhausted as error:
             for refused in calls:
                 self.settle(refused, Fail(error), refund=True)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            self._not_handed_out(slot, calls, self._errors.caught("assign", error))
+            told = self._errors.caught("assign", error)
+            for failed in calls:
+                if in_flight.holds(failed):
+                    # The worker may have the call. It is killed, and its exit frees the call's memory.
+                    in_flight.kill(exits.INTERNAL_ERROR)
+                    self.settle(failed, FailRunning(told))
+                else:
+                    self.settle(failed, Fail(told), refund=True)
 
-    def _not_handed_out(self, slot: Slot, calls: list[Call], told: UnlatchError) -> None:
-        """Fail calls that may have reached a worker. If the worker holds them, kill it: its exit frees their memory."""
-        for call in calls:
-            if slot.holds(call):
-                slot.kill(exits.INTERNAL_ERROR)
-                self.settle(call, FailRunning(told))
-            else:
-                self.settle(call, Fail(told), refund=True)
-
-    def _seconds_until_done(self, now: float, call: Call, _: Slot) -> float:
+    def _seconds_until_done(self, now: float, call: Call, _: InFlight) -> float:
         """Return the seconds until a call would be done; 0 if it may run even if it could be late.
 
         A call that would be late must not occupy a worker that could finish another call in time. The call may be
@@ -360,19 +332,29 @@ class Dispatcher:
             return 0.0
         return self._pool.wait_seconds(0.0, now, short=not call.estimate.long) + seconds
 
-    def _wait_seconds(self, call: Call, longest: float, now: float) -> float:
-        """Return the seconds that a call would wait. A wait of at most `longest` is returned without further search."""
-        wait = self._pool.wait_seconds(self._backlog.seconds_before(call), now, short=False)
+    def _wait_seconds(self, call: Call, before: float, longest: float, now: float) -> float:
+        """Return the seconds that a call would wait, with `before` seconds of work before it.
+
+        A wait of at most `longest` is returned without further search.
+        """
+        wait = self._pool.wait_seconds(before, now, short=False)
         if call.estimate.long or wait <= max(0.0, longest) or not self._pool.keeps_some_free(now):
             return wait
         before = self._backlog.seconds_before(call, short=True)
         return min(wait, self._pool.wait_seconds(before, now, short=True))
 
+    def _log_failure(self, run: Run, failed: Failed) -> None:
+        """Log the traceback of a kernel that raised."""
+        if failed.log:
+            log.error("kernel failed", kernel=run.spec.name, worker=run.worker, exception=failed.log)
+
     def _account(self, run: Run, event: Replied | WorkerExited, rows: list[Settled]) -> None:
-        """Learn the run time for the forecast, and charge each call of the run an equal part.
+        """Log a failure, learn the run time for the forecast, and charge each call of the run an equal part.
 
         The forecast learns seconds by the clock, because other calls wait that long. Tenants pay for processor seconds.
         """
+        if isinstance(event, Replied) and isinstance(event.frame, Failed):
+            self._log_failure(run, event.frame)
         usage = event.usage
         ran = [row for row in rows if not row.refund]
         if usage is None or not ran:
@@ -384,7 +366,7 @@ class Dispatcher:
             learn(call.spec.name, call.size, seconds)
             self._backlog.ran(call, cpu_seconds)
             if call.ended:
-                self._metrics.worker_wasted(str(run.worker), cpu_seconds)
+                self._metrics.wasted.add(cpu_seconds, str(run.worker))
             elif isinstance(event, Replied) and not isinstance(outcome, RunAlone):
                 self._poison.clear(call)
 

@@ -7,25 +7,15 @@
 run, the rows without a refund share the cost of the run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
 
-from unlatch.common.errors import DeadlineExceeded, ResourceExhausted, Unavailable, UnlatchError, from_code
+from unlatch.common.errors import Aborted, Unavailable, UnlatchError, error_class
 from unlatch.compute.call import Call, Ran
 from unlatch.compute.ipc.frames import Failed, Tensor
-from unlatch.compute.pool.run import (
-    Event,
-    MemoryExceeded,
-    NotHeard,
-    Replied,
-    Run,
-    RunState,
-    TimedOut,
-    Withdrawn,
-    WorkerExited,
-)
+from unlatch.compute.pool.run import Event, LimitReached, Replied, Run, RunState, TakenOut, WorkerExited
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -67,7 +57,7 @@ class Strike(msgspec.Struct, frozen=True):
     """Check whether the call is poison, then apply `verdict`: a worker died while it ran this call alone."""
 
     why: str
-    lost: Unavailable
+    lost: UnlatchError
 
 
 Outcome = Answer | Fail | FailRunning | Drop | Requeue | RunAlone | Strike
@@ -90,28 +80,27 @@ def outcomes(run: Run, event: Event) -> list[Settled]:
             return _replied(run, event)
         case WorkerExited():
             return _exited(run, event)
-        case TimedOut():
-            return _timed_out(run)
-        case MemoryExceeded():
-            return _memory_exceeded(run, event)
-        case NotHeard():
-            late = Unavailable("its caller has not said in time that it knows of its beginning")
-            return [Settled(call, DROP if call.ended else Fail(late), refund=True) for call in event.calls]
-        case Withdrawn():
-            return [Settled(event.call, DROP, refund=True)]
+        case LimitReached():
+            if run.runs_again_alone:
+                # No outcome yet: the worker is killed, and its exit makes each call run again alone. That shows which
+                # call it was.
+                return []
+            ran = Ran(event.seconds, run.worker, len(run.numbers))
+            return [Settled(call, FailRunning(event.error, ran)) for call in run.numbers if not call.ended]
+        case TakenOut():
+            late = Unavailable("the gateway did not confirm in time that it knows of the beginning of this call")
+            return _each(event.calls, Fail(late), refund=True)
 
 
 def unexpected(run: Run, event: Event, error: UnlatchError) -> list[Settled]:
     """Return the outcomes after `outcomes` itself has raised: each call that the event concerns fails with `error`."""
     match event:
         case Replied() | WorkerExited():
-            return [Settled(call, DROP if call.ended else Fail(error)) for call in run.numbers]
-        case TimedOut() | MemoryExceeded():
+            return _each(run.numbers, Fail(error))
+        case LimitReached():
             return [Settled(call, FailRunning(error)) for call in run.numbers if not call.ended]
-        case NotHeard(calls=calls):
-            return [Settled(call, Fail(error), refund=True) for call in calls]
-        case Withdrawn(call=call):
-            return [Settled(call, DROP, refund=True)]
+        case TakenOut():
+            return _each(event.calls, Fail(error), refund=True)
 
 
 def verdict(call: Call, strike: Strike, poison: UnlatchError | None) -> Outcome:
@@ -121,6 +110,11 @@ def verdict(call: Call, strike: Strike, poison: UnlatchError | None) -> Outcome:
     if poison is None and call.spec.pure:
         return RUN_ALONE
     return Fail(poison or strike.lost)
+
+
+def _each(calls: Iterable[Call], outcome: Outcome, *, refund: bool = False) -> list[Settled]:
+    """Return the same outcome for each call. A call that has ended is dropped."""
+    return [Settled(call, DROP if call.ended else outcome, refund) for call in calls]
 
 
 def _replied(run: Run, event: Replied) -> list[Settled]:
@@ -141,55 +135,39 @@ def _replied(run: Run, event: Replied) -> list[Settled]:
 def _failed(run: Run, event: Replied, failed: Failed) -> list[Settled]:
     if len(run.numbers) > 1:
         # Only the call at fault may fail, and it is unknown which one that is: each call runs again alone.
-        return [Settled(call, DROP if call.ended else RUN_ALONE) for call in run.numbers]
-    error = from_code(failed.code, failed.message, field=failed.field)
-    ran = Ran(event.usage.seconds, run.worker)
-    return [Settled(call, DROP if call.ended else Fail(error, ran)) for call in run.numbers]
+        return _each(run.numbers, RUN_ALONE)
+    error = error_class(failed.code)(failed.message, field=failed.field)
+    return _each(run.numbers, Fail(error, Ran(event.usage.seconds, run.worker)))
 
 
 def _exited(run: Run, event: WorkerExited) -> list[Settled]:
     begun = run.state is RunState.RUNNING
     outcome = _begun(run, event) if begun else _not_begun(run, event)
-    return [Settled(call, DROP if call.ended else outcome, refund=not begun) for call in run.numbers]
+    return _each(run.numbers, outcome, refund=not begun)
 
 
 def _begun(run: Run, event: WorkerExited) -> Outcome:
     """Return the outcome of each call of a run whose worker exited during the run."""
+    cause = event.exit
     if event.stopping:
-        return Fail(Unavailable(f"worker {run.worker} ended: {event.exit}"))
-    lost = Unavailable(f"worker {run.worker} ended while it ran the call: {event.exit}")
-    alone = len(run.numbers) == 1
-    if event.exit.blames_call and alone:
-        return Strike(str(event.exit), lost)
+        return Fail(_lost(run, f"ended: {cause}"))
+    lost = _lost(run, f"ended while it ran the call: {cause}")
+    if cause.blames_call and len(run.numbers) == 1:
+        return Strike(str(cause), lost)
     # It is unknown which of several calls killed the worker. Each runs again alone, which shows it.
-    return RunAlone(died=event.exit.blames_call) if run.spec.pure else Fail(lost)
+    return RunAlone(died=cause.blames_call) if run.spec.pure else Fail(lost)
 
 
 def _not_begun(run: Run, event: WorkerExited) -> Outcome:
     """Return the outcome of each call of a staged run whose worker exited."""
-    if event.stopping:
-        return Fail(Unavailable(f"worker {run.worker} ended: {event.exit}"))
-    if run.is_sent and event.exit.may_have_begun_next and not run.spec.pure:
+    cause = event.exit
+    if run.is_sent and cause.may_have_begun_next and not run.spec.pure:
         # A call that must not run twice is not run again.
-        return Fail(Unavailable(f"worker {run.worker} ended, and may have begun the call: {event.exit}"))
-    return REQUEUE
+        return Fail(_lost(run, f"ended, and may have begun the call: {cause}"))
+    return Fail(Unavailable(f"worker {run.worker} ended: {cause}")) if event.stopping else REQUEUE
 
 
-def _timed_out(run: Run) -> list[Settled]:
-    if run.runs_again_alone:
-        # No outcome yet: the worker is killed, and its exit makes each call run again alone. That shows the slow one.
-        return []
-    limit = run.spec.timeout_seconds or 0.0
-    error = DeadlineExceeded(f"kernel {run.spec.name} ran for longer than its timeout of {limit:.3g} s")
-    return _tell(run, error, limit)
-
-
-def _memory_exceeded(run: Run, event: MemoryExceeded) -> list[Settled]:
-    if run.runs_again_alone:
-        return []
-    return _tell(run, ResourceExhausted(f"kernel {run.spec.name} {event.message}"), event.seconds)
-
-
-def _tell(run: Run, error: UnlatchError, seconds: float) -> list[Settled]:
-    ran = Ran(seconds, run.worker, len(run.numbers))
-    return [Settled(call, FailRunning(error, ran)) for call in run.numbers if not call.ended]
+def _lost(run: Run, what: str) -> UnlatchError:
+    """Return the error of a call that may have begun. It says whether the call may have had an effect."""
+    kind = Unavailable if run.spec.pure else Aborted
+    return kind(f"worker {run.worker} {what}")

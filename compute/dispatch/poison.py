@@ -78,7 +78,7 @@ class Poison:
     def judge(self, call: Call, then: Then) -> None:
         """Find out whether a call is poison, and tell `then`."""
         call.holder = self
-        self._read(call, partial(self._judge, call, then), then)
+        self._read(call, partial(self._judge, call, then))
 
     def withdraw(self, call: Call) -> None:
         """Do nothing: a call whose caller leaves while it is read is dropped when that is over."""
@@ -92,9 +92,8 @@ class Poison:
             return
         self._forget_old()
         # Before it is read: one like it that comes meanwhile is read after it.
-        kind = _kind(call)
-        self._kinds[kind] += 1
-        self._read(call, partial(self._remember, call, why, then), partial(self._unread, kind, then))
+        self._kinds[_kind(call)] += 1
+        self._read(call, partial(self._remember, call, why, then))
 
     def matcher(self, call: Call) -> Callable[[Call], bool]:
         """Tells of calls that wait whether they may be like this one, as long as this one is remembered."""
@@ -114,19 +113,19 @@ class Poison:
         """Read nothing more."""
         self._reader.shutdown(wait=False, cancel_futures=True)
 
-    def _judge(self, call: Call, then: Then) -> None:
+    def _judge(self, call: Call, then: Then, unread: UnlatchError | None) -> None:
         known = self._remembered.get(call.digest)
-        if not call.ended and known is not None and known.count >= _MAX_DEATHS:
+        if unread is None and not call.ended and known is not None and known.count >= _MAX_DEATHS:
             then(_refusal(known.count, known.why, known.until - monotonic()))
         else:
-            then(None)
+            then(unread)
 
-    def _remember(self, call: Call, why: str, then: Then) -> None:
+    def _remember(self, call: Call, why: str, then: Then, unread: UnlatchError | None) -> None:
         kind = _kind(call)
-        if not call.digest:
-            # Its caller has left, and it was not read to its end.
+        if unread is not None or not call.digest:
+            # It could not be read, or its caller has left, and it was not read to its end.
             self._drop_kind(kind)
-            then(None)
+            then(unread)
             return
         known = self._remembered.pop(call.digest, None)
         if known is None:
@@ -141,10 +140,6 @@ class Poison:
         known.until = monotonic() + self._poison_seconds
         then(_refusal(known.count, why, self._poison_seconds) if known.count >= _MAX_DEATHS else None)
 
-    def _unread(self, kind: _Kind, then: Then, error: UnlatchError | None) -> None:
-        self._drop_kind(kind)
-        then(error)
-
     def _forget_old(self) -> None:
         now = monotonic()
         while self._remembered and next(iter(self._remembered.values())).until <= now:
@@ -158,24 +153,24 @@ class Poison:
         if not self._kinds[kind]:
             del self._kinds[kind]
 
-    def _read(self, call: Call, after: Callable[[], None], then: Then) -> None:
-        """Give a call its digest, and go on with `after`: at once, or when a thread has read it."""
+    def _read(self, call: Call, then: Then) -> None:
+        """Give a call its digest, and go on with `then`: at once, or when a thread has read it."""
         if call.digest or call.block is None or call.block.size <= _INLINE_BYTES:
             call.digest = call.digest or _digest(call)
-            after()
+            then(None)
             return
         reading = asyncio.get_running_loop().run_in_executor(self._reader, _digest, call)
-        reading.add_done_callback(partial(self._was_read, call, after, then))
+        reading.add_done_callback(partial(self._was_read, call, then))
 
-    def _was_read(self, call: Call, after: Callable[[], None], then: Then, reading: "asyncio.Future[bytes]") -> None:
+    def _was_read(self, call: Call, then: Then, reading: "asyncio.Future[bytes]") -> None:
         if reading.cancelled():
             return
+        error = None
         try:
             call.digest = reading.result()
-        except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            then(self._errors.caught("poison_read", error))
-            return
-        after()
+        except Exception as unexpected:  # noqa: BLE001 (an entry point's guard)
+            error = self._errors.caught("poison_read", unexpected)
+        then(error)
 
 
 def _kind(call: Call) -> _Kind:

@@ -6,7 +6,7 @@ checks. Every error is an InvalidArgument that names the argument, what was want
 
 from collections.abc import Collection, Mapping, Sequence
 
-from unlatch.common.errors import InvalidArgument, near
+from unlatch.common.errors import InvalidArgument, near, shown
 from unlatch.common.kernel.datatypes import NP_DTYPE, seen_by_numpy
 from unlatch.common.kernel.parameters import Value, scalar
 from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec, one_by_one
@@ -23,17 +23,14 @@ def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
     tensors = descriptor.request.tensors
     lengths = descriptor.lengths[:]
     if len(lengths) != len(tensors):
-        raise InvalidArgument(
-            f"raw_input_contents: wanted {len(tensors)} entries, one for each input, got {len(lengths)}",
-            field="raw_input_contents",
-        )
+        raise _wrong("raw_input_contents", f"wanted {len(tensors)} entries, one for each input, got {len(lengths)}")
     position: dict[str, int] = {}
     dtypes: list[str] = []
     shapes: list[tuple[int, ...]] = []
     for index, tensor in enumerate(tensors):
         name = tensor.name
         if name in position:
-            raise InvalidArgument(f"{name}: the array is given twice", field=name)
+            raise _wrong(name, "the array is given twice")
         position[name] = index
         np_dtype = _np_dtype(name[:64], tensor.parameters) if tensor.parameters else ""
         dtype, shape = seen_by_numpy(name[:64], tensor.datatype, tuple(tensor.shape[:]), np_dtype, lengths[index])
@@ -46,25 +43,29 @@ def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
     for declared in spec.inputs:
         found = position[declared.name]
         _check_array(declared, dtypes[found], shapes[found], axes)
+        if spec.nonempty and 0 in shapes[found]:
+            raise InvalidArgument(
+                f"{declared.name}: wanted at least one element, got shape {list(shapes[found])}", field=declared.name
+            )
         order.append(found)
     scalars = _scalars(spec, descriptor.request.parameters)
-    return Arguments(dtypes, shapes, order, scalars, _outputs(spec, descriptor.request.outputs))
+    return Arguments(lengths, dtypes, shapes, order, scalars, _outputs(spec, descriptor.request.outputs))
+
+
+def _wrong(field: str, text: str) -> InvalidArgument:
+    return InvalidArgument(f"{field or 'an empty name'}: {text}", field=field)
 
 
 def _np_dtype(field: str, parameters: Mapping[str, Parameter]) -> str:
     """The tensor's `np_dtype` parameter, or "". Raises InvalidArgument for bytes in another shared memory."""
     for name in parameters:
         if name.startswith("shared_memory"):
-            raise InvalidArgument(
-                f"{field}: shared memory is not served; send the bytes in raw_input_contents", field=field
-            )
+            raise _wrong(field, "shared memory is not served; send the bytes in raw_input_contents")
     if NP_DTYPE not in parameters:
         return ""
     np_dtype = scalar(parameters[NP_DTYPE])
     if not isinstance(np_dtype, str):
-        raise InvalidArgument(
-            f"{field}: {NP_DTYPE} must be a string such as complex128, got {np_dtype!r:.64}", field=field
-        )
+        raise _wrong(field, f"{NP_DTYPE} must be a string such as complex128, got {shown(np_dtype)}")
     return np_dtype
 
 
@@ -77,12 +78,12 @@ def _outputs(spec: KernelSpec, requested: Sequence[RequestedOutput]) -> Sequence
     for output in requested:
         name = output.name[:64]
         if output.name not in positions:
-            raise InvalidArgument(f"{name}: kernel {spec.name} has no such output{near(name, positions)}", field=name)
+            raise _wrong(name, f"kernel {spec.name} has no such output{near(name, positions)}")
         if positions[output.name] in wanted:
-            raise InvalidArgument(f"{name}: the output is requested twice", field=name)
+            raise _wrong(name, "the output is requested twice")
         for parameter in output.parameters:
             if parameter != _BINARY_DATA:
-                raise InvalidArgument(f"{name}: output parameter {parameter[:64]!r} is not served", field=name)
+                raise _wrong(name, f"output parameter {parameter[:64]!r} is not served")
         wanted[positions[output.name]] = None
     return tuple(wanted)
 
@@ -102,10 +103,7 @@ def _check_array(declared: ArraySpec, dtype: str, shape: tuple[int, ...], axes: 
         elif dim != ANY_LENGTH:
             known, owner = axes.setdefault(dim, (size, declared.name))
             if known != size:
-                raise InvalidArgument(
-                    f"{declared.name}: axis {dim!r} has length {size}, but in {owner} it has {known}",
-                    field=declared.name,
-                )
+                raise _wrong(declared.name, f"axis {dim!r} has length {size}, but in {owner} it has {known}")
 
 
 def _bind_many(declared: ArraySpec, dim: str, sizes: Sequence[int], axes: dict[str, tuple[int, str]]) -> None:
@@ -113,10 +111,7 @@ def _bind_many(declared: ArraySpec, dim: str, sizes: Sequence[int], axes: dict[s
     for index, size in enumerate((len(sizes), *sizes)):
         known, owner = axes.setdefault(f"{dim}[{index}]", (size, declared.name))
         if known != size:
-            raise InvalidArgument(
-                f"{declared.name}: axes {dim!r} are {list(sizes)}, but they differ in {owner}",
-                field=declared.name,
-            )
+            raise _wrong(declared.name, f"axes {dim!r} are {list(sizes)}, but they differ in {owner}")
 
 
 def _scalars(spec: KernelSpec, given: Mapping[str, Parameter]) -> Parameters:
@@ -127,9 +122,7 @@ def _scalars(spec: KernelSpec, given: Mapping[str, Parameter]) -> Parameters:
         if declared.name in given:
             parameters[declared.name] = _scalar(declared, given[declared.name])
         elif declared.required:
-            raise InvalidArgument(
-                f"{declared.name}: kernel {spec.name} requires this {declared.type} parameter", field=declared.name
-            )
+            raise _wrong(declared.name, f"kernel {spec.name} requires this {declared.type} parameter")
     _bound_strings(parameters)
     if len(parameters) < len(given):
         for name in given:
@@ -144,9 +137,8 @@ def _bound_strings(parameters: Parameters) -> None:
     together = sum(sizes.values())
     if together > MAX_STRING_BYTES:
         longest = max(sizes, key=sizes.__getitem__)
-        raise InvalidArgument(
-            f"{longest}: str parameters have {together} bytes, the maximum is {MAX_STRING_BYTES}; send a BYTES array",
-            field=longest,
+        raise _wrong(
+            longest, f"str parameters have {together} bytes, the maximum is {MAX_STRING_BYTES}; send a BYTES array"
         )
 
 
@@ -155,21 +147,22 @@ def _scalar(declared: ScalarSpec, given: Parameter) -> Value:
     came = type(value).__name__
     if value is not None and came == declared.type:
         return value
-    if declared.type == "float" and came == "int" and value is not None:
+    if declared.type == "float" and isinstance(value, int) and came == "int":
+        if float(value) != value:
+            raise _wrong(declared.name, f"wanted a parameter of type float, which cannot hold {value}")
         return float(value)
-    raise InvalidArgument(
-        f"{declared.name}: wanted a {declared.type} parameter, got "
-        + ("nothing" if value is None else f"the {came} {value!r:.64}"),
-        field=declared.name,
+    raise _wrong(
+        declared.name,
+        f"wanted a parameter of type {declared.type}, got "
+        + ("nothing" if value is None else f"the {came} {shown(value)}"),
     )
 
 
 def _refuse_array(declared: ArraySpec, dtype: str, shape: tuple[int, ...]) -> None:
     wanted = " or ".join(declared.dtypes) or "any dtype"
-    raise InvalidArgument(
-        f"{declared.name}: wanted {wanted} of shape ({', '.join(declared.dims)}), got {dtype} of shape"
-        f" ({', '.join(map(str, shape))})",
-        field=declared.name,
+    raise _wrong(
+        declared.name,
+        f"wanted {wanted} of shape ({', '.join(declared.dims)}), got {dtype} of shape ({', '.join(map(str, shape))})",
     )
 
 
@@ -181,12 +174,12 @@ def _refuse_set(spec: KernelSpec, given: Collection[str], descriptor: Descriptor
             _refuse_unknown(spec, name, "array")
     missing = next(name for name in declared if name not in given)
     as_parameter = ", which was given as a parameter" if missing in descriptor.request.parameters else ""
-    raise InvalidArgument(f"{missing}: kernel {spec.name} requires this array{as_parameter}", field=missing)
+    raise _wrong(missing, f"kernel {spec.name} requires this array{as_parameter}")
 
 
 def _refuse_unknown(spec: KernelSpec, name: str, kind: str) -> None:
     known = [array.name for array in spec.inputs] + [scalar.name for scalar in spec.scalars]
     if name in known:
         other = "parameter" if kind == "array" else "array"
-        raise InvalidArgument(f"{name}: kernel {spec.name} takes it as {other}, not as {kind}", field=name)
-    raise InvalidArgument(f"{name[:64]}: kernel {spec.name} has no such {kind}{near(name, known)}", field=name[:64])
+        raise _wrong(name, f"kernel {spec.name} takes it as {other}, not as {kind}")
+    raise _wrong(name[:64], f"kernel {spec.name} has no such {kind}{near(name, known)}")

@@ -2,10 +2,8 @@
 
 from unlatch.common.errors import ResourceExhausted, UnlatchError, no_kernel
 from unlatch.common.kernel.spec import KernelSpec
-from unlatch.common.lane.body import Body
 from unlatch.common.lane.frames import ProtocolViolation
-from unlatch.common.lane.replies import failed
-from unlatch.common.lane.server import LaneServer
+from unlatch.common.lane.server import ServingEnd
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.telemetry.tracing import Tracing
 from unlatch.compute.call import Call
@@ -40,22 +38,17 @@ class CallIntake:
         self._errors = errors
         self._max_call_bytes = max_call_bytes
 
-    def accept(self, lane: LaneServer, descriptor: Descriptor, whole: list[memoryview] | None) -> Call | None:
+    def accept(self, lane: ServingEnd, descriptor: Descriptor, whole: list[memoryview] | None) -> Call | None:
         """Make a descriptor a call that waits for its bytes or for a worker, or refuse it at once."""
         call = None
         try:
             call = self._call(lane, descriptor)
-            if whole is not None:
-                call.land(whole)
-            elif call.complete:
-                call.land(())
+            if whole is not None or call.complete:
+                call.land(whole or ())
         except ProtocolViolation:
             raise
-        except UnlatchError as error:
-            self._refuse(lane, descriptor, error)
-            return None
         except Exception as error:  # noqa: BLE001 (an entry point's guard: the lane and its other calls go on)
-            told = self._errors.caught("lane_accept", error)
+            told = error if isinstance(error, UnlatchError) else self._errors.caught("lane_accept", error)
             if call is None:
                 self._refuse(lane, descriptor, told)
             else:
@@ -63,19 +56,19 @@ class CallIntake:
             return None
         return None if call.ended else call
 
-    def _refuse(self, lane: LaneServer, descriptor: Descriptor, error: UnlatchError) -> None:
+    def _refuse(self, lane: ServingEnd, descriptor: Descriptor, error: UnlatchError) -> None:
         kernel = descriptor.request.kernel
         self._metrics.call_ended(kernel if kernel in self._kernels else _UNKNOWN, error.status)
-        lane.reply(descriptor.call, failed(error), Body((), []))
+        lane.fail(descriptor.call, error)
 
-    def _call(self, lane: LaneServer, descriptor: Descriptor) -> Call:
+    def _call(self, lane: ServingEnd, descriptor: Descriptor) -> Call:
         spec = self._spec(descriptor.request.kernel, descriptor.request.version)
-        size = sum(descriptor.lengths[:])
+        arguments = check(spec, descriptor)
+        size = sum(arguments.lengths)
         if size > self._max_call_bytes:
             raise ResourceExhausted(
                 f"the call's tensors are {size} bytes, more than max_call_bytes={self._max_call_bytes}"
             )
-        arguments = check(spec, descriptor)
         beside = self._arena, self._metrics, self._tracing
         call = Call(lane, descriptor, spec, arguments, *beside, self._dispatcher.offer)
         self._dispatcher.admit(call)

@@ -1,8 +1,12 @@
-"""Memory shared between the dispatcher and its workers: who may write where, and why no side can harm the other.
+"""Memory shared between the dispatcher and its workers: who may write where.
 
     input arena      one for each replica. A call's bytes land here before a worker is chosen. Only the dispatcher
                      writes: once it has mapped a segment it seals it, and the kernel allows no more writable maps.
     reply segments   each belongs to one worker, which writes its replies there; the dispatcher reads.
+
+This protects the dispatcher, and calls from being changed. It keeps no secret between the kernels of a replica: every
+worker can read the whole input arena, so a kernel can read the inputs of all calls that are in the replica. Inputs of
+ended calls are overwritten: small ones at once, large ones within seconds.
 
 Both are memfds: anonymous, so that no death leaves anything behind, and not counted against /dev/shm's limit. All are
 sealed against shrinking, since a peer that truncates a mapped file kills the next process that touches it (SIGBUS).
@@ -15,18 +19,24 @@ allocator.
 import fcntl
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
 from unlatch.common.errors import ResourceExhausted
+from unlatch.compute.ipc.frames import Forget, Learn
 
 ALIGNMENT = 64
 _SMALLEST_CLASS = 4096
 _SEGMENT_BYTES = 4 * 1024 * 1024
 _F_SEAL_FUTURE_WRITE = 0x10
 _FIRST_REPLY_BYTES = 1024 * 1024
+# In the place of a segment, for a call without bytes.
+_NO_SEGMENT = -1
+# Blocks up to this size are overwritten when they are freed, which takes 2 µs at most.
+_WIPED_AT_ONCE_BYTES = 64 * 1024
+_ZEROS = memoryview(bytes(1024 * 1024))
 
 
 def aligned(size: int) -> int:
@@ -50,6 +60,9 @@ class Segment:
     def __init__(self, number: int, size: int, *, name: str, sealed: bool) -> None:
         self.number = number
         self.size = size
+        # For its owner: how many blocks of it are allocated, and whether it was used since the last sweep.
+        self.blocks_out = 0
+        self.was_used = True
         try:
             self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(self.fd, size)
@@ -81,13 +94,14 @@ class Segment:
         del self.view, self._map
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Block:
-    """Space for one call's tensors in the input arena."""
+    """Space for one call's tensors in the input arena. The size is 0 while no call has it."""
 
     segment: Segment
     offset: int
-    size: int
+    size_class: int
+    size: int = 0
 
 
 class InputArena:
@@ -97,74 +111,116 @@ class InputArena:
         self._limit = limit_bytes
         self.used_bytes = 0
         self._numbers = count()
+        # By size class.
         self._free: dict[int, list[Block]] = {}
-        self._blocks_out: dict[int, int] = {}
-        self._segments: dict[int, Segment] = {}
-        self._used: set[int] = set()
+        self._segments: list[Segment] = []
+        # Large blocks that ended calls have written to, and up to where.
+        self._written: dict[Block, int] = {}
 
     def allocate(self, size: int) -> Block:
         """Allocate a block of `size` bytes. Raises ResourceExhausted, with the limit, if live calls hold too much."""
-        size_class = max(_SMALLEST_CLASS, 1 << (size - 1).bit_length())
         if self.used_bytes + size > self._limit:
             raise ResourceExhausted(
                 f"{size} bytes of tensors do not fit: calls hold {self.used_bytes} of input_arena_bytes={self._limit}"
             )
-        free = self._free.get(size_class)
-        if not free:
-            free = self._free[size_class] = self._grow(size_class)
+        size_class = max(_SMALLEST_CLASS, 1 << (size - 1).bit_length())
+        free = self._free.get(size_class) or self._grow(size_class)
         block = free.pop()
         block.size = size
         self.used_bytes += size
-        self._blocks_out[block.segment.number] += 1
-        self._used.add(block.segment.number)
+        block.segment.blocks_out += 1
+        block.segment.was_used = True
         return block
 
     def free(self, block: Block) -> None:
         """Take a block back. Call this only when no worker can be reading it."""
-        self.used_bytes -= block.size
-        self._blocks_out[block.segment.number] -= 1
-        self._free[max(_SMALLEST_CLASS, 1 << (block.size - 1).bit_length())].append(block)
+        size = block.size
+        self.used_bytes -= size
+        block.size = 0
+        block.segment.blocks_out -= 1
+        self._free[block.size_class].append(block)
+        if block.size_class > _WIPED_AT_ONCE_BYTES:
+            self._written[block] = max(size, self._written.get(block, 0))
+        else:
+            block.segment.view[block.offset : block.offset + size] = _ZEROS[:size]
+
+    def wipe(self, most_bytes: int) -> bool:
+        """Overwrite at most `most_bytes` of what ended calls left in large blocks. Returns whether more is left."""
+        for block, written in [*self._written.items()]:
+            left = written
+            # A block that another call has is overwritten after that.
+            while left and most_bytes and not block.size:
+                piece = _ZEROS[: min(left, most_bytes)]
+                left -= len(piece)
+                most_bytes -= len(piece)
+                block.segment.view[block.offset + left : block.offset + left + len(piece)] = piece
+            if left:
+                self._written[block] = left
+            else:
+                del self._written[block]
+        return bool(self._written)
 
     def drop_idle(self) -> list[int]:
         """Free segments that no call has used since the last time. Returns their numbers, for workers to forget."""
-        idle = {number for number, out in self._blocks_out.items() if not out and number not in self._used}
-        self._used.clear()
+        idle = [segment for segment in self._segments if not segment.blocks_out and not segment.was_used]
+        for segment in self._segments:
+            segment.was_used = False
         for blocks in self._free.values():
-            blocks[:] = [block for block in blocks if block.segment.number not in idle]
-        for number in idle:
-            del self._blocks_out[number]
-            self._segments.pop(number).close()
-        return sorted(idle)
+            blocks[:] = [block for block in blocks if block.segment not in idle]
+        self._written = {block: end for block, end in self._written.items() if block.segment not in idle}
+        for segment in idle:
+            self._segments.remove(segment)
+            segment.close()
+        return [segment.number for segment in idle]
 
     def close(self) -> None:
         """Close all segments."""
-        for segment in self._segments.values():
-            segment.close()
-        self._segments.clear()
+        while self._segments:
+            self._segments.pop().close()
 
     def _grow(self, size_class: int) -> list[Block]:
         size = max(_SEGMENT_BYTES, size_class)
         segment = Segment(next(self._numbers), size, name="unlatch-input", sealed=True)
-        self._segments[segment.number] = segment
-        self._blocks_out[segment.number] = 0
-        return [Block(segment, offset, 0) for offset in range(0, size, size_class)]
+        self._segments.append(segment)
+        blocks = self._free[size_class] = [Block(segment, offset, size_class) for offset in range(0, size, size_class)]
+        return blocks
 
 
-class ReplySegments:
-    """The reply segments of one worker. A segment is lent from the start of a run until its reply is read."""
+class WorkerSegments:
+    """The segments of one worker: input segments that it knows, and reply segments, which it alone writes to.
 
-    def __init__(self) -> None:
+    The worker learns of each before a run names it, and forgets those that are gone. A reply segment is lent from the
+    start of a run until its reply is read. `send` takes a frame for the worker, and a descriptor or None.
+    """
+
+    def __init__(self, send: Callable[[Learn | Forget, int | None], None]) -> None:
+        self._send = send
+        self._known_inputs: set[int] = set()
         self._numbers = count()
         self._free: list[Segment] = []
-        self._unused: set[int] = set()
         self._closed = False
 
+    def input(self, block: Block | None) -> int:
+        """Return the number of the segment that a call's bytes lie in; -1 for a call without bytes."""
+        if block is None:
+            return _NO_SEGMENT
+        segment = block.segment
+        if segment.number not in self._known_inputs:
+            self._known_inputs.add(segment.number)
+            self._send(Learn(segment.number, writable=False), segment.fd)
+        return segment.number
+
     def lend(self) -> Segment:
-        """A segment whose last reply has been read. The last one used comes first, since its pages are allocated."""
-        if not self._free:
-            return Segment(next(self._numbers), _FIRST_REPLY_BYTES, name="unlatch-reply", sealed=False)
-        segment = self._free.pop()
-        self._unused.discard(segment.number)
+        """Lend a reply segment whose last reply has been read. Raises ResourceExhausted if there is no memory for one.
+
+        The segment that was used last comes first, because its pages are allocated.
+        """
+        if self._free:
+            segment = self._free.pop()
+            segment.was_used = True
+        else:
+            segment = Segment(next(self._numbers), _FIRST_REPLY_BYTES, name="unlatch-reply", sealed=False)
+            self._send(Learn(segment.number, writable=True), segment.fd)
         return segment
 
     def give_back(self, segment: Segment) -> None:
@@ -174,14 +230,18 @@ class ReplySegments:
         else:
             self._free.append(segment)
 
-    def drop_idle(self) -> list[int]:
-        """Free segments that were not used since the last time. Returns their numbers, for the worker to forget."""
-        dropped = [segment for segment in self._free if segment.number in self._unused]
-        self._free = [segment for segment in self._free if segment.number not in self._unused]
-        self._unused = {segment.number for segment in self._free}
-        for segment in dropped:
+    def sweep(self, dropped_inputs: Iterable[int]) -> None:
+        """Free reply segments that were not used since the last time. The worker forgets them, and inputs dropped."""
+        inputs = [number for number in dropped_inputs if number in self._known_inputs]
+        self._known_inputs.difference_update(inputs)
+        idle = [segment for segment in self._free if not segment.was_used]
+        self._free = [segment for segment in self._free if segment.was_used]
+        for segment in self._free:
+            segment.was_used = False
+        for segment in idle:
             segment.close()
-        return [segment.number for segment in dropped]
+        if inputs or idle:
+            self._send(Forget(inputs, [segment.number for segment in idle]), None)
 
     def close(self) -> None:
         """Close all segments of a worker that has ended. Segments still lent are closed when they are given back."""

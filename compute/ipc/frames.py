@@ -22,6 +22,8 @@ from unlatch.common.kernel.spec import KernelSpec
 
 # The variable that names the kernel modules to load; the dispatcher sets it for the forkserver alone.
 PRELOAD_VARIABLE = "UNLATCH_PRELOAD"
+# The variable that tells a worker, and OpenBLAS, how many threads a library may use.
+THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
 # Small enough for the kernel's default socket buffer to hold the two frames that may be on their way.
 FRAME_BYTES = 64 * 1024
 # The part of a RunFrame that its str parameters may take together; the rest is names, shapes and numbers.

@@ -10,26 +10,31 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from multiprocessing.reduction import DupFd
+from multiprocessing.process import current_process
 from typing import Any, NamedTuple
 
+from unlatch.common.errors import DirectoryError
+from unlatch.common.machine.directories import private_directory
 from unlatch.compute.errors import StartError
-from unlatch.compute.ipc.frames import PRELOAD_VARIABLE
+from unlatch.compute.ipc.frames import PRELOAD_VARIABLE, THREADS_VARIABLE
+from unlatch.compute.pool.exits import Exit
+from unlatch.compute.pool.stopped import StoppedWatch
 from unlatch.compute.worker.entry import enter
 
-# Every BLAS and OpenMP that NumPy may come with reads its own.
+# Every BLAS that NumPy may come with reads its own. OpenMP gets its threads in the workers (`preload.grant_openmp`).
 _THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
+    THREADS_VARIABLE,
     "MKL_NUM_THREADS",
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
     "NUMEXPR_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
 )
 
 # What any Linux grants; it counts the system's own bookkeeping too, about 0.8 KiB a frame.
@@ -47,7 +52,7 @@ class Spawned(NamedTuple):
 class ForkServer:
     """Starts worker processes. `blas_threads` is what each worker's NumPy may use, set before NumPy loads.
 
-    `worker_memory_bytes` is what each may take beyond what it starts with; 0 for no limit.
+    `worker_memory_bytes` is what each may take beyond what it starts with; 0 for no limit. Raises DirectoryError.
     """
 
     def __init__(
@@ -60,11 +65,20 @@ class ForkServer:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="spawn")
         # Workers hold the reading end, the dispatcher alone the writing end: when it is gone, so is the pipe.
         self._dispatcher_alive, self._held = os.pipe2(os.O_CLOEXEC)
+        for end in (self._dispatcher_alive, self._held):
+            # Later than `close`, since the thread that spawns may still send one.
+            weakref.finalize(self, os.close, end)
         # The forkserver takes nothing but an environment and names of modules to preload. The environment stays as it
         # is set here: multiprocessing starts another forkserver by itself where one has died.
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(blas_threads)))
+        # GNU's OpenMP hangs after a fork if it has had several threads, and Numba ends a process that uses it then.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ.setdefault("NUMBA_THREADING_LAYER", "forksafe")
         os.environ[PRELOAD_VARIABLE] = ",".join(kernels)
-        self._context.set_forkserver_preload(["unlatch.compute.worker.loop", "unlatch.compute.worker.entry"])
+        self._directory = contextlib.ExitStack()
+        self._make_directory()
+        names = ("with_dispatcher", "loop", "entry")
+        self._context.set_forkserver_preload([f"unlatch.compute.worker.{name}" for name in names])
         forkserver.ensure_running()
 
     @property
@@ -94,10 +108,12 @@ class ForkServer:
             self.end(unfit)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            arguments = (theirs, _Inherited(self._dispatcher_alive), self.max_reply_bytes, self._worker_memory_bytes)
-            process = self._context.Process(target=enter, args=arguments)
+            process = self._context.Process(
+                target=enter, args=(theirs, self.max_reply_bytes, self._worker_memory_bytes)
+            )
             try:
-                process.start()
+                self._start(process)
+                socket.send_fds(ours, [b" "], [self._dispatcher_alive])
             except BaseException:
                 ours.close()
                 raise
@@ -106,38 +122,58 @@ class ForkServer:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
         return Spawned(process, ours, self.pid)
 
-    async def spawn_within(self, seconds: float, *, unfit: int = 0) -> Spawned:
-        """The same, off the event loop. Raises StartError where there is none, or none in time: then it is ended."""
-        loop = asyncio.get_running_loop()
+    async def spawn_within(self, seconds: float, *, stopped_seconds: float = 0.0, unfit: int = 0) -> Spawned:
+        """Spawn a worker off the event loop. Raises StartError if there is none in time; then the forkserver is ended.
+
+        A forkserver that is found stopped (SIGSTOP) for `stopped_seconds` meanwhile is ended sooner; 0 is never.
+        """
+        loop, pid = asyncio.get_running_loop(), self.pid
+        why = ""
+
+        def stopped(_: Exit) -> None:
+            nonlocal why
+            why = "the forkserver was stopped"
+            self.end(pid)
+
         spawning = loop.run_in_executor(self._starter, partial(self.spawn, unfit=unfit))
+        watch = StoppedWatch(pid, stopped_seconds, stopped)
         late = not (await asyncio.wait([spawning], timeout=seconds))[0]
+        watch.close()
         if late:
+            why = f"the kernels were not loaded within worker_start_seconds={seconds:g}"
             # What blocks the thread that spawns ends with the forkserver.
             await asyncio.to_thread(self.end)
         try:
             return await spawning
-        except BrokenPipeError as error:
-            raise StartError("a worker ended as it was forked") from error
-        except (OSError, EOFError) as error:
-            why = f"the kernels were not loaded within worker_start_seconds={seconds:g}" if late else error
-            raise StartError(f"a worker did not start: {why}", lasting=late) from error
+        except (OSError, EOFError, DirectoryError) as error:
+            if isinstance(error, BrokenPipeError) and not why:
+                raise StartError("a worker ended as it was forked") from error
+            if isinstance(error, EOFError) and not why:
+                why = "the forkserver ended as it loaded the kernels; `unlatch check` tells which of them ended it"
+            raise StartError(f"a worker did not start: {why or error}", lasting=late) from error
 
     async def close(self) -> None:
         """Start no more workers, and end the forkserver."""
         self._starter.shutdown(wait=False, cancel_futures=True)
         # The forkserver would end with the dispatcher; but one that hangs in a kernel module's import does not notice.
         await asyncio.to_thread(self.end)
+        self._directory.close()
 
+    def _make_directory(self) -> None:
+        """Make the directory for the forkserver's socket, in place of one that there was. Raises DirectoryError."""
+        # multiprocessing would make a directory that stays when this process is killed, or has too long a path.
+        self._directory.close()
+        configuration: dict[str, Any] = current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001
+        configuration["tempdir"] = str(self._directory.enter_context(private_directory()))
+        # Another forkserver of this process could not use a directory that is gone.
+        self._directory.callback(configuration.pop, "tempdir", None)
 
-class _Inherited:
-    """A descriptor of which the child gets its own copy: DupFd can be made only while the child is being started."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object]]:
-        return _itself, (DupFd(self._fd),)
-
-
-def _itself(copy: object) -> object:
-    return copy
+    def _start(self, process: ForkServerProcess) -> None:
+        """Start a process. Start another forkserver first if this one's socket has lost its name."""
+        try:
+            process.start()
+        except (FileNotFoundError, ConnectionRefusedError):
+            # The name lies in a temporary directory, which was emptied.
+            self.end()
+            self._make_directory()
+            process.start()

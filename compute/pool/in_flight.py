@@ -12,35 +12,25 @@ the worker is unknown, so it is killed, and its exit settles its calls.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from time import monotonic
 from typing import Protocol
 
-import structlog
-
+from unlatch.common.errors import DeadlineExceeded, ResourceExhausted
 from unlatch.common.kernel.datatypes import is_held, is_served
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.call import Call
-from unlatch.compute.ipc.frames import Cancel, Done, Failed, Member, Result, RunFrame, ToWorker
+from unlatch.compute.ipc.arena import WorkerSegments
+from unlatch.compute.ipc.frames import Cancel, Done, Failed, Member, Result, RunFrame
 from unlatch.compute.metrics import WorkerMetrics
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
-from unlatch.compute.pool.run import (
-    Event,
-    MemoryExceeded,
-    NotHeard,
-    Replied,
-    Run,
-    RunState,
-    TimedOut,
-    Usage,
-    Withdrawn,
-    WorkerExited,
-)
-from unlatch.compute.pool.segments import KnownSegments
-
-log = structlog.get_logger()
+from unlatch.compute.pool.occupancy import Held, Occupancy
+from unlatch.compute.pool.process import WorkerProcess
+from unlatch.compute.pool.run import Event, LimitReached, Replied, Run, RunState, TakenOut, Usage, WorkerExited
+from unlatch.compute.settings import ComputeSettings
 
 # One run that is executed, and one staged.
 _MAX_RUNS = 2
@@ -63,59 +53,37 @@ class RunListener(Protocol):
         """Give waiting calls to workers in the next round of the event loop, because a worker may have room."""
 
 
-class Process(Protocol):
-    """The operating system's process of a worker, as far as InFlight uses it."""
-
-    @property
-    def ending(self) -> bool:
-        """Whether the process is being ended, so that it gets no more frames."""
-
-    @property
-    def cpu_seconds(self) -> float:
-        """The processor time that the process has used."""
-
-    def send(self, frame: ToWorker, fd: int | None = None) -> None:
-        """Send a frame, with a file descriptor or without."""
-
-    def kill(self, cause: Exit) -> None:
-        """Kill the worker. `cause` becomes the reason of its exit."""
-
-    def hear(self) -> None:
-        """Handle the frames that the worker has sent already."""
-
-
 class InFlight:
     """Track the runs that one worker process was given, and handle its replies, cancels and timeouts."""
 
     def __init__(
         self,
         worker: int,
-        process: Process,
+        process: WorkerProcess,
         listener: RunListener,
+        occupancy: Occupancy,
         metrics: WorkerMetrics,
         errors: InternalErrors,
-        *,
-        kill_grace_seconds: float = 0.25,
-        long_call_seconds: float = 0.1,
-        max_reply_bytes: int = 1 << 29,
-        clock: Callable[[], float] = monotonic,
+        settings: ComputeSettings,
     ) -> None:
-        self._worker = worker
+        self.worker = worker
         self._process = process
         self._listener = listener
+        self._occupancy = occupancy
         self._metrics = metrics
         self._errors = errors
-        self._kill_grace_seconds = kill_grace_seconds
-        self._long_call_seconds = long_call_seconds
-        self._max_reply_bytes = max_reply_bytes
-        self._clock = clock
+        self._kill_grace_seconds = settings.kill_grace_seconds
+        self._long_call_seconds = settings.long_call_seconds
+        self._max_reply_bytes = settings.max_reply_bytes
         self._loop = asyncio.get_running_loop()
         self._numbers = count(1)
         self._runs: deque[Run] = deque()
         # The worker's processor time at the end of its last run: between runs it uses none.
         self._cpu_seconds = process.cpu_seconds
         self._cpu_seconds_at_end = 0.0
-        self._segments = KnownSegments(process.send)
+        self.segments = WorkerSegments(process.send)
+        # Whether the worker may be given runs: it is ready (`serve`), and is not about to be replaced.
+        self.accepts = False
         # Calls that the worker has ended.
         self.calls = 0
         # Numbers of cancelled calls that the worker has not been told of yet.
@@ -130,20 +98,30 @@ class InFlight:
         return sum(len(run.numbers) for run in self._runs)
 
     @property
-    def bytes(self) -> int:
-        """How many bytes the input tensors of the worker's calls have."""
-        return sum(call.size for run in self._runs for call in run.numbers)
+    def expected_end(self) -> float:
+        """When the last of the worker's runs is expected to end, by the monotonic clock. Only while it holds one."""
+        return self._runs[0].begun + sum([run.expected_seconds for run in self._runs])
 
-    @property
-    def runs_long(self) -> bool:
-        """Whether the worker runs a long call, or has one staged."""
-        return any(run.first.estimate.long for run in self._runs)
+    def held(self) -> Held:
+        """Return what the worker holds now."""
+        runs = self._runs
+        has_place = self.accepts and not self._process.ending
+        if not runs:
+            return (0, 0, self.worker) if has_place else None, False, False, 0.0
+        first = runs[0]
+        if len(runs) < _MAX_RUNS:
+            rank = (1, first.size, self.worker) if has_place else None
+            return rank, True, first.first.estimate.long, first.expected_seconds
+        last = runs[1]
+        long = first.first.estimate.long or last.first.estimate.long
+        return None, True, long, first.expected_seconds + last.expected_seconds
 
     def has_room(self, now: float) -> bool:
-        """Whether the worker can take one run more."""
-        if self._process.ending:
+        """Whether the worker can take one run more now."""
+        runs = self._runs
+        if len(runs) == _MAX_RUNS or not self.accepts or self._process.ending:
             return False
-        return not self._runs or (len(self._runs) < _MAX_RUNS and self._ends_soon(self._runs[0], now))
+        return not runs or self._ends_soon(runs[0], now)
 
     def _ends_soon(self, run: Run, now: float) -> bool:
         """Return whether a call may be staged behind a run: not if the run is long, or has taken long already.
@@ -152,24 +130,20 @@ class InFlight:
         """
         return run.wanted and not run.first.estimate.long and now - run.begun < self._long_call_seconds
 
-    def seconds_left(self, now: float) -> float:
-        """Return how many more seconds the worker's runs are expected to take."""
-        if not self._runs:
-            return 0.0
-        left = self._runs[0].begun - now
-        for run in self._runs:
-            left += run.expected_seconds
-        return max(0.0, left)
+    def serve(self) -> None:
+        """Take runs from now on: the worker is ready."""
+        self.accepts = True
+        self._occupancy.changed(self)
 
     def run(self, calls: Sequence[Call], now: float) -> None:
         """Give the worker a call, or several of one kernel and the same parameters to run as one.
 
         Raises ResourceExhausted if there is no memory for the reply.
         """
-        segment = self._segments.reply()
-        numbers = {call: next(self._numbers) for call in calls}
-        run = Run(self._worker, numbers, segment, self._segments.replies, now)
+        segment = self.segments.lend()
+        run = Run(self.worker, {call: next(self._numbers) for call in calls}, segment, self.segments, now)
         self._runs.append(run)
+        self._occupancy.changed(self)
         for call in calls:
             call.holder = self
         before = self._runs[0]
@@ -183,27 +157,36 @@ class InFlight:
 
     def withdraw(self, call: Call) -> None:
         """Tell the worker that a call's caller has left. If the run outlasts the grace period, kill it."""
-        try:
-            self._withdraw(call)
-        except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            self._survive("withdraw", error)
+        self.guarded("withdraw", self._withdraw, call)
 
     def refuse(self, message: str, cause: Exit) -> None:
         """Fail the running call because it exceeds the memory limit, and kill the worker."""
         run = self._runs[0]
-        if not run.is_sent:
-            # The worker runs nothing, so none of its calls is the cause.
-            self._kill_now(cause)
-            return
-        if self._has_ended(run):
-            # The run had ended before: its reply had not been read yet.
-            return
-        self._listener.happened(run, MemoryExceeded(message, self._clock() - run.begun))
-        self._kill_now(cause)
+        if run.is_sent:
+            if self._has_ended(run):
+                # The run had ended before: its reply had not been read yet.
+                return
+            error = ResourceExhausted(f"kernel {run.spec.name} {message}")
+            self._listener.happened(run, LimitReached(error, monotonic() - run.begun))
+        # Else the worker runs nothing, so none of its calls is the cause.
+        self.kill(cause)
 
-    def sweep(self, dropped_inputs: Iterable[int]) -> None:
-        """Tell the worker to unmap input segments that are gone, and reply segments that were unused for a while."""
-        self._segments.sweep(dropped_inputs)
+    def kill(self, cause: Exit) -> None:
+        """Kill the worker, whatever it is doing. Its exit settles its calls."""
+        # The processor clock of the process cannot be read after its end.
+        self._cpu_seconds_at_end = self._process.cpu_seconds
+        self._process.kill(cause)
+
+    def guarded(self, place: str, work: Callable[..., None], *arguments: object) -> None:
+        """Do some work on the worker's behalf, under the guard of an entry point.
+
+        After an unexpected exception the worker is killed, and its exit settles the calls that it holds.
+        """
+        try:
+            work(*arguments)
+        except Exception as error:  # noqa: BLE001 (an entry point's guard)
+            self._errors.caught(place, error)
+            self._process.kill(exits.INTERNAL_ERROR)
 
     def heard(self, frame: Done | Failed) -> bool:
         """Handle the reply that ends a run. Returns False for an invalid reply: the worker is killed."""
@@ -216,12 +199,11 @@ class InFlight:
         usage = self._used(frame.run_nanoseconds / 1e9, self._process.cpu_seconds, finished=finished)
         self.calls += len(results) or len(run.numbers)
         self._runs.popleft()
+        self._occupancy.changed(self)
         try:
-            run.end()
+            run.stop_timer()
             self._metrics.rests()
             self._go_on()
-            if isinstance(frame, Failed) and frame.log:
-                log.error("kernel failed", kernel=run.spec.name, worker=self._worker, story=frame.log)
             self._count(run, results)
         finally:
             # Even if the lines above raise: the run is no longer in `_runs`, so only the listener can settle it.
@@ -243,16 +225,17 @@ class InFlight:
     def lost(self, cause: Exit, *, stopping: bool) -> None:
         """Settle the calls of a worker that has exited."""
         runs, self._runs = self._runs, deque()
+        self._occupancy.changed(self)
         # From the last to the first, because each run's calls are put at the head of the backlog.
         for run in reversed(runs):
             usage = None
             if run.state is RunState.RUNNING:
                 # The processor time of a worker that exited by itself is unknown: count all of the elapsed time.
-                elapsed = self._clock() - run.begun
+                elapsed = monotonic() - run.begun
                 usage = self._used(elapsed, self._cpu_seconds_at_end or self._cpu_seconds + elapsed, finished=False)
+            run.stop_timer()
             self._listener.happened(run, WorkerExited(cause, stopping, usage))
-            run.end()
-        self._segments.close()
+        self.segments.close()
 
     def _go_on(self) -> None:
         """Begin the run that was staged, or announce to its callers that it is next."""
@@ -260,29 +243,27 @@ class InFlight:
             run = self._runs[0]
             if run.is_sent:
                 self._begin(run)
-            elif run.must_be_announced:
+            else:
                 self._announce(run)
 
     def _announce(self, run: Run) -> None:
-        if run.must_be_announced and run.announce(self._known):
-            self._loop.call_later(_HEARD_SECONDS, self._guarded, "not_heard", self._not_heard, run)
+        """Tell callers that a run is about to begin, if they must know and have not been told."""
+        if run.unconfirmed and run.state is RunState.STAGED:
+            run.announce(partial(self.guarded, "caller_heard", self._confirmed))
+            if run.unconfirmed:
+                self._loop.call_later(_HEARD_SECONDS, self.guarded, "not_heard", self._not_heard, run)
 
-    def _known(self, run: Run, call: Call) -> None:
+    def _confirmed(self, run: Run, call: Call) -> None:
         """Note that a call's caller knows that the call is about to begin, and send the run if it may begin."""
-
-        def known() -> None:
-            run.known_to(call)
+        run.unconfirmed.discard(call)
+        if run in self._runs:
+            self._occupancy.changed(self)
             self._send_next()
-
-        self._guarded("caller_heard", known)
 
     def _not_heard(self, run: Run) -> None:
         """Fail the calls whose callers have not confirmed: the worker waits for them, and so do other calls."""
         if run in self._runs and not run.is_sent:
-            silent = run.unheard
-            self._listener.happened(run, NotHeard(silent))
-            for call in silent:
-                self._take_out(run, call)
+            self._take_out(run, *run.unconfirmed)
 
     def _send_next(self) -> None:
         """Send the worker the runs that it may begin, in order."""
@@ -290,7 +271,7 @@ class InFlight:
             # The runs would be lost, and would count as begun.
             return
         for run in self._runs:
-            if not run.may_be_sent:
+            if run.unconfirmed:
                 return
             if not run.is_sent:
                 self._send(run)
@@ -300,12 +281,12 @@ class InFlight:
         if run is self._runs[0]:
             self._begin(run)
         members = tuple(
-            Member(number, self._segments.input(call), call.tensors) for call, number in run.numbers.items()
+            Member(number, self.segments.input(call.block), call.tensors) for call, number in run.numbers.items()
         )
         self._process.send(RunFrame(run.spec.name, run.first.arguments.parameters, run.segment.number, members))
 
     def _begin(self, run: Run) -> None:
-        now = self._clock()
+        now = monotonic()
         run.begin(now)
         spec = run.spec
         self._metrics.begins(spec.name, now, len(run.numbers), batch=spec.batch)
@@ -316,32 +297,33 @@ class InFlight:
             # The worker was told not to begin the run, but may have begun it before it read that.
             self._kill_soon(run, exits.ABANDONED)
         elif spec.timeout_seconds is not None:
-            run.timer = self._loop.call_later(spec.timeout_seconds, self._guarded, "timeout", self._timed_out, run)
+            run.timer = self._loop.call_later(spec.timeout_seconds, self.guarded, "timeout", self._timed_out, run)
 
     def _withdraw(self, call: Call) -> None:
         run = next((run for run in self._runs if call in run.numbers), None)
         if run is None:
             return
         if not run.is_sent:
-            self._listener.happened(run, Withdrawn(call))
             self._take_out(run, call)
             return
         if not self._cancelled:
             # Cancels of the same round go in one frame: a worker that reads none has a socket buffer of limited size.
-            self._loop.call_soon(self._guarded, "cancel", self._tell_cancelled)
+            self._loop.call_soon(self.guarded, "cancel", self._tell_cancelled)
         self._cancelled.append(run.numbers[call])
         if run is self._runs[0] and not run.wanted:
             self._kill_soon(run, exits.ABANDONED)
 
-    def _take_out(self, run: Run, call: Call) -> None:
-        """Remove a call from a run that has not been sent to the worker."""
-        run.take_out(call)
+    def _take_out(self, run: Run, *calls: Call) -> None:
+        """Remove calls from a run that has not been sent to the worker."""
+        self._listener.happened(run, TakenOut(calls))
+        for call in calls:
+            run.take_out(call)
+        self._occupancy.changed(self)
         if not run.numbers:
             self._runs.remove(run)
-            run.end()
             # Not `assign`, because other callers may be leaving in the same round.
             self._listener.changed()
-            if self._runs and self._runs[0].must_be_announced:
+            if self._runs:
                 self._announce(self._runs[0])
         self._send_next()
 
@@ -353,10 +335,12 @@ class InFlight:
     def _timed_out(self, run: Run) -> None:
         if self._has_ended(run):
             return
-        self._listener.happened(run, TimedOut())
+        limit = run.spec.timeout_seconds or 0.0
+        error = DeadlineExceeded(f"kernel {run.spec.name} ran for longer than its timeout of {limit:.3g} s")
+        self._listener.happened(run, LimitReached(error, limit))
         if run.runs_again_alone:
             # Each call runs again alone, with a whole timeout of its own.
-            self._kill_now(exits.TIMED_OUT)
+            self.kill(exits.TIMED_OUT)
             return
         self._process.send(Cancel(list(run.numbers.values())))
         self._kill_soon(run, exits.TIMED_OUT)
@@ -364,18 +348,11 @@ class InFlight:
     def _kill_soon(self, run: Run, cause: Exit) -> None:
         """Kill the worker after the grace period, unless the run ends before. No caller waits for the run any more."""
         run.stop_timer()
-        run.timer = self._loop.call_later(
-            self._kill_grace_seconds, self._guarded, "grace", self._grace_over, run, cause
-        )
+        run.timer = self._loop.call_later(self._kill_grace_seconds, self.guarded, "grace", self._grace_over, run, cause)
 
     def _grace_over(self, run: Run, cause: Exit) -> None:
         if not self._has_ended(run):
-            self._kill_now(cause)
-
-    def _kill_now(self, cause: Exit) -> None:
-        # The processor clock of the process cannot be read after its end.
-        self._cpu_seconds_at_end = self._process.cpu_seconds
-        self._process.kill(cause)
+            self.kill(cause)
 
     def _tell_cancelled(self) -> None:
         cancelled, self._cancelled = self._cancelled, []
@@ -394,25 +371,12 @@ class InFlight:
             if call.ended or not several_failed:
                 self._metrics.ran(run.spec.name, "ok" if number in results else "error")
 
-    def _guarded(self, place: str, work: Callable[..., None], *arguments: object) -> None:
-        """Call `work` from a timer or a lane, under the guard of an entry point."""
-        try:
-            work(*arguments)
-        except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            self._survive(place, error)
-
-    def _survive(self, place: str, error: Exception) -> None:
-        """Count and log an unexpected exception, and kill the worker: its exit settles the calls that it holds."""
-        self._errors.caught(place, error)
-        self._process.kill(exits.INTERNAL_ERROR)
-
     def _is_whole(self, results: dict[int, Result], run: Run) -> bool:
         """Return whether each call of a run has a valid result, except calls that have ended already."""
-        for call, number in run.numbers.items():
-            result = results.get(number)
-            if not (call.ended if result is None else self._is_sound(result, run)):
-                return False
-        return True
+        return all(
+            self._is_sound(results[number], run) if number in results else call.ended
+            for call, number in run.numbers.items()
+        )
 
     def _is_sound(self, result: Result, run: Run) -> bool:
         """Return whether a result can be sent on. A worker may write anything, and must not harm the dispatcher."""

@@ -5,35 +5,39 @@ it is in and one staged behind it, so that it finds work when the loop that feed
 """
 
 import asyncio
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from time import monotonic
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.call import Call
 from unlatch.compute.ipc.arena import InputArena
-from unlatch.compute.pool.in_flight import RunListener
+from unlatch.compute.pool.in_flight import InFlight, RunListener
+from unlatch.compute.pool.occupancy import Occupancy
 from unlatch.compute.pool.recycling import Recycling
 from unlatch.compute.pool.slot import Slot
 
 _SWEEP_SECONDS = 10.0
 # What a worker may take between two looks is what it can touch in this time: some 100 MB.
 _LOOK_SECONDS = 0.1
+# An idle pool is looked at less often: what its workers keep in memory, and threads of their own, may still change.
+_IDLE_LOOK_SECONDS = 1.0
+# How much of the inputs of ended calls is overwritten at each look: 40 MiB a second, in 0.4 ms at a time.
+_WIPED_BYTES = 4 * 1024 * 1024
 # While calls that are not long have come within this time, long ones leave the reserved workers to them.
 _RESERVED_FOR_SECONDS = 10.0
+# Longer than that: in a pool that was idle for so long no call waits, and workers have given back freed memory.
+_IDLE_AFTER_SECONDS = 12.0
 
 
 class Opening(NamedTuple):
-    """A slot whose worker can take one run more, and whether that may be a long one."""
+    """The worker that takes the next run, by its runs in flight, and whether that may be a long one."""
 
-    slot: Slot
+    in_flight: InFlight
     takes_long: bool
 
-    def takes(self, _: Call) -> Slot:
-        """The slot for a call: it is the same for each."""
-        return self.slot
+    def takes(self, _: Call) -> InFlight:
+        """The worker for a call: it is the same for each."""
+        return self.in_flight
 
 
 class Pool:
@@ -42,17 +46,18 @@ class Pool:
     def __init__(
         self,
         slots: Sequence[Slot],
+        occupancy: Occupancy,
         arena: InputArena,
         errors: InternalErrors,
         *,
         reserved_workers: int = 0,
-        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._slots = slots
+        self._occupancy = occupancy
         self._arena = arena
         self._errors = errors
         self._reserved_workers = reserved_workers
-        self._clock = clock
+        self._workers_for_long = occupancy.workers - reserved_workers
         self._last_short = -_RESERVED_FOR_SECONDS
         self._keeping: dict[Slot, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -70,48 +75,49 @@ class Pool:
 
     @property
     def workers(self) -> int:
-        """How many there are, those included that are being replaced."""
+        """The number of workers, including those that are being replaced."""
         return len(self._slots)
 
     @property
     def busy_ratio(self) -> float:
         """The share of the workers that have a call now."""
-        return sum(slot.runs > 0 for slot in self._slots) / len(self._slots)
+        return self._occupancy.busy / len(self._slots)
+
+    async def until_changed(self, seconds: float) -> bool:
+        """Wait until a worker is given a run or serves, for at most `seconds`. Returns whether that has happened."""
+        return await self._occupancy.until_changed(seconds)
 
     def keeps_some_free(self, now: float) -> bool:
-        """Whether some workers are kept free of long calls now: that was asked for, and others have come of late."""
+        """Whether some workers are kept free of long calls: if some are reserved, and short calls came lately."""
         return self._reserved_workers > 0 and now - self._last_short < _RESERVED_FOR_SECONDS
 
     def opening(self, now: float) -> Opening | None:
-        """The slot with least to do of those that can take one run more; None where none can."""
-        roomy = [slot for slot in self._slots if slot.has_room(now)]
-        if not roomy:
-            return None
-        takes_long = not self.keeps_some_free(now) or (
-            sum(slot.runs_long for slot in self._slots) < len(self._slots) - self._reserved_workers
-        )
-        return Opening(roomy[0] if len(roomy) == 1 else min(roomy, key=_load), takes_long)
+        """Return the worker with the least to do among those that can take a run; None if no worker can."""
+        while (worker := self._occupancy.first()) is not None:
+            in_flight = self._slots[worker].in_flight
+            if in_flight is not None and in_flight.has_room(now):
+                takes_long = self._occupancy.long < self._workers_for_long or not self.keeps_some_free(now)
+                return Opening(in_flight, takes_long)
+            # Its process is ending, its run has become a long one, or no caller waits for that run any more.
+            self._occupancy.pass_over(worker)
+        return None
 
     def wait_seconds(self, before: float, now: float, *, short: bool) -> float:
-        """How long until a worker begins a call that has so many seconds of work before it in the backlog.
+        """Return the seconds until a worker begins a call that has `before` seconds of work before it in the backlog.
 
-        With `short`, of the workers that run no long call.
+        With `short`, only workers without a long call count.
         """
-        left, count, idle = before, 0, False
-        for slot in self._slots:
-            if not (short and slot.runs_long):
-                left += slot.seconds_left(now)
-                count += 1
-                idle = idle or not slot.runs
-        if not count:
-            return math.inf
-        return 0.0 if idle and not before else left / count
+        return self._occupancy.wait_seconds(before, now, short=short)
 
-    def run(self, slot: Slot, calls: Sequence[Call], now: float) -> None:
-        """Give a slot's worker a call, or several that run as one. Raises ResourceExhausted: no memory for replies."""
+    def longest_wait_seconds(self, before: float) -> float:
+        """Return an upper bound of `wait_seconds` with `short=False`. Most calls need no more, and it costs less."""
+        return self._occupancy.longest_wait_seconds(before)
+
+    def run(self, in_flight: InFlight, calls: Sequence[Call], now: float) -> None:
+        """Give a worker a call, or several that run as one. Raises ResourceExhausted: no memory for replies."""
         if not calls[0].estimate.long:
             self._last_short = now
-        slot.run(calls, now)
+        in_flight.run(calls, now)
 
     async def stop(self) -> None:
         """Kill every worker, whatever it is doing, and wait until they are gone."""
@@ -126,23 +132,35 @@ class Pool:
         """Give memory back that has not been used for a while."""
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            try:
+            dropped: list[int] = []
+            with self._errors.guarded("sweep"):
                 dropped = self._arena.drop_idle()
-            except Exception as error:  # noqa: BLE001 (an entry point's guard: the loop goes on)
-                self._errors.caught("sweep", error)
-                continue
             for slot in self._slots:
-                self._guarded("sweep", partial(slot.sweep, dropped))
+                with self._errors.guarded("sweep"):
+                    slot.sweep(dropped)
 
     async def _look_after(self, listener: RunListener) -> None:
-        """Keep workers to their limits, and replace those that are due: one at a time, so that the others serve."""
+        """Keep workers to their limits, and replace those that are due: one at a time, so that the others serve.
+
+        Overwrite the inputs of ended calls.
+        """
+        idle_seconds = 0.0
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+            if idle_seconds < _IDLE_AFTER_SECONDS:
+                await asyncio.sleep(_LOOK_SECONDS)
+                idle_seconds = 0.0 if self._occupancy.busy else idle_seconds + _LOOK_SECONDS
+            elif await self._occupancy.until_changed(_IDLE_LOOK_SECONDS):
+                idle_seconds = 0.0
             for slot in self._slots:
-                self._guarded("look_after", slot.look)
+                with self._errors.guarded("look_after"):
+                    slot.look()
             # Workers may have been kept free that need not be any more.
             listener.assign()
-            self._guarded("look_after", self._retire_one)
+            with self._errors.guarded("look_after"):
+                self._retire_one()
+            with self._errors.guarded("look_after"):
+                if self._arena.wipe(_WIPED_BYTES):
+                    idle_seconds = 0.0
 
     def _retire_one(self) -> None:
         kept = [slot.recycling for slot in self._slots if slot.recycling is not None and not slot.recycling.retires]
@@ -150,19 +168,6 @@ class Pool:
         if due and len(kept) == len(self._slots):
             min(due, key=_since).retire()
 
-    def _guarded(self, place: str, step: Callable[[], object]) -> None:
-        """Do a step of a loop, which goes on whatever comes of the step."""
-        try:
-            step()
-        except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            self._errors.caught(place, error)
-
 
 def _since(recycling: Recycling) -> float:
     return recycling.since
-
-
-def _load(slot: Slot) -> tuple[int, int]:
-    # Of two workers that both run a call, the next is staged behind the one with less to go through.
-    held = slot.runs
-    return held, slot.bytes if held else 0

@@ -21,6 +21,7 @@ from multiprocessing.context import ForkServerProcess
 import msgspec
 import structlog
 
+from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.ipc.frames import ToDispatcher, ToWorker, decode_for_dispatcher, encode
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
@@ -36,10 +37,7 @@ _RECEIVE_BYTES = 256 * 1024
 
 
 class WorkerProcess:
-    """A process that was started. `on_frame` and `on_exit` are called on the event loop, and raise nothing.
-
-    `on_error` is told of exceptions that no code expected, and of the place where they were caught.
-    """
+    """A process that was started. `on_frame` and `on_exit` are called on the event loop, and raise nothing."""
 
     def __init__(
         self,
@@ -48,8 +46,8 @@ class WorkerProcess:
         on_frame: Callable[[ToDispatcher], None],
         on_exit: Callable[[Exit], None],
         *,
+        errors: InternalErrors,
         stopped_seconds: float = 0.0,
-        on_error: Callable[[str, Exception], object] | None = None,
     ) -> None:
         assert process.pid is not None
         self.pid = process.pid
@@ -58,9 +56,10 @@ class WorkerProcess:
         self._pidfd = os.pidfd_open(self.pid)
         self._on_frame = on_frame
         self._on_exit = on_exit
-        self._on_error = on_error or _log_error
+        self._errors = errors
         self._loop = asyncio.get_running_loop()
         self._cause: Exit | None = None
+        self._code: int | None = None
         self._grace: asyncio.TimerHandle | None = None
         # From the first sign of its end on: nothing more is to be given to it.
         self.ending = False
@@ -144,10 +143,9 @@ class WorkerProcess:
 
     def _ended(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        try:
+        # The exit must be told whatever comes of this.
+        with self._errors.guarded("worker_exit"):
             self._hear_the_last()
-        except Exception as error:  # noqa: BLE001 (an entry point's guard: the exit must be told)
-            self._on_error("worker_exit", error)
         self._channel.close()
         self._timeout = self._loop.call_later(_REAPED_WITHIN_SECONDS, self._reaped)
         self._loop.add_reader(self._process.sentinel, self._reaped)
@@ -169,21 +167,14 @@ class WorkerProcess:
         self._timeout.cancel()
         self._loop.remove_reader(self._process.sentinel)
         self._gone = True
-        code = None
-        try:
-            code = self._process.exitcode
+        with self._errors.guarded("worker_exit"):
             self._let_go()
-        except Exception as error:  # noqa: BLE001 (an entry point's guard: the exit must be told)
-            self._on_error("worker_exit", error)
-        self._on_exit(self._cause or exits.by_itself(code))
+        self._on_exit(self._cause or exits.by_itself(self._code))
 
     def _let_go(self) -> None:
+        self._code = self._process.exitcode
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         os.close(self._pidfd)
         with contextlib.suppress(ValueError):  # not reaped within the time: the forkserver is in trouble itself
             self._process.close()
-
-
-def _log_error(place: str, error: Exception) -> None:
-    log.error("internal error", place=place, exc_info=error)

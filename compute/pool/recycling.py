@@ -44,11 +44,15 @@ class Recycling:
         self.taken_bytes = 0
         # Why it is to be replaced, if it is.
         self.due: Exit | None = None
-        self.retires = False
         self._asked = -_ASKED_EVERY_SECONDS
         # At the last look, how many calls it had ended; and what it may take before its present run is ended.
         self._calls = 0
         self._tolerated_bytes = limits.memory_bytes * _FAR_OVER
+
+    @property
+    def retires(self) -> bool:
+        """Whether the worker is given nothing more, and ends once it has no call."""
+        return not self._in_flight.accepts
 
     def look(self) -> None:
         """Read how much memory the worker has taken, and act on it."""
@@ -81,7 +85,7 @@ class Recycling:
 
     def retire(self) -> None:
         """Give the worker nothing more, and end it once it has no call."""
-        self.retires = True
+        self._in_flight.accepts = False
         self.rested()
 
     def rested(self) -> None:

@@ -1,6 +1,6 @@
 """A run: one execution of a kernel by one worker, for one call or for several.
 
-    STAGED ──> ANNOUNCED ──> SENT ──> RUNNING ──> OVER
+    STAGED ──> ANNOUNCED ──> SENT ──> RUNNING
       └──────────────────────^  calls that need no announcement
 
 A call that must not run twice is begun only after its caller (the gateway) has confirmed that it knows of the
@@ -13,11 +13,13 @@ An `Event` is something that happens to a run. compute/dispatch/outcomes.py deci
 import asyncio
 from collections.abc import Callable
 from enum import Enum, auto
+from functools import partial
 
 import msgspec
 
+from unlatch.common.errors import UnlatchError
 from unlatch.compute.call import Call
-from unlatch.compute.ipc.arena import ReplySegments, Segment
+from unlatch.compute.ipc.arena import Segment, WorkerSegments
 from unlatch.compute.ipc.frames import Done, Failed, Result
 from unlatch.compute.pool.exits import Exit
 
@@ -29,7 +31,6 @@ class RunState(Enum):
     ANNOUNCED = auto()  # callers are told that it is about to begin; the worker does not have it
     SENT = auto()  # the worker has it, behind another run
     RUNNING = auto()  # the worker executes it
-    OVER = auto()  # the worker no longer has it
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -56,30 +57,23 @@ class WorkerExited(msgspec.Struct, frozen=True):
     usage: Usage | None
 
 
-class TimedOut(msgspec.Struct, frozen=True):
-    """The run has reached its kernel's timeout."""
+class LimitReached(msgspec.Struct, frozen=True):
+    """The run has reached its kernel's timeout or the memory limit, after `seconds`. `error` says which."""
 
-
-class MemoryExceeded(msgspec.Struct, frozen=True):
-    """The run has taken too much memory, after `seconds`. `message` has the amount and the limit."""
-
-    message: str
+    error: UnlatchError
     seconds: float
 
 
-class NotHeard(msgspec.Struct, frozen=True):
-    """The callers of these calls have not confirmed in time that they know of the run's beginning."""
+class TakenOut(msgspec.Struct, frozen=True):
+    """Calls that are not to run, before the worker was given the run.
+
+    Their callers have left, or have not confirmed in time that they know of the beginning.
+    """
 
     calls: tuple[Call, ...]
 
 
-class Withdrawn(msgspec.Struct, frozen=True):
-    """The caller of a call has left before the worker was given the run."""
-
-    call: Call
-
-
-Event = Replied | WorkerExited | TimedOut | MemoryExceeded | NotHeard | Withdrawn
+Event = Replied | WorkerExited | LimitReached | TakenOut
 
 
 class Run:
@@ -89,7 +83,7 @@ class Run:
     """
 
     def __init__(
-        self, worker: int, numbers: dict[Call, int], segment: Segment, replies: ReplySegments, now: float
+        self, worker: int, numbers: dict[Call, int], segment: Segment, segments: WorkerSegments, now: float
     ) -> None:
         self.worker = worker
         self.numbers = numbers
@@ -101,11 +95,15 @@ class Run:
         self.begun = now
         # The timer of the kernel's timeout, or of the grace period.
         self.timer: asyncio.TimerHandle | None = None
-        # Calls that may have effects, and whose callers must be told of the beginning and must confirm it.
-        self._untold = [call for call in numbers if call.must_be_known]
-        self._unheard: set[Call] = set()
+        # Calls that may have effects, and whose callers have not confirmed that they know of the beginning.
+        self.unconfirmed = {call for call in numbers if call.must_be_known}
         self._unread = set(numbers)
-        self._replies = replies
+        self._segments = segments
+
+    @property
+    def size(self) -> int:
+        """The bytes of its calls' input tensors."""
+        return sum([call.size for call in self.numbers])
 
     @property
     def wanted(self) -> bool:
@@ -122,54 +120,20 @@ class Run:
         """Whether the run has been sent to the worker."""
         return self.state is RunState.RUNNING or self.state is RunState.SENT
 
-    @property
-    def must_be_announced(self) -> bool:
-        """Whether callers must still be told that the run is about to begin."""
-        return self.state is RunState.STAGED and bool(self._untold)
-
-    @property
-    def may_be_sent(self) -> bool:
-        """Whether the run may be sent to the worker: all callers that must know of its beginning know."""
-        return not self._untold and not self._unheard
-
-    @property
-    def unheard(self) -> tuple[Call, ...]:
-        """Calls whose callers have been told, and have not confirmed."""
-        return tuple(self._unheard)
-
-    def announce(self, heard: Callable[["Run", Call], None]) -> bool:
-        """Tell callers that must know that the run is about to begin. Returns whether any has yet to confirm."""
+    def announce(self, confirmed: Callable[["Run", Call], None]) -> None:
+        """Tell callers that must know that the run is about to begin. They confirm that, unless they have left."""
         self.state = RunState.ANNOUNCED
-        untold, self._untold = self._untold, []
-        for call in untold:
-
-            def known(call: Call = call) -> None:
-                heard(self, call)
-
-            if call.announce(known):
-                self._unheard.add(call)
-        return bool(self._unheard)
-
-    def known_to(self, call: Call) -> None:
-        """Note that a call's caller knows of the beginning."""
-        self._unheard.discard(call)
+        self.unconfirmed = {call for call in self.unconfirmed if call.announce(partial(confirmed, self, call))}
 
     def take_out(self, call: Call) -> None:
         """Remove a call from a run that has not been sent to the worker."""
         del self.numbers[call]
-        self._unheard.discard(call)
-        if call in self._untold:
-            self._untold.remove(call)
+        self.unconfirmed.discard(call)
 
     def begin(self, now: float) -> None:
         """Note that the worker executes the run from now on."""
         self.state = RunState.RUNNING
         self.begun = now
-
-    def end(self) -> None:
-        """Note that the worker no longer has the run."""
-        self.state = RunState.OVER
-        self.stop_timer()
 
     def stop_timer(self) -> None:
         """Cancel the timer of the run."""
@@ -182,4 +146,4 @@ class Run:
         if call in self._unread:
             self._unread.discard(call)
             if not self._unread:
-                self._replies.give_back(self.segment)
+                self._segments.give_back(self.segment)

@@ -1,26 +1,30 @@
-"""A slot: one numbered place in the pool. When its worker exits, the slot starts another worker."""
+"""A slot: one numbered place in the pool, and its worker. When the worker exits, the slot starts another.
+
+process starts ──> Loaded…, Ready ──> `ready` ──> serves: `in_flight`, `recycling` ──> exits ──> `exited`
+                   Misfit ──────────> `ready` with what is wrong
+"""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from time import monotonic
-from typing import Protocol
+import signal
+from collections.abc import Iterable
+from contextlib import suppress
 
 import structlog
 
 from unlatch.common.backoff import Backoff
+from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.telemetry.internal_errors import InternalErrors
-from unlatch.compute.call import Call
-from unlatch.compute.errors import StartError
+from unlatch.compute.errors import KilledAtStartError, StartError
+from unlatch.compute.ipc.frames import Done, Failed, Loaded, Misfit, Ready, Shrunk, ToDispatcher
 from unlatch.compute.ipc.memory_limits import MemoryLimits
 from unlatch.compute.metrics import WorkerMetrics
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
-from unlatch.compute.pool.forkserver import Spawned
-from unlatch.compute.pool.in_flight import RunListener
+from unlatch.compute.pool.forkserver import ForkServer, Spawned
+from unlatch.compute.pool.in_flight import InFlight, RunListener
+from unlatch.compute.pool.occupancy import Occupancy
 from unlatch.compute.pool.process import WorkerProcess
 from unlatch.compute.pool.recycling import Recycling
-from unlatch.compute.pool.slot_worker import SlotWorker
 from unlatch.compute.readiness import Readiness
 from unlatch.compute.settings import ComputeSettings
 
@@ -30,166 +34,175 @@ log = structlog.get_logger()
 _MAX_VAIN_STARTS = 3
 
 
-class Spawns(Protocol):
-    """Forks worker processes: the forkserver, or a test's substitute."""
+class SlotWorker:
+    """A worker of a slot, in a process that was forked. Raises OSError; ProcessLookupError if the process has ended."""
 
-    async def spawn_within(self, seconds: float, *, unfit: int = 0) -> Spawned:
-        """Fork a worker process, but not from the forkserver with the pid `unfit`. Raises StartError."""
+    def __init__(self, slot: "Slot", spawned: Spawned, listener: RunListener) -> None:
+        self.parent = spawned.parent
+        self.kernels: dict[str, KernelSpec] = {}
+        self._slot = slot
+        self._listener = listener
+        loop = asyncio.get_running_loop()
+        # Empty once the worker's kernels are known; or the reason why it cannot serve.
+        self.ready: asyncio.Future[str] = loop.create_future()
+        self.exited: asyncio.Future[Exit] = loop.create_future()
+        self.process = WorkerProcess(
+            spawned.process,
+            spawned.channel,
+            self._on_frame,
+            self.exited.set_result,
+            stopped_seconds=slot.settings.stopped_worker_seconds,
+            errors=slot.errors,
+        )
+        of_slot = slot.occupancy, slot.metrics, slot.errors, slot.settings
+        self.in_flight = InFlight(slot.number, self.process, listener, *of_slot)
+        # None until the worker serves, and after its exit.
+        self.recycling: Recycling | None = None
+
+    def serve(self, limits: MemoryLimits) -> None:
+        """Let the worker take runs from now on."""
+        with suppress(OSError):  # the process has ended meanwhile: it gets no run before its exit is handled
+            self.recycling = Recycling(self.process, self.in_flight, limits)
+            self.in_flight.serve()
+
+    def close(self, cause: Exit, *, stopping: bool) -> None:
+        """Settle the runs of a worker that has exited, and free its resources."""
+        recycling, self.recycling = self.recycling, None
+        self.in_flight.lost(cause, stopping=stopping)
+        if recycling is not None:
+            recycling.close()
+
+    def _on_frame(self, frame: ToDispatcher) -> None:
+        self.in_flight.guarded("worker_frame", self._hear, frame)
+
+    def _hear(self, frame: ToDispatcher) -> None:
+        if isinstance(frame, Done | Failed):
+            if self.in_flight.heard(frame):
+                self._slot.exit_backoff.succeeded()
+                if self.recycling is not None:
+                    self.recycling.rested()
+                self._listener.assign()
+        elif isinstance(frame, Shrunk):
+            if self.recycling is not None:
+                self.recycling.shrunk(frame)
+        elif self.ready.done():
+            self.process.kill(exits.NOT_STARTING)
+        else:
+            self._starts(frame)
+
+    def _starts(self, frame: Loaded | Ready | Misfit) -> None:
+        if isinstance(frame, Loaded):
+            self.kernels[frame.kernel.name] = frame.kernel
+        else:
+            self.ready.set_result(frame.message if isinstance(frame, Misfit) else "")
 
 
 class Slot:
-    """Keep one numbered place filled with a worker. `attach` makes a WorkerProcess of a forked process."""
+    """Keep one numbered place filled with a worker."""
 
     def __init__(
         self,
         number: int,
-        forkserver: Spawns,
+        forkserver: ForkServer,
+        occupancy: Occupancy,
         metrics: WorkerMetrics,
         readiness: Readiness,
         limits: MemoryLimits,
         settings: ComputeSettings,
         errors: InternalErrors,
-        *,
-        attach: Callable[..., WorkerProcess] = WorkerProcess,
-        clock: Callable[[], float] = monotonic,
     ) -> None:
+        self.worker: SlotWorker | None = None
+        # The runs of the worker, while there is one.
+        self.in_flight: InFlight | None = None
         self.number = number
         self._forkserver = forkserver
-        self._metrics = metrics
+        self.occupancy = occupancy
+        self.metrics = metrics
         self._readiness = readiness
         self._limits = limits
-        self._settings = settings
-        self._errors = errors
-        self._attach = attach
-        self._clock = clock
-        self._worker: SlotWorker | None = None
+        self.settings = settings
+        self.errors = errors
         self._stopping = False
         # The pid of a forkserver whose children cannot serve, because of the kernels that it has loaded.
         self._unfit_parent = 0
         # Waits after exits without a finished call between them. After the first exit there is no wait.
-        self._exits = Backoff(first_seconds=0.05, longest_seconds=5.0, free_tries=1)
+        self.exit_backoff = Backoff(first_seconds=0.05, longest_seconds=5.0, free_tries=1)
         # Waits after failed starts: longer, because a start may load the kernels anew, and a repair takes a person.
         self._start_failures = Backoff(first_seconds=0.1, longest_seconds=20.0)
 
     @property
-    def runs(self) -> int:
-        """How many runs the worker holds."""
-        return len(self._worker.in_flight) if self._worker is not None else 0
-
-    @property
-    def runs_long(self) -> bool:
-        """Whether the worker runs a long call, or has one staged."""
-        return self._worker is not None and self._worker.in_flight.runs_long
-
-    @property
-    def bytes(self) -> int:
-        """How many bytes the input tensors of the worker's calls have."""
-        return self._worker.in_flight.bytes if self._worker is not None else 0
-
-    @property
     def recycling(self) -> Recycling | None:
         """The check of the worker's limits, while the worker serves; else None."""
-        return self._worker.recycling if self._worker is not None else None
-
-    def seconds_left(self, now: float) -> float:
-        """Return how many more seconds the worker's runs are expected to take."""
-        return self._worker.in_flight.seconds_left(now) if self._worker is not None else 0.0
-
-    def has_room(self, now: float) -> bool:
-        """Whether the worker can take one run more."""
-        return self._worker is not None and self._worker.has_room(now)
-
-    def run(self, calls: Sequence[Call], now: float) -> None:
-        """Give the worker a call, or several to run as one. Raises ResourceExhausted if there is no reply memory."""
-        assert self._worker is not None
-        self._worker.in_flight.run(calls, now)
-
-    def holds(self, call: Call) -> bool:
-        """Whether the worker has the call."""
-        return self._worker is not None and self._worker.in_flight.holds(call)
-
-    def kill(self, cause: Exit) -> None:
-        """Kill the present worker; the slot starts another."""
-        if self._worker is not None:
-            self._worker.kill(cause)
+        return self.worker.recycling if self.worker is not None else None
 
     def sweep(self, dropped_inputs: Iterable[int]) -> None:
         """Tell the worker to unmap input segments that are gone, and reply segments that were unused for a while."""
-        if self._worker is not None:
-            self._worker.in_flight.sweep(dropped_inputs)
+        if self.in_flight is not None:
+            self.in_flight.segments.sweep(dropped_inputs)
 
     def look(self) -> None:
         """Check that the worker keeps to its limits, and update its memory metric."""
         if self.recycling is not None:
             self.recycling.look()
-            self._metrics.memory_bytes = self.recycling.taken_bytes
+            self.metrics.memory_bytes = self.recycling.taken_bytes
 
     async def keep(self, listener: RunListener, started: "asyncio.Future[None]") -> None:
         """Keep a worker in the slot: start another whenever one exits, until the slot is stopped.
 
         `started` gets the result of the first start. If the first start fails, no other is tried.
         """
-        try:
-            worker = await self._start(listener)
-        except Exception as error:  # noqa: BLE001 (it is told)
+        delay = 0.0
+        while not self._stopping:
+            await asyncio.sleep(delay)
+            try:
+                worker = await self._start(listener)
+            except Exception as error:  # noqa: BLE001 (it is told)
+                if not started.done():
+                    started.set_exception(error)
+                    return
+                delay = self._start_failed(error)
+                continue
             if not started.done():
-                started.set_exception(error)
-            return
-        if not started.done():
-            started.set_result(None)
-        while True:
+                started.set_result(None)
             cause = await worker.exited
-            self._emptied(worker, cause, listener, served=True)
-            if self._stopping:
-                return
-            await asyncio.sleep(0.0 if cause.at_once else self._exits.failed())
-            worker = await self._replacement(listener)
+            lost = worker.in_flight.calls_held
+            self._emptied(worker, cause, listener)
+            if not self._stopping:
+                tell = log.info if cause in exits.PLANNED else log.warning
+                tell("worker ended", worker=self.number, reason=cause.reason, message=str(cause), calls_lost=lost)
+            delay = 0.0 if cause.at_once else self.exit_backoff.failed()
 
     def stop(self) -> bool:
         """Stop filling the slot, and kill its worker. Returns whether there is a worker whose exit must be awaited."""
         self._stopping = True
-        self.kill(exits.POOL_STOPS)
-        return self._worker is not None
+        if self.worker is not None:
+            self.worker.process.kill(exits.POOL_STOPS)
+        return self.worker is not None
 
-    async def _replacement(self, listener: RunListener) -> SlotWorker:
-        """Start a worker in place of one that has exited; try again, with waits, until a start succeeds."""
-        while True:
-            try:
-                return await self._start(listener)
-            except Exception as error:
-                if self._stopping:
-                    raise asyncio.CancelledError from error
-                if not isinstance(error, StartError):
-                    self._errors.caught("worker_start", error)
-                delay = self._start_failures.failed()
-                lasting = self._start_failures.failures >= _MAX_VAIN_STARTS
-                lasting |= isinstance(error, StartError) and error.lasting
-                self._readiness.failed(self.number, str(error), lasting=lasting)
-                await asyncio.sleep(delay)
+    def _start_failed(self, error: Exception) -> float:
+        """Tell why a replacement could not be started. Returns the seconds to wait before the next start."""
+        delay = self._start_failures.failed()
+        if not self._stopping:
+            if not isinstance(error, StartError):
+                self.errors.caught("worker_start", error)
+            lasting = self._start_failures.failures >= _MAX_VAIN_STARTS
+            lasting |= isinstance(error, StartError) and error.lasting
+            self._readiness.failed(self.number, str(error), lasting=lasting)
+        return delay
 
     async def _start(self, listener: RunListener) -> SlotWorker:
         """Start one worker, and wait until it serves. Raises StartError if it does not become ready."""
-        within = self._settings.worker_start_seconds
-        spawned = await self._forkserver.spawn_within(within, unfit=self._unfit_parent)
+        within, stopped_seconds = self.settings.worker_start_seconds, self.settings.stopped_worker_seconds
+        spawned = await self._forkserver.spawn_within(within, stopped_seconds=stopped_seconds, unfit=self._unfit_parent)
         try:
-            worker = SlotWorker(
-                self.number,
-                spawned,
-                listener,
-                self._metrics,
-                self._errors,
-                self._settings,
-                self._exits.succeeded,
-                attach=self._attach,
-                clock=self._clock,
-            )
+            worker = SlotWorker(self, spawned, listener)
         except ProcessLookupError as error:
             raise StartError(f"a worker ended as it was forked: {exits.by_itself(spawned.process.exitcode)}") from error
         except OSError as error:
             raise StartError(f"a worker did not start: {error}") from error
-        self._worker = worker
-        self._metrics.started(worker.process.pid, worker.parent)
-        late = asyncio.get_running_loop().call_later(within, worker.kill, exits.UNREADY)
+        self.worker, self.in_flight = worker, worker.in_flight
+        self.metrics.started(worker.process.pid, worker.parent)
+        late = asyncio.get_running_loop().call_later(within, worker.process.kill, exits.UNREADY)
         try:
             await asyncio.wait((worker.ready, worker.exited), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -197,14 +210,15 @@ class Slot:
         try:
             why = self._serves(worker)
         except Exception as error:  # noqa: BLE001 (an entry point's guard: the worker must not be left alone)
-            why = str(self._errors.caught("worker_start", error))
+            why = str(self.errors.caught("worker_start", error))
         if why:
             # Raise StartError only after the process is gone, because then the slot may be filled again.
-            worker.kill(exits.MISFIT)
+            worker.process.kill(exits.MISFIT)
             cause = await worker.exited
-            self._emptied(worker, cause, listener, served=False)
+            self._emptied(worker, cause, listener)
             lasting = cause == exits.UNREADY or self._unfit_parent == worker.parent
-            raise StartError(why, lasting=lasting)
+            kind = KilledAtStartError if cause == exits.by_itself(-signal.SIGKILL) else StartError
+            raise kind(why, lasting=lasting)
         listener.assign()
         return worker
 
@@ -221,24 +235,17 @@ class Slot:
             return "its kernels are not those of the workers that are up: their files have changed"
         worker.serve(self._limits)
         self._start_failures.succeeded()
-        self._metrics.ready()
+        self.metrics.ready()
         self._readiness.up(self.number, worker.kernels)
         return ""
 
-    def _emptied(self, worker: SlotWorker, cause: Exit, listener: RunListener, *, served: bool) -> None:
-        """Settle the calls of a worker that has exited, and update metrics, readiness and the log."""
-        self._worker = None
-        lost = worker.in_flight.calls_held
-        for step in (
-            partial(worker.close, cause, stopping=self._stopping),
-            partial(self._metrics.ended, "" if self._stopping else cause.reason),
-            partial(self._readiness.down, self.number),
-        ):
-            try:
-                step()
-            except Exception as error:  # noqa: BLE001 (an entry point's guard: the slot is to be filled again)
-                self._errors.caught("worker_exit", error)
-        if served and not self._stopping:
-            tell = log.info if cause in exits.PLANNED else log.warning
-            tell("worker ended", worker=self.number, reason=cause.reason, message=str(cause), calls_lost=lost)
+    def _emptied(self, worker: SlotWorker, cause: Exit, listener: RunListener) -> None:
+        """Settle the calls of a worker that has exited, and update metrics and readiness."""
+        self.worker = self.in_flight = None
+        with self.errors.guarded("worker_exit"):
+            worker.close(cause, stopping=self._stopping)
+        with self.errors.guarded("worker_exit"):
+            self.metrics.ended("" if self._stopping else cause.reason)
+        with self.errors.guarded("worker_exit"):
+            self._readiness.down(self.number)
         listener.changed()

@@ -8,13 +8,12 @@ import asyncio
 import os
 from collections.abc import Callable
 
+from unlatch.common.machine.process_states import ENDED, STOPPED, TRACED, state_in
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
 
 _LOOK_SECONDS = 0.25
-# As far as the state in proc_pid_stat(5): a number and a name of at most 64 bytes come before it.
-_HEAD_BYTES = 128
-_STILL = {b"T": exits.STOPPED, b"t": exits.STOPPED, b"Z": exits.HALF_GONE}
+_STILL = {STOPPED: exits.STOPPED, TRACED: exits.STOPPED, ENDED: exits.HALF_GONE}
 
 
 class StoppedWatch:
@@ -37,7 +36,7 @@ class StoppedWatch:
                 self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
                 return  # it has ended already
-            self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
+            self._schedule()
 
     def close(self) -> None:
         """Look no more."""
@@ -46,13 +45,18 @@ class StoppedWatch:
             self._timer = None
             os.close(self._stat)
 
+    def _schedule(self) -> None:
+        # At the same times for all processes, so that an idle loop wakes up once for all of them. The first look comes
+        # after 0.5 to 1.5 times the interval.
+        looks = round(self._loop.time() / _LOOK_SECONDS) + 1
+        self._timer = self._loop.call_at(looks * _LOOK_SECONDS, self._look)
+
     def _look(self) -> None:
-        self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
-        try:
-            head = os.pread(self._stat, _HEAD_BYTES, 0)
-        except OSError:
+        self._schedule()
+        state = state_in(self._stat)
+        if not state:
             return  # it has just ended
-        cause = _STILL.get(head[head.rindex(b")") + 2 :][:1])
+        cause = _STILL.get(state)
         self._looks = self._looks + 1 if cause is not None else 0
         if cause is not None and self._looks == self._most_looks:
             self._on_stopped(cause)

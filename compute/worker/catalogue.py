@@ -4,9 +4,10 @@ They are loaded once, in the forkserver, before any worker is forked, so that wo
 """
 
 import importlib
-import importlib.util
+import os
 import pkgutil
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from unlatch.common.kernel.spec import KernelSpec
-from unlatch.declaration import DECLARED, DeclarationError, spec_of
+from unlatch.declaration import DECLARED, DeclarationError, place_of, spec_of
 
 BUILT_IN = "unlatch.compute.kernels"
 
@@ -32,76 +33,113 @@ class LoadedKernels:
 
     def add(self, module: ModuleType) -> None:
         """Add every kernel of a module. Raises LoadError for a name that another kernel has."""
+        _refuse_hidden(module)
         for function, spec in kernels_in(module):
-            # A kernel that one module imports from another is the same object, and not a second kernel.
-            known = self.functions.get(spec.name)
-            if known is not None and known is not function:
-                raise LoadError(f"{place(function)}: kernel {spec.name!r} is already defined at {place(known)}")
+            # A kernel that another module imports, or that a decorator above @kernel has wrapped, keeps its spec.
+            if self.specs.setdefault(spec.name, spec) is not spec:
+                known = place_of(self.functions[spec.name])
+                raise LoadError(f"{place_of(function)}: kernel {spec.name!r} is already defined at {known}")
             self.functions[spec.name] = function
-            self.specs[spec.name] = spec
 
 
 def kernels_in(module: ModuleType) -> Iterator[tuple[Callable[..., Any], KernelSpec]]:
-    """All kernels that a module declares (also those hidden by a later one) or imports. Some are yielded twice."""
+    """All kernels that a module declares (also those hidden by a later one) or imports.
+
+    Some are yielded twice: the second time as the module's other decorators have wrapped them.
+    """
     for candidate in (*vars(module).get(DECLARED, ()), *vars(module).values()):
         spec = spec_of(candidate)
         if spec is not None:
             yield candidate, spec
 
 
-def place(function: Callable[..., Any]) -> str:
-    """The place where a kernel is defined, as file:line."""
-    return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
+def _refuse_hidden(module: ModuleType) -> None:
+    """Refuse a decorator above @kernel that returns a function without the kernel's attributes."""
+    for function in vars(module).get(DECLARED, ()):
+        name = function.__qualname__
+        shown = vars(module).get(name)
+        if callable(shown) and spec_of(shown) is None:
+            raise LoadError(
+                f"{place_of(function)}: kernel {name}: another function has replaced it; if that is a decorator above "
+                "@kernel, write @kernel above it, or use functools.wraps in it"
+            )
 
 
 def load(modules: Iterable[str]) -> LoadedKernels:
     """Load Unlatch's own kernels, and those of `modules`: dotted names or paths to files.
 
-    Raises LoadError, naming file and line, for a module that cannot be imported or defines a name twice.
+    Raises LoadError for a module that cannot be imported, has no kernel, or defines a name twice.
     """
     catalogue = LoadedKernels()
     package = importlib.import_module(BUILT_IN)
     for found in pkgutil.iter_modules(package.__path__, f"{BUILT_IN}."):
         catalogue.add(importlib.import_module(found.name))
     for name in modules:
-        catalogue.add(imported(name))
+        module = imported(name)
+        if not any(kernels_in(module)):
+            raise LoadError(f"{name}: declares no kernel")
+        catalogue.add(module)
     return catalogue
 
 
 def imported(name: str) -> ModuleType:
     """Import a module by dotted name or path to a file. Raises LoadError, naming file and line."""
     try:
-        if name.endswith(".py"):
+        # For an empty name and a relative one, Python has errors of its own that name no file.
+        if name.endswith(".py") or os.sep in name or not name.partition(".")[0]:
             return _import_file(Path(name))
-        if "" not in sys.path:
-            sys.path.insert(0, "")
+        _search_first("")
         return importlib.import_module(name)
     except LoadError:
         raise
     except DeclarationError as error:
         raise LoadError(str(error)) from error
     except BaseException as error:  # a module may raise anything, even SystemExit
-        raise LoadError(f"{_origin(name, error)}: {type(error).__name__}: {error}") from error
+        raise LoadError(_described(name, error)) from error
 
 
 def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise LoadError(f"{path}: no such kernel file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise LoadError(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    # The file can import modules that lie beside it, as if it were run.
-    sys.path.insert(0, str(path.parent.resolve()))
-    spec.loader.exec_module(module)
+    """Import a file as the module that it is, so that its neighbours and processes of its own can import it too."""
+    if path.suffix != ".py" or not path.is_file():
+        raise LoadError(f"{path}: no such kernel file; wanted path/to/file.py or pkg.module")
+    folder, name = path.parent.resolve(), path.stem
+    while (folder / "__init__.py").is_file():
+        folder, name = folder.parent, f"{folder.name}.{name}"
+    _search_first(str(folder))
+    module = importlib.import_module(name)
+    found = getattr(module, "__file__", None)
+    if found is None or not path.samefile(found):
+        raise LoadError(f"{path}: rename the file, since Python has another module {name!r}: {found or 'a built-in'}")
     return module
 
 
-def _origin(name: str, error: BaseException) -> str:
-    """File and line of the module's own code that failed: the last frame outside the import system."""
+def _search_first(folder: str) -> None:
+    if sys.path[0] != folder:
+        sys.path.insert(0, folder)
+
+
+def is_installed(file: str) -> bool:
+    """Whether a file belongs to Python or was installed by pip, so that no developer of kernels works on it."""
+    paths = sysconfig.get_paths()
+    folders = (os.path.realpath(paths[kind]) + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return os.path.realpath(file).startswith(tuple(folders))
+
+
+def _described(name: str, error: BaseException) -> str:
+    """Describe an error after the line of the author's own code that led to it. A library's line comes last."""
+    text = f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    frames = [frame for frame in frames if frame.filename != __file__]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else name
+        return f"{error.filename}:{error.lineno}: {text}"
+    frames = _outside_imports(error)
+    if not frames:
+        where = f", neither installed nor in {Path.cwd()}" if isinstance(error, ModuleNotFoundError) else ""
+        return f"{name}: {text}{where}"
+    own = [frame for frame in frames if not is_installed(frame.filename)] or frames
+    raised = "" if own[-1] is frames[-1] else f" (raised at {frames[-1].filename}:{frames[-1].lineno})"
+    return f"{own[-1].filename}:{own[-1].lineno}: {text}{raised}"
+
+
+def _outside_imports(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of an error that belong neither to Python's imports nor to this module."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from unlatch.common.errors import Internal
+from unlatch.common.errors import Internal, KernelError
 from unlatch.common.kernel.datatypes import OBJECT, is_served
 from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, one_by_one
 from unlatch.common.kernel.tensors import Array, dtype_name, view
 from unlatch.compute.ipc.arena import ALIGNMENT, Mapped
 from unlatch.compute.ipc.frames import Member, Parameters, Tensor
+
+# Classes of arrays whose elements mean what those of np.ndarray mean.
+_SENT_AS_THEY_ARE = frozenset({np.ndarray, np.memmap, np.matrix})
 
 
 def input_arrays(mapped: Mapped, spec: KernelSpec, members: Sequence[Member]) -> list[Array]:
@@ -33,10 +36,17 @@ def call_kernel(
     """Call a kernel and check its outputs. Raises Internal for a faulty kernel, or what the kernel raises."""
     try:
         result = function(*arrays, **parameters)
-    except ValueError as error:
+    except KernelError as refusal:
+        refusal.field = refusal.field or _argument_named(spec, refusal.message)
+        raise
+    except (ValueError, TypeError) as error:
         if "read-only" in str(error):
             raise Internal(
                 f"kernel {spec.name} writes to its input; inputs are read-only, so it must copy first"
+            ) from error
+        if "readonly array" in str(error):
+            raise Internal(
+                f"kernel {spec.name} is compiled for writable arrays; inputs are read-only, so its types must say so"
             ) from error
         raise
     outputs = list(result) if isinstance(result, tuple) else [result]
@@ -44,6 +54,13 @@ def call_kernel(
         raise Internal(f"kernel {spec.name} returned {len(outputs)} results, but declares {len(spec.outputs)}")
     lengths = _named_lengths(spec, arrays)
     return [_checked(spec, array, output, lengths) for array, output in zip(spec.outputs, outputs, strict=True)]
+
+
+def _argument_named(spec: KernelSpec, message: str) -> str:
+    """Return the argument that a kernel's refusal begins with, as in `x: wanted …`; "" if it names none."""
+    name, colon, _ = message.partition(":")
+    declared = {array.name for array in spec.inputs} | {scalar.name for scalar in spec.scalars}
+    return name if colon and name in declared else ""
 
 
 def _view(name: str, memory: mmap | bytes, tensor: Tensor) -> Array:
@@ -82,8 +99,8 @@ def _named_lengths(spec: KernelSpec, arrays: list[Array]) -> dict[str, int | tup
 
 def _checked(spec: KernelSpec, declared: ArraySpec, output: Any, lengths: dict[str, int | tuple[int, ...]]) -> Array:
     """Check an output against its declaration. Raises Internal, since the kernel is at fault and not the caller."""
-    if not isinstance(output, np.ndarray | np.generic):
-        raise Internal(f"kernel {spec.name} returned a {type(output).__name__} for {declared.name}, not an array")
+    if type(output) not in _SENT_AS_THEY_ARE:
+        _check_kind(output, f"kernel {spec.name} returned a {type(output).__name__} for {declared.name}")
     array = np.asarray(output)
     if not is_served(dtype_name(array)):
         raise Internal(f"kernel {spec.name} returned {array.dtype} for {declared.name}, which no datatype carries")
@@ -98,6 +115,18 @@ def _checked(spec: KernelSpec, declared: ArraySpec, output: Any, lengths: dict[s
             f"but declares ({', '.join(declared.dims)})"
         )
     return array
+
+
+def _check_kind(output: Any, returned: str) -> None:
+    """Refuse what is not an array, or an array whose class gives its elements another meaning."""
+    if isinstance(output, np.generic):
+        return
+    if not isinstance(output, np.ndarray):
+        raise Internal(f"{returned}, not an array")
+    if not hasattr(output, "mask"):
+        raise Internal(f"{returned}, not a plain array; return np.asarray(…) if the elements alone are the result")
+    if np.any(output.mask):
+        raise Internal(f"{returned} with masked elements, which cannot be sent; return filled(…) or compressed()")
 
 
 def _has_declared_shape(declared: ArraySpec, shape: tuple[int, ...], lengths: dict[str, int | tuple[int, ...]]) -> bool:

@@ -9,6 +9,7 @@ lock therefore blocks only its own worker.
 """
 
 import contextlib
+import os
 import select
 import socket
 import struct
@@ -16,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 from unlatch import cancellation
 from unlatch.common.errors import Internal, UnlatchError, opaque
@@ -25,7 +27,7 @@ from unlatch.compute.ipc.memory_limits import Allowance
 from unlatch.compute.worker import preload
 from unlatch.compute.worker.kernel_call import call_kernel, input_arrays
 from unlatch.compute.worker.reply import encoded, failed, not_begun, traceback_text, write_outputs
-from unlatch.compute.worker.setup import become_worker, give_way, start_blas_threads
+from unlatch.compute.worker.setup import become_worker, give_way, seed_random_states, start_blas_threads
 
 # After this idle time a worker returns the memory that it keeps for its next call.
 _IDLE_SECONDS = 3
@@ -33,9 +35,13 @@ _IDLE_SECONDS = 3
 _UNTIL_IDLE, _WITHOUT_LIMIT = (struct.pack("ll", seconds, 0) for seconds in (_IDLE_SECONDS, 0))
 
 
-def main(channel: socket.socket, dispatcher_alive: int, max_reply_bytes: int, memory_bytes: int) -> None:
-    """Serve RunFrames until the dispatcher closes the channel."""
+def main(channel: socket.socket, max_reply_bytes: int, memory_bytes: int) -> None:
+    """Serve RunFrames until the dispatcher closes the channel. The first message has the pipe that tells its end."""
+    _, (dispatcher_alive,), _, _ = socket.recv_fds(channel, 1, 1)
     become_worker(dispatcher_alive)
+    preload.restore()
+    seed_random_states()
+    preload.grant_openmp()
     if preload.failure:
         channel.send(wire.encode(wire.Misfit(preload.failure)))
         # Wait for the dispatcher to end this process. If it ended by itself, it might be gone before the frame is read.
@@ -72,6 +78,8 @@ class _Worker:
         self._incoming.register(channel, select.POLLIN)
         self._dispatcher_is_gone = False
         cancellation.asked_of = self._is_cancelled
+        # A process that a kernel forks must not take this worker's frames.
+        os.register_at_fork(after_in_child=partial(setattr, cancellation, "asked_of", bool))
 
     def serve(self) -> None:
         while (run := self._next()) is not None:

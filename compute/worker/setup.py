@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import sys
 
 import numpy as np
 
@@ -26,9 +27,24 @@ def become_worker(dispatcher_alive: int) -> None:
     os.close(dispatcher_alive)
     fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgid(0))
     fcntl.fcntl(own, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, _pass_over)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        # A kernel's module may handle it. Else the service ignores it (common/service/early.py).
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, _pass_over)
     # A kernel's prints belong in the log, and not in the output that a program reads from the service's stdout.
     os.dup2(2, 1)
+
+
+def _pass_over(*_: object) -> None:
+    """Do nothing on a signal that has no meaning here. Programs of a kernel would inherit that it is ignored."""
+
+
+def seed_random_states() -> None:
+    """Seed the global random states that all workers inherit. Python and Numba seed theirs after each fork."""
+    for module in ("numpy.random", "torch"):
+        if module in sys.modules:
+            sys.modules[module].seed()
 
 
 def start_blas_threads() -> None:

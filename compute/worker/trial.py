@@ -19,8 +19,9 @@ from contextlib import suppress
 import msgspec
 
 from unlatch.common.kernel.spec import KernelSpec
-from unlatch.common.service.life import die_with_parent
-from unlatch.compute.worker.catalogue import LoadedKernels, LoadError, imported, kernels_in, load, place
+from unlatch.common.service.early import die_with_parent
+from unlatch.compute.worker.catalogue import LoadedKernels, LoadError, imported, is_installed, kernels_in, load
+from unlatch.declaration import place_of
 
 
 class TriedKernel(msgspec.Struct, frozen=True):
@@ -31,7 +32,7 @@ class TriedKernel(msgspec.Struct, frozen=True):
 
 
 class TriedModule(msgspec.Struct, frozen=True):
-    """The trial of one module. `failure` names file and line, and is empty for a module that can be served."""
+    """The trial of one module. `failure` names file and line, and is empty for a module that can be loaded."""
 
     name: str
     kernels: list[TriedKernel]
@@ -39,9 +40,14 @@ class TriedModule(msgspec.Struct, frozen=True):
     threads: list[str]
     failure: str = ""
 
+    @property
+    def unservable(self) -> str:
+        """Why a service with this module would not start; empty if it would."""
+        return self.failure or ("" if self.kernels else f"{self.name}: declares no kernel")
+
 
 class Trial(msgspec.Struct, frozen=True):
-    """The trial of several modules, in order, and the files that were imported for them."""
+    """The trial of several modules, in order, and the files that were imported for them, but for installed ones."""
 
     modules: list[TriedModule]
     files: list[str]
@@ -49,7 +55,7 @@ class Trial(msgspec.Struct, frozen=True):
     @property
     def failure(self) -> str:
         """Why the modules cannot be served; empty if they can."""
-        return next((module.failure for module in self.modules if module.failure), "")
+        return next(filter(None, (module.unservable for module in self.modules)), "")
 
 
 async def tried(names: Sequence[str], *, within_seconds: float, memory_bytes: int) -> Trial:
@@ -84,7 +90,7 @@ def attempt(names: Sequence[str]) -> Trial:
     known = set(sys.modules)
     modules = [_attempt(catalogue, name) for name in names]
     files = (getattr(sys.modules[name], "__file__", None) for name in sys.modules.keys() - known)
-    return Trial(modules, sorted(os.path.realpath(file) for file in files if file))
+    return Trial(modules, sorted(os.path.realpath(file) for file in files if file and not is_installed(file)))
 
 
 def _attempt(catalogue: LoadedKernels, name: str) -> TriedModule:
@@ -97,7 +103,7 @@ def _attempt(catalogue: LoadedKernels, name: str) -> TriedModule:
     except LoadError as error:
         return TriedModule(name, [], time.perf_counter() - began, [], str(error))
     started = [thread.name for thread in threading.enumerate() if thread not in threads]
-    found = {spec.name: TriedKernel(spec, place(function)) for function, spec in kernels_in(module)}
+    found = {spec.name: TriedKernel(spec, place_of(function)) for function, spec in kernels_in(module)}
     return TriedModule(name, list(found.values()), seconds, started)
 
 

@@ -14,7 +14,7 @@ ROLES: Colours = {
 }
 CODES: Colours = {
     "^OK$": "green",
-    "INTERNAL|UNAVAILABLE|UNKNOWN": f"{_MANY}red",
+    "ABORTED|INTERNAL|UNAVAILABLE|UNKNOWN": f"{_MANY}red",
     "DEADLINE_EXCEEDED": "dark-orange",
     "RESOURCE_EXHAUSTED": "yellow",
     "INVALID_ARGUMENT|NOT_FOUND|FAILED_PRECONDITION": f"{_MANY}blue",

@@ -3,7 +3,7 @@
 from deploy.dashboards import colours
 from deploy.dashboards.board import Board, Variable
 from deploy.dashboards.panels import HALF, Column, Link, Query, figure, heat, lines, rows, states
-from deploy.dashboards.queries import COMPUTE, FAULTS, GATEWAY, mean, quantile, rate
+from deploy.dashboards.queries import COMPUTE, FAULTS, GATEWAY, mean, owned, quantile, rate
 
 KERNEL = f'{GATEWAY}, kernel=~"$kernel"'
 CALLS = "unlatch_calls_total"
@@ -26,8 +26,8 @@ _TOP = (
     figure(
         2,
         "Failed by a fault",
-        "Share of calls that ended DEADLINE_EXCEEDED, INTERNAL or UNAVAILABLE. Above 0.1 %: see the failed calls by "
-        "kernel below. If a single kernel fails, the fault is in that kernel; if all fail, in the fleet.",
+        "Share of calls that ended ABORTED, DEADLINE_EXCEEDED, INTERNAL or UNAVAILABLE. Above 0.1 %: see the failed "
+        "calls by kernel below. If a single kernel fails, the fault is in that kernel; if all fail, in the fleet.",
         "percentunit",
         f"{rate(CALLS, FAULTY)} / {rate(CALLS, KERNEL)}",
         limits=((0.001, "orange"), (0.01, "red")),
@@ -73,7 +73,7 @@ _TOP = (
         "The lowest number that any gateway sees. At 0 no call is served: see the states of the fleet below, and a "
         "replica's log for `replica takes no calls`.",
         "short",
-        f"min(sum by (namespace, pod) (unlatch_replica_up{{{GATEWAY}}}))",
+        f"min(sum by (namespace, pod, unit) (unlatch_replica_up{{{GATEWAY}}}))",
         limits=((0, "red"), (1, "orange"), (2, "green")),
     ),
     figure(
@@ -103,7 +103,7 @@ _CALLS = (
         12,
         "Failed calls by kernel and status",
         "Calls that did not end OK. INTERNAL of one kernel: the dispatcher's log has the traceback, under the id in "
-        "the caller's error. UNAVAILABLE of all kernels: replicas are lost.",
+        "the caller's error. ABORTED or UNAVAILABLE of all kernels: replicas are lost.",
         "reqps",
         Query(rate(CALLS, f'{KERNEL}, code!="OK"', "kernel, code"), "{{kernel}} {{code}}"),
         width=HALF,
@@ -166,8 +166,8 @@ _SATURATION = (
         "others, see the fleet.",
         "percentunit",
         Query(
-            f"avg by (pod) (rate(unlatch_worker_busy_seconds_total{{{COMPUTE}}}[$__rate_interval]))",
-            "{{pod}}",
+            owned(f"avg by (pod, unit) (rate(unlatch_worker_busy_seconds_total{{{COMPUTE}}}[$__rate_interval]))"),
+            "{{owner}}",
         ),
         width=HALF,
         limits=((0.8, "orange"), (0.95, "red")),
@@ -180,8 +180,8 @@ _SATURATION = (
         "For a replica with room (gateways), and for a worker (replicas, which get only as much as keeps them busy). "
         "If it grows at the gateways, all replicas are full.",
         "short",
-        Query(f"unlatch_queue_depth{{{GATEWAY}}}", "{{pod}}"),
-        Query(f"unlatch_queue_depth{{{COMPUTE}}}", "{{pod}}"),
+        Query(owned(f"unlatch_queue_depth{{{GATEWAY}}}"), "{{owner}}"),
+        Query(owned(f"unlatch_queue_depth{{{COMPUTE}}}"), "{{owner}}"),
         width=HALF,
         link=TO_PROCESSES,
     ),
@@ -200,7 +200,7 @@ _SATURATION = (
         "Calls that have not ended. A gateway refuses more than `--max-live-calls` (20,000). If one gateway has all "
         "of them, callers' connections are not distributed.",
         "short",
-        Query(f"unlatch_calls_in_flight{{{GATEWAY}}}", "{{pod}}"),
+        Query(owned(f"unlatch_calls_in_flight{{{GATEWAY}}}"), "{{owner}}"),
         width=HALF,
         link=TO_PROCESSES,
     ),
@@ -263,8 +263,8 @@ _FLEET = (
     lines(
         47,
         "Runs lost for good",
-        "Their callers got UNAVAILABLE. Not pure: declare kernels `pure=True` where it is true. Budget: more than "
-        "a tenth of the calls are lost, which is an outage.",
+        "Their callers got UNAVAILABLE, or ABORTED if the call may have had an effect. Not pure: declare kernels "
+        "`pure=True` where it is true. Budget: more than a tenth of the calls are lost, which is an outage.",
         "reqps",
         Query(rate("unlatch_retries_refused_total", GATEWAY, "reason"), "{{reason}}"),
     ),
@@ -273,7 +273,7 @@ _FLEET = (
         "Retry budget",
         "Number of begun runs that may be retried now. At 0 losses reach callers: find out what is being lost.",
         "short",
-        Query(f"unlatch_retry_budget{{{GATEWAY}}}", "{{pod}}"),
+        Query(owned(f"unlatch_retry_budget{{{GATEWAY}}}"), "{{owner}}"),
         limits=((0, "red"), (1, "green")),
     ),
     lines(

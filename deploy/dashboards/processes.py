@@ -3,14 +3,14 @@
 from deploy.dashboards import colours
 from deploy.dashboards.board import Board, Variable
 from deploy.dashboards.panels import HALF, WHOLE, Link, Query, figure, heat, lines, states
-from deploy.dashboards.queries import ANY_POD, born_or_grown, quantile, rate
+from deploy.dashboards.queries import ANY_POD, born_or_grown, owned, quantile, rate
 
-NAME = "{{pod}} {{process}}"
-WORKER = "{{pod}} worker-{{worker}}"
-LOOPS = f'{ANY_POD}, process=~"gateway|dispatcher"'
+NAME = "{{owner}} {{process}}"
+WORKER = "{{owner}} worker-{{worker}}"
+LOOPS = f'{ANY_POD}, process=~"gateway|dispatcher|unit"'
 OF_WORKERS = f'{ANY_POD}, process=~"worker-.*"'
-ONE = "namespace, pod, process"
-ONE_WORKER = "namespace, pod, worker"
+ONE = "namespace, pod, unit, process"
+ONE_WORKER = "namespace, pod, unit, worker"
 POD = Link(title="This pod alone", url="/d/unlatch-processes?var-pod=${__field.labels.pod}&${__url_time_range}")
 
 ON_A_CORE = rate("unlatch_process_cpu_seconds_total", ANY_POD, ONE)
@@ -29,7 +29,7 @@ IN_A_RUN = f"sum by ({ONE_WORKER}) ({BUSY})"
 BLOCKED = f"clamp_min({IN_A_RUN} - {WORKERS_ON_A_CORE} - {WORKERS_WAITING}, 0)"
 # A limit of 0 means no limit.
 MEMORY_RATIO = (
-    f"unlatch_worker_memory_bytes{{{ANY_POD}}} / on (namespace, pod) group_left () "
+    f"unlatch_worker_memory_bytes{{{ANY_POD}}} / on (namespace, pod, unit) group_left () "
     f"(unlatch_worker_memory_limit_bytes{{{ANY_POD}}} > 0)"
 )
 RESTARTS = born_or_grown("unlatch_worker_restarts_total", ANY_POD)
@@ -78,7 +78,7 @@ _TOP = (
         "Lag of the slowest event loop. Over 10 ms: large unary messages, or no free core for the loop (see waiting "
         "for a core).",
         "s",
-        f"max({quantile(0.99, 'unlatch_event_loop_lag_seconds', LOOPS, 'namespace, pod, process')})",
+        f"max({quantile(0.99, 'unlatch_event_loop_lag_seconds', LOOPS, ONE)})",
         limits=((0.01, "orange"), (0.1, "red")),
     ),
     figure(
@@ -116,7 +116,7 @@ _TOP = (
         "dark for long, see what it runs. A dark gateway or dispatcher limits all others. If workers are pale while "
         "calls wait, the loops cannot feed them.",
         "percentunit",
-        Query(ON_A_CORE, NAME),
+        Query(owned(ON_A_CORE), NAME),
         most=1,
         width=WHOLE,
         height=10,
@@ -127,7 +127,7 @@ _TOP = (
         "The same as lines, killed processes' time included: 1 is one core. Blue gateways and purple dispatchers "
         "should stay below 0.7; orange workers may be fully used.",
         "percentunit",
-        Query(ON_A_CORE, NAME),
+        Query(owned(ON_A_CORE), NAME),
         width=WHOLE,
         height=9,
         coloured=colours.ROLES,
@@ -160,7 +160,7 @@ _TIME = (
         "all calls wait with them. If it is high for all, the pod's CPU limit is below its workers, or the node is "
         "full.",
         "percentunit",
-        Query(rate("unlatch_process_core_wait_seconds_total", ANY_POD, ONE), NAME),
+        Query(owned(rate("unlatch_process_core_wait_seconds_total", ANY_POD, ONE)), NAME),
         coloured=colours.ROLES,
         limits=((0.2, "red"),),
         most=1,
@@ -172,7 +172,7 @@ _TIME = (
         "Share of time in which each worker ran kernels. Compare it with utilisation to see whether its kernels "
         "compute.",
         "percentunit",
-        Query(IN_A_RUN, WORKER),
+        Query(owned(IN_A_RUN), WORKER),
         most=1,
         link=POD,
     ),
@@ -182,7 +182,7 @@ _TIME = (
         "Share of time in which a worker's kernel slept, read or wrote. For kernels that only compute it is near 0: "
         "if not, they wait for a lock, a file, or memory that is paged in.",
         "percentunit",
-        Query(BLOCKED, WORKER),
+        Query(owned(BLOCKED), WORKER),
         width=HALF,
         most=1,
         link=POD,
@@ -196,7 +196,7 @@ _TIME = (
         Query(
             rate(
                 "unlatch_call_seconds_sum",
-                f'{ANY_POD}, job="unlatch-compute", kernel=~"$kernel", stage=~"run|queue"',
+                f'{ANY_POD}, component="compute", kernel=~"$kernel", stage=~"run|queue"',
                 "stage",
             ),
             "{{stage}}",
@@ -213,7 +213,7 @@ _RUNS = (
         "How long each worker has run its present kernel. A line that keeps rising is a hanging run; the legend "
         "names its kernel.",
         "s",
-        Query(f'unlatch_worker_running_seconds{{{ANY_POD}, kernel=~"$kernel"}}', f"{WORKER} {{{{kernel}}}}"),
+        Query(owned(f'unlatch_worker_running_seconds{{{ANY_POD}, kernel=~"$kernel"}}'), f"{WORKER} {{{{kernel}}}}"),
         link=POD,
     ),
     lines(
@@ -258,7 +258,7 @@ _RESTARTS = (
         "The same by slot. If a single slot restarts, certain calls kill it, and calls like them will be refused. If "
         "all of a pod do, look at its memory or its kernels.",
         "short",
-        Query(f"sum by (pod, worker) {RESTARTS}", WORKER),
+        Query(owned(f"sum by (pod, unit, worker) {RESTARTS}"), WORKER),
         stacked=True,
         bars=True,
         width=HALF,
@@ -278,9 +278,18 @@ _RESTARTS = (
         44,
         "Workers",
         "Whether a process that takes calls fills each slot. If one stays red, the dispatcher's log has the reason.",
-        Query(f"unlatch_worker_up{{{ANY_POD}}}", WORKER),
+        Query(owned(f"unlatch_worker_up{{{ANY_POD}}}"), WORKER),
         {0: ("none takes calls", "red"), 1: ("takes calls", "green")},
         width=HALF,
+    ),
+    states(
+        45,
+        "Units",
+        "Whether each unit of `unlatch serve --units N` answers for its metrics. If one stays red, its process ends "
+        "again and again, or is stopped: see the log for `restarting service` and `metrics of unit not read`.",
+        Query(owned(f"unlatch_unit_up{{{ANY_POD}}}"), "{{owner}}"),
+        {0: ("does not answer", "red"), 1: ("answers", "green")},
+        width=WHOLE,
     ),
 )
 
@@ -291,7 +300,7 @@ _MEMORY = (
         "Of every process, shared arenas included. All of a pod's together must stay below its limit; a dispatcher's "
         "grows with what calls bring, bounded by `--input-arena-bytes`.",
         "bytes",
-        Query(f"unlatch_process_resident_memory_bytes{{{ANY_POD}}}", NAME),
+        Query(owned(f"unlatch_process_resident_memory_bytes{{{ANY_POD}}}"), NAME),
         coloured=colours.ROLES,
         link=POD,
     ),
@@ -301,8 +310,8 @@ _MEMORY = (
         "What each worker has beyond what it started with, and (red) what it may have. A line that climbs with each "
         "call is a kernel that leaks: `--recycle-growth-bytes` replaces such a worker.",
         "bytes",
-        Query(f"unlatch_worker_memory_bytes{{{ANY_POD}}}", WORKER),
-        Query(f"unlatch_worker_memory_limit_bytes{{{ANY_POD}}} > 0", "{{pod}} limit"),
+        Query(owned(f"unlatch_worker_memory_bytes{{{ANY_POD}}}"), WORKER),
+        Query(owned(f"unlatch_worker_memory_limit_bytes{{{ANY_POD}}} > 0"), "{{owner}} limit"),
         coloured={"limit$": "red", "worker-": "shades of orange"},
         link=POD,
     ),
@@ -312,7 +321,7 @@ _MEMORY = (
         "At 1 the call is RESOURCE_EXHAUSTED and the worker serves on, or is replaced. Near 1 for one kernel: give it "
         "`memory=`, or send it less at a time.",
         "percentunit",
-        Query(MEMORY_RATIO, WORKER),
+        Query(owned(MEMORY_RATIO), WORKER),
         limits=((0.8, "orange"), (0.95, "red")),
         most=1,
         link=POD,
@@ -323,7 +332,7 @@ _MEMORY = (
         "Pages that were found in RAM. With thousands a second, a worker returns memory and takes it again with "
         "each call: see its kernels' temporary arrays.",
         "short",
-        Query(rate("unlatch_process_page_faults_total", f'{ANY_POD}, kind="minor"', ONE), NAME),
+        Query(owned(rate("unlatch_process_page_faults_total", f'{ANY_POD}, kind="minor"', ONE)), NAME),
         coloured=colours.ROLES,
         width=HALF,
         link=POD,
@@ -334,7 +343,7 @@ _MEMORY = (
         "Pages that were read from a disk. After the start it is 0: if not, the node has no memory left and "
         "everything waits for its disk.",
         "short",
-        Query(rate("unlatch_process_page_faults_total", f'{ANY_POD}, kind="major"', ONE), NAME),
+        Query(owned(rate("unlatch_process_page_faults_total", f'{ANY_POD}, kind="major"', ONE)), NAME),
         coloured=colours.ROLES,
         limits=((1, "red"),),
         width=HALF,
@@ -349,7 +358,7 @@ _LOOPS = (
         "Lag of a timer that is due every 50 ms, which every event at that moment had to wait. Over 10 ms: large unary "
         "messages, or no free core for the loop.",
         "s",
-        Query(quantile(0.99, "unlatch_event_loop_lag_seconds", LOOPS, ONE), NAME),
+        Query(owned(quantile(0.99, "unlatch_event_loop_lag_seconds", LOOPS, ONE)), NAME),
         coloured=colours.ROLES,
         limits=((0.01, "orange"), (0.1, "red")),
         width=HALF,
@@ -371,7 +380,7 @@ _LOOPS = (
         "Time by which each loop was overdue when it was scraped. More than some milliseconds, repeatedly, means that "
         "the loop is blocked.",
         "s",
-        Query(f"unlatch_event_loop_stalled_seconds{{{LOOPS}}}", NAME),
+        Query(owned(f"unlatch_event_loop_stalled_seconds{{{LOOPS}}}"), NAME),
         coloured=colours.ROLES,
         limits=((0.5, "orange"), (2, "red")),
         width=HALF,
@@ -383,7 +392,7 @@ _LOOPS = (
         "Share of time that a thread of each process waits for the interpreter's lock. It follows utilisation; above "
         "0.5 some code in that process computes, which it should not.",
         "percentunit",
-        Query(f"unlatch_gil_contention_ratio{{{LOOPS}}}", NAME),
+        Query(owned(f"unlatch_gil_contention_ratio{{{LOOPS}}}"), NAME),
         coloured=colours.ROLES,
         limits=((0.3, "orange"), (0.5, "red")),
         most=1,

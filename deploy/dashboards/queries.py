@@ -1,11 +1,11 @@
 """PromQL that the boards share. Grafana fills in the names after a `$`."""
 
 # The label `job` is a pod's app.kubernetes.io/name, by PodMonitor and plain Prometheus alike.
-GATEWAY = 'job="unlatch-gateway", namespace=~"$namespace", pod=~"$gateway"'
-COMPUTE = 'job="unlatch-compute", namespace=~"$namespace"'
+GATEWAY = 'component="gateway", namespace=~"$namespace", pod=~"$gateway"'
+COMPUTE = 'component="compute", namespace=~"$namespace"'
 ANY_POD = 'namespace=~"$namespace", pod=~"$pod"'
 # Statuses of calls that fail by a fault of Unlatch or a kernel, not of the caller. Each called kernel has all of them.
-FAULTS = "DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE"
+FAULTS = "ABORTED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE"
 
 
 def rate(metric: str, where: str, by: str = "") -> str:
@@ -31,6 +31,12 @@ def born_or_grown(counter: str, where: str) -> str:
     """
     selected = f"{counter}{{{where}}}"
     return f"(({selected} unless {selected} offset $__rate_interval) or increase({selected}[$__rate_interval]))"
+
+
+def owned(expr: str) -> str:
+    """Add the label `owner` to series that have a pod: the pod and, where it has several, the unit."""
+    numbered = f'label_replace({expr}, "unit", " unit $1", "unit", "(.+)")'
+    return f'label_join({numbered}, "owner", "", "pod", "unit")'
 
 
 def _by(labels: str) -> str:

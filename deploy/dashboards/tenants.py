@@ -5,7 +5,7 @@ from deploy.dashboards.board import Board, Variable
 from deploy.dashboards.panels import HALF, SIXTH, Column, Link, Query, figure, lines, rows
 from deploy.dashboards.queries import FAULTS, rate
 
-GATEWAY = 'job="unlatch-gateway", namespace=~"$namespace"'
+GATEWAY = 'component="gateway", namespace=~"$namespace"'
 TENANT = f'{GATEWAY}, tenant=~"$tenant"'
 CALLS, SECONDS = "unlatch_tenant_calls_total", "unlatch_tenant_run_seconds_total"
 REFUSED = f'{TENANT}, code=~"RESOURCE_EXHAUSTED|PERMISSION_DENIED"'

@@ -22,9 +22,16 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from tests.deploy.boards import boards, fill
-from tests.deploy.load import KERNELS
-from tests.deploy.prometheus import INTERVAL_SECONDS, Prometheus, Series, Target, running_prometheus, scraping
+from tests.deploy.monitoring.boards import boards, fill
+from tests.deploy.monitoring.load import KERNELS
+from tests.deploy.monitoring.prometheus import (
+    INTERVAL_SECONDS,
+    Prometheus,
+    Series,
+    Target,
+    running_prometheus,
+    scraping,
+)
 from tests.support.mesh import KERNELS as MORE_KERNELS
 from tests.support.mesh import Mesh, running_mesh
 from unlatch import BlockingClient, UnlatchError
@@ -64,7 +71,7 @@ STYLE: Any = {
 
 @contextmanager
 def callers(mesh: Mesh, count: int, call: Callable[[BlockingClient], object], rest: float = 0.0) -> Iterator[None]:
-    """So many, each of whom calls, rests, and calls again."""
+    """Run `count` threads that call the mesh, rest for `rest` seconds, and call again."""
     ends = threading.Event()
 
     def go() -> None:
@@ -82,28 +89,28 @@ def callers(mesh: Mesh, count: int, call: Callable[[BlockingClient], object], re
 
 
 def computes(client: BlockingClient) -> None:
-    """Short enough not to be a long call, for which a worker would be kept free of others."""
+    """Compute for 40 ms, which is too short to count as a long call."""
     client.simulate(np.random.default_rng().random(8), seconds=0.04)
 
 
 def asks_for_little(client: BlockingClient) -> None:
-    """Many calls, and hardly any work."""
+    """Make 200 calls that do hardly any work."""
     list(client.map("identity", (np.zeros(64) for _ in range(200))))
 
 
 def leaves(client: BlockingClient) -> None:
-    """What it asked for goes on without it."""
+    """Leave a call before its kernel has ended, so that its worker is killed."""
     with suppress(UnlatchError):
         client.record(np.ones(8), seconds=3.0, timeout=0.5)
 
 
 def sleeps(client: BlockingClient) -> None:
-    """No work at all, and yet a worker is taken."""
+    """Occupy a worker without using a core."""
     client.sleeps(seconds=0.3)
 
 
 def work(mesh: Mesh) -> None:
-    """The load, part by part."""
+    """Make the load, part by part."""
     with callers(mesh, 1, computes), callers(mesh, 1, computes, rest=0.04):
         time.sleep(PART_SECONDS)
         with callers(mesh, 1, asks_for_little):
@@ -112,7 +119,7 @@ def work(mesh: Mesh) -> None:
             time.sleep(PART_SECONDS)
         with callers(mesh, 1, leaves, rest=3.0):
             for _ in range(4):
-                # The youngest, which has replaced the one that was killed before it.
+                # The youngest worker, which has replaced the one that was killed before.
                 os.kill(mesh.workers[-1], signal.SIGKILL)
                 time.sleep(PART_SECONDS / 4)
     with callers(mesh, 2, sleeps):
@@ -120,7 +127,7 @@ def work(mesh: Mesh) -> None:
 
 
 def shown(prometheus: Prometheus, number: int, began: float, ended: float) -> list[Series]:
-    """What a panel of the board shows."""
+    """Ask Prometheus for the series that a panel of the board shows."""
     values = {**BOARD.everything(), "__rate_interval": f"{WINDOW_SECONDS:g}s"}
     queries = [fill(asked.expr, values) for asked in BOARD.asks() if asked.number == number]
     step = STEP_SECONDS.get(number, INTERVAL_SECONDS)
@@ -129,12 +136,12 @@ def shown(prometheus: Prometheus, number: int, began: float, ended: float) -> li
 
 
 def panel(number: int) -> Mapping[str, Any]:
-    """One of the board's."""
+    """Return a panel of the board by its number."""
     return next(one for one in BOARD.panels if one["id"] == number)
 
 
 class Picture:
-    """The heat map above, four other panels below, each with its own title."""
+    """A picture of five panels: the heat map above, and four others below."""
 
     def __init__(self, series: Mapping[int, Sequence[Series]], began: float, ended: float) -> None:
         self._series = series
@@ -149,7 +156,7 @@ class Picture:
         self._seconds = np.arange(self._steps) * INTERVAL_SECONDS
 
     def draw(self, target: Path) -> None:
-        """Draw all of it."""
+        """Draw all panels, and save the picture."""
         self._heat()
         self._time()
         self._lines(CORE_WAIT)
@@ -167,7 +174,7 @@ class Picture:
         self._figure.savefig(target, dpi=110)
 
     def _values(self, one: Series) -> Values:
-        """A series on the picture's own steps; NaN where it has nothing."""
+        """Return a series at the picture's steps; NaN at steps without a value."""
         values = np.full(self._steps, np.nan)
         for moment, value in one.points:
             values[round((moment - self._began) / INTERVAL_SECONDS)] = value
@@ -210,7 +217,7 @@ class Picture:
 
 
 def main(target: Path) -> None:
-    """Serve, watch, work, draw."""
+    """Run a mesh and a Prometheus, make the load, and draw what Prometheus has recorded."""
     flags = ["--workers", "4", "--kernels", f"{KERNELS},{MORE_KERNELS}"]
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory()))

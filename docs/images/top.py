@@ -19,14 +19,14 @@ from unlatch.cli.top.figures import Figures, figures
 from unlatch.cli.top.screen import screen
 from unlatch.cli.top.sources import HISTORY_SECONDS, Source
 
-DOORS = ("", "metrics-", "health-", "compute-metrics-", "compute-health-")
+DOORS = ("", "metrics-", "health-")
 ANY_PORTS = [f"--{door}listen=127.0.0.1:0" for door in DOORS]
 WIDTH = 112
 BUSY = 0.6
 
 
 def work(address: str, caller: int, ending: threading.Event) -> None:
-    """Calls of one caller: pictures, prices and small ones, now more, now fewer, some of them wrong."""
+    """Make the calls of one caller: pictures, prices and small calls, now more, now fewer."""
     dice = np.random.default_rng(caller)
     photo = dice.integers(0, 256, (960, 1280, 3), dtype=np.uint8)
     with BlockingClient(address, timeout=30) as mesh:
@@ -40,44 +40,37 @@ def work(address: str, caller: int, ending: threading.Event) -> None:
 
 
 def without_fonts(svg_format: str) -> str:
-    """The picture's own fonts would be fetched from elsewhere: the reader's monospace one does."""
+    """Remove the fonts that a reader would have to fetch: the reader's own monospace font is used instead."""
     return re.sub(r"@font-face \{\{.*?\}\}\n", "", svg_format, flags=re.DOTALL)
 
 
 def log(server: Popen[str]) -> Iterator[dict[str, str]]:
-    """What a server says of itself."""
+    """Read the entries of a server's log."""
     assert server.stderr is not None
     return (json.loads(line) for line in server.stderr)
 
 
-def look(sources: list[Source]) -> Figures:
-    """What is known now."""
-    return figures([source.seen for source in sources], time.monotonic())
+def look(source: Source) -> Figures:
+    """Return the figures that are known now."""
+    return figures([source.seen], time.monotonic())
 
 
 def main(target: Path) -> None:
-    """Serve, work, look, draw."""
+    """Run a server, make calls, and draw what `unlatch top` shows."""
     with Popen([sys.executable, "-m", "unlatch", "serve", *ANY_PORTS], stderr=PIPE, text=True) as server:
-        serving: dict[str, dict[str, str]] = {}
-        for entry in log(server):
-            if entry["event"] == "serving":
-                serving[entry["process"]] = entry
-            elif entry["event"] == "replica is ready":
-                break
-        gateway, dispatcher = serving["gateway"], serving["dispatcher"]
+        unit = next(entry for entry in log(server) if entry["event"] == "serving")
         ending = threading.Event()
-        callers = [threading.Thread(target=work, args=(gateway["listen"], caller, ending)) for caller in range(6)]
-        sources = [Source(service["metrics_listen"], 1.0, lambda: None) for service in (gateway, dispatcher)]
+        callers = [threading.Thread(target=work, args=(unit["listen"], caller, ending)) for caller in range(6)]
+        source = Source(unit["metrics_listen"], 1.0, lambda: None)
         for caller in callers:
             caller.start()
-        for source in sources:
-            source.start()
+        source.start()
         time.sleep(HISTORY_SECONDS)
-        shown = look(sources)
+        shown = look(source)
         # Between two waves of calls there is little to see.
         while any(process.worker and process.utilization_ratio < BUSY for process in shown.processes):
             time.sleep(0.5)
-            shown = look(sources)
+            shown = look(source)
         console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
         console.print(screen(shown, WIDTH, None))
         ending.set()

@@ -5,11 +5,10 @@ sampled, those that did not are all logged, as long as they are not a flood. The
 """
 
 from collections.abc import Mapping
-from time import monotonic
 
 import structlog
 
-from unlatch.common.rates import TokenBucket
+from unlatch.common.telemetry.log_ration import LogRation
 
 log = structlog.get_logger()
 
@@ -20,29 +19,14 @@ class CallLog:
     """`calls_per_second` bounds the lines of calls that ended OK, `failures_per_second` those of all others."""
 
     def __init__(self, calls_per_second: float, failures_per_second: float) -> None:
-        self._calls = _Ration(calls_per_second)
-        self._failures = _Ration(failures_per_second)
+        self._calls = LogRation(calls_per_second)
+        self._failures = LogRation(failures_per_second)
 
     def has_room(self, code: str) -> bool:
         """Whether a call that ended with `code` gets a line; it is counted where it does not."""
-        return (self._calls if code == "OK" else self._failures).take()
+        return (self._calls if code == "OK" else self._failures).has_room()
 
     def tell(self, code: str, fields: Fields) -> None:
         """Write the line of a call."""
         ration, write = (self._calls, log.info) if code == "OK" else (self._failures, log.warning)
-        left_out, ration.left_out = ration.left_out, 0
-        write("call", code=code, **fields, **({"left_out": left_out} if left_out else {}))
-
-
-class _Ration:
-    """A bound on lines a second; those of one second may come at once."""
-
-    def __init__(self, per_second: float) -> None:
-        self.left_out = 0
-        self._bucket = TokenBucket(per_second, max(1.0, per_second) if per_second else 0.0, monotonic())
-
-    def take(self) -> bool:
-        """Whether there may be another line; it is counted where there may not."""
-        has_room = self._bucket.take_one(monotonic())
-        self.left_out += not has_room
-        return has_room
+        write("call", code=code, **fields, **ration.left_out())

@@ -1,6 +1,8 @@
 """The path of every call, from each door: admit it, set its deadline, let it run (execution.py), answer it."""
 
 import asyncio
+import math
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from time import monotonic
@@ -11,28 +13,38 @@ from unlatch.common.lane.frames import MAX_TENSORS
 from unlatch.common.lane.listener import ReplyListener
 from unlatch.gateway.calls.coalescing import Coalescing
 from unlatch.gateway.calls.execution import Execution
-from unlatch.gateway.calls.live_bytes import LiveBytes
 from unlatch.gateway.calls.record import Record, Records
 from unlatch.gateway.calls.retries import Retries
+from unlatch.gateway.calls.triton import take_parameters
 from unlatch.gateway.fleet.fleet import Fleet
+from unlatch.gateway.fleet.fleets import Fleets
+from unlatch.gateway.fleet.hold import Hold
 from unlatch.gateway.settings import GatewaySettings
 from unlatch.gateway.tenants.quotas import Tenant
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply
+
+# So much of a descriptor is not counted: max_live_calls bounds it.
+_USUAL_DESCRIPTOR_BYTES = 1024
+# Callers have left a gateway that drains once no call has come for this long. A few calls a second are not noticed:
+# such a call would have to come within the millisecond in which its connection is closed.
+_QUIET_SECONDS = 0.5
+DRAINING = "this gateway is draining and takes no new calls"
 
 
 class Calls:
     """Hold every call of the gateway, and enforce the bounds on them."""
 
-    def __init__(self, fleet: Fleet, settings: GatewaySettings, records: Records) -> None:
-        self.fleet = fleet
+    def __init__(self, fleets: Fleets, settings: GatewaySettings, records: Records) -> None:
+        self.fleets = fleets
         self.metrics = records.metrics
-        self.live_bytes = LiveBytes(settings.max_live_bytes)
         self._records = records
-        self._retries = Retries(records.metrics)
-        self._coalescing = Coalescing(fleet, records.metrics, on=settings.coalescing)
+        self.retries = Retries(records.metrics)
+        self._coalescing = Coalescing(records.metrics, on=settings.coalescing)
         self._settings = settings
         self._live: set[LiveCall] = set()
         self._none_left = asyncio.Event()
+        # When the last call began.
+        self._last = -math.inf
         self._draining = False
 
     def __len__(self) -> int:
@@ -46,11 +58,11 @@ class Calls:
         A refusal does not raise: the caller is sent the error, and the returned call has ended.
         """
         call = LiveCall(self, self._records.begin(descriptor), caller)
+        self._last = call.record.began
         call.record.bytes_in, call.record.tenant = body.size, tenant.label
         try:
             self._admit(call, descriptor, body, seconds, tenant)
         except UnlatchError as error:
-            call.known = self.fleet.serves(descriptor.request.kernel)
             call.failed(error)
         except Exception as error:  # noqa: BLE001 (the guard: this call fails, and no other)
             call.failed(self.metrics.errors.caught("call_begin", error))
@@ -68,9 +80,20 @@ class Calls:
         if not self._live:
             self._none_left.set()
 
+    async def callers_left(self) -> None:
+        """Wait until callers send no more calls, because they have moved to another gateway."""
+        await self._ended()
+        while (quiet_in := self._last + _QUIET_SECONDS - monotonic()) > 0:
+            await asyncio.sleep(quiet_in)
+            await self._ended()
+
     async def drain(self) -> None:
         """Refuse new calls, and wait until every live call has ended."""
         self._draining = True
+        await self._ended()
+
+    async def _ended(self) -> None:
+        """Wait until no call is live."""
         while self._live:
             self._none_left.clear()
             await self._none_left.wait()
@@ -80,44 +103,82 @@ class Calls:
     ) -> None:
         """Check the bounds and the tenant's limits, then start the call. Raises UnlatchError."""
         request = descriptor.request
-        self._check(body)
+        # Twice, since the reply repeats what is largest in a large descriptor: the call's id.
+        described = 2 * max(0, descriptor.ByteSize() - _USUAL_DESCRIPTOR_BYTES)
+        self._check(body, tenant)
+        tenant.held.check(body.size + described)
         descriptor.tenant = tenant.name
         descriptor.priority = tenant.allow(request)
         tenant.admit(monotonic())
-        kernel = self.fleet.kernel(request.kernel, request.version)
-        charge = partial(self._charge, tenant)
-        execution = Execution(
-            self.fleet, self._retries, self.live_bytes, self.metrics, kernel, descriptor, body, charge
-        )
-        limit = self._settings.default_timeout_seconds if seconds is None else seconds
-        self.live_bytes.charge(body.size)
+        fleet = self.fleets.of(tenant.name)
+        if fleet.holds_calls:
+            self._hold(call, fleet, body, seconds, tenant, described)
+        else:
+            self._execute(call, fleet, body, seconds, tenant, described)
+
+    def _hold(
+        self, call: "LiveCall", fleet: Fleet, body: Body, seconds: float | None, tenant: Tenant, described: int
+    ) -> None:
+        """Let a call wait for a replica that takes calls. Raises Unavailable where too many wait."""
+        fleet.hold.check(body.size)
+        tenant.held.hold(body.size + described)
         self._live.add(call)
-        call.start(execution, min(limit, self._settings.max_timeout_seconds), tenant)
+        call.wait(fleet.hold, self._limit(seconds), tenant, body.size + described)
+        execute = partial(self._execute, call, fleet, body, seconds, tenant, described)
+        fleet.hold.add(call, body.size, partial(self._go_on, call, execute))
+
+    def _execute(
+        self, call: "LiveCall", fleet: Fleet, body: Body, seconds: float | None, tenant: Tenant, described: int
+    ) -> None:
+        """Let a call wait for an execution of its kernel. Raises UnlatchError."""
+        descriptor = call.record.descriptor
+        request = descriptor.request
+        kernel = fleet.kernel(request.kernel, request.version)
+        if request.parameters:
+            seconds = take_parameters(request, kernel, seconds)
+        limit = self._limit(seconds)
+        execution = Execution(self, fleet, kernel, descriptor, body, tenant, call.record.began + limit)
+        tenant.held.hold(body.size + described)
+        self._live.add(call)
+        call.start(execution, limit, tenant, described)
         self._coalescing.route(execution)
 
-    def _check(self, body: Body) -> None:
+    def _go_on(self, call: "LiveCall", execute: Callable[[], None], error: UnlatchError | None) -> None:
+        """Execute a call that was held, because a replica takes calls, or fail it."""
+        call.stop_waiting()
+        if error is not None:
+            call.failed(error)
+            return
+        try:
+            execute()
+        except UnlatchError as refusal:
+            call.failed(refusal)
+        except Exception as unexpected:  # noqa: BLE001 (the guard: this call fails, and no other)
+            call.failed(self.metrics.errors.caught("call_begin", unexpected))
+
+    def _limit(self, seconds: float | None) -> float:
+        """Return the seconds that a call may take, if its caller asks for so many."""
+        limit = self._settings.default_timeout_seconds if seconds is None else seconds
+        return min(limit, self._settings.max_timeout_seconds)
+
+    def _check(self, body: Body, tenant: Tenant) -> None:
         settings = self._settings
         if self._draining:
-            raise Unavailable("this gateway is draining and takes no new calls")
+            raise Unavailable(DRAINING, not_begun=True)
         if len(self._live) >= settings.max_live_calls:
             raise ResourceExhausted(
                 f"the gateway holds max_live_calls={settings.max_live_calls} already", retry_after_milliseconds=100
             )
+        tenant.check_call(settings.max_live_calls, len(self._live))
         if len(body.lengths) > MAX_TENSORS:
             raise InvalidArgument(f"{len(body.lengths)} tensors are more than a call's {MAX_TENSORS}")
-        self.live_bytes.check(body.size)
-
-    def _charge(self, tenant: Tenant, run_seconds: float) -> None:
-        """Charge a tenant for an execution that its call began."""
-        tenant.charge(run_seconds, monotonic())
-        self.metrics.tenants_run_ended(tenant.label, run_seconds)
 
 
 class LiveCall:
     """A caller's call, from its admission until its caller has the answer or has left.
 
-        begin ──> shares an execution ──> replied ──> pieces ──> over ──> left
-          └── refused ─────── failed, expired ───────────────────┘
+        begin ──> waits where no replica takes calls ──> shares an execution ──> replied ──> pieces ──> over ──> left
+          └── refused ─────────────────────── failed, expired ───────────────────────────────────────────┘
 
     Until the call is over, its deadline applies, and its caller can cancel it, even after half of the reply has
     arrived. If no other call shares the execution, that cancels the execution too. Only `_end` reports the end to the
@@ -125,43 +186,66 @@ class LiveCall:
     """
 
     __slots__ = (
-        *("_body", "_caller", "_calls", "_execution", "_held_bytes", "_over", "_reply", "_seconds", "_tenant"),
-        *("_timer", "deadline", "known", "record"),
+        *(
+            "_body",
+            "_caller",
+            "_calls",
+            "_described_bytes",
+            "_execution",
+            "_held_bytes",
+            "_hold",
+            "_over",
+            "_reply",
+            "_seconds",
+            "_tenant",
+        ),
+        *("_timer", "deadline", "record"),
     )
 
     def __init__(self, calls: Calls, record: Record, caller: ReplyListener) -> None:
         self.record = record
-        # Whether its kernel is served. Only then may the kernel's name be a label of metrics.
-        self.known = False
         self.deadline = 0.0
         self._calls = calls
         # None once the caller has left: a reference cycle would keep the bytes of both until a garbage collection.
         self._caller: ReplyListener | None = caller
         self._execution: Execution | None = None
+        # Where it waits as long as no replica takes calls.
+        self._hold: Hold | None = None
         self._tenant: Tenant | None = None
         self._seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        # Bytes of the reply, as charged to live_bytes. The execution is charged for those of the request.
-        self._held_bytes = 0
+        # Bytes of descriptor and reply, as the tenant holds them. The execution holds the tensors of the request.
+        self._held_bytes = self._described_bytes = 0
         self._reply: Reply | None = None
         self._body: Body | None = None
         self._over = False
 
-    def start(self, execution: Execution, seconds: float, tenant: Tenant) -> None:
-        """Wait for an execution for at most `seconds`."""
-        self.known = True
-        self._seconds = seconds
-        self.deadline = self.record.began + seconds
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._expired)
+    def start(self, execution: Execution, seconds: float, tenant: Tenant, described_bytes: int) -> None:
+        """Wait for an execution for at most `seconds`. The tenant holds `described_bytes` of the call's descriptor."""
+        self._described_bytes = described_bytes
+        self._expect(seconds, tenant, described_bytes)
         self._execution = execution
-        self._tenant = tenant
-        tenant.in_flight += 1
         execution.join(self, self.deadline)
+
+    def wait(self, hold: Hold, seconds: float, tenant: Tenant, size: int) -> None:
+        """Wait until a replica takes calls, for at most `seconds`. The tenant holds `size` bytes of the call."""
+        self._expect(seconds, tenant, size)
+        self._hold = hold
+
+    def stop_waiting(self) -> None:
+        """Undo `wait`, so that the call may be started."""
+        tenant = self._tenant
+        if self._timer is not None and tenant is not None:
+            self._timer.cancel()
+            tenant.held.free(self._held_bytes)
+            tenant.in_flight -= 1
+            tenant.live_calls -= 1
+        self._held_bytes, self._hold, self._tenant, self._timer = 0, None, None, None
 
     def replied(self, reply: Reply, body: Body) -> None:
         """Pass the execution's reply to the caller. It replaces an earlier reply, whose replica was lost."""
-        caller = self._caller
-        if caller is None or self._over:
+        caller, tenant = self._caller, self._tenant
+        if caller is None or tenant is None or self._over:
             return
         try:
             own = self.record.descriptor.request.id
@@ -169,8 +253,9 @@ class LiveCall:
                 # The call shares another call's execution, so the reply has the other call's id.
                 reply = copy(reply)
                 reply.response.id = own
-            self._calls.live_bytes.charge(body.size, instead_of=self._held_bytes)
-            self._held_bytes = body.size
+            size = body.size + self._described_bytes
+            tenant.held.charge(size, instead_of=self._held_bytes)
+            self._held_bytes = size
             self._reply, self._body = reply, body
             caller.replied(reply, body)
             if body.complete:
@@ -188,10 +273,8 @@ class LiveCall:
         if caller is not None and not self._over:
             self._end(error.status, error, reply)
             self._leave_execution()
-            try:
+            with self._calls.metrics.errors.guarded("call_failure"):
                 caller.failed(error, reply)
-            except Exception as unexpected:  # noqa: BLE001 (the guard: what the call holds is freed)
-                self._calls.metrics.errors.caught("call_failure", unexpected)
         self.leave()
 
     def leave(self) -> None:
@@ -203,10 +286,10 @@ class LiveCall:
                 self._end("DEADLINE_EXCEEDED" if monotonic() >= self.deadline else "CANCELLED")
                 self._leave_execution()
         if self._caller is not None:
-            self._caller = self._body = None
+            self._caller = None
             if self._tenant is not None:
-                self._tenant.in_flight -= 1
-            self._calls.live_bytes.free(self._held_bytes)
+                self._tenant.held.free(self._held_bytes)
+                self._tenant.live_calls -= 1
             self._calls.left(self)
 
     def _completed(self) -> None:
@@ -217,19 +300,39 @@ class LiveCall:
         kernel = self.record.descriptor.request.kernel
         self.failed(DeadlineExceeded(f"kernel {kernel} did not answer within {self._seconds:.3g} s"))
 
+    def _expect(self, seconds: float, tenant: Tenant, held_bytes: int) -> None:
+        """Expect an answer within `seconds`, and count as a call of the tenant that holds so many bytes."""
+        self._seconds = seconds
+        self.deadline = self.record.began + seconds
+        self._timer = asyncio.get_running_loop().call_later(self.deadline - monotonic(), self._expired)
+        self._tenant = tenant
+        self._held_bytes = held_bytes
+        tenant.in_flight += 1
+        tenant.live_calls += 1
+
     def _leave_execution(self) -> None:
+        if self._hold is not None:
+            self._hold.withdraw(self)
         if self._execution is not None:
-            try:
+            # The caller hears of the end all the same.
+            with self._calls.metrics.errors.guarded("call_leave"):
                 self._execution.leave(self)
-            except Exception as error:  # noqa: BLE001 (the guard: the caller hears of the end all the same)
-                self._calls.metrics.errors.caught("call_leave", error)
 
     def _end(self, code: str, error: UnlatchError | None = None, reply: Reply | None = None) -> None:
         self._over = True
+        # A caller has its answer before the gateway knows that it was sent: the next call must fit the quota already.
+        if self._tenant is not None:
+            self._tenant.in_flight -= 1
         if self._timer is not None:
             self._timer.cancel()
+        self._body = None
         try:
-            replica = self._execution.replica if self._execution is not None else ""
-            self.record.ended(code, error, reply, replica, known=self.known)
+            execution = self._execution
+            if execution is not None:
+                self.record.ended(code, error, reply, execution.replica)
+            else:
+                # Only a kernel that is served may be a label of metrics: its caller chose the name.
+                known = self._calls.fleets.serves(self.record.descriptor.request.kernel)
+                self.record.ended(code, error, known=known)
         except Exception as unexpected:  # noqa: BLE001 (the guard: the caller hears of the end all the same)
             self._calls.metrics.errors.caught("call_record", unexpected)

@@ -12,13 +12,11 @@ names the version served: while two versions are served during a roll-out, the f
 A digest costs time on the gateway's one loop, so only calls of kernels whose runs take far longer are digested.
 """
 
-import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from unlatch.common.lane.body import WHOLE_BYTES
+from unlatch.common.fair import ByTurns
 from unlatch.gateway.calls.execution import Execution
-from unlatch.gateway.fleet.fleet import Fleet
 from unlatch.gateway.metrics import GatewayMetrics
 from unlatch.protos.unlatch_pb2 import Request
 
@@ -34,8 +32,7 @@ _READ_AT_ONCE = 512 * 1024
 class Coalescing:
     """Stands before the fleet: an execution goes there, or its calls wait for an identical one."""
 
-    def __init__(self, fleet: Fleet, metrics: GatewayMetrics, *, on: bool) -> None:
-        self._fleet = fleet
+    def __init__(self, metrics: GatewayMetrics, *, on: bool) -> None:
         self._metrics = metrics
         self._on = on
         self._in_flight: dict[bytes, Execution] = {}
@@ -44,8 +41,8 @@ class Coalescing:
         """Have an execution sent, or its calls wait for an identical one once it is digested."""
         cost = _DIGEST_SECONDS + _DIGEST_SECONDS_A_BYTE * execution.body.size
         name, size = execution.kernel.name, execution.body.size
-        if self._on and execution.kernel.pure and self._fleet.expected_seconds(name, size) > _FAR_LONGER * cost:
-            _Digest(execution, self._share, self._metrics).begin()
+        if self._on and execution.kernel.pure and execution.fleet.expected_seconds(name, size) > _FAR_LONGER * cost:
+            _Digest(execution, self._share, self._metrics)
         else:
             execution.route()
 
@@ -53,7 +50,7 @@ class Coalescing:
         other = self._in_flight.get(execution.digest)
         if other is not None and other.takes(execution):
             execution.join_another(other)
-            self._metrics.coalesced(execution.kernel.name)
+            self._metrics.coalesced_calls.add(1, execution.kernel.name)
         else:
             self._in_flight[execution.digest] = execution
             execution.when_over = self._over
@@ -72,57 +69,35 @@ class _Digest:
         self._then = then
         self._metrics = metrics
         self._hash = hashlib.blake2b(_said(execution), digest_size=16)
-        self._is_due = False
+        reading = ByTurns(self._read, at_once=1, caught=self._failed)
+        self._cursor = execution.body.subscribe(reading.start)
+        # The cursor keeps what is not read: it must not outlive the execution.
+        execution.when_over = self._close
+        reading.start()
 
-    def begin(self) -> None:
-        """Digest a small body now, a larger one by turns with all else that the loop has to do."""
-        body = self._execution.body
-        if body.complete and body.size <= WHOLE_BYTES:
-            for buffer in body.buffers:
-                self._hash.update(buffer)
-            self._done()
-        else:
-            self._cursor = body.subscribe(self._more)
-            # The cursor keeps what is not read: it must not outlive the execution.
-            self._execution.when_over = self._close
-            self._more()
-
-    def _close(self, _: Execution) -> None:
-        self._cursor.close()
-
-    def _more(self) -> None:
-        # By turns, however much has come at once.
-        if not self._is_due:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._read)
-
-    def _read(self) -> None:
-        try:
-            self._is_due = False
-            if not self._execution.over and self._read_some():
-                self._cursor.close()
-                self._execution.when_over = None
-                self._done()
-        except Exception as error:  # noqa: BLE001 (the guard: its calls hear of it)
-            self._execution.failed(self._metrics.errors.caught("coalescing", error))
-
-    def _read_some(self) -> bool:
-        """Read what one turn allows; return whether all is read."""
-        left = _READ_AT_ONCE
-        while left:
-            piece = self._cursor.next(left)
-            if piece is None:
-                return self._cursor.finished
+    def _read(self) -> Iterator[None]:
+        """Digest what is here, and end once that was all. Yields after each slice (a ByTurns step)."""
+        read = 0
+        while not self._execution.over and (piece := self._cursor.next(_READ_AT_ONCE)) is not None:
             self._hash.update(piece)
-            left -= len(piece)
-        if self._cursor.finished:
-            return True
-        self._more()
-        return False
+            read += len(piece)
+            if read >= _READ_AT_ONCE:
+                read = 0
+                yield
+        if not self._execution.over and self._cursor.finished:
+            self._close(self._execution)
+            self._done()
 
     def _done(self) -> None:
         self._execution.digest = self._hash.digest()
         self._then(self._execution)
+
+    def _close(self, execution: Execution) -> None:
+        execution.when_over = None
+        self._cursor.close()
+
+    def _failed(self, error: Exception) -> None:
+        self._execution.failed(self._metrics.errors.caught("coalescing", error))
 
 
 def _said(execution: Execution) -> bytes:

@@ -75,7 +75,16 @@ class Record:
         """
         if reply is not None:
             self.replica, self.timings, self.bytes_out = replica, reply.timings, sum(reply.lengths)
-        self._end(self.descriptor.request.kernel if known else _UNKNOWN, code, error)
+        self.seconds = monotonic() - self.began
+        records = self._records
+        kernel = self.descriptor.request.kernel if known else _UNKNOWN
+        records.metrics.call_ended(kernel, code, self.seconds, self.timings)
+        records.metrics.tenant_calls.add(1, self.tenant, code)
+        message = error.message[:_MAX_MESSAGE_CHARACTERS] if error is not None else ""
+        if self._span is not None:
+            end(self._span, code, message, self._attributes())
+        if records.log.has_room(code):
+            records.log.tell(code, self._fields(message))
 
     @property
     def transfer_microseconds(self) -> int:
@@ -89,22 +98,9 @@ class Record:
         if timings is None:
             return (("unlatch-request-id", self.request_id),)
         stages = f"transfer={self.transfer_microseconds},queue={timings.queue},run={timings.run}"
-        return (
-            ("unlatch-request-id", self.request_id),
-            ("unlatch-microseconds", stages),
-            ("unlatch-worker", f"{self.replica}/{timings.worker}"),
-        )
-
-    def _end(self, kernel: str, code: str, error: UnlatchError | None) -> None:
-        self.seconds = monotonic() - self.began
-        records = self._records
-        records.metrics.call_ended(kernel, code, self.seconds, self.timings)
-        records.metrics.tenants_call_ended(self.tenant, code)
-        message = error.message[:_MAX_MESSAGE_CHARACTERS] if error is not None else ""
-        if self._span is not None:
-            end(self._span, code, message, self._attributes())
-        if records.log.has_room(code):
-            records.log.tell(code, self._fields(message))
+        told = ("unlatch-request-id", self.request_id), ("unlatch-microseconds", stages)
+        # No call of the reply's run: the call did not run.
+        return (*told, ("unlatch-worker", f"{self.replica}/{timings.worker}")) if timings.batch else told
 
     def _fields(self, message: str) -> dict[str, str | int | float]:
         descriptor = self.descriptor
@@ -116,8 +112,10 @@ class Record:
             "bytes_out": self.bytes_out,
         }
         if self.timings is not None:
-            told |= {"queue_us": self.timings.queue, "run_us": self.timings.run, "batch": self.timings.batch}
-            told |= {"transfer_us": self.transfer_microseconds, "replica": self.replica, "worker": self.timings.worker}
+            told |= {"queue_us": self.timings.queue, "run_us": self.timings.run}
+            told |= {"transfer_us": self.transfer_microseconds}
+        if self.timings is not None and self.timings.batch:
+            told |= {"replica": self.replica, "worker": self.timings.worker, "batch": self.timings.batch}
         said = {"message": message, "tenant": descriptor.tenant, "trace": trace_id(descriptor)}
         return told | {name: value for name, value in said.items() if value}
 

@@ -3,19 +3,19 @@
     its kernel is pure   a worker had begun it
     either               no                     sent elsewhere for free: nothing has happened
     yes                  yes, or unknown        sent again where the budget has a retry for it
-    no                   yes, or unknown        its caller hears that it may have had effect
+    no                   yes, or unknown        its caller hears that it may have had an effect
 
-The budget is a tenth of recent calls, and a reserve for the loss of one replica: the most executions that one replica
-has had at a time. So one replica may always be lost, however few calls there are. But when all replicas are lost again
-and again, retries are a tenth of what is sent to them. (A token bucket, as Finagle's RetryBudget and gRPC's retry
-throttling are: docs/decisions/0014.)
+The budget is a tenth of recent calls, and a reserve for the loss of all replicas at once: the most executions that they
+have had at a time. So the whole fleet may be lost once, however few calls there are. But when it is lost again and
+again, retries are a tenth of what is sent to it. (A token bucket, as Finagle's RetryBudget and gRPC's retry throttling
+are: docs/decisions/0014.)
 """
 
 import math
 from collections.abc import Callable
 from time import monotonic
 
-from unlatch.common.errors import Unavailable
+from unlatch.common.errors import POSSIBLE_EFFECT
 from unlatch.gateway.metrics import GatewayMetrics
 
 # Tokens that each call adds.
@@ -45,7 +45,7 @@ class RetryBudget:
         return self._tokens
 
     def called(self, at_stake: int) -> None:
-        """Add a new call's share. `at_stake` is how many executions its replica has now."""
+        """Add a new call's share. `at_stake` is how many executions its fleet's replicas have now."""
         self._forget()
         self._tokens += _SHARE
         if at_stake > self._reserve:
@@ -73,12 +73,8 @@ class Retries:
 
     def __init__(self, metrics: GatewayMetrics) -> None:
         self._metrics = metrics
-        self._budget = RetryBudget()
-        metrics.retry_budget(lambda: self._budget.left)
-
-    def called(self, at_stake: int) -> None:
-        """Note a first sending. `at_stake` is how many executions the replica has now."""
-        self._budget.called(at_stake)
+        self.budget = RetryBudget()
+        metrics.retry_budget(lambda: self.budget.left)
 
     def refusal(self, *, pure: bool, begun: bool | None, times_begun: int, times_sent: int, why: str) -> str:
         """Return why an execution is not sent again; "" where it is.
@@ -86,21 +82,16 @@ class Retries:
         `begun` is None where that is unknown. `why`, how the execution was lost, is a label of the count.
         """
         if begun is False and times_sent < _MAX_SENT:
-            self._metrics.retried("not_begun")
+            self._metrics.retries.add(1, "not_begun")
             return ""
         if not pure and begun is not False:
-            refused, told = "not_pure", "it was begun, or may have been, and may have had effect"
+            refused, told = "not_pure", POSSIBLE_EFFECT
         elif times_begun >= _MAX_BEGUN or times_sent >= _MAX_SENT:
             refused, told = "attempts", f"it was sent {times_sent} times"
-        elif self._budget.take():
-            self._metrics.retried(why)
+        elif self.budget.take():
+            self._metrics.retries.add(1, why)
             return ""
         else:
             refused, told = "budget", "more calls are being lost than may be sent again"
-        self._metrics.not_retried(refused)
+        self._metrics.retries_refused.add(1, refused)
         return told
-
-
-def not_sent_again(error: Unavailable, told: str) -> Unavailable:
-    """Return the error that callers hear of an execution that is lost and not sent again."""
-    return Unavailable(f"{error.message}; {told}", retry_after_milliseconds=error.retry_after_milliseconds)

@@ -6,25 +6,28 @@ if that takes no longer than `tls_grace_seconds`, and then the lane is closed.
 """
 
 import asyncio
+from collections.abc import Callable, Iterator
 from functools import partial
 from time import time
 from typing import Any
 
 import structlog
 
-from unlatch.common.errors import InvalidArgument, Unauthenticated, UnlatchError
-from unlatch.common.lane.body import Body
+from unlatch.common.errors import InvalidArgument, ResourceExhausted, Unauthenticated, UnlatchError
+from unlatch.common.fair import ByTurns
+from unlatch.common.lane.body import Body, kept
 from unlatch.common.lane.frames import MAX_DESCRIPTOR_BYTES
 from unlatch.common.lane.lanes import Lanes
 from unlatch.common.lane.listener import Caught
-from unlatch.common.lane.replies import failed
 from unlatch.common.lane.server import LaneServer
 from unlatch.common.net.rpc import abort
 from unlatch.gateway.calls.calls import Calls, LiveCall
 from unlatch.gateway.doors.fields import descriptor_too_large, name_as_protocol
+from unlatch.gateway.metrics import GatewayMetrics
 from unlatch.gateway.tenants.authentication import Authentication
+from unlatch.gateway.tenants.identity import Identity
+from unlatch.gateway.tenants.quotas import Tenant
 from unlatch.gateway.tenants.tenants import Tenants
-from unlatch.gateway.tenants.tokens import Identity
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 log = structlog.get_logger()
@@ -34,10 +37,10 @@ _ASK_SECONDS = 30.0
 _ASK_PART = 0.2
 # How long a token still holds whose key was taken away, so that its caller can send another.
 _GRACE_SECONDS = 2.0
-# No timer runs for longer: the wall clock, by which tokens end, may be set.
+# No timer runs for longer: the clock by which tokens end may be set, or the machine may have slept.
 _LOOK_SECONDS = 60.0
 _CHECKED_AT_ONCE = 16
-_ENDED = "the lane's token has ended, and no other has come"
+_ENDED = "the lane's token has ended, and the caller has sent no other"
 
 
 class ClientLanes:
@@ -50,67 +53,91 @@ class ClientLanes:
         authentication: Authentication,
         tenants: Tenants,
         *,
+        max_lanes: int,
         stalled_call_seconds: float,
         grace_seconds: float,
         caught: Caught,
+        metrics: GatewayMetrics,
     ) -> None:
         self._calls = calls
         self._lanes = lanes
         self._authentication = authentication
         self._tenants = tenants
+        self._max_lanes = max_lanes
         self._stalled_call_seconds = stalled_call_seconds
         self._grace_seconds = grace_seconds
         self.caught = caught
         self._open: set[_ClientLane] = set()
+        metrics.lanes(lambda: float(len(self._open)))
+        self._refused = partial(metrics.lanes_refused.add, 1)
+        # Checks every lane's token again. There may be many lanes.
+        self.checking = ByTurns(self._check, at_once=_CHECKED_AT_ONCE, caught=partial(caught, "client_token"))
 
     async def open(self, _: object, context: Any) -> None:
         """Run the RPC of a lane. Its caller is authenticated before anything that comes on the lane is read."""
         try:
             identity, token = self._authentication.identify(context)
-            self._tenants.of(identity.name)
+            tenant = self._tenants.of(identity.name)
+            self._check_room(tenant)
         except UnlatchError as error:
+            self._refused(error.status)
             await abort(context, error)
         except Exception as error:  # noqa: BLE001 (the guard: the caller hears of it)
             await abort(context, self.caught("client_lane", error))
-        lane = _ClientLane(self, identity, token)
+        lane = _ClientLane(self, identity, token, tenant)
         self._open.add(lane)
+        tenant.lanes += 1
         try:
-            await lane.run(self._lanes, context)
+            # The client needs the kernels for its calls, and would refuse them itself.
+            await self._calls.fleets.of(tenant.name).until_known()
+            await lane.run(self._lanes, context, tenant.name)
         finally:
+            tenant.lanes -= 1
             self._open.discard(lane)
 
-    async def check(self) -> None:
-        """Check every lane's token again, after the keys have changed. In slices, since there may be many lanes."""
-        for number, lane in enumerate(list(self._open), 1):
-            lane.check()
-            if number % _CHECKED_AT_ONCE == 0:
-                await asyncio.sleep(0)
+    def _check_room(self, tenant: Tenant) -> None:
+        if len(self._open) >= self._max_lanes:
+            raise ResourceExhausted(
+                f"this gateway has max_lanes={self._max_lanes} open already", retry_after_milliseconds=1000
+            )
+        tenant.check_lane(self._max_lanes, len(self._open))
 
     def renewed(self, token: str, name: str) -> Identity:
         """Return the identity of a new token that came on the lane of caller `name`. Raises Unauthenticated."""
         identity = self._authentication.renew(token)
         if identity.name != name:
-            raise Unauthenticated("the token that came is another caller's than the lane's")
+            raise Unauthenticated("the new token names another caller than the lane's first token")
         return identity
 
     def close(self, lane: LaneServer, why: str) -> None:
         """Close a lane whose caller is no longer authenticated. Calls that came in time are answered first, if soon."""
         self._lanes.close(lane, Unauthenticated(why), self._grace_seconds)
 
+    def _check(self) -> Iterator[None]:
+        for lane in list(self._open):
+            lane.check()
+            yield
+
     def begin(
-        self, lane: LaneServer, identity: Identity, descriptor: Descriptor, whole: list[memoryview] | None
+        self,
+        lane: LaneServer,
+        identity: Identity,
+        descriptor: Descriptor,
+        whole: list[memoryview] | None,
+        ended: Callable[[], None],
     ) -> "_ClientCall | None":
-        """Begin a call, or refuse it at once. None where it is over already."""
+        """Begin a call, or refuse it at once and return None. Call `ended` if the identity has ended."""
         # The gateway sets these, whatever a client writes; fields that this version does not know are dropped.
         descriptor.ClearField("tenant")
         descriptor.ClearField("priority")
         descriptor.ClearField("attempt")
         descriptor.DiscardUnknownFields()
-        body = Body(descriptor.lengths, None if whole is None else list(whole))
+        body = Body(descriptor.lengths, None if whole is None else map(kept, whole))
         remaining = descriptor.remaining_microseconds
         call = _ClientCall(lane, descriptor.call, body)
         try:
             if identity.until <= time():
+                ended()
                 raise Unauthenticated(_ENDED)
             tenant = self._tenants.of(identity.name)
             if descriptor.ByteSize() > MAX_DESCRIPTOR_BYTES:
@@ -128,8 +155,8 @@ class ClientLanes:
 class _ClientLane:
     """An open lane, its caller's identity, and until when that holds."""
 
-    def __init__(self, door: ClientLanes, identity: Identity, token: str) -> None:
-        self.server = LaneServer(self._accept, door.caught, self._renew)
+    def __init__(self, door: ClientLanes, identity: Identity, token: str, tenant: Tenant) -> None:
+        self.server = LaneServer(self._accept, door.caught, self._renew, tenant.held)
         self._door = door
         self._identity = identity
         self._token = token
@@ -137,11 +164,11 @@ class _ClientLane:
         self._asked = self._over = False
         self._changed = asyncio.Event()
 
-    async def run(self, lanes: Lanes, context: Any) -> None:
+    async def run(self, lanes: Lanes, context: Any, tenant: str) -> None:
         """Carry the lane until its caller ends it, or is no longer authenticated."""
         keeping = asyncio.create_task(self._keep(context.peer()))
         try:
-            await lanes.carry(self.server, context)
+            await lanes.carry(self.server, context, tenant)
         finally:
             keeping.cancel()
 
@@ -162,7 +189,8 @@ class _ClientLane:
         self._take(Identity(name=self._identity.name, until=min(self._identity.until, time() + _GRACE_SECONDS)))
 
     def _accept(self, lane: LaneServer, descriptor: Descriptor, whole: list[memoryview] | None) -> "_ClientCall | None":
-        return self._door.begin(lane, self._identity, descriptor, whole)
+        # The lane is closed at once if the token has ended: the clock may be set, and no timer notices that.
+        return self._door.begin(lane, self._identity, descriptor, whole, self._changed.set)
 
     def _renew(self, token: str) -> None:
         if self._over:
@@ -258,7 +286,7 @@ class _ClientCall:
         """Send the error on the lane."""
         self.answered = True
         self._stop_looking()
-        self._lane.reply(self._number, failed(name_as_protocol(error)), Body((), []))
+        self._lane.fail(self._number, name_as_protocol(error))
 
     def _sent(self, body: Body) -> None:
         # Another reply may have taken its place.

@@ -1,8 +1,11 @@
 """Fields in errors, as callers of both doors know them: by the Open Inference Protocol's names."""
 
+from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from unlatch.common.errors import InvalidArgument, NotFound, PermissionDenied, UnlatchError
 from unlatch.common.lane.frames import MAX_DESCRIPTOR_BYTES
@@ -42,6 +45,37 @@ def descriptor_too_large(header: bytes) -> InvalidArgument:
         f"bytes, and this one {len(header)}",
         field=culprit,
     )
+
+
+def undecodable(message: bytes, kind: type[Message]) -> InvalidArgument:
+    """Return the error for bytes that are no message of a kind. It names the first text that is not UTF-8."""
+    culprit = ""
+    if len(message) <= MAX_DESCRIPTOR_BYTES:
+        with suppress(Malformed):
+            culprit = _wrong_text(message, kind.DESCRIPTOR.fields)
+    why = f"{culprit} is not UTF-8" if culprit else "it cannot be decoded"
+    return InvalidArgument(f"the message is no {kind.DESCRIPTOR.name}: {why}", field=culprit)
+
+
+def _wrong_text(message: bytes, fields: Iterable[Any]) -> str:
+    for field in fields:
+        if field.type not in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE):
+            continue
+        for entry in split(message, field.number, _MAX_LOOKED_AT)[1]:
+            if field.message_type is not None:
+                if inner := _wrong_text(bytes(entry), field.message_type.fields):
+                    return f"{field.name}.{inner}"
+            elif not _is_utf8(entry):
+                return str(field.name)
+    return ""
+
+
+def _is_utf8(text: memoryview) -> bool:
+    try:
+        str(text, "utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _name_of(field: FieldDescriptor, entry: memoryview) -> str:

@@ -15,7 +15,7 @@ from unlatch.common.kernel.datatypes import BYTES
 from unlatch.common.lane.body import Body, Buffer
 from unlatch.common.lane.frames import MAX_DESCRIPTOR_BYTES, MAX_TENSORS
 from unlatch.common.lane.protowire import Malformed, bulk_entry, split
-from unlatch.gateway.doors.fields import descriptor_too_large
+from unlatch.gateway.doors.fields import descriptor_too_large, undecodable
 from unlatch.protos.inference_pb2 import (
     InferTensorContents,
     ModelInferRequest,
@@ -48,8 +48,10 @@ def read_request(message: bytes, max_message_bytes: int) -> tuple[Descriptor, Bo
         if len(header) > MAX_DESCRIPTOR_BYTES:
             header, typed = _without_contents(header)
         descriptor.request.MergeFromString(header)
-    except (Malformed, DecodeError) as error:
+    except Malformed as error:
         raise InvalidArgument(f"the message is no ModelInferRequest: {error}") from None
+    except DecodeError:
+        raise undecodable(header, ModelInferRequest) from None
     typed = typed or [tensor.typed_contents for tensor in descriptor.request.tensors if tensor.typed_contents]
     buffers: list[Buffer] = _buffers(descriptor.request, raw, typed) if typed else list(raw)
     return descriptor, Body([len(buffer) for buffer in buffers], buffers)

@@ -1,17 +1,19 @@
 """The protocol's questions about server and kernels, answered from what the fleet serves and the metrics count."""
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from unlatch.common.errors import InvalidArgument, Unimplemented, UnlatchError
+from unlatch.common.errors import Unimplemented, UnlatchError
 from unlatch.common.kernel.datatypes import BYTES, NP_DTYPE, carrier, is_carried
 from unlatch.common.kernel.parameters import scalar
+from unlatch.common.service.version import VERSION
+from unlatch.gateway.doors.fields import undecodable
 from unlatch.gateway.doors.rpc_guard import Answer
-from unlatch.gateway.fleet.catalogue import FleetCatalogue
 from unlatch.gateway.fleet.fleet import Fleet
+from unlatch.gateway.fleet.fleets import Fleets
 from unlatch.gateway.metrics import GatewayMetrics
 from unlatch.gateway.tenants.quotas import Tenant
 from unlatch.protos import inference_pb2 as pb
@@ -27,57 +29,75 @@ Request = TypeVar("Request", bound=Message)
 class OipMetadata:
     """The service's methods besides calls, each from bytes to bytes."""
 
-    def __init__(self, fleet: Fleet, metrics: GatewayMetrics) -> None:
-        self._fleet = fleet
+    def __init__(self, fleets: Fleets, metrics: GatewayMetrics) -> None:
+        self._fleets = fleets
         self._metrics = metrics
 
     def methods(self) -> dict[str, Answer]:
         """Return the methods by name, as the gRPC server wants them."""
         return {
-            "ServerLive": _answers(pb.ServerLiveRequest, self._server_live),
-            "ServerReady": _answers(pb.ServerReadyRequest, self._server_ready),
-            "ServerMetadata": _answers(pb.ServerMetadataRequest, self._server_metadata),
-            "ModelReady": _answers(pb.ModelReadyRequest, self._model_ready),
-            "ModelMetadata": _answers(pb.ModelMetadataRequest, self._model_metadata),
-            "ModelConfig": _answers(pb.ModelConfigRequest, self._model_config),
-            "ModelStatistics": _answers(pb.ModelStatisticsRequest, self._model_statistics),
-            "RepositoryIndex": _answers(pb.RepositoryIndexRequest, self._repository_index),
-            **_shared_memory(),
+            "ServerLive": self._answers(pb.ServerLiveRequest, self._server_live),
+            "ServerReady": self._answers(pb.ServerReadyRequest, self._server_ready),
+            "ServerMetadata": self._answers(pb.ServerMetadataRequest, self._server_metadata),
+            "ModelReady": self._answers(pb.ModelReadyRequest, self._model_ready),
+            "ModelMetadata": self._answers(pb.ModelMetadataRequest, self._model_metadata),
+            "ModelConfig": self._answers(pb.ModelConfigRequest, self._model_config),
+            "ModelStatistics": self._answers(pb.ModelStatisticsRequest, self._model_statistics),
+            "RepositoryIndex": self._answers(pb.RepositoryIndexRequest, self._repository_index),
+            **self._shared_memory(),
         }
 
-    @property
-    def _catalogue(self) -> FleetCatalogue:
-        return self._fleet.catalogue
+    def _answers(self, kind: type[Request], answer: Callable[[Request, Fleet], Message]) -> Answer:
+        """Return a method from bytes to bytes that a function of a message and the caller's fleet answers."""
 
-    def _server_live(self, _: pb.ServerLiveRequest) -> Message:
+        async def handle(message: bytes, _: Any, tenant: Tenant) -> bytes:
+            try:
+                request = kind.FromString(message)
+            except DecodeError:
+                raise undecodable(message, kind) from None
+            return answer(request, self._fleets.of(tenant.name)).SerializeToString()
+
+        return handle
+
+    def _shared_memory(self) -> dict[str, Answer]:
+        """Return the methods of shared memory, which a gateway does not offer: there are no regions."""
+        methods: dict[str, Answer] = {}
+        for kind in ("SystemSharedMemory", "CudaSharedMemory"):
+            for name in (f"{kind}Status", f"{kind}Unregister"):
+                nothing: Message = getattr(pb, f"{name}Response")()
+                methods[name] = self._answers(getattr(pb, f"{name}Request"), partial(_say, nothing))
+            methods[f"{kind}Register"] = self._answers(getattr(pb, f"{kind}RegisterRequest"), _refuse_sharing)
+        return methods
+
+    def _server_live(self, _: pb.ServerLiveRequest, __: Fleet) -> Message:
         return pb.ServerLiveResponse(live=True)
 
-    def _server_ready(self, _: pb.ServerReadyRequest) -> Message:
-        return pb.ServerReadyResponse(ready=self._fleet.takes_calls)
+    def _server_ready(self, _: pb.ServerReadyRequest, fleet: Fleet) -> Message:
+        return pb.ServerReadyResponse(ready=fleet.members.take_calls)
 
-    def _server_metadata(self, _: pb.ServerMetadataRequest) -> Message:
-        return pb.ServerMetadataResponse(name="unlatch", version=version("unlatch"), extensions=_EXTENSIONS)
+    def _server_metadata(self, _: pb.ServerMetadataRequest, __: Fleet) -> Message:
+        return pb.ServerMetadataResponse(name="unlatch", version=VERSION, extensions=_EXTENSIONS)
 
-    def _model_ready(self, request: pb.ModelReadyRequest) -> Message:
+    def _model_ready(self, request: pb.ModelReadyRequest, fleet: Fleet) -> Message:
         try:
-            self._fleet.kernel(request.name, request.version)
+            fleet.kernel(request.name, request.version)
         except UnlatchError:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
 
-    def _model_metadata(self, request: pb.ModelMetadataRequest) -> Message:
-        kernel = self._fleet.kernel(request.name, request.version)
+    def _model_metadata(self, request: pb.ModelMetadataRequest, fleet: Fleet) -> Message:
+        kernel = fleet.kernel(request.name, request.version)
         return pb.ModelMetadataResponse(
             name=kernel.name,
-            versions=self._catalogue.versions(kernel.name),
+            versions=fleet.members.catalogue.versions(kernel.name),
             platform=PLATFORM,
             inputs=map(_metadata, kernel.inputs),
             outputs=map(_metadata, kernel.outputs),
             parameters=_texts({"doc": kernel.doc} | {f"scalar.{one.name}": _scalar(one) for one in kernel.scalars}),
         )
 
-    def _model_config(self, request: pb.ModelConfigRequest) -> Message:
-        kernel = self._fleet.kernel(request.name, request.version)
+    def _model_config(self, request: pb.ModelConfigRequest, fleet: Fleet) -> Message:
+        kernel = fleet.kernel(request.name, request.version)
 
         def dims(array: Array) -> list[int]:
             return _shape(array)[1:] if kernel.batch else _shape(array)
@@ -95,14 +115,15 @@ class OipMetadata:
         )
         return pb.ModelConfigResponse(config=config)
 
-    def _model_statistics(self, request: pb.ModelStatisticsRequest) -> Message:
-        kernels = [self._fleet.kernel(request.name, request.version)] if request.name else self._catalogue.kernels()
+    def _model_statistics(self, request: pb.ModelStatisticsRequest, fleet: Fleet) -> Message:
+        kernels = [fleet.kernel(request.name, request.version)] if request.name else fleet.members.catalogue.kernels()
         return pb.ModelStatisticsResponse(model_stats=map(self._statistics, kernels))
 
-    def _repository_index(self, _: pb.RepositoryIndexRequest) -> Message:
+    def _repository_index(self, _: pb.RepositoryIndexRequest, fleet: Fleet) -> Message:
         index = pb.RepositoryIndexResponse()
-        for kernel in self._catalogue.every_version():
-            index.models.add(name=kernel.name, version=kernel.version, state="READY")
+        state = "READY" if fleet.members.take_calls else "UNAVAILABLE"
+        for kernel in fleet.members.catalogue.every_version():
+            index.models.add(name=kernel.name, version=kernel.version, state=state)
         return index
 
     def _statistics(self, kernel: Kernel) -> pb.ModelStatistics:
@@ -126,35 +147,11 @@ class OipMetadata:
         )
 
 
-def _answers(kind: type[Request], answer: Callable[[Request], Message]) -> Answer:
-    """Return a method from bytes to bytes that a function of messages answers."""
-
-    async def handle(message: bytes, _: Any, __: Tenant) -> bytes:
-        try:
-            request = kind.FromString(message)
-        except DecodeError as error:
-            raise InvalidArgument(f"the message is no {kind.DESCRIPTOR.name}: {error}") from None
-        return answer(request).SerializeToString()
-
-    return handle
+def _say(answer: Message, *_: object) -> Message:
+    return answer
 
 
-def _shared_memory() -> dict[str, Answer]:
-    """Return the methods of shared memory, which a gateway does not offer: there are no regions."""
-    methods: dict[str, Answer] = {}
-    for kind in ("SystemSharedMemory", "CudaSharedMemory"):
-        for verb in ("Status", "Unregister"):
-            methods[kind + verb] = _answers(getattr(pb, f"{kind}{verb}Request"), _nothing(f"{kind}{verb}Response"))
-        methods[f"{kind}Register"] = _answers(getattr(pb, f"{kind}RegisterRequest"), _refuse_sharing)
-    return methods
-
-
-def _nothing(response: str) -> Callable[[Message], Message]:
-    kind: type[Message] = getattr(pb, response)
-    return lambda _: kind()
-
-
-def _refuse_sharing(_: Message) -> Message:
+def _refuse_sharing(*_: object) -> Message:
     raise Unimplemented("a gateway shares no memory with its callers; send the bytes in raw_input_contents")
 
 

@@ -7,7 +7,7 @@ that takes other arguments.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from unlatch.common.errors import NotFound, no_kernel
@@ -21,6 +21,8 @@ class Offer:
 
     kernel: Kernel
     replicas: tuple[Replica, ...]
+    # The replica in this process, where there is one beside others that are further away.
+    near: Replica | None
 
     @property
     def taken(self) -> bool:
@@ -40,6 +42,11 @@ class FleetCatalogue:
         self._versions = {name: sorted(served, key=_age) for name, served in versions.items()}
         for name, served in versions.items():
             self._add(name, served)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no kernel is served."""
+        return not self._versions
 
     def kernels(self) -> list[Kernel]:
         """Every kernel as it is described to a caller that names no version, in the order of names."""
@@ -65,12 +72,18 @@ class FleetCatalogue:
 
     def _add(self, name: str, served: dict[str, list[Replica]]) -> None:
         for version, replicas in served.items():
-            self._offers[name, version] = Offer(replicas[0].kernels[name], tuple(replicas))
+            self._offers[name, version] = _offer(replicas[0].kernels[name], replicas)
         takers = {version: sum(replica.takes_calls for replica in replicas) for version, replicas in served.items()}
         described = max(served, key=lambda version: (takers[version], _age(version)))
         kernel = served[described][0].kernels[name]
         alike = [replica for replicas in served.values() for replica in replicas if _alike(replica, kernel)]
-        self._offers[name, ""] = Offer(kernel, tuple(alike))
+        self._offers[name, ""] = _offer(kernel, alike)
+
+
+def _offer(kernel: Kernel, replicas: Sequence[Replica]) -> Offer:
+    furthest = max(replica.way_seconds for replica in replicas)
+    near = next((replica for replica in replicas if replica.way_seconds < furthest), None)
+    return Offer(kernel, tuple(replicas), near)
 
 
 def _alike(replica: Replica, kernel: Kernel) -> bool:

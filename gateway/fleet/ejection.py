@@ -4,8 +4,8 @@
                                             ^                               └── fails ──┐
                                             └────────── for twice as long ──────────────┘
 
-Failures are what only the replica can be at fault for: lanes that break, and calls that it answers UNAVAILABLE. A
-replica that is merely slow is given less to do (gateway/fleet/window.py).
+Failures are what only the replica can be at fault for: lanes that break, and calls that it answers UNAVAILABLE or
+ABORTED. A replica that is merely slow is given less to do (gateway/fleet/window.py).
 """
 
 from time import monotonic

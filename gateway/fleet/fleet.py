@@ -10,23 +10,25 @@ In this folder a call is an Execution (gateway/calls/execution.py), which the fl
 call is bound to a replica only when that replica has room. Until then it can go to any replica.
 """
 
+import asyncio
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TypeAlias, cast
 
-from unlatch.common.errors import NotFound, ResourceExhausted, Unavailable, UnlatchError
+from unlatch.common.errors import UnlatchError
 from unlatch.common.fair import ByTurns
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.waiting.backlog import Backlog, Send
 from unlatch.common.waiting.demand import Estimate
-from unlatch.gateway.fleet.catalogue import FleetCatalogue, Offer
+from unlatch.gateway.fleet.catalogue import Offer
 from unlatch.gateway.fleet.discovery import Discovery
 from unlatch.gateway.fleet.ejection import CALL
+from unlatch.gateway.fleet.hold import Hold, HoldLimits, no_replica
 from unlatch.gateway.fleet.members import Members, NewReplica
 from unlatch.gateway.fleet.replica import Replica
 from unlatch.gateway.fleet.routed import Routed
-from unlatch.gateway.fleet.status import ReplicaStatus
 from unlatch.protos.unlatch_pb2 import Kernel
 
 # Calls refused in one round of the event loop. Refusing a call takes about 30 µs.
@@ -41,6 +43,9 @@ _LOOKED_AT = 3
 # Replicas that would finish within so many seconds of one another count as equal, and one of them is chosen at random.
 # Otherwise gateways with the same reports would all send to the same replica.
 _EQUAL_SECONDS = 0.0005
+_NO_HOLD = HoldLimits()
+# Time for which the opening of a client's lane waits for the first replica. Clients give up after 10 s.
+_KERNELS_SECONDS = 5.0
 
 # The kind of a call: kernel, requested version, whether the call is long, how many calls may run together, and the
 # replica to avoid. If one call of a kind finds no room, no other call of that kind does.
@@ -60,9 +65,13 @@ class Fleet:
         changed: Callable[[], None],
         new_replica: NewReplica,
         errors: InternalErrors,
+        limits: HoldLimits = _NO_HOLD,
     ) -> None:
-        self._members = Members(discovery, new_replica, self._members_changed, self._has_room, errors)
+        self.hold = Hold(limits, partial(errors.caught, "hold"))
+        self.members = Members(discovery, new_replica, self._members_changed, self._has_room, errors, self.hold)
         self._errors = errors
+        # Calls that replicas have, and have not answered.
+        self.sent_calls = 0
         self._changed = changed
         self._backlog = Backlog[Routed](
             weights, reply_seconds=_REPLY_SECONDS, caught=partial(errors.caught, "held_call"), kind=_kind
@@ -74,50 +83,44 @@ class Fleet:
 
     @property
     def held(self) -> int:
-        """How many calls fit no window yet."""
-        return len(self._backlog)
+        """The number of calls that fit no window yet, or for which there is no replica."""
+        return len(self._backlog) + len(self.hold)
+
+    @property
+    def holds_calls(self) -> bool:
+        """Whether a new call waits until a replica takes calls (`hold`)."""
+        return not self.members.available and self.hold.on
+
+    async def until_known(self) -> None:
+        """Wait until it is known what the fleet serves, as long as calls would wait, and not for long."""
+        if self.members.catalogue.is_empty and self.holds_calls:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_KERNELS_SECONDS):
+                    await self.hold.until_ended()
 
     @property
     def alone(self) -> bool:
         """Whether there is at most one replica, so that a lost call cannot be sent to another."""
-        return len(self._members) < 2
+        return len(self.members) < 2
 
     def expected_seconds(self, kernel: str, size: int) -> float:
         """Return the expected seconds of a run with `size` bytes of input, from past runs; 0 if unknown."""
         return self._backlog.forecast.expected(kernel, size)
 
-    @property
-    def takes_calls(self) -> bool:
-        """Whether any replica takes calls."""
-        return self._members.take_calls
-
-    @property
-    def catalogue(self) -> FleetCatalogue:
-        """The kernels that the fleet serves."""
-        return self._members.catalogue
-
-    def serves(self, name: str) -> bool:
-        """Whether any replica has a kernel of that name."""
-        return self.catalogue.find(name, "") is not None
-
     def kernel(self, name: str, version: str) -> Kernel:
         """Return a kernel that a replica serves. Raises NotFound with similar names, or Unavailable."""
-        return self._offer(name, version).kernel
-
-    def statuses(self) -> list[ReplicaStatus]:
-        """Return the status of each replica. Any thread may call this."""
-        return self._members.statuses()
+        offer = self._offer(name, version)
+        if isinstance(offer, UnlatchError):
+            raise offer
+        return offer.kernel
 
     def route(self, call: Routed) -> None:
         """Send a call to a replica with room, or hold it until there is one. Calls of a kind keep their order.
 
         If the call could not be answered in time, by past runs and the backlog, its `unroutable` is called at once.
         """
-        refusal: UnlatchError | None
         try:
             refusal = self._route(call)
-        except (NotFound, Unavailable) as error:
-            refusal = error
         except Exception as error:  # noqa: BLE001 (the call fails, those that are held go on)
             self._backlog.withdraw(call)
             refusal = self._errors.caught("route", error)
@@ -129,33 +132,25 @@ class Fleet:
         self._backlog.withdraw(call)
 
     def ended(self, call: Routed, replica: Replica, run_seconds: float, code: str = "") -> None:
-        """Free the room of a sent call that has ended, and send held calls.
+        """Learn from a sent call that has ended and left the replica's window, and send held calls.
 
-        `code` is the status of the replica's reply; "" without a reply.
+        `code` is the status of the replica's reply; "" without a reply, or where the replica ends.
         """
-        replica.ended(call)
+        self.sent_calls -= 1
         self._backlog.ran(call, run_seconds)
-        if code == "UNAVAILABLE":
-            self._members.failed(replica, CALL)
+        if code in ("UNAVAILABLE", "ABORTED"):
+            self.members.failed(replica, CALL)
         elif code:
             replica.ejection.succeeded()
         if code == "OK":
             self._learn(call, replica, run_seconds)
         self._has_room()
 
-    def start(self) -> None:
-        """Open every lane."""
-        self._members.start()
-
-    async def close(self) -> None:
-        """Close every lane."""
-        await self._members.close()
-
     def _members_changed(self) -> None:
         """React to a change of the replicas or their kernels: refuse held calls that none serves, send the others."""
         with self._errors.guarded("fleet_changed"):
             self._changed()
-        if self.held:
+        if self._backlog:
             self._refusing.start()
             self._sending.start()
 
@@ -164,18 +159,21 @@ class Fleet:
         if self._backlog.kinds:
             self._sending.start()
 
-    def _offer(self, name: str, version: str) -> Offer:
-        offer = self.catalogue.find(name, version)
-        if offer is not None and offer.taken:
+    def _offer(self, name: str, version: str) -> Offer | UnlatchError:
+        """Return the offer for a kernel and a version, or the error of a call that no replica takes now."""
+        offer = self.members.catalogue.find(name, version)
+        if offer is not None and (offer.taken or self.hold.active):
             return offer
-        if offer is not None or not self.takes_calls:
-            raise Unavailable("no replica takes calls now", retry_after_milliseconds=1000)
-        raise self.catalogue.missing(name, version)
+        if offer is not None or not self.members.take_calls:
+            return no_replica()
+        return self.members.catalogue.missing(name, version)
 
-    def _route(self, call: Routed) -> ResourceExhausted | None:
-        """Send or hold a call, or return the error that refuses it. Raises NotFound, Unavailable."""
+    def _route(self, call: Routed) -> UnlatchError | None:
+        """Send or hold a call, or return the error that refuses it."""
         demand = call.demand
         offer = self._offer(demand.kernel, call.descriptor.request.version)
+        if isinstance(offer, UnlatchError):
+            return offer
         expected = self._backlog.forecast.expected(demand.kernel, demand.size)
         seconds = expected or _UNKNOWN_SECONDS
         kernel = offer.kernel
@@ -199,38 +197,39 @@ class Fleet:
         """Return the replica that would finish a call first: of a few with an idle worker, else of all with room."""
         roomy: list[Replica] = []
         if len(offer.replicas) > _LOOKED_AT:
-            few = _roomy(call, random.sample(offer.replicas, _LOOKED_AT))
+            near = () if offer.near is None else (offer.near,)
+            few = _roomy(call, [*near, *random.sample(offer.replicas, _LOOKED_AT)])
             roomy = [replica for replica in few if not replica.window.wait_seconds(long=call.estimate.long)]
         roomy = roomy or _roomy(call, offer.replicas)
-        if len(roomy) < 2:
+        if len(roomy) < 2 and offer.near is None:
             return roomy[0] if roomy else None
-        estimate = call.estimate
-        seconds = [replica.window.expected_seconds(estimate) for replica in roomy]
-        good = min(seconds) + _EQUAL_SECONDS
-        return random.choice([replica for replica, each in zip(roomy, seconds, strict=True) if each <= good])  # noqa: S311 (no secret)
+        return _first_done(call, roomy, offer.near) if roomy else None
 
     def _refusal_in_time(
         self, call: Routed, offer: Offer, replica: Replica | None, expected: float
-    ) -> ResourceExhausted | None:
+    ) -> UnlatchError | None:
         """Return the error for a new call that could not be answered in time; None if it could."""
         if replica is None:
-            return self._backlog.refusal_in_time(
-                call, wait_seconds=self._wait_seconds(call, offer), run_seconds=expected
-            )
-        window = replica.window
-        wait_seconds = window.wait_seconds(long=call.estimate.long)
-        return self._backlog.refusal_in_time(call, wait_seconds=wait_seconds, run_seconds=expected * window.slowness)
+            wait, slowness = self._wait_seconds(call, offer), 1.0
+        else:
+            wait, slowness = replica.window.wait_seconds(long=call.estimate.long), replica.window.slowness
+        return self._backlog.refusal_in_time(call, wait_seconds=wait, run_seconds=expected * slowness)
 
     def _wait_seconds(self, call: Routed, offer: Offer) -> float:
         """Return the seconds that a call would wait: behind the calls that are held here, and then at a replica."""
         takers = [replica for replica in offer.replicas if replica.takes_calls]
         is_long = call.estimate.long
+        if not takers:
+            # The call is held for a replica of which nothing is known yet.
+            return 0.0
         before = self._backlog.seconds_before(call, short=not is_long)
         workers = sum(replica.window.workers / replica.window.slowness for replica in takers)
         return before / workers + min(replica.window.wait_seconds(long=is_long) for replica in takers)
 
     def _send(self, call: Routed, replica: Replica) -> None:
-        call.sent(replica, *replica.send(call))
+        lane, number = replica.send(call)
+        self.sent_calls += 1
+        call.sent(replica, lane, number)
 
     def _send_held(self) -> Iterator[None]:
         """Send held calls as long as there is room. Yields after each call that is refused (a ByTurns step)."""
@@ -254,7 +253,7 @@ class Fleet:
     def _offer_with_room(self, kind: _Kind) -> Offer | None:
         """Return the offer for a kind of calls if a replica has room for a call of that kind, else None."""
         kernel, version, is_long, together, avoids = kind
-        offer = self.catalogue.find(kernel, version)
+        offer = self.members.catalogue.find(kernel, version)
         if offer is None:
             return None
         any_such = Estimate(0.0, is_long, together)
@@ -265,7 +264,7 @@ class Fleet:
         kernel, size, forecast = call.demand.kernel, call.demand.size, self._backlog.forecast
         expected = forecast.expected(kernel, size)
         # A single replica's speed is the mean, so there is no slowness to learn.
-        if expected and len(self._members) > 1:
+        if expected and len(self.members) > 1:
             replica.window.ran(expected, run_seconds)
         forecast.learn(kernel, size, run_seconds)
 
@@ -277,11 +276,8 @@ class Fleet:
 
     def _unserved(self, kind: Hashable) -> UnlatchError | None:
         name, version, *_ = cast("_Kind", kind)
-        try:
-            self._offer(name, version)
-        except (NotFound, Unavailable) as error:
-            return error
-        return None
+        offer = self._offer(name, version)
+        return offer if isinstance(offer, UnlatchError) else None
 
     def _refuse(self, call: Routed, error: UnlatchError) -> None:
         with self._errors.guarded("refuse_held"):
@@ -300,6 +296,21 @@ def _roomy(call: Routed, replicas: Sequence[Replica]) -> list[Replica]:
     """Return the replicas that have room for a call."""
     size, estimate, avoids = call.demand.size, call.estimate, call.avoids
     return [replica for replica in replicas if replica is not avoids and replica.has_room(size, estimate)]
+
+
+def _first_done(call: Routed, roomy: Sequence[Replica], near: Replica | None) -> Replica | None:
+    """Return the replica that would finish a call first: of those that count as equal the near one, else any of them.
+
+    None if that is the near one and has no room: the call is held until it has room.
+    """
+    size, estimate = call.demand.size, call.estimate
+    seconds = {replica: replica.expected_seconds(size, estimate) for replica in roomy}
+    if near is not None and near not in seconds and near.soon_has_room(call):
+        seconds[near] = near.expected_seconds(size, estimate, has_room=False)
+    most = min(seconds.values()) + _EQUAL_SECONDS
+    good = [replica for replica, each in seconds.items() if each <= most]
+    first = near if near in good else random.choice(good)  # noqa: S311 (no secret)
+    return first if first in roomy else None
 
 
 def _seconds_until_done(call: Routed, replica: Replica) -> float:

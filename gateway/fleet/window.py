@@ -9,6 +9,8 @@ kind takes another's room:
     batched     of which several run as one: the same, where the least are full batches
 """
 
+from time import monotonic
+
 from unlatch.common.rates import MovingMean
 from unlatch.common.waiting.demand import Estimate
 from unlatch.protos.unlatch_pb2 import Load, Welcome
@@ -19,6 +21,9 @@ _UNREPORTED = Load(workers=1, least_calls=2**32 - 1, long_calls=2**32 - 1)
 _WEIGHT, _MAX_TIMES = 0.05, 10.0
 # Where all workers are busy, and nothing waits, a run has half of itself before it.
 _RESIDUAL = 0.5
+# Runs are overdue when they have taken this many times the expected time, and as much longer as an event loop is late
+# on a busy machine.
+_MAX_RUNS, _LATE_SECONDS = 2.0, 0.025
 
 
 class Window:
@@ -26,6 +31,10 @@ class Window:
 
     def __init__(self) -> None:
         self.calls = 0
+        # Seconds since its last message, where reports are missing: its report is older by as much.
+        self.silent_seconds = 0.0
+        # When a call of it last ended, or one was sent while it had none.
+        self._progress_at = 0.0
         self._slowness = MovingMean(_WEIGHT, start=1.0)
         self._granted = Welcome()
         self._short_calls = self._long_calls = self._batched_calls = self._bytes = 0
@@ -45,6 +54,7 @@ class Window:
     def hear(self, load: Load | None) -> None:
         """Take in a report, in the form that is read for every call; None where a new lane has made none yet."""
         load = _UNREPORTED if load is None else load
+        self.silent_seconds = 0.0
         self.workers = max(1, load.workers)
         self.utilization = load.utilization
         self.long_seconds = load.long_microseconds / 1e6 or float("inf")
@@ -76,19 +86,25 @@ class Window:
             return 0.0
         return max(0.0, reported + (self._seconds - self._seconds_reported) * self._slowness.value / self.workers)
 
-    def expected_seconds(self, estimate: Estimate) -> float:
-        """Seconds until a call that is sent there now would be done, by which replicas are compared."""
+    def expected_seconds(self, estimate: Estimate, *, has_room: bool) -> float:
+        """Seconds until a call that is sent there, now or when there is room, would be done, to compare replicas."""
         run = estimate.seconds * self._slowness.value
         # Without its own calls since then, a gateway would send all that it has until the next report to one replica.
         busy = self.utilization + (self.calls - self._calls_reported) / self.workers
-        return self.wait_seconds(long=estimate.long) + run * (1 + _RESIDUAL * min(max(busy, 0.0), 1.0))
+        wait = self.wait_seconds(long=estimate.long) + self.silent_seconds
+        if not has_room or self.calls >= self.workers:
+            wait += self._overdue_seconds(estimate)
+        return wait + run * (1 + _RESIDUAL * min(max(busy, 0.0), 1.0))
 
     def take(self, size: int, estimate: Estimate) -> None:
         """Count a call of `size` bytes that is sent."""
+        if not self.calls:
+            self._progress_at = monotonic()
         self._count(1, size, estimate)
 
     def give_back(self, size: int, estimate: Estimate) -> None:
         """Count a call that was sent as ended. Size and estimate are those that it was counted with."""
+        self._progress_at = monotonic()
         self._count(-1, size, estimate)
         if not self.calls:
             # Sums of fractions drift.
@@ -98,6 +114,14 @@ class Window:
         """Learn from a run that took `seconds`, and was expected to take others by what the whole fleet's runs take."""
         times = min(_MAX_TIMES, max(1 / _MAX_TIMES, seconds / expected_seconds))
         self._slowness.add(times)
+
+    def _overdue_seconds(self, estimate: Estimate) -> float:
+        """Seconds for which no call has ended there, beyond twice the expected time of what runs there.
+
+        A run that takes longer than all before it is expected to end at any moment, so the reports do not show it.
+        """
+        expected = max(estimate.seconds, self._seconds / self.workers) * self._slowness.value
+        return max(0.0, monotonic() - self._progress_at - _MAX_RUNS * expected - _LATE_SECONDS)
 
     def _count(self, sign: int, size: int, estimate: Estimate) -> None:
         seconds, long, together = estimate

@@ -8,31 +8,52 @@ import tomllib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from time import monotonic
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from unlatch.common.errors import PermissionDenied
+from unlatch.common.errors import PermissionDenied, near, shown
+from unlatch.common.lane.held_bytes import HeldBytes
 from unlatch.common.security.watched import WatchedFile
 from unlatch.common.telemetry.recorder import OTHER
 from unlatch.gateway.tenants.quotas import QuotaLimits, Tenant
+from unlatch.gateway.tenants.shared_quotas import UnitTenant
+from unlatch.gateway.tenants.shared_usage import SharedUsage
 
 # The tenants of the file that metrics name; the rest, and all callers that no table names, are counted together.
 _MAX_LABELS = 100
 # Callers that no table names are remembered, idle ones only until this many have come.
 _MAX_OTHERS = 10_000
 _MAX_TABLES = 10_000
+_OTHERS = "~"
 # Remembered identities that a table or a pattern was found for.
 _MAX_KNOWN = 100_000
+# What TOML calls the types that a field may have, by the code of the error for another type.
+_WANTED = {"model_type": "a table", "tuple_type": "a list"}
 
 
 class Tenants:
-    """The tenants by identity. Without a file every caller is let in and nothing is limited."""
+    """The tenants by identity. Without a file every caller is accepted, and nothing is limited.
 
-    def __init__(self, path: str) -> None:
-        self.file = WatchedFile(path, self._take) if path else None
-        # By tenant. Always the same mapping: the fleet keeps it, and reads the weights as they are.
-        self.weights: dict[str, float] = {}
+    `held` counts the bytes that all tenants make the gateway hold. `weights` are the shares of tenants for which the
+    file has none. `usage` is where the units of a machine count together, if there are several.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        held: HeldBytes,
+        weights: Mapping[str, float] = MappingProxyType({}),
+        usage: SharedUsage | None = None,
+    ) -> None:
+        self._held = held
+        self._usage = usage
+        self.file = WatchedFile("--tenants", path, self._take) if path else None
+        # By tenant. Always the same mapping, because the fleet keeps a reference to it.
+        self.weights = dict(weights)
+        self._weights_beside_file = weights
         self._default: QuotaLimits | None = QuotaLimits()
         self._named: dict[str, Tenant] = {}
         self._others: dict[str, Tenant] = {}
@@ -51,10 +72,11 @@ class Tenants:
                     self._identities[identity] = tenant
                 return tenant
         if self._default is None:
-            raise PermissionDenied("this caller is known, but is none of this gateway's tenants")
+            raise PermissionDenied("this caller belongs to no tenant of this gateway")
         if len(self._others) >= _MAX_OTHERS:
             self._forget()
-        made = self._others[identity] = Tenant(self._apart(identity), OTHER, self._default, monotonic())
+        made = self._new(self._apart(identity), self._default, monotonic(), f"caller {identity}")
+        self._others[identity] = made
         return made
 
     def in_flight(self) -> Mapping[tuple[str, ...], float]:
@@ -64,58 +86,71 @@ class Tenants:
             found[tenant.label,] = found.get((tenant.label,), 0.0) + tenant.in_flight
         return found
 
+    def _new(self, name: str, limits: QuotaLimits, now: float, key: str) -> Tenant:
+        """Make a tenant. `key` stays its own, also where `_apart` gives a caller another name."""
+        if self._usage is None:
+            return Tenant(name, OTHER, limits, now, self._held)
+        return UnitTenant(name, OTHER, limits, now, self._held, self._usage, key)
+
     def _apart(self, identity: str) -> str:
-        """The name of a tenant without a table: never that of a table, whose share and runs it would have."""
-        return f"~{identity}" if identity in self._named else identity
+        """Return the tenant name of a caller without a table. It differs from all tables and from other callers."""
+        return _OTHERS + identity if identity in self._named or identity.startswith(_OTHERS) else identity
 
     def _is_other(self, identity: str) -> bool:
         return identity not in self._identities and not any(fnmatchcase(identity, one) for one, _ in self._patterns)
 
     def _forget(self) -> None:
-        """Forget half of the callers without a table and without a call in flight, the oldest first."""
-        idle = [name for name, tenant in self._others.items() if not tenant.in_flight]
+        """Forget half of the callers without a table for whom nothing is held, the oldest first."""
+        held = {name for name, tenant in self._others.items() if tenant.live_calls or tenant.held.held or tenant.lanes}
+        idle = [name for name in self._others if name not in held]
         for name in idle[: _MAX_OTHERS // 2]:
-            del self._others[name]
+            self._others.pop(name).forget()
 
     def _take(self, content: bytes) -> None:
-        """Take the tenants of a file. Raises ValueError."""
+        """Replace the tenants by those of a file. Raises ValueError."""
         default, tables = _read(content)
+        owners, patterns = _by_identity(tables)
+        # From here on nothing raises: the file is valid.
         now = monotonic()
-        # A tenant that was there before keeps its calls in flight, and what it has used where its limits stay.
-        named = {name: self._named.get(name) or Tenant(name, OTHER, limits, now) for name, limits in tables.items()}
-        identities, patterns = _by_identity(named, tables)
-        # From here on the file holds.
-        for place, (name, tenant) in enumerate(named.items()):
+        before, named = self._named, dict[str, Tenant]()
+        for place, (name, limits) in enumerate(tables.items()):
+            # A tenant that was there before keeps its calls in flight, and what it has used where its limits stay.
+            tenant = before.pop(name) if name in before else self._new(name, limits, now, f"table {name}")
+            named[name] = tenant
             tenant.label = name if place < _MAX_LABELS else OTHER
-            tenant.limit(tables[name], now)
-        self._default, self._named, self._identities, self._patterns = default, named, identities, patterns
+            tenant.limit(limits, now)
+        for gone in before.values():
+            gone.forget()
+        self._default, self._named = default, named
+        self._identities = {identity: named[name] for identity, name in owners.items()}
+        self._patterns = [(pattern, named[name]) for pattern, name in patterns]
         self._keep_others(default, now)
         self.weights.clear()
+        self.weights.update(self._weights_beside_file)
         self.weights.update({name: limits.weight for name, limits in tables.items()})
 
     def _keep_others(self, default: QuotaLimits | None, now: float) -> None:
         """Keep the callers that no table names, where there still are default limits for them."""
         others, self._others = self._others, {}
-        if default is None:
-            return
-        self._others = {name: tenant for name, tenant in others.items() if self._is_other(name)}
-        for name, tenant in self._others.items():
+        for name, tenant in others.items():
+            if default is None or not self._is_other(name):
+                tenant.forget()
+                continue
+            self._others[name] = tenant
             tenant.name = self._apart(name)
             tenant.limit(default, now)
 
 
-def _by_identity(
-    named: Mapping[str, Tenant], tables: Mapping[str, QuotaLimits]
-) -> tuple[dict[str, Tenant], list[tuple[str, Tenant]]]:
-    """The tenants by identity, and by identities with * in them. Raises ValueError where two have the same."""
-    identities: dict[str, Tenant] = {}
-    patterns: list[tuple[str, Tenant]] = []
-    for name, tenant in named.items():
-        for identity in tables[name].identities or (name,):
+def _by_identity(tables: Mapping[str, QuotaLimits]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """The tenants' names by identity, and by identities with * in them. Raises ValueError where two have the same."""
+    identities: dict[str, str] = {}
+    patterns: list[tuple[str, str]] = []
+    for name, limits in tables.items():
+        for identity in limits.identities or (name,):
             if "*" in identity:
-                patterns.append((identity, tenant))
-            elif identities.setdefault(identity, tenant) is not tenant:
-                raise ValueError(f"tenants.{name}.identities: {identity!r} is another tenant's too")
+                patterns.append((identity, name))
+            elif identities.setdefault(identity, name) != name:
+                raise ValueError(f"tenants.{name}.identities: {identity!r} also belongs to another tenant")
     return identities, patterns
 
 
@@ -124,12 +159,16 @@ def _read(content: bytes) -> tuple[QuotaLimits | None, dict[str, QuotaLimits]]:
     try:
         said = tomllib.loads(content.decode())
     except ValueError as error:
-        raise ValueError(f"it is no TOML: {error}") from None
+        raise ValueError(f"not valid TOML: {error}") from None
     if unknown := said.keys() - {"default", "tenants"}:
-        raise ValueError(f"there is no table [{min(unknown)}]; there are [default] and [tenants.NAME]")
+        raise ValueError(f"unknown table [{min(unknown)}]; wanted [default] or [tenants.NAME]")
     tables = said.get("tenants", {})
     if not isinstance(tables, dict) or len(tables) > _MAX_TABLES:
         raise ValueError(f"tenants: wanted tables [tenants.NAME], {_MAX_TABLES} at most")
+    for name in tables:
+        # The names of callers without a table, and the label that metrics give them.
+        if name.startswith(_OTHERS) or name == OTHER:
+            raise ValueError(f"tenants.{name}: a tenant's name is not {OTHER!r}, and does not begin with {_OTHERS}")
     default = _limits("default", said["default"]) if "default" in said else None
     return default, {name: _limits(f"tenants.{name}", table) for name, table in tables.items()}
 
@@ -140,4 +179,12 @@ def _limits(where: str, table: Any) -> QuotaLimits:
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in (where, *problem["loc"]))
-        raise ValueError(f"{field}: {problem['msg']}") from None
+        raise ValueError(f"{field}: {_told(problem)}") from None
+
+
+def _told(problem: ErrorDetails) -> str:
+    """Return what is wrong with a table, or with one of its fields."""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field{near(str(problem['loc'][-1]), QuotaLimits.model_fields)}"
+    wanted = _WANTED.get(problem["type"])
+    return problem["msg"] if wanted is None else f"wanted {wanted}, got {shown(problem['input'])}"

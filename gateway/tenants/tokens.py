@@ -1,56 +1,37 @@
-"""Callers' tokens: JSON Web Tokens (RFC 7519), held against keys from a file (RFC 7517) that is read again.
+"""Callers' tokens: JSON Web Tokens (RFC 7519), verified by keys from a file (RFC 7517) that is read again.
 
-A token is looked at once: what it was found to be is remembered by its digest, as long as it and the keys hold. What a
-token was refused for is said in words of ours. PyJWT's may quote what they complain about, and that is a secret.
+A token is verified once. The result is remembered by the token's digest, as long as the token and the keys are valid.
+Refusals have texts of our own, because PyJWT's messages may quote a part of the token or key.
 """
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from time import time
 from typing import Any
 
 import jwt
 
-from unlatch.common.errors import Unauthenticated
 from unlatch.common.security.watched import WatchedFile
+from unlatch.gateway.tenants.identity import CredentialError, Identity
 
 # Valid and invalid tokens are kept apart, so that a flood of invalid tokens evicts no valid ones.
-_MOST_REMEMBERED = 4096
-_MOST_KEYS = 64
-_MOST_TOKEN_BYTES = 8192
-_MOST_NAME_CHARACTERS = 256
+_MAX_REMEMBERED = 4096
+_MAX_KEYS = 64
+_MAX_TOKEN_BYTES = 8192
+_MAX_NAME_CHARACTERS = 256
 
 # A reason and a message.
 _Why = tuple[str, str]
 _WHY: Mapping[type[Exception], _Why] = {
-    jwt.ExpiredSignatureError: ("token_expired", "the token has expired"),
     jwt.ImmatureSignatureError: ("token_not_yet_valid", "the token is not valid yet"),
     jwt.InvalidIssuedAtError: ("token_not_yet_valid", "the token is not valid yet"),
     jwt.InvalidAudienceError: ("wrong_audience", "the token is for another audience"),
-    jwt.InvalidIssuerError: ("wrong_issuer", "the token is of another issuer"),
-    jwt.InvalidSignatureError: ("wrong_signature", "the token's signature is not its key's"),
-    jwt.InvalidAlgorithmError: ("wrong_algorithm", "the token's algorithm is not its key's"),
+    jwt.InvalidIssuerError: ("wrong_issuer", "the token is from another issuer"),
+    jwt.InvalidSignatureError: ("wrong_signature", "the token's signature does not match its key"),
+    jwt.InvalidAlgorithmError: ("wrong_algorithm", "the token's algorithm is not one of its key's algorithms"),
 }
-_UNREADABLE: _Why = ("unreadable_token", "this is no token that can be read")
-
-
-class CredentialError(Unauthenticated):
-    """A caller's token or certificate is missing or does not hold. `reason` is a snake_case code, for metrics."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """The name of a caller, and the time until which it is valid, in seconds since the epoch."""
-
-    name: str
-    until: float = math.inf
+_UNREADABLE: _Why = ("unreadable_token", "the token is not a JWT that can be read")
 
 
 class Tokens:
@@ -66,8 +47,8 @@ class Tokens:
         leeway_seconds: float,
         claim: str,
     ) -> None:
-        self.file = WatchedFile(keys_file, self._take)
-        # Told when the keys are others: what they let in before may not hold any more.
+        self.file = WatchedFile("--token-keys", keys_file, self._take)
+        # Called after the keys have changed, because callers that they let in may have to be checked again.
         self.on_change: Callable[[], None] = lambda: None
         self._issuer = issuer
         self._audience = audience
@@ -80,19 +61,20 @@ class Tokens:
         self._bad: dict[bytes, _Why] = {}
 
     def identify(self, token: str) -> Identity:
-        """Whose token it is. Raises Unauthenticated."""
+        """Return the caller that a token names. Raises Unauthenticated."""
         digest = hashlib.sha256(token.encode(errors="replace")).digest()
-        known = self._good.get(digest)
-        if known is not None:
-            if known.until <= time():
-                raise CredentialError(*_WHY[jwt.ExpiredSignatureError])
-            return known
+        identity = self._good.get(digest) or self._first_verified(token, digest)
+        if identity.until <= time():
+            raise CredentialError("token_expired", "the token has expired")
+        return identity
+
+    def _first_verified(self, token: str, digest: bytes) -> Identity:
         if why := self._bad.get(digest):
             raise CredentialError(*why)
         try:
             identity = self._verified(token)
         except CredentialError as error:
-            # One that is not valid yet may be so later.
+            # A token that is not valid yet may become valid.
             if (error.reason, error.message) != _WHY[jwt.ImmatureSignatureError]:
                 _remember(self._bad, digest, (error.reason, error.message))
             raise
@@ -100,8 +82,8 @@ class Tokens:
         return identity
 
     def _verified(self, token: str) -> Identity:
-        if len(token) > _MOST_TOKEN_BYTES:
-            raise CredentialError("token_too_long", f"the token is longer than {_MOST_TOKEN_BYTES} bytes")
+        if len(token) > _MAX_TOKEN_BYTES:
+            raise CredentialError("token_too_long", f"the token is longer than {_MAX_TOKEN_BYTES} bytes")
         try:
             claims: dict[str, Any] = jwt.decode(
                 token,
@@ -110,26 +92,29 @@ class Tokens:
                 audience=self._audience,
                 issuer=self._issuer,
                 leeway=self._leeway_seconds,
-                options={"require": ["exp", "iss", "aud", self._claim]},
+                # The end is checked at each use, because the clock goes on and may be set.
+                options={"require": ["exp", "iss", "aud", self._claim], "verify_exp": False},
             )
-            until = float(claims["exp"]) + self._leeway_seconds
+            until = int(claims["exp"]) + self._leeway_seconds
         except jwt.MissingRequiredClaimError as error:
             raise CredentialError("missing_claim", f"the token has no claim {error.claim!r}") from None
         except CredentialError:
             raise
-        except Exception as error:  # noqa: BLE001 (whatever it is about it: it is not let in)
+        except Exception as error:  # noqa: BLE001 (whatever is wrong with it, the token is refused)
             raise CredentialError(*_WHY.get(type(error), _UNREADABLE)) from None
         name = claims[self._claim]
-        if not isinstance(name, str) or not 0 < len(name) <= _MOST_NAME_CHARACTERS or not name.isprintable():
-            raise CredentialError("invalid_caller_name", f"the token's claim {self._claim!r} is no caller's name")
+        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME_CHARACTERS or not name.isprintable():
+            raise CredentialError(
+                "invalid_caller_name", f"the token's claim {self._claim!r} is not a valid caller name"
+            )
         return Identity(name=name, until=until)
 
     def _key(self, header: Mapping[str, Any]) -> jwt.PyJWK:
-        """The key that a token says it is signed with. Raises Unauthenticated."""
+        """Return the key that a token's header names. Raises Unauthenticated."""
         algorithm, name = header.get("alg"), header.get("kid")
         if algorithm not in self._algorithms:
             allowed = ", ".join(self._algorithms)
-            raise CredentialError("algorithm_not_allowed", f"the token's algorithm is none of {allowed}")
+            raise CredentialError("algorithm_not_allowed", f"the token's algorithm is not one of {allowed}")
         if name is None and len(self._keys) == 1:
             (keys,) = self._keys.values()
         elif name is None:
@@ -137,13 +122,13 @@ class Tokens:
         elif name in self._keys:
             keys = self._keys[name]
         else:
-            raise CredentialError("unknown_key_id", "the token's key (kid) is not among ours")
+            raise CredentialError("unknown_key_id", "the token's key (kid) is not in the gateway's file of keys")
         if algorithm not in keys:
             raise CredentialError(*_WHY[jwt.InvalidAlgorithmError])
         return keys[algorithm]
 
     def _take(self, content: bytes) -> None:
-        """The keys of a file. Raises ValueError."""
+        """Replace the keys by those of a file. Raises ValueError."""
         keys = _read_keys(content, self._algorithms)
         self._keys = keys
         self._good.clear()
@@ -156,24 +141,24 @@ def _read_keys(content: bytes, algorithms: tuple[str, ...]) -> dict[str, dict[st
         said = json.loads(content)
         listed = said["keys"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError('it is no JSON object with a list "keys"') from None
-    if not isinstance(listed, list) or not 0 < len(listed) <= _MOST_KEYS:
-        raise ValueError(f'"keys" is no list of 1 to {_MOST_KEYS} keys')
+        raise ValueError('wanted a JSON object with a list "keys"') from None
+    if not isinstance(listed, list) or not 0 < len(listed) <= _MAX_KEYS:
+        raise ValueError(f'wanted 1 to {_MAX_KEYS} keys in the list "keys"')
     keys: dict[str, dict[str, jwt.PyJWK]] = {}
     for number, key in enumerate(listed):
         if not isinstance(key, dict):
-            raise ValueError(f"key {number} is no object")  # noqa: TRY004 (of the file: what is in it is a value)
+            raise ValueError(f"key {number} is not a JSON object")  # noqa: TRY004 (an error of the file's content)
         if "d" in key:
-            raise ValueError(f"key {number} is a private key: who only verifies needs the public half")
-        # What is for encryption, or of a kind that is not asked for, may be in the same set.
+            raise ValueError(f"key {number} is a private key: the file should have the public key only")
+        # Keys for encryption, or for algorithms that are not accepted, may be in the same file.
         fits = _by_algorithm(key, algorithms) if key.get("use", "sig") == "sig" else {}
         name = key.get("kid", "")
         if not isinstance(name, str) or name in keys:
-            raise ValueError(f"key {number} has a name (kid) that is no string, or another key's")
+            raise ValueError(f"key {number}: its name (kid) is not a string, or another key has it")
         if fits:
             keys[name] = fits
     if not keys:
-        raise ValueError(f"none of its keys fits {', '.join(algorithms)}")
+        raise ValueError(f"no key fits one of the algorithms {', '.join(algorithms)}")
     return keys
 
 
@@ -185,16 +170,16 @@ def _by_algorithm(key: dict[str, Any], algorithms: tuple[str, ...]) -> dict[str,
         try:
             made = jwt.PyJWK.from_dict(key, algorithm)
             made.Algorithm.prepare_key(made.key)
-        except Exception:  # noqa: BLE001, S112 (there are other keys; and what the error says may quote this one)
+        except Exception:  # noqa: BLE001, S112 (other keys may fit, and the error may quote this one)
             continue
-        # A key too short to be safe is none.
+        # Keys that are too short to be safe are left out.
         if made.Algorithm.check_key_length(made.key) is None:
             fits[algorithm] = made
     return fits
 
 
 def _remember(known: dict[bytes, Any], digest: bytes, what: Identity | _Why) -> None:
-    if len(known) >= _MOST_REMEMBERED:
-        # The oldest: who still comes with it is looked at again.
+    if len(known) >= _MAX_REMEMBERED:
+        # The oldest. If it comes again, it is verified again.
         del known[next(iter(known))]
     known[digest] = what

@@ -3,6 +3,7 @@
 import pytest
 
 from bench.load.load import calls_for, connections, parse
+from bench.pool import scan
 from bench.pool.measure import share_error
 from bench.processes import Seen, label
 from bench.report import Findings, document, ratios
@@ -85,6 +86,7 @@ def test_the_report_keeps_its_names() -> None:
         "map_1k_vs_call",
         "map_1k_vs_gathered",
         "map_1k_vs_unary",
+        "gather_16k_vs_map",
     } <= written["ratios"].keys()
     assert {
         "serverlive_p99_ms",
@@ -121,7 +123,16 @@ def test_every_figure_of_the_pool_keeps_its_name_and_is_held_against_its_bound()
         "refusal_ms_p99",
         "batch_alone_ratio",
         "map_cpu_fall",
+        "pool_scan_64_vs_2_workers",
     } <= written["figures"].keys()
+
+
+async def test_scan_serves_every_call_with_stub_workers() -> None:
+    """Each load has a figure for few and for many workers, and every call is answered."""
+    found = scan.measure(rounds=1, calls=20)
+    loads = {f"pool_scan_{load}_{workers}_cpu_us" for load in scan.LOADS for workers in (scan.FEW, scan.MANY)}
+    assert found.keys() == {"pool_scan_64_vs_2_workers", *loads}
+    assert all(value > 0.0 for value in found.values())
 
 
 def test_a_share_is_held_against_the_weights() -> None:

@@ -4,14 +4,20 @@ import numpy as np
 import pytest
 
 from bench.load.counted import Answers
-from bench.soak.__main__ import Watched, uncounted
+from bench.scrape import Scrape
+from bench.soak.__main__ import Watched, more, uncounted, unended
 from bench.soak.calls import KINDS, Kind
+from bench.soak.mesh import by_unit, everywhere
+from unlatch.common.errors import POSSIBLE_EFFECT
 from unlatch.protos.unlatch_pb2 import Frames, LaneMessage
 
 X = np.arange(1.0, 17.0)
 BY_NAME = {kind.name: kind for kind in KINDS}
 DIED = "worker 1 ended while it ran the call: the worker was killed by SIGKILL"
 POISON = "2 workers ended while they ran this call, the last time because the worker was killed by SIGKILL"
+
+BROKE = "recvmsg:Connection reset by peer"
+REFUSED = "failed to connect to all addresses; last error: UNKNOWN: Failed to connect: Connection refused (111)"
 
 SMALL, PURE, HURRIED = BY_NAME["small"], BY_NAME["small, pure"], BY_NAME["short deadline"]
 LEAVER, OBJECTED = BY_NAME["caller leaves"], BY_NAME["refused by its kernel"]
@@ -23,8 +29,9 @@ LEAVER, OBJECTED = BY_NAME["caller leaves"], BY_NAME["refused by its kernel"]
         (SMALL, "OK", -X, True),
         (SMALL, "OK", X, False),
         (SMALL, "OK", (-X).astype("f4"), False),
-        (SMALL, "UNAVAILABLE", DIED, True),
-        (PURE, "UNAVAILABLE", DIED, False),
+        (SMALL, "ABORTED", DIED, True),
+        (PURE, "ABORTED", DIED, False),
+        (SMALL, "UNAVAILABLE", DIED, False),
         (SMALL, "UNAVAILABLE", "the lane to the server broke before the reply was here", False),
         (PURE, "FAILED_PRECONDITION", POISON, True),
         (SMALL, "FAILED_PRECONDITION", POISON, False),
@@ -44,6 +51,31 @@ def test_an_end_is_right_only_as_the_table_of_failures_has_it(
 ) -> None:
     """A success is judged by its content, and a failure by its status and message, as in the table of failures."""
     assert (kind.wrong(X, code, said) is None) is right  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said", "right"),
+    [
+        (SMALL, "UNAVAILABLE", BROKE, True),
+        (PURE, "UNAVAILABLE", BROKE, True),
+        (OBJECTED, "UNAVAILABLE", BROKE, True),
+        (PURE, "UNAVAILABLE", REFUSED, False),
+        (SMALL, "ABORTED", POSSIBLE_EFFECT, True),
+        (PURE, "ABORTED", POSSIBLE_EFFECT, False),
+        (SMALL, "ABORTED", "another reason", False),
+        (SMALL, "DEADLINE_EXCEEDED", "", False),
+        (SMALL, "LOST", "", False),
+        (SMALL, "CANCELLED", "", False),
+        (SMALL, "OK", X, False),
+    ],
+)
+def test_a_units_death_costs_what_the_table_of_failures_has(
+    kind: Kind, code: str, said: object, *, right: bool
+) -> None:
+    """While units are killed, calls may lose their connection. No connection is refused, since another unit serves."""
+    assert (kind.wrong(X, code, said, units_die=True) is None) is right  # type: ignore[arg-type]
+    if code != "OK":
+        assert kind.wrong(X, code, said) is not None  # type: ignore[arg-type]
 
 
 def reply(frames: Frames, length: int, *, whole: bool = True, failed: bool = False) -> None:
@@ -87,11 +119,55 @@ def test_a_second_answer_is_seen(what: tuple[str, ...], *, right: bool) -> None:
 def test_a_call_that_never_ends_is_missed() -> None:
     """A missing end is found by the caller's count and by the gateway's."""
     door = {"begun": {"small": 3}, "ended": [["small", "OK", 1], ["small", "left", 1]], "wrong": []}
-    none = frozenset[tuple[str, str]]()
-    before = {"gateway": {("unlatch_calls_total", none): 5.0}, "dispatcher": {}}
-    after = {"gateway": {("unlatch_calls_total", none): 6.0}, "dispatcher": {}}
+    gateway = frozenset({("component", "gateway")})
+    before: dict[str, Scrape] = {"gateway": {("unlatch_calls_total", gateway): 5.0}, "dispatcher": {}}
+    after: dict[str, Scrape] = {"gateway": {("unlatch_calls_total", gateway): 6.0}, "dispatcher": {}}
     found = uncounted([("client", door)], before, after, kills=1)
     assert [what.partition(":")[0] for what in found] == ["client", "gateway", "dispatcher"]
+
+
+def test_a_missing_end_is_found_while_units_are_killed() -> None:
+    """The counts of a unit end with it. The callers' counts show a call that never ended."""
+    door = {"begun": {"small": 3}, "ended": [["small", "OK", 1], ["small", "UNAVAILABLE", 1]], "wrong": []}
+    assert unended([("lane", door)]) == ["lane: 3 calls began, and 2 ended"]
+
+
+def test_metrics_of_several_units_are_told_apart() -> None:
+    """Each unit's counters are compared with its own; a unit that does not answer has none; sums are the machine's."""
+
+    def series(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+        return name, frozenset(labels.items())
+
+    parts = by_unit(
+        {
+            series("unlatch_calls_total", component="gateway", unit="0"): 2.0,
+            series("unlatch_calls_total", component="compute", unit="0"): 7.0,
+            series("unlatch_calls_total", component="gateway", unit="2"): 3.0,
+            series("unlatch_unit_up", unit="0"): 1.0,
+            series("unlatch_unit_up", unit="1"): 0.0,
+            series("unlatch_unit_up", unit="2"): 1.0,
+        }
+    )
+    assert parts.keys() == {"supervisor", "unit 0", "unit 2"}
+    assert parts["unit 2"] == {series("unlatch_calls_total", component="gateway"): 3.0}
+    assert everywhere(parts, "unlatch_calls_total") == 12.0
+    assert everywhere(parts, "unlatch_calls_total", "gateway") == 5.0
+
+
+def test_what_stays_open_is_seen() -> None:
+    """Descriptors and threads that stay open are wrong, except for the one thread that starts late."""
+    start = {"gateway": {"descriptors": 20, "threads": 9}, "dispatcher": {"descriptors": 40, "threads": 7}}
+    assert not more(
+        start, {"gateway": {"descriptors": 19, "threads": 9}, "dispatcher": {"descriptors": 40, "threads": 6}}
+    )
+    now = {"gateway": {"descriptors": 20, "threads": 11}, "dispatcher": {"descriptors": 43, "threads": 7}}
+    assert more(start, now) == [
+        "gateway: 11 threads, 2 more than at the start",
+        "dispatcher: 43 descriptors, 3 more than at the start",
+    ]
+    assert more({"mesh": {"processes": 7, "files": 9}}, {"mesh": {"processes": 8, "files": 9}}) == [
+        "mesh: 8 processes, 1 more than at the start"
+    ]
 
 
 def test_growth_is_told_from_what_comes_and_goes() -> None:

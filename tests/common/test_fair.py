@@ -18,8 +18,9 @@ def work_for_a_round() -> None:
         pass
 
 
-async def test_what_there_is_time_for_is_done_at_once() -> None:
+async def test_what_there_is_time_for_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work that fits into the time is done at once, without a wait."""
+    monkeypatch.setattr("unlatch.common.fair.monotonic", lambda: 1000.0)
     turns, done = Turns(), list[int]()
     for number in range(3):
         work = turns.take(partial(done.append, number))

@@ -70,7 +70,7 @@ class Manifests:
                 patch.delenv(name)
             for name, value in self.environment(service).items():
                 patch.setenv(name, value)
-            return parse(kind, service, self.container(service).get("args", []))
+            return parse(kind, service, self.container(service).get("args", []), self.environment(service))
 
 
 def named(found: Object) -> str:

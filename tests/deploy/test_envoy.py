@@ -28,7 +28,7 @@ from tests.support.watching import Gate, Scrape, until, wait_until
 from unlatch import Client
 from unlatch.common.errors import UnlatchError
 from unlatch.common.lane import frames as lane
-from unlatch.gateway.doors import oip
+from unlatch.gateway.doors import rpc_guard
 from unlatch.gateway.settings import GatewaySettings
 from unlatch.protos.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 
@@ -165,7 +165,7 @@ async def test_configuration_is_right_and_says_what_the_gateway_does(behind: Beh
     """
     assert "[warning]" not in validated(CONFIGURATION)
     text, settings = CONFIGURATION.read_text(), GatewaySettings.model_construct()
-    assert set(re.findall(r"prefix: /(.*?)/ ", text)) == {oip.SERVICE, lane.SERVICE}
+    assert set(re.findall(r"prefix: /(.*?)/ ", text)) == {rpc_guard.SERVICE, lane.SERVICE}
     assert f"max_concurrent_streams: {settings.max_streams}" in text
     assert f"max_request_headers_kb: {settings.max_metadata_bytes // 1024}\n" in text
     assert f"max_connections: {settings.max_connections}\n" in text

@@ -58,6 +58,7 @@ class Walk:
             r"kind create cluster --name unlatch": lambda: None,
             r"kind load docker-image --name unlatch (.+)": self._load,
             r"kubectl apply -k (\S+)": self._apply,
+            r"make deploy OVERLAY=(\S+)": lambda name: self._apply(f"deploy/k8s/overlays/{name}"),
             r"kubectl apply -f (\S+)": self._certificate,
             r"kubectl -n unlatch rollout status deployment/(\S+) --timeout \w+": self._rolls_out,
             r"kubectl -n unlatch port-forward service/(\S+) (\d+)": self._forwards,

@@ -11,7 +11,7 @@ from unlatch.common.net.settings import Settings
 from unlatch.compute.settings import ComputeSettings
 from unlatch.compute.worker.catalogue import load
 from unlatch.gateway.settings import GatewaySettings
-from unlatch.supervisor import ServeSettings
+from unlatch.unit.settings import ServeSettings
 
 SETTINGS = (ROOT / "docs" / "operations" / "settings.md").read_text()
 METRICS = (ROOT / "docs" / "operations" / "metrics.md").read_text()
@@ -69,3 +69,11 @@ def test_every_module_has_its_place_in_the_architecture() -> None:
     assert {name for name in named if not any(str(path).endswith(f"/{name}") for path in rooms)} == set()
     alone = {path.name for path in rooms if not {*path.parents} & folders and not path.name.startswith("__")}
     assert alone - {Path(name).name for name in named} == set()
+
+
+def test_every_make_target_is_phony() -> None:
+    """A target that has the name of a directory, such as `deploy`, does nothing unless it is phony."""
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    assert sorted(phony[1].split()) == sorted(re.findall(r"^([\w-]+):.* ## ", makefile, re.MULTILINE))

@@ -9,7 +9,7 @@ from tests.support.mesh import ROOT
 
 FOLDERS = [
     *("", "docs", "docs/decisions", "docs/operations"),
-    *("deploy/docker", "deploy/envoy", "deploy/k8s", "examples/native"),
+    *("deploy/compose", "deploy/docker", "deploy/envoy", "deploy/k8s", "deploy/systemd", "examples/native"),
 ]
 PAGES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")

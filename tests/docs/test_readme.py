@@ -33,7 +33,7 @@ NAMED = re.compile(r"(?:#|//) (\w+\.\w+)\n")
 SERVES = re.compile(r"^(make run|\S*unlatch serve)\b", re.MULTILINE)
 INSTALLS = re.compile(r"^npm install\b")
 NODE = re.compile(r"^node\b")
-PORTS = (8001, 8002, 8003, 8012, 8013)
+PORTS = (8001, 8002, 8003)
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 
 

@@ -77,7 +77,9 @@ def cases() -> Iterator[Case]:
 
 def about_kernels() -> Iterator[Case]:
     yield Case("unknown kernel", vector("identiti", 1), "NOT_FOUND", "'identiti'.*did you mean identity", "model_name")
-    yield Case("no kernel", ModelInferRequest(), "NOT_FOUND", "there is no kernel ''", "model_name")
+    yield Case(
+        "no kernel", ModelInferRequest(), "NOT_FOUND", "the call names no kernel: model_name is empty", "model_name"
+    )
     yield Case("endless kernel", vector("k" * 100_000, 1), "NOT_FOUND", "there is no kernel 'k{64}'", "model_name")
     yield Case(
         "more than a descriptor may be", vector("k" * 1_000_000, 1), INVALID, "model_name: .*131072", "model_name"
@@ -117,7 +119,7 @@ def about_arrays() -> Iterator[Case]:
     twice = spoilt(vector("identity", 1), lambda m: m.MergeFrom(vector("identity", 2)))
     yield Case("repeated", twice, INVALID, "x: .*twice", "x")
     nameless = spoilt(vector("identity", 1), lambda m: setattr(m.inputs[0], "name", ""))
-    yield Case("nameless", nameless, INVALID, "kernel identity has no such array")
+    yield Case("nameless", nameless, INVALID, "^an empty name: kernel identity has no such array; known names: x")
     endless = spoilt(vector("identity", 1), lambda m: setattr(m.inputs[0], "name", "y" * 100_000))
     yield Case("endless name", endless, INVALID, "y{64}: kernel identity has no such array", "y" * 64)
     worse = one_input("FP65", [1], bytes(8))
@@ -210,18 +212,22 @@ def about_scalars() -> Iterator[Case]:
         says = f"{name}: kernel required_scalars requires this {kind} parameter"
         yield Case(f"missing {kind}", missing, INVALID, says, name)
         empty = spoilt(request("default_scalars", None, **rest), lambda m, name=name: m.parameters[name])  # type: ignore[misc]
-        yield Case(f"empty {kind}", empty, INVALID, f"{name}: wanted a {kind} parameter, got nothing", name)
+        yield Case(f"empty {kind}", empty, INVALID, f"{name}: wanted a parameter of type {kind}, got nothing", name)
         for other, value in right.items():
             if other != name and (name, other) != ("ratio", "count"):
                 wrong = request("default_scalars", None, **{name: value})
-                says = f"{name}: wanted a {kind} parameter, got the {types[other]} {value!r}"
+                says = f"{name}: wanted a parameter of type {kind}, got the {types[other]} {value!r}"
                 yield Case(f"{types[other]} for {kind}", wrong, INVALID, says, name)
+    for number in (2**53 + 1, -(2**53) - 1, 2**64 - 1):
+        rounded = request("default_scalars", None, ratio=number)
+        says = f"ratio: wanted a parameter of type float, which cannot hold {number}"
+        yield Case(f"{number} for float", rounded, INVALID, says, "ratio")
     unknown = request("default_scalars", None, ratios=0.5)
     yield Case("unknown scalar", unknown, INVALID, "ratios: .* no such parameter; did you mean ratio", "ratios")
     endless = request("default_scalars", None, **{"r" * 99_999: 0.5})
     yield Case("endless scalar", endless, INVALID, "r{64}: .* no such parameter", "r" * 64)
     long = request("default_scalars", None, count="x" * 100_000)
-    yield Case("endless wrong value", long, INVALID, "count: wanted a int parameter, got the str", "count")
+    yield Case("endless wrong value", long, INVALID, "count: wanted a parameter of type int, got the str", "count")
     for kibibytes in (100, 300, 3000):
         too_long = request("default_scalars", None, label="x" * kibibytes * KIBIBYTE)
         yield Case(f"scalar of {kibibytes} KiB", too_long, INVALID, "label: .*bytes", "label")
@@ -261,6 +267,8 @@ def test_wrong_calls_are_refused_one_by_one_on_a_lane(lane: LaneEnd) -> None:
         ("returns_wrong_batch", INTERNAL, r"returned shape \(2, 3\) for output0, but declares \(\*batch\)"),
         ("returns_wrong_count", INTERNAL, "returned 3 results, but declares 2"),
         ("returns_integers_as_objects", INTERNAL, "returns_integers_as_objects"),
+        ("returns_masked_scalar", INTERNAL, "returned a MaskedConstant for output0 with masked elements, .* filled"),
+        ("returns_metres", INTERNAL, "returned a Metres for output0, not a plain array; return np.asarray"),
         ("writes_to_input", INTERNAL, "writes_to_input writes to its input"),
         ("unlocks_input", INTERNAL, "unlocks_input"),
         ("prints", "OK", ""),
@@ -275,6 +283,16 @@ def test_kernel_that_misbehaves_fails_its_own_call(kernel: str, code: str, says:
     assert "secret" not in refusal.message
     assert oip.serves()
     assert mesh.workers == workers
+
+
+def test_masked_array_is_sent_if_nothing_is_masked(mesh: Mesh, oip: Oip) -> None:
+    """Masked elements would reach the caller as the numbers below the mask."""
+    refusal = oip.refusal(vector("returns_masked", 1, 2, -999, value=-999.0))
+    assert refusal.code == INTERNAL
+    assert "returned a MaskedArray for output0 with masked elements, which cannot be sent; return filled" in str(
+        refusal
+    )
+    assert arrays_of(oip.infer(vector("returns_masked", 1, 2, value=-999.0)))[0].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -294,6 +312,22 @@ def test_kernel_that_returns_what_no_datatype_carries_fails_its_own_call(dtype: 
 def test_kernel_error_reaches_its_caller_as_it_stands(message: str, oip: Oip) -> None:
     """Any text arrives unchanged with INVALID_ARGUMENT."""
     assert oip.refusal(request("raises_kernel_error", None, message=message)) == Refusal(INVALID, message)
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        ("message: wanted another", ("message",)),
+        ("times:", ("times",)),
+        ("message wanted", ()),
+        ("text: wanted another", ()),
+        (": wanted another", ()),
+    ],
+)
+def test_kernel_error_blames_the_argument_that_it_begins_with(message: str, fields: tuple[str, ...], oip: Oip) -> None:
+    """The name of an argument of the kernel, before a colon, is the field of the BadRequest."""
+    refusal = oip.refusal(request("raises_kernel_error", None, message=message))
+    assert (refusal.code, refusal.message, refusal.fields) == (INVALID, message, fields)
 
 
 @pytest.mark.parametrize("character", ["x", "ö", "\U0001f40d", "\n"])
@@ -322,7 +356,7 @@ def test_kernels_exception_is_logged_whole(mesh: Mesh, oip: Oip) -> None:
     identity = oip.refusal(vector("raises_value_error", 1)).message.split()[-1]
 
     def told() -> list[str]:
-        stories = [entry.get("story", "") for entry in mesh.dispatcher_service.entries]
+        stories = [entry.get("exception", "") for entry in mesh.dispatcher_service.entries]
         return [story for story in stories if story.startswith(identity)]
 
     # The log line may come after the answer, and other calls of this kernel have failed before.

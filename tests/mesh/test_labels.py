@@ -12,7 +12,7 @@ from tests.mesh.faults.test_deaths import DEATHS
 from tests.mesh.security.test_tokens import BAD
 from tests.support.doors import Oip, vector
 from tests.support.issuer import Issuer, bearer
-from tests.support.mesh import ROOT, Mesh, running_mesh
+from tests.support.mesh import MESHES, ROOT, Mesh
 from tests.support.watching import Scrape, wait_until
 from unlatch.common.errors import NAMES
 
@@ -20,7 +20,8 @@ CODE = r"[a-z][a-z0-9]*(_[a-z0-9]+)*"
 # The allowed values of each label. A label that is not listed here is a mistake.
 GRAMMAR = {
     **dict.fromkeys(("grpc_type", "kind", "mode", "outcome", "place", "reason", "stage"), CODE),
-    "process": r"gateway|dispatcher|forkserver|worker-\d+",
+    "component": "gateway|compute",
+    "process": r"gateway|dispatcher|unit|forkserver|worker-\d+",
     "role": r"[a-z]+(-[a-z]+)*",  # a flag's name
     **dict.fromkeys(("code", "grpc_code"), "|".join(NAMES.values())),
     "worker": r"\d+",
@@ -31,19 +32,19 @@ GRAMMAR = {
 WAYS = ("sigkill", "sigsegv", "exit", "real-time signal", "garbage", "other call")
 
 
-@pytest.fixture(scope="module")
-def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    """A mesh that has answered calls, refused some, and lost workers."""
+@pytest.fixture(scope="module", params=MESHES)
+def used(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """A mesh that has answered calls, refused some, and lost workers: in two processes, or in one."""
     directory: Path = tmp_path_factory.mktemp("labels")
     issuer = Issuer(directory)
     dispatcher = ["--kernels", str(FAULT_KERNELS)]
-    with running_mesh(directory, dispatcher=dispatcher, gateway=issuer.flags) as mesh:
+    with MESHES[request.param](directory, dispatcher=dispatcher, gateway=issuer.flags) as mesh:
         with grpc.insecure_channel(mesh.gateway) as channel:
             known = Oip(channel, bearer(issuer.token()))
             assert known.serves()
             assert known.refusal(vector("nowhere", 1.0)).code == "NOT_FOUND"
             for number, how in enumerate(WAYS):
-                assert known.refusal(vector("dies", float(number), how=how)).code == "UNAVAILABLE"
+                assert known.refusal(vector("dies", float(number), how=how)).code == "ABORTED"
                 wait_until(lambda: restarts(mesh) == number + 1, "the worker is replaced")  # noqa: B023 (called here)
             for make, _ in BAD.values():
                 said = make(issuer)
@@ -89,4 +90,5 @@ def test_log_has_reason_and_message(used: Mesh) -> None:
     ended = [entry for entry in used.dispatcher_service.entries if entry["event"] == "worker ended"]
     assert [entry["reason"] for entry in ended] == [DEATHS[how] for how in WAYS]
     assert all(re.fullmatch(CODE, entry["reason"]) and " " in entry["message"] for entry in ended)
-    assert {entry["process"] for entry in used.dispatcher_service.entries} == {"dispatcher"}
+    process = "unit" if used.dispatcher_service is used.gateway_service else "dispatcher"
+    assert {entry["process"] for entry in used.dispatcher_service.entries} == {process}

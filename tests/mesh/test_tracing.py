@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from tests.conftest import StartMesh
 from tests.support.collector import Collector, collecting
 from tests.support.doors import LaneEnd, descriptor, vector
-from tests.support.mesh import Entry, Mesh, running_mesh
+from tests.support.mesh import MESHES, Entry, Mesh, running_mesh
 from unlatch import Client
 from unlatch.common.errors import UnlatchError
 from unlatch.protos.inference_pb2 import ModelInferRequest
@@ -26,13 +26,15 @@ EVERY_CALL = ("--logged-calls-per-second", "1000")
 Metadata = tuple[tuple[str, str], ...]
 
 
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Mesh, Collector]]:
-    """A mesh that sends its spans to a collector."""
+@pytest.fixture(scope="module", params=MESHES)
+def traced(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Mesh, Collector]]:
+    """A mesh that sends its spans to a collector: in two processes, or in one."""
     with collecting() as (collector, address), pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-        with running_mesh(tmp_path_factory.mktemp("traced"), gateway=EVERY_CALL) as mesh:
+        with MESHES[request.param](tmp_path_factory.mktemp("traced"), gateway=EVERY_CALL) as mesh:
             patch.undo()
             yield mesh, collector
 
@@ -71,11 +73,13 @@ def logged(mesh: Mesh, request: str) -> Entry:
     return mesh.gateway_service.wait_for("call", request=request)
 
 
-def look_at(collector: Collector, trace: str, parent: str) -> None:
-    """Check that a call's three spans belong together across both processes, and lie within one another."""
+def look_at(mesh: Mesh, collector: Collector, trace: str, parent: str) -> None:
+    """Check that a call's three spans belong together across both services, and lie within one another."""
     spans = collector.wait_for(trace, 3)
     call, queue, run = spans["call"], spans["queue"], spans["run"]
-    assert (call.service, queue.service, run.service) == ("unlatch-gateway", "unlatch-dispatcher", "unlatch-dispatcher")
+    is_unit = mesh.gateway_service is mesh.dispatcher_service
+    gateway, dispatcher = ["unlatch-unit"] * 2 if is_unit else ["unlatch-gateway", "unlatch-dispatcher"]
+    assert (call.service, queue.service, run.service) == (gateway, dispatcher, dispatcher)
     assert call.parent == parent
     assert queue.parent == run.parent == call.span
     assert call.attributes["unlatch.kernel"] == run.attributes["unlatch.kernel"] == "identity"
@@ -86,11 +90,11 @@ def look_at(collector: Collector, trace: str, parent: str) -> None:
     assert not any(span.failed for span in spans.values())
 
 
-def test_trace_goes_through_both_processes(traced: tuple[Mesh, Collector]) -> None:
+def test_trace_goes_through_both_services(traced: tuple[Mesh, Collector]) -> None:
     """The caller's span is the parent of the gateway's, which is the dispatcher's parent. Tracestate is kept."""
     (mesh, collector), trace = traced, Trace()
     assert infer(mesh, vector("identity", 1.0), trace.metadata)[0] == "OK"
-    look_at(collector, trace.trace, trace.span)
+    look_at(mesh, collector, trace.trace, trace.span)
     assert {span.state for span in collector.wait_for(trace.trace, 3).values()} == {"vendor=here"}
 
 
@@ -101,7 +105,7 @@ def test_stream_belongs_to_its_callers_trace(traced: tuple[Mesh, Collector]) -> 
         rpc: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
         message = vector("identity", 1.0).SerializeToString()
         assert len(list(rpc(iter([message]), timeout=10.0, metadata=trace.metadata))) == 1
-    look_at(collector, trace.trace, trace.span)
+    look_at(mesh, collector, trace.trace, trace.span)
 
 
 async def test_python_clients_span_is_the_parent(traced: tuple[Mesh, Collector]) -> None:
@@ -113,7 +117,7 @@ async def test_python_clients_span_is_the_parent(traced: tuple[Mesh, Collector])
             await client.identity(X)
         await client.identity(X)
     context = span.get_span_context()
-    look_at(collector, f"{context.trace_id:032x}", f"{context.span_id:016x}")
+    look_at(mesh, collector, f"{context.trace_id:032x}", f"{context.span_id:016x}")
 
 
 def test_failed_call_is_a_failed_span(traced: tuple[Mesh, Collector]) -> None:
@@ -141,7 +145,7 @@ def test_what_is_no_trace_context_is_ignored(traced: tuple[Mesh, Collector], tra
     mesh, collector = traced
     code, trailers = infer(mesh, vector("identity", 1.0), (("traceparent", traceparent), ("tracestate", "vendor=here")))
     assert code == "OK"
-    look_at(collector, logged(mesh, trailers["unlatch-request-id"])["trace"], "")
+    look_at(mesh, collector, logged(mesh, trailers["unlatch-request-id"])["trace"], "")
 
 
 def test_log_and_trailers_tell_the_same_story(plain: Mesh) -> None:
@@ -158,6 +162,20 @@ def test_log_and_trailers_tell_the_same_story(plain: Mesh) -> None:
     assert sum(stages.values()) == pytest.approx(line["seconds"] * 1e6, abs=2)
     assert (line["kernel"], line["bytes_in"], line["bytes_out"]) == ("identity", 8, 8)
     assert "trace" not in line
+
+
+@pytest.mark.parametrize("refusal", ["by the gateway", "by the dispatcher"])
+def test_call_that_did_not_run_names_no_worker(plain: Mesh, refusal: str) -> None:
+    """A call that is refused before it runs has no worker, in its trailers and in the log."""
+    request = vector("identify" if refusal == "by the gateway" else "identity", 1.0)
+    request.id = f"mine-{secrets.token_hex(4)}"
+    request.parameters["unknown"].int64_param = 1
+    code, trailers = infer(plain, request)
+    line = logged(plain, request.id)
+    assert code == line["code"] == ("NOT_FOUND" if refusal == "by the gateway" else "INVALID_ARGUMENT")
+    assert ("unlatch-microseconds" in trailers) is (refusal == "by the dispatcher")
+    assert "unlatch-worker" not in trailers
+    assert not {"replica", "worker", "batch"} & line.keys()
 
 
 @pytest.mark.parametrize("id_", ["", "n" * 129, "two\nlines", "ünprintable"])

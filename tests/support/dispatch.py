@@ -4,21 +4,29 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import pytest
 
+from unlatch.common.errors import UnlatchError
 from unlatch.common.kernel.spec import ArraySpec, KernelSpec, ScalarSpec
 from unlatch.common.kernel.tensors import Array
 from unlatch.common.lane.body import Body
+from unlatch.common.lane.replies import failed
 from unlatch.common.lane.server import LaneServer
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.telemetry.processes import ProcessWatch
 from unlatch.common.telemetry.recorder import Recorder
 from unlatch.common.telemetry.tracing import Tracing
+from unlatch.common.waiting import backlog as backlog_module
 from unlatch.common.waiting.demand import Estimate
 from unlatch.common.waiting.order import Policy
+from unlatch.compute import call as call_module
 from unlatch.compute.call import Call
+from unlatch.compute.dispatch import poison as poison_module
 from unlatch.compute.dispatch.dispatcher import Dispatcher
 from unlatch.compute.dispatch.poison import Poison
 from unlatch.compute.intake.arguments import check
@@ -27,6 +35,8 @@ from unlatch.compute.ipc.frames import (
     Cancel,
     Done,
     Failed,
+    Forget,
+    Learn,
     Loaded,
     Ready,
     Result,
@@ -38,9 +48,12 @@ from unlatch.compute.ipc.frames import (
 from unlatch.compute.ipc.memory_limits import MemoryLimits
 from unlatch.compute.metrics import ComputeMetrics
 from unlatch.compute.pool import exits
+from unlatch.compute.pool import in_flight as in_flight_module
+from unlatch.compute.pool import slot as slot_module
 from unlatch.compute.pool.exits import Exit
-from unlatch.compute.pool.forkserver import Spawned
+from unlatch.compute.pool.forkserver import ForkServer, Spawned
 from unlatch.compute.pool.in_flight import InFlight
+from unlatch.compute.pool.occupancy import Occupancy
 from unlatch.compute.pool.pool import Pool
 from unlatch.compute.pool.slot import Slot
 from unlatch.compute.readiness import Readiness
@@ -129,6 +142,9 @@ class Lane:
         if sent is not None:
             self.unsent.append(sent)
 
+    def fail(self, number: int, error: UnlatchError) -> None:
+        self.reply(number, failed(error), Body((), []))
+
     def started(self, number: int, heard: Callable[[], None] | None = None) -> None:
         if heard is not None:
             self.unheard[number] = heard
@@ -139,21 +155,25 @@ class WorkerEnd:
 
     def __init__(
         self,
-        kernels: Sequence[KernelSpec],
+        forked: "Forked",
+        _: object,
         on_frame: Callable[[ToDispatcher], None],
         on_exit: Callable[[Exit], None],
+        **__: object,
     ) -> None:
         self.pid = os.getpid()
         self.ending = False
         self.cpu_seconds = 0.0
         self.runs: deque[RunFrame] = deque()
         self.cancelled: set[int] = set()
+        self.reply_segments: set[int] = set()
         self.cause: Exit | None = None
         self.exited = False
-        self._kernels = {spec.name: spec for spec in kernels}
+        self._kernels = {spec.name: spec for spec in forked.kernels}
         self._say = on_frame
         self._on_exit = on_exit
-        for spec in kernels:
+        forked.ends.append(self)
+        for spec in forked.kernels:
             asyncio.get_running_loop().call_soon(self.say, Loaded(spec))
         asyncio.get_running_loop().call_soon(self.say, Ready())
 
@@ -162,6 +182,10 @@ class WorkerEnd:
             return
         if isinstance(frame, RunFrame):
             self.runs.append(frame)
+        elif isinstance(frame, Learn) and frame.writable:
+            self.reply_segments.add(frame.segment)
+        elif isinstance(frame, Forget):
+            self.reply_segments.difference_update(frame.replies)
         elif isinstance(frame, Cancel):
             self.cancelled.update(frame.calls)
 
@@ -203,11 +227,22 @@ class WorkerEnd:
         self.say(Failed(run.members[-1].call, 3, "no", "a", "", round(seconds * 1e9)))
 
 
-class Forkserver:
-    """Has workers at once."""
+@dataclass
+class Forked:
+    """A forkserver that has workers at once. `ends` are those that it has forked."""
 
-    async def spawn_within(self, seconds: float, *, unfit: int = 0) -> Spawned:  # noqa: ARG002 (Spawns)
-        return Spawned(cast("Any", None), cast("Any", None), 1)
+    kernels: Sequence[KernelSpec]
+    ends: list[WorkerEnd]
+
+    async def spawn_within(self, _: float, **__: object) -> Spawned:
+        return Spawned(cast("Any", self), cast("Any", None), 1)
+
+
+def stand_in(patch: pytest.MonkeyPatch, loop: Loop) -> None:
+    """Put worker ends in the place of worker processes, and the loop's time in the place of the clock's."""
+    for module in (call_module, poison_module, backlog_module, in_flight_module):
+        patch.setattr(module, "monotonic", loop.clock)
+    patch.setattr(slot_module, "WorkerProcess", WorkerEnd)
 
 
 class Desk:
@@ -221,10 +256,11 @@ class Desk:
         poison_seconds: float = 600.0,
         reserved_workers: int = 0,
         max_calls: int = 10_000,
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = monotonic,
         settings: dict[str, Any] | None = None,
         slots: Sequence[Slot] | None = None,
     ) -> None:
+        self.loop = cast("Loop", asyncio.get_running_loop())
         self.arena = InputArena(1 << 30)
         self.recorder = Recorder()
         self.errors = InternalErrors(self.recorder)
@@ -233,38 +269,25 @@ class Desk:
         self.lane = Lane()
         self.ends: list[WorkerEnd] = []
         self.numbers = 0
-        timed: dict[str, Any] = {} if clock is None else {"clock": clock}
-
-        def attach(_: object, __: object, on_frame: Any, on_exit: Any, **___: object) -> Any:
-            self.ends.append(WorkerEnd(kernels, on_frame, on_exit))
-            return self.ends[-1]
-
         self.readiness = Readiness(lambda _: None)
-        found = ComputeSettings.model_validate({"workers": max(1, workers), **(settings or {})})
+        given = {"workers": max(1, workers), "max_queued_calls": max_calls, **(settings or {})}
+        found = ComputeSettings.model_validate(given)
+        self.occupancy = Occupancy(len(slots) if slots else workers)
         self.slots = slots or [
             Slot(
                 number,
-                Forkserver(),
+                cast("ForkServer", Forked(kernels, self.ends)),
+                self.occupancy,
                 self.metrics.worker(number),
                 self.readiness,
                 NO_LIMITS,
                 found,
                 self.errors,
-                attach=attach,
-                **timed,
             )
             for number in range(workers)
         ]
-        self.pool = Pool(self.slots, self.arena, self.errors, reserved_workers=reserved_workers, **timed)
-        self.dispatcher = Dispatcher(
-            self.pool,
-            self.poison,
-            self.metrics,
-            self.errors,
-            max_calls=max_calls,
-            long_call_seconds=found.long_call_seconds,
-            **timed,
-        )
+        self.pool = Pool(self.slots, self.occupancy, self.arena, self.errors, reserved_workers=reserved_workers)
+        self.dispatcher = Dispatcher(self.pool, self.poison, self.metrics, self.errors, found, clock=clock)
 
     @property
     def backlog(self) -> Policy[Call]:
@@ -279,7 +302,7 @@ class Desk:
     @property
     def in_flight(self) -> list[InFlight]:
         """The runs that the slots' workers hold."""
-        return [slot._worker.in_flight for slot in self.slots if slot._worker is not None]
+        return [slot.in_flight for slot in self.slots if slot.in_flight is not None]
 
     def caught(self, place: str) -> float:
         """How many exceptions were caught in a place."""
@@ -330,10 +353,10 @@ class Desk:
         """Fail where memory, numbers or places are held although no call is."""
         assert not len(self.backlog)
         assert not self.arena.used_bytes
-        assert not any(self.arena._blocks_out.values())
+        assert not any(segment.blocks_out for segment in self.arena._segments)
         for flight in self.in_flight:
             assert not len(flight)
-            assert len(flight._segments.replies._free) == len(flight._segments._known_replies)
+            assert len(flight.segments._free) == len(cast("Any", flight._process).reply_segments)
 
 
 def array(size: int = 3, value: float = 0.0) -> Array:

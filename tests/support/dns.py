@@ -3,6 +3,7 @@
 import socket
 import struct
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -11,11 +12,17 @@ _NO_ERROR, _SERVER_FAILURE = 0, 2
 
 
 class NameServer:
-    """A DNS server. `addresses` is its answer from now on, None a failure. `asked` counts questions for addresses."""
+    """A DNS server. `addresses` is its answer from now on, None a failure. `asked` counts questions for addresses.
 
-    def __init__(self, *addresses: str) -> None:
+    With `cache_seconds` it gives an answer for so long, whatever has changed: as a resolver does that caches answers.
+    """
+
+    def __init__(self, *addresses: str, cache_seconds: float = 0.0) -> None:
         self.addresses: list[str] | None = list(addresses)
         self.asked = 0
+        self._cache_seconds = cache_seconds
+        self._cached: list[str] | None = None
+        self._cached_until = 0.0
         self._asked = threading.Condition()
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("127.0.0.1", 0))
@@ -58,7 +65,9 @@ class NameServer:
         end = message.index(b"\0", 12) + 5
         kind = struct.unpack("!H", message[end - 4 : end - 2])[0]
         with self._asked:
-            known = self.addresses
+            if time.monotonic() >= self._cached_until:
+                self._cached, self._cached_until = self.addresses, time.monotonic() + self._cache_seconds
+            known = self._cached
             records = known if known is not None and kind == _A else []
             self.asked += kind == _A
             self._asked.notify_all()

@@ -16,9 +16,14 @@ from unlatch.protos.inference_pb2 import InferParameter, ModelInferRequest, Mode
 from unlatch.protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Reply, Welcome
 
 _WITHIN_SECONDS = 10.0
+# The life of a lane, in which many calls may come, and large ones.
+_LANE_SECONDS = 40.0
 Metadata = Sequence[tuple[str, str]]
+# What docs/clients.md tells gRPC in Python to keep of a call, to send the call again. A connection may end by
+# its age just when a large call is sent.
+KEEPS = ("grpc.per_rpc_retry_buffer_size", 64 << 20)
 # Tests are about the doors' own limits, not about the client's.
-LARGE = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+LARGE = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), KEEPS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,7 @@ class Oip:
 class LaneEnd:
     """A caller's end of a lane, which breaks the lane's rules where a test wants that."""
 
-    def __init__(self, channel: grpc.Channel, metadata: Metadata = (), *, within: float = _WITHIN_SECONDS) -> None:
+    def __init__(self, channel: grpc.Channel, metadata: Metadata = (), *, within: float = _LANE_SECONDS) -> None:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         opening: Any = channel.stream_stream("/unlatch.v1.Lane/Open")
         self._stream = opening(iter(self._outgoing.get, None), timeout=within, metadata=metadata)

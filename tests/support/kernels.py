@@ -4,7 +4,7 @@ import itertools
 import os
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Complex128, Float, Float64, Int64, Shaped, UInt8
@@ -235,6 +235,34 @@ def returns_unserved_dtype(x: Vector, *, dtype: str) -> Shaped[np.ndarray, "..."
 
 
 @kernel
+def returns_masked(x: Vector, *, value: float) -> Vector:
+    """Return the input with each element masked that has this value."""
+    return np.ma.masked_equal(x, value)
+
+
+@kernel
+def returns_masked_scalar(x: Vector) -> Float64[np.ndarray, ""]:
+    """Return NumPy's constant for an element that is missing."""
+    return np.ma.masked
+
+
+class Metres(np.ndarray[Any, Any]):
+    """Lengths: an array whose class says what its elements mean."""
+
+
+@kernel
+def returns_metres(x: Vector) -> Vector:
+    """Return an array of a class that the wire does not carry."""
+    return x.view(Metres)
+
+
+@kernel
+def returns_matrix(x: Float64[np.ndarray, "rows cols"]) -> Float64[np.ndarray, "rows cols"]:
+    """Return NumPy's matrix, whose elements mean what an array's do."""
+    return np.matrix(x)
+
+
+@kernel
 def returns_integers_as_objects(x: Vector) -> Shaped[np.ndarray, "..."]:
     """Return objects that are not strings."""
     return np.array([1, None], dtype=object)
@@ -288,6 +316,12 @@ def turn(*, seconds: float = 0.0) -> Int64[np.ndarray, ""]:
     while time.process_time() < end:
         pass
     return np.array(next(_turns))
+
+
+@kernel
+def swells(x: Vector, *, count: int) -> UInt8[np.ndarray, "_"]:
+    """Return `count` zeros, whatever `x` is: a large answer to a small request."""
+    return np.zeros(count, np.uint8)
 
 
 @kernel

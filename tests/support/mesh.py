@@ -1,4 +1,4 @@
-"""Real services for tests: a gateway and a compute service as processes, on free ports and a Unix socket.
+"""Real services for tests: a gateway and a compute service, in one process or in two, on free ports.
 
 Nothing here sleeps: a service's log lines say how far it has got. The message of every failure contains the log.
 """
@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from tests.support.watching import children
+from unlatch.unit.settings import ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "tests" / "support" / "kernels.py"
@@ -150,7 +151,10 @@ class Service:
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """A gateway and one replica behind it. `gateway` and `dispatcher` are their addresses for gRPC."""
+    """A gateway and one replica behind it. `gateway` and `dispatcher` are their addresses for gRPC.
+
+    In a unit both are one service, whose replica has no address.
+    """
 
     gateway: str
     gateway_metrics: str
@@ -162,16 +166,18 @@ class Mesh:
     dispatcher_service: Service
 
     def __str__(self) -> str:
-        return f"{self.gateway_service}\n{self.dispatcher_service}"
+        return "\n".join(map(str, dict.fromkeys((self.gateway_service, self.dispatcher_service))))
 
     @property
     def pids(self) -> dict[str, int]:
         """The pid of each process by name: gateway, dispatcher, forkserver, and worker-<pid> in the order of start."""
         found = {"gateway": self.gateway_service.pid, "dispatcher": self.dispatcher_service.pid}
         for child in children(self.dispatcher_service.pid):
-            if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found["forkserver"] = child
-                found |= {f"worker-{worker}": worker for worker in children(child)}
+            # It may have ended meanwhile.
+            with suppress(OSError):
+                if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found["forkserver"] = child
+                    found |= {f"worker-{worker}": worker for worker in children(child)}
         return found
 
     @property
@@ -215,6 +221,52 @@ def running_mesh(directory: Path, *, dispatcher: Sequence[str] = (), gateway: Se
             dispatcher_service=compute,
         )
         door.stop()
+
+
+@contextmanager
+def running_unit(directory: Path, *, dispatcher: Sequence[str] = (), gateway: Sequence[str] = ()) -> Iterator[Mesh]:
+    """Run both services as a unit, in the same way."""
+    defaults = ("--workers", "2", "--kernels", str(KERNELS), "--drain-seconds", "5")
+    with unit_service("--listen", "127.0.0.1:0", *_ANY_PORTS, *defaults, *dispatcher, *gateway) as unit:
+        serving = unit.wait_for("serving")
+        unit.wait_for("replica is ready")
+        yield Mesh(
+            gateway=serving["listen"],
+            gateway_metrics=f"{serving['metrics_listen']}#gateway",
+            gateway_health=serving["health_listen"],
+            gateway_service=unit,
+            dispatcher="",
+            dispatcher_metrics=f"{serving['metrics_listen']}#compute",
+            dispatcher_health=serving["health_listen"],
+            dispatcher_service=unit,
+        )
+        unit.stop()
+
+
+def unit_service(*flags: str) -> Service:
+    """Start a unit with flags of both services. Those that `unlatch serve` does not have are variables there."""
+    settings = _settings(flags)
+    known = [name.replace("_", "-") for name in ServeSettings.model_fields]
+    given = [f"--{name}={value}" for name, value in settings.items() if name in known]
+    others = {f"UNLATCH_{name.replace('-', '_').upper()}": settings[name] for name in settings if name not in known}
+    return Service("unit", *given, environment=others)
+
+
+# Ways to run a mesh, by name.
+MESHES = {"apart": running_mesh, "unit": running_unit}
+
+
+def _settings(flags: Sequence[str]) -> dict[str, str]:
+    """Return the settings that flags stand for: a flag without a value is a switch."""
+    found: dict[str, str] = {}
+    name = ""
+    for part in flags:
+        if part.startswith("--"):
+            name = part.removeprefix("--").removeprefix("no-")
+            found[name] = str(not part.startswith("--no-"))
+        else:
+            found[name] = part
+    return found
 
 
 _ANY_PORTS = ("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")

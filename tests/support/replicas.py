@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from unlatch.common.errors import Unavailable, UnlatchError
 from unlatch.common.lane.body import Body
+from unlatch.common.lane.held_bytes import HeldBytes
 from unlatch.common.lane.listener import ReplyListener
 from unlatch.common.lane.replies import failed, raised
 from unlatch.common.security.tls import ChannelSecurity
@@ -18,6 +19,8 @@ from unlatch.gateway.calls.calls import Calls, LiveCall
 from unlatch.gateway.calls.record import Records
 from unlatch.gateway.fleet.discovery import Discovery
 from unlatch.gateway.fleet.fleet import Fleet
+from unlatch.gateway.fleet.fleets import Fleets
+from unlatch.gateway.fleet.hold import HoldLimits
 from unlatch.gateway.fleet.replica import Replica, ReplicaEvents
 from unlatch.gateway.metrics import GatewayMetrics
 from unlatch.gateway.settings import GatewaySettings
@@ -57,9 +60,9 @@ class SentCall:
         reply = failed(error)
         self.listener.failed(raised(reply.failure), reply)
 
-    def lose(self) -> None:
-        """Break the lane under this call."""
-        self.listener.failed(Unavailable("the lane to the server broke before the reply was here"))
+    def lose(self, *, not_begun: bool = False) -> None:
+        """Break the lane under this call. With `not_begun`, the replica had said that the lane was at its end."""
+        self.listener.failed(Unavailable("the lane to the server broke before the reply was here", not_begun=not_begun))
 
 
 def response(call: SentCall, tensors: "list[bytes] | tuple[bytes, ...]", run_seconds: float) -> Reply:
@@ -73,6 +76,7 @@ class HandLane:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.welcomed = True
         self.finishing = self.ended = False
         self.calls: list[SentCall] = []
 
@@ -97,13 +101,17 @@ class HandReplica(Replica):
     window_calls = 64
 
     async def run(self) -> None:
+        self.open()
+        await asyncio.Event().wait()
+
+    def open(self) -> None:
+        """Have the replica take calls, on a new lane."""
         self.lane = HandLane(self.target)
         self.reported(self.lane, Load(workers=1, least_calls=64, long_calls=64, window_microseconds=10**6))
         self.welcomed(
             self.lane,
             Welcome(server=self.target, kernels=KERNELS, window_calls=self.window_calls, window_bytes=1 << 30),
         )
-        await asyncio.Event().wait()
 
 
 class CountedMetrics(GatewayMetrics):
@@ -149,16 +157,24 @@ class HandGateway:
 
     def __init__(self, replicas: int, **settings: object) -> None:
         names = tuple(f"127.0.0.1:{port}" for port in range(1, replicas + 1))
+        self.settings = GatewaySettings.model_validate(
+            {"replicas": names or ("unknown:1",), "hold_seconds": 0.0, **settings}
+        )
         self.errors = CountedErrors(Recorder())
         self.replicas: list[HandReplica] = []
-        self.fleet = Fleet(
-            Discovery(names, 3600.0, 16, name="gateway", bound=False), {}, lambda: None, self._joined, self.errors
-        )
-        self.metrics = CountedMetrics(Recorder(), self.errors, lambda: len(self.calls), self.fleet, dict)
+        self.fleets = Fleets(names, self._fleet)
+        self.fleet = self.fleets.of("")
+        self.metrics = CountedMetrics(Recorder(), self.errors, lambda: len(self.calls), self.fleets, dict)
         self.metrics.codes = []
-        self.settings = GatewaySettings.model_validate({"replicas": names, **settings})
-        self.calls = Calls(self.fleet, self.settings, Records(self.metrics, Tracing(), CallLog(0, 0)))
-        self.tenant = Tenants("").of("")
+        self.calls = Calls(self.fleets, self.settings, Records(self.metrics, Tracing(), CallLog(0, 0)))
+        self.live_bytes = HeldBytes("max_live_bytes", self.settings.max_live_bytes)
+        self.tenant = Tenants("", self.live_bytes).of("")
+
+    def _fleet(self, targets: tuple[str, ...]) -> Fleet:
+        discovery = Discovery(targets, 3600.0, 16, name="gateway", bound=False)
+        settings = self.settings
+        limits = HoldLimits(settings.hold_seconds, settings.max_held_calls, settings.max_held_bytes)
+        return Fleet(discovery, {}, lambda: None, self._joined, self.errors, limits)
 
     def _joined(self, target: str, events: ReplicaEvents) -> HandReplica:
         replica = HandReplica(target, events, ChannelSecurity(), 0.0, self.errors)
@@ -182,7 +198,7 @@ class HandGateway:
 
     def at_rest(self) -> bool:
         """Whether nothing is held for any call."""
-        held = self.calls.live_bytes._held, self.tenant.in_flight, self.fleet.held, len(self.calls)
+        held = self.live_bytes.held, self.tenant.in_flight, self.fleet.held, len(self.calls)
         return held == (0, 0, 0, 0) and not any(replica.window.calls for replica in self.replicas)
 
 
@@ -190,11 +206,11 @@ class HandGateway:
 async def hand_gateway(replicas: int = 2, **settings: object) -> AsyncIterator[HandGateway]:
     """Such a gateway, whose replicas take calls."""
     gateway = HandGateway(replicas, **settings)
-    gateway.fleet.start()
+    gateway.fleet.members.start()
     for _ in range(6):
         await asyncio.sleep(0)
     assert all(replica.takes_calls for replica in gateway.replicas)
     try:
         yield gateway
     finally:
-        await gateway.fleet.close()
+        await gateway.fleet.members.close()

@@ -5,6 +5,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -57,6 +58,14 @@ class Process:
         return int(fields[19]) == self.start and fields[0] not in ("Z", "X")
 
 
+def command_of(pid: int) -> str:
+    """Return the command line of a process; "" if it has ended."""
+    try:
+        return Process.of(pid).command
+    except OSError:
+        return ""
+
+
 def _stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
@@ -79,10 +88,11 @@ def children(parent: int, *, zombies: bool = False) -> list[int]:
 
 
 def tree(root: int) -> list[Process]:
-    """Return a process and all its descendants."""
+    """Return a process and all its descendants. Those that end meanwhile are left out."""
     found = [Process.of(root)]
     for child in children(root):
-        found += tree(child)
+        with suppress(OSError):
+            found += tree(child)
     return found
 
 
@@ -142,18 +152,20 @@ Labels = frozenset[tuple[str, str]]
 
 
 class Scrape:
-    """A scrape of a /metrics address."""
+    """A scrape of a /metrics address. After a `#` the address may name the component whose series are wanted."""
 
     def __init__(self, address: str) -> None:
+        address, _, component = address.partition("#")
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=WITHIN_SECONDS) as response:
-            self.text = response.read().decode()
+            lines = response.read().decode().splitlines(keepends=True)
+        self.text = "".join(line for line in lines if not component or _may_be_of(component, line))
         self.samples: dict[tuple[str, Labels], float] = {}
         self._counters: set[tuple[str, Labels]] = set()
         for family in text_string_to_metric_families(self.text):
             for sample in family.samples:
                 key = (sample.name, frozenset(sample.labels.items()))
                 self.samples[key] = sample.value
-                if family.type == "counter" or (family.type == "histogram" and not sample.name.endswith("_sum")):
+                if family.type in ("counter", "histogram"):
                     self._counters.add(key)
 
     def sum(self, name: str, **labels: str) -> float:
@@ -172,6 +184,11 @@ class Scrape:
             for name, labels in sorted(earlier._counters, key=str)
             if self.samples.get((name, labels), -1.0) < earlier.samples[name, labels]
         ]
+
+
+def _may_be_of(component: str, line: str) -> bool:
+    """Whether a line of /metrics is not of another component's series."""
+    return 'component="' not in line or f'component="{component}"' in line
 
 
 class Gate:

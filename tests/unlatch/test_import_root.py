@@ -21,6 +21,7 @@ import pytest
 
 from tests.support.mesh import ROOT, Service
 from tests.support.neighbours import FACTORS, write_packages, write_project
+from tests.support.serve import START_SECONDS
 
 KERNELS = ("by_path.py", "theirs.by_name")
 ANY_PORTS = [
@@ -29,8 +30,6 @@ ANY_PORTS = [
         "--listen",
         "--metrics-listen",
         "--health-listen",
-        "--compute-metrics-listen",
-        "--compute-health-listen",
     )
     for part in (flag, "127.0.0.1:0")
 ]
@@ -72,8 +71,8 @@ class Install:
         with Service(
             "serve", *flags, environment=self.environment, runner=self.command, directory=self.project
         ) as service:
-            service.wait_for("replica is ready", process="gateway")
-            yield service.wait_for("serving", process="gateway")["listen"]
+            service.wait_for("replica is ready", process="unit", within=START_SECONDS)
+            yield service.wait_for("serving", process="unit")["listen"]
             service.stop()
 
 
@@ -164,7 +163,7 @@ def test_kernels_and_clients_import_their_own_packages(install: Install) -> None
 
 def test_check_runs_kernels_that_import_their_own_packages(install: Install) -> None:
     """Check finds no fault in these kernels."""
-    flags = ("--seconds", "0.1", "--most-mib", "0")
+    flags = ("--seconds", "2", "--most-mib", "0")
     assert install.run(*install.command, "check", *KERNELS, *flags).stdout == "2 kernels, 0 faults, 0 notes\n"
 
 

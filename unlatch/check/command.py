@@ -13,6 +13,7 @@ from unlatch.check.report import for_people, for_programs
 from unlatch.check.rules import Examination
 from unlatch.check.worker import CheckWorkers
 from unlatch.common.errors import InvalidArgument, near
+from unlatch.common.flags import bounded_number, seconds
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.net.settings import MiB
 from unlatch.compute.errors import StartError
@@ -20,6 +21,7 @@ from unlatch.compute.worker.trial import Trial, TriedKernel, TriedModule, tried
 
 _IMPORT_SECONDS = 60.0
 _SLOW_IMPORT_SECONDS = 1.0
+_MAX_MIB = 2**20
 
 Scalars = dict[str, dict[str, bool | int | float | str]]
 
@@ -46,20 +48,34 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--set", action="append", default=[], metavar="kernel.scalar=value", help="value of a scalar in every run"
     )
-    made.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
-    made.add_argument("--seconds", type=float, default=10.0, help="maximum seconds of a run (default: 10)")
-    made.add_argument("--memory-mib", type=int, default=2048, help="maximum MiB of a worker's memory (default: 2048)")
+    made.add_argument("--seed", type=_seed, default=0, help="seed of the random inputs (default: 0)")
+    made.add_argument("--seconds", type=seconds, default=10.0, help="maximum seconds of a run (default: 10)")
     made.add_argument(
-        "--most-mib", type=float, default=8.0, help="maximum MiB of the inputs that are timed; 0 is none (default: 8)"
+        "--memory-mib", type=_memory, default=2048, help="maximum MiB of a worker's memory (default: 2048)"
+    )
+    made.add_argument(
+        "--most-mib", type=_most, default=8.0, help="maximum MiB of the inputs that are timed; 0 is none (default: 8)"
     )
     made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return made
 
 
+def _seed(text: str) -> int:
+    return bounded_number(text, int, 0, 2**63 - 1, "a whole number")
+
+
+def _memory(text: str) -> int:
+    return bounded_number(text, int, 1, _MAX_MIB, "a whole number of MiB")
+
+
+def _most(text: str) -> float:
+    return bounded_number(text, float, 0.0, _MAX_MIB, "a number of MiB")
+
+
 def _check_files(modules: Sequence[str]) -> None:
     for name in modules:
-        if name.endswith(".py") and not Path(name).is_file():
-            raise InvalidArgument(f"{name}: no such file")
+        if not name or (name.endswith(".py") and not Path(name).is_file()):
+            raise InvalidArgument(f"{name or 'an empty name'}: no such file")
 
 
 async def _check(options: argparse.Namespace) -> int:
@@ -82,7 +98,7 @@ async def _of_kernels(
     trial: Trial, kernels: Mapping[str, TriedKernel], scalars: Scalars, options: argparse.Namespace
 ) -> tuple[list[Finding], dict[str, Growth]]:
     workers = CheckWorkers(
-        [module.name for module in trial.modules if not module.failure],
+        [module.name for module in trial.modules if not module.unservable],
         seconds=options.seconds,
         memory_bytes=options.memory_mib * MiB,
         # The default of a service: one worker for each core, one thread for each worker.

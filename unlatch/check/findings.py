@@ -12,15 +12,22 @@ class _Kind(NamedTuple):
 
 _ENDS_INTERNAL = "such a call ends INTERNAL, and its caller gets only an id"
 _KINDS = {
-    "does-not-load": _Kind(True, "a service with this module does not start", "fix that line"),
-    "no-kernel": _Kind(True, "the module has nothing to serve", "decorate a function with @kernel"),
+    "does-not-load": _Kind(True, "a service with this module does not start", "fix this first"),
+    "no-kernel": _Kind(True, "a service with this module does not start", "decorate a function with @kernel"),
     "threads-at-import": _Kind(
         True, "workers are forked, so they do not have these threads", "start threads in the kernel's first call"
     ),
     "writes-to-input": _Kind(True, "inputs are read-only memory, so such a call ends INTERNAL", "copy the input first"),
+    "needs-writable-input": _Kind(
+        True,
+        "inputs are read-only memory, so such a call ends INTERNAL",
+        "leave out the types in @njit(…), or declare types.Array(…, readonly=True)",
+    ),
     "wrong-result": _Kind(True, "such a call ends INTERNAL", "return the declared result, or declare the returned one"),
     "raises": _Kind(
-        True, _ENDS_INTERNAL, "raise KernelError, whose text the caller gets, or declare only what the kernel takes"
+        True,
+        _ENDS_INTERNAL,
+        "raise KernelError, whose text the caller gets, or declare only what the kernel takes (nonempty=True)",
     ),
     "raises-unless-finite": _Kind(False, _ENDS_INTERNAL, "raise KernelError if values are not finite"),
     "does-not-end": _Kind(
@@ -30,7 +37,9 @@ _KINDS = {
         True, "such a call ends RESOURCE_EXHAUSTED", "work in blocks, or allow more with --memory-mib"
     ),
     "ends-its-worker": _Kind(
-        True, "this call and the one behind it end UNAVAILABLE", "find the library that ends the process"
+        True,
+        "such a call ends ABORTED, or FAILED_PRECONDITION if the kernel is pure",
+        "find the library that ends the process",
     ),
     "not-deterministic": _Kind(
         True, "a pure kernel may be run again and must give the same result", "seed random numbers, or remove pure"
@@ -39,6 +48,11 @@ _KINDS = {
         True,
         "a pure kernel's result depends on its arguments only, and each worker has its own state",
         "keep nothing between calls",
+    ),
+    "draws-the-same": _Kind(
+        True,
+        "each worker, and each one that replaces it, draws the same numbers",
+        "draw from unlatch.rng(), or take a seed as a scalar",
     ),
     "keeps-input": _Kind(
         True, "the next call uses the same memory, so the kernel would see its bytes", "keep a copy: x.copy()"
@@ -49,6 +63,11 @@ _KINDS = {
         False, "the other rules could not be checked", "set accepted scalars: --set kernel.name=value"
     ),
     "prints": _Kind(False, "each call writes to the service's stderr", "print for debugging only"),
+    "warns": _Kind(
+        False,
+        "each worker writes it to the service's stderr once, and callers do not see it",
+        "refuse or treat such inputs, or silence it (np.errstate, warnings.filterwarnings)",
+    ),
     "imports-slowly": _Kind(
         False, "a service starts later by this time", "import rarely used modules inside the kernel"
     ),

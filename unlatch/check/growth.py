@@ -61,7 +61,9 @@ async def measure(name: str, cases: Cases, workers: CheckWorkers, most_bytes: in
             await worker.run(name, cases.of_length(ladder[0]))
             outcome: Outcome = await worker.run(name, case)
             if not isinstance(outcome, Ended):
-                growth.ended_by = outcome.reason if isinstance(outcome, Lost) else outcome.message
+                growth.ended_by = (
+                    outcome.reason if isinstance(outcome, Lost) else (outcome.last_lines or [outcome.message])[-1]
+                )
                 growth.failed = case, outcome
                 break
             seconds = [outcome.seconds]

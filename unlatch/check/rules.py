@@ -14,13 +14,13 @@ from unlatch.common.kernel.tensors import Array
 from unlatch.compute.worker.trial import TriedKernel
 
 _BATCH_ROWS = 4
-# A batch may be summed in another order than a row; these are a thousand times the rounding error.
+# Sums may be computed in another order; these are a thousand times the rounding error.
 _TOLERANCE = {"float16": 1e-2, "float32": 1e-4, "complex64": 1e-4}
 _FINE_TOLERANCE = 1e-9
-_STORY_LINES = 3
 # Parts of the worker's texts for an unexpected error, and for a result whose elements are neither bytes nor str.
 _UNEXPECTED = "the server's log has it"
 _NOT_BYTES = "cannot be sent as BYTES"
+_WARNING = re.compile(r":\d+: \w*Warning: ")
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
 
 
@@ -68,13 +68,16 @@ class Examination:
         left = deque(cases)
         while True:
             async with self._workers.worker() as worker:
-                threads, _ = await worker.threads()
-                while left and not worker.lost:
+                threads, *_ = await worker.settle()
+                while left:
                     case = left.popleft()
                     outcome = await worker.run(self._spec.name, case)
                     self.judge(case, outcome)
-                if not worker.lost:
-                    self._threads(threads, *await worker.threads())
+                    if worker.lost:
+                        break
+                else:
+                    active, pool, _ = await worker.settle()
+                    self._threads(threads, active, pool)
             if not left or (isinstance(outcome, Lost) and outcome.seconds):
                 return outcome
 
@@ -90,10 +93,16 @@ class Examination:
             self._good.append(case)
             if outcome.keeps_input:
                 self._add("keeps-input", f"keeps an input after it has returned ({case.says})")
+            if outcome.drawn:
+                names = " and ".join(outcome.drawn)
+                self._add("draws-the-same", f"draws from a generator that its module has made at import: {names}")
             # NumPy warns about NaN and infinity, which the caller has sent on purpose.
             if outcome.printed.strip() and case.finite:
                 first = outcome.printed.strip().splitlines()[0]
-                self._add("prints", f"writes to stdout or stderr: {first[:100]!r}")
+                if _WARNING.search(first):
+                    self._add("warns", f"warns: {first} ({case.says})")
+                else:
+                    self._add("prints", f"writes to stdout or stderr: {first[:100]!r}")
         elif isinstance(outcome, Lost):
             kind = "does-not-end" if outcome.seconds else "ends-its-worker"
             self._add(kind, f"{outcome.reason} ({case.says})")
@@ -102,9 +111,7 @@ class Examination:
 
     def _refused(self, case: Case, outcome: Refused) -> None:
         said = outcome.message.removeprefix(f"kernel {self._spec.name} ")
-        # The kernel's own exception, without the worker's error that it caused.
-        story = outcome.story.partition("\n\nThe above exception was the direct cause")[0]
-        last = story.strip().splitlines()[-_STORY_LINES:]
+        last = outcome.last_lines
         if outcome.code == InvalidArgument.code:
             self._add("refuses", f"refuses {case.says}: {said!r}")
         elif outcome.code == ResourceExhausted.code:
@@ -115,8 +122,9 @@ class Examination:
             raises_anyway = ("raises", self._place(outcome.story)) in self._found
             kind = "raises" if case.finite or raises_anyway else "raises-unless-finite"
             self._add(kind, f"raises {last[-1].strip()} ({case.says})", outcome.story, "\n".join(last))
-        elif "writes to its input" in outcome.message:
-            self._add("writes-to-input", f"writes to an input ({case.says})", outcome.story, "\n".join(last))
+        elif "inputs are read-only" in outcome.message:
+            kind = "needs-writable-input" if "compiled" in outcome.message else "writes-to-input"
+            self._add(kind, f"{said.partition(';')[0]} ({case.says})", outcome.story, "\n".join(last))
         else:
             self._add("wrong-result", f"{said} ({case.says})")
 
@@ -127,7 +135,7 @@ class Examination:
             self._add("many-threads", f"a library in the worker uses {pool} threads, not {self._workers.blas_threads}")
 
     async def _pure(self) -> None:
-        """Check that the same arguments give the same bytes: in another worker, again, and after other calls."""
+        """Check that the same arguments give the same result: in another worker, again, and after other calls."""
         one, other = self._cases.typical(0), self._cases.typical(1)
         if not any(case.says == one.says for case in self._good):
             one = other = self._good[0]
@@ -135,9 +143,11 @@ class Examination:
         (elsewhere,) = await self._in_a_row(one)
         alone, last = await self._in_a_row(other, one)
         if not _same(first, elsewhere):
-            self._add("not-deterministic", f"returns other bytes in another worker for the same arguments ({one.says})")
+            self._add(
+                "not-deterministic", f"returns another result in another worker for the same arguments ({one.says})"
+            )
         elif not (_same(first, again) and _same(first, last) and _same(alone, before)):
-            self._add("keeps-state", f"returns other bytes for the same arguments after another call ({one.says})")
+            self._add("keeps-state", f"returns another result for the same arguments after another call ({one.says})")
 
     async def _in_a_row(self, *cases: Case) -> list[Outcome]:
         """Outcomes of these calls, one after another in a fresh worker."""
@@ -160,7 +170,8 @@ class Examination:
             self._add("batch-differs", f"accepts {batch.says} but not each of its rows")
             return
         for declared, whole, *parts in zip(self._spec.outputs, together.outputs, *rows, strict=True):
-            if fault := _differs(whole, parts):
+            shapes = {part.shape[1:] for part in parts}
+            if fault := "rows have different shapes" if len(shapes) > 1 else _differs(whole, np.concatenate(parts)):
                 self._add(
                     "batch-differs", f"{declared.name} of a batch differs from that of its rows: {fault} ({batch.says})"
                 )
@@ -178,30 +189,20 @@ class Examination:
 
 
 def _same(one: Outcome, other: Outcome) -> bool:
-    """Whether two runs gave the same bytes."""
+    """Whether two runs gave the same result, but for the rounding of sums whose order may vary."""
     if not (isinstance(one, Ended) and isinstance(other, Ended)):
         return type(one) is type(other)
-    return len(one.outputs) == len(other.outputs) and all(
-        (a.dtype, a.shape, _bytes(a)) == (b.dtype, b.shape, _bytes(b))
-        for a, b in zip(one.outputs, other.outputs, strict=True)
-    )
+    return len(one.outputs) == len(other.outputs) and not any(map(_differs, one.outputs, other.outputs))
 
 
-def _bytes(array: Array) -> object:
-    return array.tolist() if array.dtype.kind == "O" else array.tobytes()
-
-
-def _differs(whole: Array, parts: Sequence[Array]) -> str:
-    """Describe how a batch's result differs from its rows' results; empty if it does not."""
-    if len({part.shape[1:] for part in parts}) > 1:
-        return f"rows have shapes {' and '.join(map(str, sorted({part.shape for part in parts})))}"
-    rows = np.concatenate(parts)
-    if whole.dtype != rows.dtype or whole.shape != rows.shape:
-        return f"{whole.dtype}{list(whole.shape)}, the rows together {rows.dtype}{list(rows.shape)}"
-    if whole.dtype.kind not in "fc":
-        return "" if np.array_equal(whole, rows) else "elements differ"
-    tolerance = _TOLERANCE.get(whole.dtype.name, _FINE_TOLERANCE)
+def _differs(one: Array, other: Array) -> str:
+    """Describe how two results differ; empty if they do not differ by more than rounding."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return f"{one.dtype}{list(one.shape)} and {other.dtype}{list(other.shape)}"
+    if one.dtype.kind not in "fc":
+        return "" if np.array_equal(one, other) else "elements differ"
+    tolerance = _TOLERANCE.get(one.dtype.name, _FINE_TOLERANCE)
     with np.errstate(all="ignore"):
-        if np.allclose(whole, rows, rtol=tolerance, atol=tolerance, equal_nan=True):
+        if np.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True):
             return ""
-    return f"elements differ by up to {np.nanmax(abs(whole - rows)):.3g}, more than {tolerance:g}"
+    return f"elements differ by up to {np.nanmax(abs(one - other)):.3g}, more than {tolerance:g}"

@@ -7,8 +7,8 @@ limits to the time of a run and to the worker's memory, so that a misbehaving ke
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,29 +17,19 @@ from typing import Self
 from unlatch.check.cases import Case
 from unlatch.check.probes import SETTLE
 from unlatch.common.kernel.tensors import Array, dtype_name, pack_bytes, view
+from unlatch.common.telemetry.internal_errors import InternalErrors
+from unlatch.common.telemetry.recorder import Recorder
 from unlatch.compute.errors import StartError
+from unlatch.compute.ipc import frames as wire
 from unlatch.compute.ipc.arena import Segment, offsets
-from unlatch.compute.ipc.frames import (
-    Done,
-    Failed,
-    Forget,
-    Learn,
-    Loaded,
-    Member,
-    Misfit,
-    Parameters,
-    Ready,
-    RunFrame,
-    Shrunk,
-    Tensor,
-    ToDispatcher,
-)
 from unlatch.compute.pool.exits import POOL_STOPS, Exit
 from unlatch.compute.pool.forkserver import ForkServer
 from unlatch.compute.pool.process import WorkerProcess
 
 _FIRST_REPLY_BYTES = 1024 * 1024
 _STARTS_WITHIN_SECONDS = 60.0
+# A probe takes milliseconds, whatever a kernel may take.
+_PROBED_WITHIN_SECONDS = 20.0
 # Lines of /proc/<pid>/status. Shared memory is the call's own tensors and the code of libraries.
 _PEAK_OF_RESIDENT = "VmHWM"
 _RESIDENT = "VmRSS"
@@ -54,6 +44,7 @@ class Ended:
     seconds: float
     memory_bytes: int
     keeps_input: bool
+    drawn: tuple[str, ...]
     printed: str
 
 
@@ -64,6 +55,13 @@ class Refused:
     code: int
     message: str
     story: str
+
+    @property
+    def last_lines(self) -> list[str]:
+        """The end of the traceback of the kernel's own exception, without the worker's error that it caused."""
+        text = self.story.strip()
+        own, _, last = text.rpartition("\n\nThe above exception was the direct cause")
+        return (own if "common.errors.Internal:" in last else text).splitlines()[-3:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,11 +108,8 @@ class CheckWorker:
         self._seconds = seconds
         self._printed = printed
         self._numbers = count()
-        # The reply segment of SETTLE.
-        self._aside = Segment(next(self._numbers), 4096, name="unlatch-reply", sealed=False)
-        self._aside_is_new = True
         self._process: WorkerProcess | None = None
-        self._answer: asyncio.Future[Done | Failed | Ready | Misfit | Lost] = _future()
+        self._answer: asyncio.Future[wire.Done | wire.Failed | wire.Ready | wire.Misfit | Lost] = _future()
         self._gone = asyncio.Event()
 
     @classmethod
@@ -122,12 +117,14 @@ class CheckWorker:
         """Start a worker and wait until it is ready. Raises StartError if it does not become so."""
         worker = cls(seconds, printed)
         process, channel, _ = forkserver.spawn()
-        worker._process = WorkerProcess(process, channel, worker._heard, worker._ended)
+        worker._process = WorkerProcess(
+            process, channel, worker._heard, worker._ended, errors=InternalErrors(Recorder())
+        )
         async with asyncio.timeout(_STARTS_WITHIN_SECONDS):
             answer = await worker._answer
-        if not isinstance(answer, Ready):
+        if not isinstance(answer, wire.Ready):
             await worker.end()
-            why = answer.message if isinstance(answer, Misfit) else answer
+            why = answer.message if isinstance(answer, wire.Misfit) else answer
             raise StartError(f"a worker did not start: {why}")
         return worker
 
@@ -147,22 +144,26 @@ class CheckWorker:
         if self._lost is not None:
             return self._lost
         inputs, tensors = _laid_out(next(self._numbers), case.arrays)
-        reply = Segment(next(self._numbers), _FIRST_REPLY_BYTES, name="unlatch-reply", sealed=False)
         try:
             self._printed.forget()
             resident = self._resident_anew()
-            answer = await self._run(kernel, tensors, case.scalars, inputs, reply)
+            self._send(wire.Learn(inputs.number, writable=False), inputs.fd)
+            member = wire.Member(next(self._numbers), inputs.number, tensors)
+            answer, outputs = await self._run(kernel, case.scalars, member, self._seconds)
             if isinstance(answer, Lost):
                 return answer
             memory_bytes = max(0, _status(self.pid, _PEAK_OF_RESIDENT) - _status(self.pid, *_SHARED) - resident)
-            keeps_input = await self._forgets(inputs, reply)
-            if isinstance(answer, Failed):
+            # Frames are handled in order: when the worker has settled, the segment has been forgotten.
+            self._send(wire.Forget([inputs.number], []))
+            _, _, drawn = await self.settle()
+            if isinstance(answer, wire.Failed):
                 return Refused(code=answer.code, message=answer.message, story=answer.log)
             return Ended(
-                outputs=_outputs(answer.results[0].tensors, reply),
+                outputs=outputs,
                 seconds=answer.run_nanoseconds / 1e9,
                 memory_bytes=memory_bytes,
-                keeps_input=keeps_input,
+                keeps_input=not self.lost and os.fstat(inputs.fd).st_ino in _mapped_inputs(self.pid),
+                drawn=drawn,
                 printed=self._printed.read(),
             )
         except (FileNotFoundError, ProcessLookupError):
@@ -171,15 +172,15 @@ class CheckWorker:
             return self._lost
         finally:
             inputs.close()
-            reply.close()
 
-    async def threads(self) -> tuple[int, int]:
-        """The number of Python threads and of the largest BLAS pool; zeros from a worker that cannot tell."""
-        answer = await self._run(SETTLE, (), {}, None, self._aside)
-        if not isinstance(answer, Done):
-            return 0, 0
-        active, pool = _outputs(answer.results[0].tensors, self._aside)[0].tolist()
-        return active, pool
+    async def settle(self) -> tuple[int, int, tuple[str, ...]]:
+        """Return what the probe reports (`probes.Inspection`); nothing from a worker that cannot tell."""
+        member = wire.Member(next(self._numbers), -1, ())
+        answer, outputs = await self._run(SETTLE, {}, member, _PROBED_WITHIN_SECONDS)
+        if not isinstance(answer, wire.Done):
+            return 0, 0, ()
+        threads, drawn = (output.tolist() for output in outputs)
+        return *threads, tuple(name.decode() for name in drawn)
 
     async def end(self) -> None:
         """Kill the worker and wait until it has ended."""
@@ -187,36 +188,31 @@ class CheckWorker:
         if not self._gone.is_set():
             self._process.kill(POOL_STOPS)
         await self._gone.wait()
-        self._aside.close()
 
     async def _run(
-        self, kernel: str, tensors: tuple[Tensor, ...], scalars: Parameters, inputs: Segment | None, reply: Segment
-    ) -> Done | Failed | Lost:
-        assert self._process is not None
-        self._answer = _future()
-        if inputs is not None:
-            self._process.send(Learn(inputs.number, writable=False), inputs.fd)
-        if reply is not self._aside or self._aside_is_new:
-            self._process.send(Learn(reply.number, writable=True), reply.fd)
-        self._aside_is_new = self._aside_is_new and reply is not self._aside
-        member = Member(next(self._numbers), -1 if inputs is None else inputs.number, tensors)
-        self._process.send(RunFrame(kernel, scalars, reply.number, (member,)))
+        self, kernel: str, scalars: wire.Parameters, member: wire.Member, seconds: float
+    ) -> tuple[wire.Done | wire.Failed | Lost, tuple[Array, ...]]:
+        """Run a kernel with a reply segment of its own. Returns the answer, and the outputs of a run that is done."""
+        reply = Segment(next(self._numbers), _FIRST_REPLY_BYTES, name="unlatch-reply", sealed=False)
         try:
-            async with asyncio.timeout(self._seconds):
-                answer = await self._answer
-        except TimeoutError:
-            answer = Lost(reason=f"the run did not end within {self._seconds:g} s", seconds=self._seconds)
-        assert isinstance(answer, Done | Failed | Lost)
-        self._lost = answer if isinstance(answer, Lost) else None
-        return answer
+            self._answer = _future()
+            self._send(wire.Learn(reply.number, writable=True), reply.fd)
+            self._send(wire.RunFrame(kernel, scalars, reply.number, (member,)))
+            try:
+                async with asyncio.timeout(seconds):
+                    answer = await self._answer
+            except TimeoutError:
+                answer = Lost(reason=f"the run did not end within {seconds:g} s", seconds=seconds)
+            assert isinstance(answer, wire.Done | wire.Failed | Lost)
+            self._lost = answer if isinstance(answer, Lost) else None
+            self._send(wire.Forget([], [reply.number]))
+            return answer, _outputs(answer.results[0].tensors, reply) if isinstance(answer, wire.Done) else ()
+        finally:
+            reply.close()
 
-    async def _forgets(self, inputs: Segment, reply: Segment) -> bool:
-        """Make the worker forget the segments. Returns whether it still maps the inputs."""
+    def _send(self, frame: wire.ToWorker, fd: int | None = None) -> None:
         assert self._process is not None
-        self._process.send(Forget([inputs.number], [reply.number]))
-        # Frames are handled in order: when this is answered, the segments have been forgotten.
-        await self.threads()
-        return not self.lost and os.fstat(inputs.fd).st_ino in _mapped_inputs(self.pid)
+        self._process.send(frame, fd)
 
     def _resident_anew(self) -> int:
         """The worker's own bytes in RAM, without shared memory. Its peak is counted from now on."""
@@ -225,8 +221,8 @@ class CheckWorker:
             Path(f"/proc/{self.pid}/clear_refs").write_text("5")
         return _status(self.pid, _RESIDENT) - _status(self.pid, *_SHARED)
 
-    def _heard(self, frame: ToDispatcher) -> None:
-        if not isinstance(frame, Loaded | Shrunk) and not self._answer.done():
+    def _heard(self, frame: wire.ToDispatcher) -> None:
+        if not isinstance(frame, wire.Loaded | wire.Shrunk) and not self._answer.done():
             self._answer.set_result(frame)
 
     def _ended(self, cause: Exit) -> None:
@@ -242,9 +238,18 @@ class _Printed:
         self._fd = os.memfd_create("unlatch-check", os.MFD_CLOEXEC)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, os.O_APPEND)
 
-    def captured(self) -> "_Captured":
+    @contextmanager
+    def captured(self) -> Iterator[None]:
         """Redirect the output of processes that are started within this context to the file."""
-        return _Captured(self._fd)
+        kept = [os.dup(fd) for fd in (1, 2)]
+        try:
+            for fd in (1, 2):
+                os.dup2(self._fd, fd)
+            yield
+        finally:
+            for fd, own in enumerate(kept, start=1):
+                os.dup2(own, fd)
+                os.close(own)
 
     def forget(self) -> None:
         os.ftruncate(self._fd, 0)
@@ -253,27 +258,11 @@ class _Printed:
         return os.pread(self._fd, 4096, 0).decode(errors="replace")
 
 
-class _Captured:
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._kept: list[int] = []
-
-    def __enter__(self) -> None:
-        self._kept = [os.dup(1), os.dup(2)]
-        os.dup2(self._fd, 1)
-        os.dup2(self._fd, 2)
-
-    def __exit__(self, *_: object) -> None:
-        for fd, kept in enumerate(self._kept, start=1):
-            os.dup2(kept, fd)
-            os.close(kept)
-
-
-def _future() -> "asyncio.Future[Done | Failed | Ready | Misfit | Lost]":
+def _future() -> "asyncio.Future[wire.Done | wire.Failed | wire.Ready | wire.Misfit | Lost]":
     return asyncio.get_running_loop().create_future()
 
 
-def _laid_out(number: int, arrays: Sequence[Array]) -> tuple[Segment, tuple[Tensor, ...]]:
+def _laid_out(number: int, arrays: Sequence[Array]) -> tuple[Segment, tuple[wire.Tensor, ...]]:
     """Put arrays in a segment as the dispatcher would, each on an aligned boundary."""
     buffers = [pack_bytes(array) if array.dtype.kind == "O" else array.tobytes() for array in arrays]
     starts, size = offsets([len(buffer) for buffer in buffers])
@@ -281,12 +270,12 @@ def _laid_out(number: int, arrays: Sequence[Array]) -> tuple[Segment, tuple[Tens
     for start, buffer in zip(starts, buffers, strict=True):
         segment.view[start : start + len(buffer)] = buffer
     return segment, tuple(
-        Tensor(dtype_name(array), array.shape, start, len(buffer))
+        wire.Tensor(dtype_name(array), array.shape, start, len(buffer))
         for array, start, buffer in zip(arrays, starts, buffers, strict=True)
     )
 
 
-def _outputs(tensors: Sequence[Tensor], reply: Segment) -> tuple[Array, ...]:
+def _outputs(tensors: Sequence[wire.Tensor], reply: Segment) -> tuple[Array, ...]:
     reply.follow_growth_to(max((tensor.offset + tensor.length for tensor in tensors), default=0))
     return tuple(
         view("output", reply.view, tensor.dtype, tensor.shape, tensor.offset, tensor.length).copy()

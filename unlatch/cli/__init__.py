@@ -10,11 +10,13 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from unlatch.common.errors import CertificateError, UnlatchError, near
+import unlatch
+from unlatch.common.errors import CertificateError, DirectoryError, UnlatchError, near
+from unlatch.common.service.early import take_over
 
 # name -> the module whose main(arguments) runs the command, and the command's description
 COMMANDS = {
-    "serve": ("unlatch.supervisor", "serve kernels on all cores of this machine: gateway and compute"),
+    "serve": ("unlatch.supervisor.supervisor", "serve kernels on all cores of this machine: gateway and compute"),
     "gateway": ("unlatch.gateway.__main__", "run a gateway: the entry to a fleet of replicas"),
     "compute": ("unlatch.compute.__main__", "run one replica: a pool of worker processes"),
     "check": ("unlatch.check.command", "find faults in kernels before you serve them: unlatch check my_kernels.py"),
@@ -43,9 +45,14 @@ def run(arguments: Sequence[str]) -> int:
     if name in ("-h", "--help"):
         print(_help(), end="")
         return 0
+    if name == "--version":
+        print(f"unlatch {unlatch.__version__}")
+        return 0
     if name not in COMMANDS:
         print(f"unlatch: unknown command {name!r}{near(name, COMMANDS)}", file=sys.stderr)
         return 2
+    if name in ("serve", "gateway", "compute"):
+        take_over()
     try:
         return _ran(name, rest)
     except KeyboardInterrupt:
@@ -69,7 +76,7 @@ def _ran(name: str, rest: Sequence[str]) -> int:
     except UnlatchError as error:
         _report(name, error, as_json="--json" in rest)
         return 1
-    except CertificateError as error:
+    except (CertificateError, DirectoryError) as error:
         print(f"unlatch {name}: {error}", file=sys.stderr)
         return 2
 
@@ -93,4 +100,5 @@ def _report(command: str, error: UnlatchError, *, as_json: bool) -> None:
 
 def _help() -> str:
     commands = "".join(f"  {name:<12}{what}\n" for name, (_, what) in COMMANDS.items())
-    return f"usage: unlatch COMMAND [options]      (unlatch COMMAND --help for more)\n\n{commands}\n{EXIT_CODES}"
+    usage = "usage: unlatch COMMAND [options]      (unlatch COMMAND --help for more)\n       unlatch --version\n"
+    return f"{usage}\n{commands}\n{EXIT_CODES}"

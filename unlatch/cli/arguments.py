@@ -13,8 +13,8 @@ def named(spec: KernelSpec, given: Iterable[str]) -> dict[str, str]:
     known = [*(array.name for array in spec.inputs), *(scalar.name for scalar in spec.scalars)]
     texts: dict[str, str] = {}
     for argument in given:
-        name, equals, text = argument.partition("=")
-        if not equals:
+        name, _, text = argument.partition("=")
+        if argument.find("=") < 1:
             raise InvalidArgument(f"{argument[:64]}: wanted name=value")
         if name not in known:
             raise InvalidArgument(f"{name}: kernel {spec.name} has no such argument{near(name, known)}", field=name)

@@ -11,7 +11,7 @@ from unlatch.cli.options import Parser
 from unlatch.common.net.settings import Settings
 
 _SETTINGS = {
-    "serve": ("unlatch.supervisor", "ServeSettings"),
+    "serve": ("unlatch.unit.settings", "ServeSettings"),
     "gateway": ("unlatch.gateway.settings", "GatewaySettings"),
     "compute": ("unlatch.compute.settings", "ComputeSettings"),
 }

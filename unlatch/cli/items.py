@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from unlatch.cli import reading
-from unlatch.cli.fit import typed, untyped
 from unlatch.common.errors import InvalidArgument
 from unlatch.common.kernel.spec import ArraySpec
 from unlatch.common.kernel.tensors import Array
@@ -39,21 +38,23 @@ def files(text: str, wanted: ArraySpec, results: Path) -> Items:
     found = [name for name in like if Path(name).is_file() and not _lies_in(results, name)]
     if not found:
         raise InvalidArgument(f"{wanted.name}: no file matches {pattern}", field=wanted.name)
-    return [Item(str(Path(name).relative_to(root).with_suffix("")), name, _reader(name, wanted)) for name in found]
+    return [
+        Item(str(Path(name).relative_to(root).with_suffix("")), name, partial(reading.file, name, wanted))
+        for name in found
+    ]
 
 
 def rows(text: str, wanted: ArraySpec) -> Items:
     """Entries of @points.npy along the first axis, each named by its number. An .npy is mapped, not loaded."""
     if not text.startswith("@"):
         raise InvalidArgument(f"{wanted.name}: wanted {wanted.name}=@file for --rows", field=wanted.name)
-    # Read with the file's own shape and dtype, since the kernel's are those of a row.
-    whole = ArraySpec(name=wanted.name, dtypes=(), dims=("...",))
+    # Read with the file's own shape, since the kernel's is that of a row.
+    whole = ArraySpec(name=wanted.name, dtypes=wanted.dtypes, dims=("...",))
     array = _mapped(text[1:], wanted) if text.endswith(".npy") else reading.file(text[1:], whole)
     if array.ndim == 0:
         raise InvalidArgument(f"{wanted.name}: {text[1:]} is one number and has no rows", field=wanted.name)
     digits = len(str(max(len(array) - 1, 0)))
-    read = partial(_row, array, wanted=wanted, is_table=text.lower().endswith(".csv"))
-    return [Item(f"{row:0{digits}}", f"row {row}", partial(read, row)) for row in range(len(array))]
+    return [Item(f"{row:0{digits}}", f"row {row}", partial(_row, array, row)) for row in range(len(array))]
 
 
 def _lies_in(directory: Path, name: str) -> bool:
@@ -68,14 +69,8 @@ def _mapped(path: str, wanted: ArraySpec) -> Array:
     return mapped
 
 
-def _row(array: Array, row: int, wanted: ArraySpec, *, is_table: bool) -> Array:
-    values = np.array(array[row])
-    # The numbers of a CSV file have no dtype of their own.
-    return untyped(values, wanted) if is_table else typed(values, wanted)
-
-
-def _reader(name: str, wanted: ArraySpec) -> Callable[[], Array]:
-    return partial(reading.file, name, wanted)
+def _row(array: Array, row: int) -> Array:
+    return np.array(array[row])
 
 
 def _before(parts: Sequence[str], signs: str) -> Sequence[str]:

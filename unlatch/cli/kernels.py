@@ -62,6 +62,8 @@ def _options(spec: KernelSpec) -> list[str]:
     told = [f"version {spec.version}", "pure: may be run again" if spec.pure else "not pure: is run at most once"]
     if spec.batch:
         told.append(f"batches of up to {spec.max_batch_size}")
+    if spec.nonempty:
+        told.append("no empty arrays")
     if spec.timeout_seconds is not None:
         told.append(f"at most {spec.timeout_seconds:g} s")
     if spec.memory_bytes is not None:

@@ -14,17 +14,18 @@ from typing import Any
 from unlatch.cli.arguments import named, values
 from unlatch.cli.call import by_name, outputs
 from unlatch.cli.items import Item, Items, files, rows
-from unlatch.cli.options import Parser, add_priority, client_parser, find, number, secured, token
+from unlatch.cli.options import Parser, add_priority, client_parser, find, secured, token
 from unlatch.cli.progress import ItemOutcome, Progress, progress
 from unlatch.cli.writing import SUFFIXES, Destination
 from unlatch.client import Client
 from unlatch.common.errors import InvalidArgument, Unavailable, UnlatchError
+from unlatch.common.flags import bounded_number
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.waiting.priority import PARAMETER
 from unlatch.results import Result
 
 # Pauses between tries, so that a worker's death or a gateway's restart need not cost an item of a pure kernel.
-_PAUSES_SECONDS = (0.25, 1.0, 2.0)
+_PAUSES_SECONDS = (0.25, 1.0, 2.0, 4.0)
 
 
 def parser() -> Parser:
@@ -98,7 +99,7 @@ async def _run(options: Any) -> int:
         todo, done = _split(work, items)
         with progress(len(items), as_json=options.json) as shown:
             for item in done:
-                shown.told(ItemOutcome(item.name, "skipped"))
+                shown.told(ItemOutcome(item.name, item.source, "skipped"))
             await _work(work, iter(todo), shown, options.in_flight)
     return 0 if shown.complete else 1
 
@@ -159,12 +160,12 @@ async def _work(work: _Work, todo: Iterator[Item], shown: Progress, in_flight: i
                 paths = await work.do(item)
             except UnlatchError as error:
                 unavailable = unavailable + 1 if isinstance(error, Unavailable) else 0
-                shown.told(ItemOutcome(item.name, "failed", error=error))
+                shown.told(ItemOutcome(item.name, item.source, "failed", error=error))
                 if unavailable >= 2 * in_flight:
                     return
             else:
                 unavailable = 0
-                shown.told(ItemOutcome(item.name, "done", paths, monotonic() - began))
+                shown.told(ItemOutcome(item.name, item.source, "done", paths, monotonic() - began))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(in_flight):
@@ -172,4 +173,4 @@ async def _work(work: _Work, todo: Iterator[Item], shown: Progress, in_flight: i
 
 
 def _count(text: str) -> int:
-    return number(text, int, 1, 1024, "a number of items")
+    return bounded_number(text, int, 1, 1024, "a number of items")

@@ -4,11 +4,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
 from unlatch.common.errors import NotFound, Unauthenticated, Unavailable, near
+from unlatch.common.flags import seconds
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.waiting.priority import NAMES
 from unlatch.security import TLS
@@ -16,8 +17,6 @@ from unlatch.security import TLS
 if TYPE_CHECKING:
     # Only for types: the import brings gRPC, which `top` does not need.
     from unlatch.link import Token
-
-N = TypeVar("N", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +57,10 @@ _METAVARS = {"ca": "FILE", "cert": "FILE", "key": "FILE", "name": "NAME"}
 def client_parser(command: str, description: str) -> Parser:
     """A parser with the flags of every command that calls a gateway."""
     parser = Parser(command, description)
-    parser.add_argument("--server", default="127.0.0.1:8001", help="address of the gateway (default: %(default)s)")
+    server = os.environ.get("UNLATCH_SERVER", "127.0.0.1:8001")
+    parser.add_argument(
+        "--server", default=server, help="address of the gateway (default: UNLATCH_SERVER, or 127.0.0.1:8001)"
+    )
     parser.add_argument("--tls", action="store_true", help="use TLS; implied by each of the next four")
     for name, what in _TLS_FLAGS.items():
         variable = f"UNLATCH_TLS_{name.upper()}"
@@ -99,22 +101,6 @@ def add_priority(parser: Parser) -> None:
     parser.add_argument(
         "--priority", choices=list(NAMES), default="normal", help="priority of waiting calls (default: normal)"
     )
-
-
-def seconds(text: str) -> float:
-    """Parse a flag's seconds. Raises ArgumentTypeError, which argparse reports."""
-    return number(text, float, 0.001, 1e9, "a number of seconds")
-
-
-def number(text: str, kind: Callable[[str], N], least: N, most: N, what: str) -> N:
-    """Parse a flag's number within bounds. Raises ArgumentTypeError, which argparse reports."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"wanted {what} from {least:g} to {most:g}, got {text!r}")
-    return value
 
 
 def find(served: Iterable[KernelSpec], name: str) -> KernelSpec:

@@ -23,9 +23,10 @@ _LINE_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ItemOutcome:
-    """The outcome of one item."""
+    """The outcome of one item. `source` is its file or row."""
 
     item: str
+    source: str
     status: Literal["done", "skipped", "failed"]
     files: Sequence[Path] = ()
     seconds: float = 0.0
@@ -84,7 +85,7 @@ class _Json:
         if outcome.status == "done":
             told |= {"files": [str(path) for path in outcome.files], "seconds": round(outcome.seconds, 6)}
         if outcome.error is not None:
-            told["error"] = error_object(outcome.error)
+            told |= {"source": outcome.source, "error": error_object(outcome.error)}
         print(json.dumps(told), flush=True)
 
     def end(self, summary: str) -> None:
@@ -101,7 +102,7 @@ class _Lines:
         self._over += 1
         self._worked += outcome.status != "skipped"
         if outcome.error is not None:
-            print(_failure(outcome.item, outcome.error), file=sys.stderr)
+            print(_failure(outcome, outcome.error), file=sys.stderr)
         now = monotonic()
         if now - self._last >= _LINE_SECONDS and self._worked:
             self._last = now
@@ -130,7 +131,7 @@ class _Bar:
         else:
             self._progress.advance(self._task)
         if outcome.error is not None:
-            self._console.print(_failure(outcome.item, outcome.error), markup=False, highlight=False)
+            self._console.print(_failure(outcome, outcome.error), markup=False, highlight=False)
 
     def end(self, summary: str) -> None:
         self._progress.stop()
@@ -142,5 +143,5 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.3g}/s" if task.speed else "")
 
 
-def _failure(item: str, error: UnlatchError) -> str:
-    return plain(f"{item}: {error.status}: {error.message}")
+def _failure(outcome: ItemOutcome, error: UnlatchError) -> str:
+    return plain(f"{outcome.item}: {error.status}: {error.message} ({outcome.source})")

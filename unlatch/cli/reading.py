@@ -2,7 +2,6 @@
 
 import json
 import sys
-import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -11,26 +10,30 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from unlatch.cli import images
-from unlatch.cli.fit import typed, untyped
-from unlatch.common.errors import InvalidArgument, near
+from unlatch.cli import images, tables
+from unlatch.common.errors import near
+from unlatch.common.kernel.numbers import number
 from unlatch.common.kernel.spec import ELLIPSIS, ArraySpec
 from unlatch.common.kernel.tensors import Array
+from unlatch.conversion import refusal
 
 # Errors of NumPy, zipfile and zlib for files that are damaged, or that claim to be larger than memory.
 _UNREADABLE = (OSError, ValueError, EOFError, MemoryError, NotImplementedError, BadZipFile, zlib.error)
 _FORMATS = ".npy, .npz, .csv, an image such as .png, or @- for .npy on stdin"
 
 
-def array(text: str, wanted: ArraySpec) -> Array:
+def array(text: str, wanted: ArraySpec) -> Any:
     """Read an array argument: @file, @file.npz:member, @- or JSON. Raises InvalidArgument naming the argument."""
     if text.startswith("@"):
         return file(text[1:], wanted)
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _refusal(wanted, f"wanted @file or a JSON array: {error}") from None
-    return untyped(values, wanted)
+        return json.loads(text, parse_float=number)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise refusal(wanted, f"wanted @file or a JSON array: {error}") from None
+    except OverflowError as error:
+        raise refusal(wanted, str(error)) from None
+    except ValueError:
+        raise refusal(wanted, "wanted numbers of at most 4,300 digits") from None
 
 
 def file(name: str, wanted: ArraySpec) -> Array:
@@ -38,26 +41,27 @@ def file(name: str, wanted: ArraySpec) -> Array:
     try:
         return _read(name, wanted)
     except _UNREADABLE as error:
-        raise _refusal(wanted, f"{name or 'no file'}: {getattr(error, 'strerror', None) or error}") from None
+        raise refusal(wanted, f"{name or 'no file'}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _read(name: str, wanted: ArraySpec) -> Array:
     if name == "-":
         # Read whole, since NumPy asks for the file's position, which a pipe does not have.
-        return typed(np.lib.format.read_array(BytesIO(sys.stdin.buffer.read()), allow_pickle=False), wanted)
+        return np.lib.format.read_array(BytesIO(sys.stdin.buffer.read()), allow_pickle=False)
     path, archive, member = name.rpartition(".npz:")
     if archive:
         return _member(f"{path}.npz", member, wanted)
     suffix = Path(name).suffix.lower()
     if suffix == ".npy":
-        return typed(np.load(name, allow_pickle=False), wanted)
+        loaded: Array = np.load(name, allow_pickle=False)
+        return loaded
     if suffix == ".npz":
         return _member(name, "", wanted)
     if suffix == ".csv":
-        return _table(name, wanted)
+        return _with_wanted_axes(tables.read(name, wanted), wanted)
     if suffix in images.SUFFIXES:
-        return typed(images.read(name, wanted.name), wanted)
-    raise _refusal(wanted, f"{name}: unknown suffix; wanted {_FORMATS}")
+        return images.read(name, wanted.name)
+    raise refusal(wanted, f"{name}: unknown suffix; wanted {_FORMATS}")
 
 
 def _member(path: str, member: str, wanted: ArraySpec) -> Array:
@@ -65,24 +69,9 @@ def _member(path: str, member: str, wanted: ArraySpec) -> Array:
         members = list(archive)
         chosen = member or (members[0] if len(members) == 1 else wanted.name)
         if chosen not in members:
-            raise _refusal(wanted, f"{path} has no member {chosen!r}{near(chosen, members)}")
-        return typed(archive[chosen], wanted)
-
-
-def _table(path: str, wanted: ArraySpec) -> Array:
-    """Read the numbers of a CSV file, exactly if the kernel takes only whole numbers. One column gives one axis."""
-    skipped = 0 if _is_numbers(path) else 1
-    exact = wanted.dtypes and not any(np.dtype(dtype).kind in "fc" for dtype in wanted.dtypes)
-    load: dict[str, Any] = {"delimiter": ",", "skiprows": skipped, "ndmin": 2, "encoding": "utf-8-sig"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about empty files, which get an error below
-        try:
-            table = np.loadtxt(path, np.int64 if exact else np.float64, **load)
-        except ValueError:
-            table = np.loadtxt(path, np.float64, **load)
-    if not table.size:
-        raise _refusal(wanted, f"{path} has no numbers")
-    return untyped(_with_wanted_axes(table, wanted), wanted)
+            raise refusal(wanted, f"{path} has no member {chosen!r}{near(chosen, members)}")
+        loaded: Array = archive[chosen]
+        return loaded
 
 
 def _with_wanted_axes(table: Array, wanted: ArraySpec) -> Array:
@@ -93,17 +82,3 @@ def _with_wanted_axes(table: Array, wanted: ArraySpec) -> Array:
     elif axes == 1 and table.shape[0] == 1:
         table = table[0]
     return table
-
-
-def _is_numbers(path: str) -> bool:
-    with Path(path).open(encoding="utf-8-sig") as opened:
-        first = opened.readline()
-    try:
-        [float(cell) for cell in first.split(",")]
-    except ValueError:
-        return False
-    return True
-
-
-def _refusal(wanted: ArraySpec, why: str) -> InvalidArgument:
-    return InvalidArgument(f"{wanted.name}: {why}", field=wanted.name)

@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 
-from unlatch.cli import images
+from unlatch.cli import images, tables
 from unlatch.common.errors import InvalidArgument
 from unlatch.common.kernel.tensors import Array
 
@@ -86,18 +86,16 @@ class Destination:
         if self._suffix == ".npy":
             np.lib.format.write_array(file, _storable(array), allow_pickle=False)
         elif self._suffix == ".csv":
-            _write_table(file, array)
+            if array.ndim > 2 or array.dtype.kind not in "biuf":
+                raise _refusal(
+                    f"a .csv holds real numbers on one or two axes, not {array.dtype} of shape {array.shape}"
+                )
+            tables.write(file, array.astype(np.uint8) if array.dtype.kind == "b" else array)
+        elif array.dtype.kind == "O" and array.size == 1:
+            # A picture that the kernel itself has encoded.
+            file.write(array.item())
         else:
             images.write(file, array, self._suffix, _FIELD)
-
-
-def _write_table(file: IO[bytes], array: Array) -> None:
-    if array.ndim > 2 or array.dtype.kind not in "biuf":
-        raise _refusal(f"a .csv holds real numbers on one or two axes, not {array.dtype} of shape {array.shape}")
-    numbers = array.astype(np.uint8) if array.dtype.kind == "b" else array
-    # An array with one axis is written as a column, as it is read.
-    for row in numbers.reshape(-1, 1) if array.ndim < 2 else numbers:
-        file.write((",".join(map(str, row)) + "\n").encode())
 
 
 def _storable(array: Array) -> Array:

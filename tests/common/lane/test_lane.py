@@ -1,6 +1,7 @@
 """Lane messages: what an Outbox packs is what unpack gives, in bounded messages, each body's pieces by turns."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -8,11 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.guards import unexpected
-from unlatch.common.errors import UnlatchError
+from tests.support.watching import until
+from unlatch.common.errors import Unavailable, UnlatchError
 from unlatch.common.lane.body import WHOLE_BYTES, Body
-from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, ProtocolViolation, check_pieces, check_whole, unpack
+from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, ProtocolViolation, unpack
+from unlatch.common.lane.lanes import Lanes
+from unlatch.common.lane.listener import CallGuard
 from unlatch.common.lane.outbox import MESSAGE_BYTES, PIECE_BYTES, Outbox
-from unlatch.protos.unlatch_pb2 import Descriptor, Failure, Frames, LaneMessage, Reply, Welcome
+from unlatch.common.lane.server import LaneServer
+from unlatch.common.net.unread import unread_answers
+from unlatch.protos.unlatch_pb2 import Descriptor, Failure, Frames, LaneMessage, Load, Reply, Welcome
 
 KIBIBYTE = 1024
 
@@ -28,25 +34,23 @@ class Peer:
 
     async def take(self, message: bytes) -> None:
         assert len(message) <= self._within_bytes
-        frames, payload = unpack(message)
-        entries = [bytes(entry) for entry in payload]
-        self.messages.append((frames, entries))
-        at = 0
-        bodied: list[Descriptor | Reply] = [*frames.calls, *frames.replies]
-        for frame in bodied:
-            self._lengths[frame.call] = list(frame.lengths)
-            self.bodies[frame.call] = [b"" for _ in frame.lengths]
-            if frame.whole:
-                check_whole(self._lengths[frame.call], payload[at : at + len(frame.lengths)])
-                self.bodies[frame.call] = entries[at : at + len(frame.lengths)]
-                at += len(frame.lengths)
-        check_pieces(frames, payload, at)
-        for piece, entry in zip(frames.pieces, entries[at:], strict=True):
-            body, lengths = self.bodies[piece.call], self._lengths[piece.call]
+        arrived = unpack(message)
+        frames = arrived.frames
+        self.messages.append((frames, [bytes(entry) for entry in arrived.payload]))
+        for call, lengths, whole in arrived.bodied(frames.calls):
+            self._bodied(call.call, lengths, whole)
+        for reply, lengths, whole in arrived.bodied(frames.replies):
+            self._bodied(reply.call, lengths, whole)
+        for number, entry in arrived.pieces():
+            body, lengths = self.bodies[number], self._lengths[number]
             tensor = next(i for i, length in enumerate(lengths) if len(body[i]) < length)
             body[tensor] += entry
             assert len(body[tensor]) <= lengths[tensor], "a piece crosses from one tensor into the next"
             assert 0 < len(entry) <= PIECE_BYTES
+
+    def _bodied(self, number: int, lengths: list[int], whole: Sequence[memoryview] | None) -> None:
+        self._lengths[number] = lengths
+        self.bodies[number] = [b"" for _ in lengths] if whole is None else [bytes(entry) for entry in whole]
 
     @property
     def order(self) -> list[int]:
@@ -65,7 +69,7 @@ def an_outbox() -> Outbox:
     def lost(call: int, error: UnlatchError) -> None:
         raise AssertionError(f"call {call} could not be sent") from error
 
-    return Outbox(no_calls, unexpected, lost)
+    return Outbox(no_calls, CallGuard(unexpected, lost))
 
 
 async def delivered(outbox: Outbox, peer: Peer) -> None:
@@ -97,14 +101,14 @@ def test_calls_and_replies_arrive_as_they_were_sent(*, bodies: list[list[int]], 
 
     async def send() -> None:
         outbox = an_outbox()
-        outbox.welcome(Welcome(server="s"))
+        outbox.frames().welcome.server = "s"
         for call, lengths in enumerate(bodies):
             sent[call] = [pattern(call + i, length) for i, length in enumerate(lengths)]
             if replies:
                 outbox.reply(call, Reply(), body(*sent[call]))
             else:
                 outbox.call(call, Descriptor(), body(*sent[call]))
-        outbox.draining()
+        outbox.frames().draining = True
         await delivered(outbox, peer)
 
     asyncio.run(send())
@@ -194,13 +198,13 @@ async def test_many_frames_are_bounded_too() -> None:
 @pytest.mark.parametrize(("said", "draining"), [("draining, welcome", False), ("welcome, draining", True)])
 async def test_welcome_takes_back_that_no_calls_are_wanted(said: str, *, draining: bool) -> None:
     """The last of the two holds, though both go out as one message, in which `draining` is applied last."""
-    outbox, peer = an_outbox(), Peer()
+    server, peer = LaneServer(lambda *_: None, unexpected), Peer()
     for word in said.split(", "):
         if word == "draining":
-            outbox.draining()
+            server.draining()
         else:
-            outbox.welcome(Welcome(server="one"))
-    await delivered(outbox, peer)
+            server.welcome(Welcome(server="one"))
+    await delivered(server._outbox, peer)
     ((frames, _),) = peer.messages
     assert frames.welcome.server == "one"
     assert frames.draining is draining
@@ -249,6 +253,99 @@ async def test_closed_outbox_gives_every_buffer_back() -> None:
     assert given_back == [1, 2]
 
 
+LATE: dict[str, Callable[[LaneServer], None]] = {
+    "draining": lambda server: server.draining(),
+    "reopen": lambda server: server.reopen(),
+    "load": lambda server: server.load(Load()),
+    "welcome": lambda server: server.welcome(Welcome(server="s")),
+    "started": lambda server: server.started(1, lambda: None),
+    "cancel": lambda server: server._outbox.cancel(1),
+    "authorization": lambda server: server.ask_for_token(),
+    "reply": lambda server: server.reply(1, Reply(), body(b"late")),
+    "reply in pieces": lambda server: server.reply(1, Reply(), body(bytes(2 * WHOLE_BYTES))),
+}
+
+
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
+async def test_flush_of_a_closed_outbox_does_not_wait(late: Callable[[LaneServer], None]) -> None:
+    """A frame that is added after the lane has ended is never sent, and a drain does not wait for it."""
+    server = LaneServer(lambda *_: None, unexpected)
+    server._outbox.close()
+    late(server)
+    await asyncio.wait_for(server._outbox.flushed(), 1.0)
+
+
+class Caller:
+    """The RPC of a lane whose caller sends these messages, reads everything, and leaves when it is told to."""
+
+    def __init__(self, *messages: bytes) -> None:
+        self.leaves: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self.heard = Peer()
+        self._messages = [*messages]
+
+    async def read(self) -> object:
+        return self._messages.pop(0) if self._messages else await self.leaves
+
+    async def write(self, message: bytes) -> None:
+        await self.heard.take(message)
+
+
+def carried(lanes: Lanes, caller: Caller) -> asyncio.Task[None]:
+    """Open a lane that takes no call."""
+    return asyncio.create_task(lanes.carry(LaneServer(lambda *_: None, unexpected), caller))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rounds", range(8))
+async def test_drain_does_not_wait_for_a_lane_that_ends_at_that_moment(rounds: int) -> None:
+    """The drain begins in any round of the loop in which the end of a lane is under way, and it ends."""
+    lanes, caller = Lanes(lambda _: Welcome(), unexpected, unread_answers(60.0)), Caller()
+    lane = carried(lanes, caller)
+    await asyncio.sleep(0.02)
+    caller.leaves.set_result(None)
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+    await asyncio.wait_for(lanes.drain(), 1.0)
+    await lane
+
+
+async def test_lane_that_is_opened_at_the_end_hears_that_none_of_its_calls_is_begun() -> None:
+    """The service has told its other lanes already. A caller sends what waits as soon as it is greeted."""
+    lanes = Lanes(lambda _: Welcome(server="s", window_calls=1), unexpected, unread_answers(60.0))
+    await lanes.end(Unavailable("the service ends"))
+    frames = Frames(calls=[Descriptor(call=7)])
+    caller = Caller(LaneMessage(frames=frames).SerializeToString())
+    lane = carried(lanes, caller)
+    await until(lambda: any(frames.replies for frames, _ in caller.heard.messages), "the call is answered")
+    greeting, *_ = (frames for frames, _ in caller.heard.messages)
+    assert greeting.welcome.server == "s"
+    assert greeting.draining
+    assert greeting.last
+    (reply,) = (reply for frames, _ in caller.heard.messages for reply in frames.replies)
+    assert (reply.call, reply.failure.message, reply.failure.not_begun) == (7, "the service ends", True)
+    caller.leaves.set_result(None)
+    await lane
+
+
+@pytest.mark.parametrize("rounds", range(8))
+async def test_end_that_begins_while_lanes_are_greeted_reaches_each_of_them(rounds: int) -> None:
+    """The service may begin to end in any round of the loop. Lanes that are opened at once are greeted in turns."""
+
+    def welcome(_: str) -> Welcome:
+        # No other lane is greeted in this round.
+        time.sleep(0.003)
+        return Welcome(server="s", window_calls=1)
+
+    lanes, callers = Lanes(welcome, unexpected, unread_answers(60.0)), [Caller() for _ in range(3)]
+    opened = [carried(lanes, caller) for caller in callers]
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+    await asyncio.wait_for(lanes.end(Unavailable("the service ends")), 1.0)
+    for caller in callers:
+        await until(lambda: any(frames.last for frames, _ in caller.heard.messages), "it is told")  # noqa: B023 (awaited)
+        caller.leaves.set_result(None)
+    await asyncio.gather(*opened)
+
+
 def fed(lengths: Sequence[int], *pieces: bytes) -> Callable[[], None]:
     def feed() -> None:
         arriving = Body(lengths)
@@ -280,7 +377,7 @@ def test_piece_that_does_not_fit_is_a_violation(feed: Callable[[], None]) -> Non
 def test_any_bytes_are_a_message_or_a_violation(message: bytes) -> None:
     """Nothing else is raised."""
     try:
-        frames, payload = unpack(message)
+        arrived = unpack(message)
     except ProtocolViolation:
         return
-    assert LaneMessage(frames=frames, payload=[bytes(entry) for entry in payload]).ByteSize() >= 0
+    assert LaneMessage(frames=arrived.frames, payload=map(bytes, arrived.payload)).ByteSize() >= 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from unlatch.common.machine.cores import granted_cores
+from unlatch.common.machine.cgroups import granted_cores
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:

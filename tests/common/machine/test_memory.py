@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.common.machine.test_cores import own, tree
-from unlatch.common.machine.memory import granted_memory
+from unlatch.common.machine.cgroups import granted_memory
 
 MiB = 1024 * 1024
 NONE_IN_VERSION_1 = f"{2**63 - 4096}\n"

@@ -2,14 +2,18 @@
 
 import asyncio
 import logging
-import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import trustme
 
 from tests.support.authority import Authority, Mounted, Named, Renamed
+from tests.support.watching import until
 from unlatch.common.errors import CertificateError
+from unlatch.common.security import certificates as certificates_module
+from unlatch.common.security import files
 from unlatch.common.security.certificates import Certificates, Files, load
 
 NAMES = ("--tls-cert", "--tls-key", "--tls-client-ca")
@@ -97,42 +101,81 @@ async def test_what_is_not_fit_for_use_is_not_taken(
 
 
 async def test_what_is_not_valid_yet_is_taken_when_it_is(
-    given: Renamed, ours: Authority, caplog: pytest.LogCaptureFixture
+    given: Renamed, ours: Authority, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A certificate that is not valid yet is taken when it becomes valid, though its file changes no more."""
     certificates = loaded(given)
-    before = certificates.now
+    before, ahead = certificates.now, 0.0
+    monkeypatch.setattr(certificates_module, "time", lambda: time.time() + ahead)
     caplog.set_level(logging.WARNING)
-    early = ours.issue("server.example", after=3.0)
-    await swapped(certificates, given, early)
+    early = ours.issue("server.example", after=60.0)
+    given.swap(early)
+    for _ in range(2):
+        assert not await certificates._refresh()
+    assert certificates.now is before
+    ahead = 120.0
+    assert await certificates._refresh()
     assert certificates.now.cert == early["tls.crt"] != before.cert
     assert all("is not valid before" in record.message for record in caplog.records)
     assert caplog.records
 
 
-async def test_change_while_files_are_read_for_the_first_time_is_seen(tmp_path: Path, ours: Authority) -> None:
-    """A file that changes while another, here a pipe, is read for the first time is read again."""
+async def test_what_seemed_expired_is_taken_when_the_clock_is_set_back(
+    given: Renamed, ours: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certificate that had expired by a wrong clock is taken when the clock is right, though its file is the same."""
+    certificates = loaded(given)
+    seen = ours.issue("server.example", seconds=-1.0)
+    given.swap(seen)
+    for _ in range(2):
+        assert not await certificates._refresh()
+    monkeypatch.setattr(certificates_module, "time", lambda: time.time() - 60)
+    assert await certificates._refresh()
+    assert certificates.now.cert == seen["tls.crt"]
+    assert not await certificates._refresh()
+
+
+async def test_change_while_files_are_read_for_the_first_time_is_seen(
+    given: Renamed, ours: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that change while the last of them is read for the first time are read again."""
     first, second = ours.issue("server.example"), ours.issue("server.example")
-    given, bundle = Renamed(tmp_path / "files", first), tmp_path / "ca.crt"
-    os.mkfifo(bundle)
+    given.swap(first)
+    changes = [second]
 
-    def load_them() -> Certificates:
-        return load(Files(cert=given["tls.crt"], key=given["tls.key"], ca=str(bundle), names=NAMES))
+    def content(path: str, most_bytes: int) -> bytes:
+        if path == given["ca.crt"] and changes:
+            given.swap(changes.pop())
+        return files.content(path, most_bytes)
 
-    loading = asyncio.create_task(asyncio.to_thread(load_them))
-    with await asyncio.to_thread(bundle.open, "wb") as written:
-        given.swap(second)
-        written.write(ours.pem)
-    certificates = await loading
+    monkeypatch.setattr(certificates_module, "content", content)
+    certificates = loaded(given)
+    assert not changes
     assert certificates.now.cert == first["tls.crt"]
-    writing = asyncio.create_task(asyncio.to_thread(bundle.write_bytes, ours.pem))
-    taken = await certificates._refresh()
-    # Where the pipe was not read, the writer would wait for ever.
-    reading = os.open(bundle, os.O_RDONLY | os.O_NONBLOCK)
-    await writing
-    os.close(reading)
-    assert taken
+    assert await certificates._refresh()
     assert certificates.now.cert == second["tls.crt"]
+
+
+async def test_peers_are_looked_at_while_a_file_system_hangs(
+    given: Renamed, ours: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer whose certificate expires meanwhile is found. New certificates are taken when they have been read."""
+    certificates, looks, taken, hangs = loaded(given), list[bool](), list[bool](), threading.Event()
+
+    def content(path: str, most_bytes: int) -> bytes:
+        assert hangs.wait(60.0)
+        return files.content(path, most_bytes)
+
+    monkeypatch.setattr(certificates_module, "content", content)
+    monkeypatch.setattr(certificates_module, "LOOK_SECONDS", 0.01)
+    given.swap(second := ours.issue("server.example"))
+    watching = asyncio.create_task(certificates.watch(lambda: looks.append(True), lambda: taken.append(True)))
+    await until(lambda: len(looks) > 2, "peers are looked at")
+    assert not taken
+    hangs.set()
+    await until(lambda: taken, "they are taken")
+    assert certificates.now.cert == second["tls.crt"]
+    watching.cancel()
 
 
 def test_keys_are_shown_nowhere(given: Renamed, tmp_path: Path) -> None:

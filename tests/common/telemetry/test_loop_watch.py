@@ -7,13 +7,14 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 
 import pytest
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
+from unlatch.common.service.metrics_server import serve_metrics
 from unlatch.common.telemetry.loop_watch import LoopWatch
-from unlatch.common.telemetry.metrics_server import serve_metrics
 from unlatch.common.telemetry.recorder import Recorder
 
 pytestmark = pytest.mark.alone
@@ -76,8 +77,14 @@ def test_lag_and_stall_are_seen(run: Run) -> None:
         close()
 
 
+def waited_seconds() -> float:
+    """Read how long this thread has waited for a core. A system that does not tell has no waits."""
+    file = Path("/proc/thread-self/schedstat")
+    return int(file.read_text().split()[1]) / 1e9 if file.exists() else 0.0
+
+
 def test_idle_loop_is_on_time() -> None:
-    """The timer of an idle loop is as punctual as a sleeping thread at the same moment."""
+    """The timer of an idle loop is as punctual as a sleeping thread, but for its waits for a core."""
     recorder = Recorder()
     overshoots: list[float] = []
 
@@ -91,11 +98,13 @@ def test_idle_loop_is_on_time() -> None:
         with LoopWatch(recorder, "dispatcher"):
             await asyncio.to_thread(sleep_beside)
 
+    waited = waited_seconds()
     uvloop.run(main())
+    waited = waited_seconds() - waited
     (lag,) = (family for family in recorder.collect() if family.name == LAG)
     values = {sample.name: sample.value for sample in lag.samples}
     assert values[LAG + "_count"] >= 8
-    mean = values[LAG + "_sum"] / values[LAG + "_count"]
+    mean = (values[LAG + "_sum"] - waited) / values[LAG + "_count"]
     assert mean < sum(overshoots) / len(overshoots) + 0.005
 
 

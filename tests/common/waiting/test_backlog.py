@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Hashable
-from time import monotonic
 
 import pytest
 
@@ -11,6 +10,13 @@ from unlatch.common.waiting.backlog import Backlog, Refuse, Send
 from unlatch.common.waiting.demand import Demand, Estimate
 
 PLACE = "worker"
+NOW = 1000.0
+
+
+@pytest.fixture(autouse=True)
+def clock_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a test may stand still itself, and that counts for no call's wait."""
+    monkeypatch.setattr("unlatch.common.waiting.backlog.monotonic", lambda: NOW)
 
 
 class Call:
@@ -65,7 +71,7 @@ def test_call_is_sent_to_its_place_and_charged() -> None:
 
 def test_kind_without_room_does_not_hold_up_the_others() -> None:
     """Whether its room was known to be gone, or no place is found for its first call."""
-    backlog = filled(Call("long", long=True, deadline=monotonic() + 9.0), Call("short"))
+    backlog = filled(Call("long", long=True, deadline=NOW + 9.0), Call("short"))
     assert backlog.kinds == {True, False}
     assert turns(backlog, {False}) == ["short"]
     backlog.add(Call("another"))
@@ -89,7 +95,7 @@ def test_kind_without_room_does_not_hold_up_the_others() -> None:
 )
 def test_call_that_would_be_done_too_late_is_refused(left: float, seconds: float, decided: str) -> None:
     """By its deadline, with a quarter of the prediction as margin; a refused call costs its tenant nothing."""
-    backlog = filled(Call("call", deadline=monotonic() + left))
+    backlog = filled(Call("call", deadline=NOW + left))
     assert turns(backlog, seconds=seconds) == [decided]
     assert charged(backlog) == (1.0 if decided == "call" else 0.0)
     assert not len(backlog)
@@ -175,12 +181,23 @@ def test_calls_of_kinds_without_a_place_are_refused() -> None:
 def test_new_call_that_cannot_be_in_time_is_refused_before_it_waits() -> None:
     """With when to come back; one that finds an idle worker may try."""
     backlog = filled()
-    call = Call("call", deadline=monotonic() + 1.0)
+    call = Call("call", deadline=NOW + 1.0)
     assert backlog.refusal_in_time(call, wait_seconds=0.0, run_seconds=9.0) is None
     assert backlog.refusal_in_time(call, wait_seconds=0.5, run_seconds=0.1) is None
     refusal = backlog.refusal_in_time(call, wait_seconds=2.0, run_seconds=0.1)
-    assert refusal is not None
+    assert isinstance(refusal, ResourceExhausted)
     assert refusal.retry_after_milliseconds == pytest.approx(1625, abs=20)
+
+
+def test_new_call_whose_deadline_has_passed_is_late() -> None:
+    """More room would not have helped, so the error does not say when to try again. The forecast is not doubted."""
+    backlog = filled()
+    backlog.forecast.learn("k", 1000, 0.1)
+    call = Call("call", deadline=NOW - 1e-5)
+    refusal = backlog.refusal_in_time(call, wait_seconds=0.5, run_seconds=0.1)
+    assert isinstance(refusal, DeadlineExceeded)
+    assert str(refusal) == "the deadline passed before kernel k could be begun"
+    assert backlog.forecast.expected("k", 1000) == 0.1
 
 
 def test_calls_are_taken_out_and_in_company() -> None:
@@ -196,7 +213,7 @@ def test_calls_are_taken_out_and_in_company() -> None:
 
 def test_late_call_is_told_that_it_waited_too_long() -> None:
     """The error names the kernel."""
-    backlog = filled(Call("call", deadline=monotonic() - 1.0))
+    backlog = filled(Call("call", deadline=NOW - 1.0))
     turn = backlog.next({False}, lambda _: PLACE, lambda *_: 0.0)
     assert isinstance(turn, Refuse)
     assert isinstance(turn.error, DeadlineExceeded)

@@ -12,33 +12,37 @@ from unlatch.common.errors import ResourceExhausted, Unavailable
 from unlatch.common.waiting.order import Policy
 from unlatch.compute.call import Call
 from unlatch.compute.dispatch.outcomes import REQUEUE, RUN_ALONE
+from unlatch.compute.pool.occupancy import Held, Occupancy
 from unlatch.compute.pool.slot import Slot
 
 A = np.arange(3.0)
 
 
 class Room:
-    """The place of a slot: once it is open it takes so many calls, and ends none."""
+    """The place of a slot and its runs in flight: once it is open it takes so many calls, and ends none."""
 
-    runs_long = False
-    recycling = None
-    bytes = 0
+    worker = 0
+    expected_end = 0.0
 
     def __init__(self, room: int, *, replies: bool = True) -> None:
         self.given: list[Call] = []
         self.open = False
+        self.occupancy: Occupancy
         self._room = room
         self._replies = replies
 
     @property
-    def runs(self) -> int:
+    def in_flight(self) -> "Room":
+        return self
+
+    def __len__(self) -> int:
         return len(self.given)
 
     def has_room(self, _: float) -> bool:
         return self.open and len(self.given) < self._room
 
-    def seconds_left(self, _: float) -> float:
-        return 0.0
+    def held(self) -> Held:
+        return (0, 0, 0) if self.has_room(0.0) else None, bool(self.given), False, 0.0
 
     def holds(self, call: Call) -> bool:
         return call in self.given
@@ -47,16 +51,21 @@ class Room:
         if not self._replies:
             raise ResourceExhausted("no memory for replies")
         self.given += calls
+        self.occupancy.changed(self)
 
 
 def desk(room: Room) -> Desk:
     """A dispatcher with that room for calls, once it is opened."""
-    return Desk(slots=[cast("Slot", room)])
+    desk = Desk(slots=[cast("Slot", room)])
+    room.occupancy = desk.occupancy
+    return desk
 
 
 def open_up(desk: Desk) -> None:
     """Let calls be given to workers."""
-    cast("Any", desk.slots[0]).open = True
+    room = cast("Any", desk.slots[0])
+    room.open = True
+    desk.occupancy.changed(room)
     desk.dispatcher.assign()
 
 

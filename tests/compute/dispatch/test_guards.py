@@ -7,14 +7,12 @@ from typing import Any, cast
 import pytest
 
 from tests.compute.dispatch.test_machine import KERNELS, stopped
-from tests.support.dispatch import Desk, Lane, Loop, WorkerEnd, array
+from tests.support.dispatch import Desk, Lane, Loop, WorkerEnd, array, stand_in
 from unlatch.common.lane.server import LaneServer
 from unlatch.common.telemetry.tracing import Tracing
-from unlatch.common.waiting import backlog as backlog_module
 from unlatch.common.waiting.backlog import Backlog
 from unlatch.common.waiting.forecast import Forecast
 from unlatch.common.waiting.order import Policy
-from unlatch.compute import call as call_module
 from unlatch.compute.call import Call
 from unlatch.compute.dispatch import dispatcher as dispatcher_module
 from unlatch.compute.dispatch import poison as poison_module
@@ -22,12 +20,12 @@ from unlatch.compute.dispatch.dispatcher import Dispatcher
 from unlatch.compute.dispatch.poison import Poison
 from unlatch.compute.intake import intake as intake_module
 from unlatch.compute.intake.intake import CallIntake
-from unlatch.compute.ipc.arena import InputArena, ReplySegments
+from unlatch.compute.ipc.arena import InputArena, WorkerSegments
 from unlatch.compute.metrics import ComputeMetrics, WorkerMetrics
 from unlatch.compute.pool.in_flight import InFlight
+from unlatch.compute.pool.occupancy import Occupancy
 from unlatch.compute.pool.pool import Pool
 from unlatch.compute.pool.run import Run
-from unlatch.compute.pool.segments import KnownSegments
 from unlatch.compute.pool.slot import Slot
 from unlatch.compute.readiness import Readiness
 from unlatch.compute.reports import Reports
@@ -43,7 +41,9 @@ FAULTS: list[tuple[Any, str, str]] = [
     (Policy, "add", "offer"),
     (Policy, "one_too_many", "offer"),
     (Pool, "opening", "offer"),
-    (Slot, "has_room", "offer"),
+    (InFlight, "has_room", "offer"),
+    (InFlight, "held", "offer"),
+    (Occupancy, "first", "offer"),
     (Backlog, "next", "assign"),
     (Policy, "first", "assign"),
     (Policy, "take", "assign"),
@@ -51,11 +51,12 @@ FAULTS: list[tuple[Any, str, str]] = [
     (Dispatcher, "_seconds_until_done", "assign"),
     (dispatcher_module, "companions", "assign"),
     (Pool, "run", "assign"),
-    (ReplySegments, "lend", "assign"),
+    (WorkerSegments, "lend", "assign"),
     (Run, "announce", "assign"),
+    (Occupancy, "changed", "assign"),
     (InFlight, "_send_next", "assign"),
     (InFlight, "_send", "assign"),
-    (KnownSegments, "input", "assign"),
+    (WorkerSegments, "input", "assign"),
     (WorkerEnd, "send", "assign"),
     (WorkerMetrics, "begins", "assign"),
     (WorkerMetrics, "waited", "assign"),
@@ -81,20 +82,21 @@ FAULTS: list[tuple[Any, str, str]] = [
     (InFlight, "_timed_out", "timeout"),
     (InFlight, "_has_ended", "grace"),
     (InFlight, "_grace_over", "grace"),
-    (InFlight, "_kill_now", "grace"),
+    (InFlight, "kill", "grace"),
     (InFlight, "_not_heard", "not_heard"),
-    (Run, "known_to", "caller_heard"),
+    (InFlight, "_confirmed", "caller_heard"),
     (InFlight, "_withdraw", "withdraw"),
     (Run, "take_out", "withdraw"),
     (Policy, "remove", "assign"),
     (InFlight, "_tell_cancelled", "cancel"),
-    (KnownSegments, "close", "worker_exit"),
+    (WorkerSegments, "close", "worker_exit"),
     (WorkerMetrics, "ended", "worker_exit"),
     (Readiness, "down", "worker_exit"),
     (Readiness, "up", "worker_start"),
     (WorkerMetrics, "started", "worker_start"),
     (Slot, "look", "look_after"),
     (Pool, "_retire_one", "look_after"),
+    (InputArena, "wipe", "look_after"),
     (InputArena, "drop_idle", "sweep"),
     (Slot, "sweep", "sweep"),
 ]
@@ -121,8 +123,7 @@ class Fault:
 def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
     """A loop with a time of its own, which calls go by too."""
     loop = Loop()
-    for module in (call_module, poison_module, backlog_module):
-        monkeypatch.setattr(module, "monotonic", loop.clock)
+    stand_in(monkeypatch, loop)
     return loop
 
 

@@ -5,6 +5,7 @@ looked at, so that no decision may look twice.
 """
 
 import asyncio
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,15 +15,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
-from tests.support.dispatch import Desk, Loop, WorkerEnd, array, kernel
+from tests.support.dispatch import Desk, Loop, WorkerEnd, array, kernel, stand_in
 from unlatch.common.errors import ResourceExhausted, Unavailable
 from unlatch.common.kernel.spec import ArraySpec
-from unlatch.common.waiting import backlog as backlog_module
-from unlatch.compute import call as call_module
 from unlatch.compute.call import Call
-from unlatch.compute.dispatch import poison as poison_module
 from unlatch.compute.ipc.frames import Done, Misfit, Result, Tensor, ToDispatcher
 from unlatch.compute.pool import exits
+from unlatch.compute.pool.in_flight import InFlight
 
 OUTPUT = (ArraySpec(name="y", dtypes=(), dims=("...",)),)
 KERNELS = [
@@ -48,8 +47,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.loop = Loop()
         self.patch = pytest.MonkeyPatch()
-        for module in (call_module, poison_module, backlog_module):
-            self.patch.setattr(module, "monotonic", self.loop.clock)
+        stand_in(self.patch, self.loop)
         self.desk = self.loop.do(
             lambda: Desk(
                 WORKERS,
@@ -209,10 +207,45 @@ class Machine(RuleBasedStateMachine):
             assert len(self.desk.replies(call)) == (call.ended and call not in self.left)
 
     @invariant()
+    def kept_counts_equal_a_scan(self) -> None:
+        """The kept counts, order and waits of the workers equal what a look at each slot finds."""
+        pool, occupancy, now = self.desk.pool, self.desk.occupancy, self.loop.now
+        flights = [flight for flight in self.desk.in_flight if len(flight)]
+        long = [flight for flight in flights if any(run.first.estimate.long for run in flight._runs)]
+        assert (occupancy.busy, occupancy.long) == (len(flights), len(long))
+        assert pool.busy_ratio == len(flights) / WORKERS
+        roomy = [(len(flight), _bytes(flight)) for flight in self.desk.in_flight if flight.has_room(now)]
+        opening = pool.opening(now)
+        assert (opening is not None) == bool(roomy)
+        if opening is not None:
+            found = opening.in_flight
+            assert (len(found), _bytes(found)) == min(roomy)
+            assert opening.takes_long == (not pool.keeps_some_free(now) or len(long) < WORKERS - 1)
+        for before in (0.0, 2.0):
+            for short in (False, True):
+                wait = pool.wait_seconds(before, now, short=short)
+                assert wait == pytest.approx(self._wait_seconds(before, now, short=short), abs=1e-5)
+            assert pool.wait_seconds(before, now, short=False) <= pool.longest_wait_seconds(before) + 1e-5
+
+    def _wait_seconds(self, before: float, now: float, *, short: bool) -> float:
+        """The seconds that the pool's workers take for their runs and for what is before, by a look at each slot."""
+        left, count, idle = before, 0, False
+        for slot in self.desk.slots:
+            runs = () if slot.in_flight is None else slot.in_flight._runs
+            if runs and short and any(run.first.estimate.long for run in runs):
+                continue
+            count += 1
+            idle |= not runs
+            left += max(0.0, runs[0].begun + sum(run.expected_seconds for run in runs) - now) if runs else 0.0
+        if not count:
+            return math.inf
+        return 0.0 if idle and not before else left / count
+
+    @invariant()
     @precondition(lambda self: not self.loop.tick)
     def no_worker_is_left_idle(self) -> None:
         """Nothing waits while a worker has nothing to do, but for long calls where workers are reserved."""
-        idle = [slot for slot in self.desk.slots if slot.has_room(self.loop.now) and not slot.runs]
+        idle = [flight for flight in self.desk.in_flight if flight.has_room(self.loop.now) and not flight]
         assert not idle or all(call.estimate.long for call in self.desk.backlog)
 
     def teardown(self) -> None:
@@ -240,6 +273,10 @@ class Machine(RuleBasedStateMachine):
             if end.runs and not end.ending:
                 self.loop.do(end.done)
         self.loop.advance(1.0)
+
+
+def _bytes(flight: InFlight) -> int:
+    return sum(call.size for run in flight._runs for call in run.numbers)
 
 
 @contextmanager

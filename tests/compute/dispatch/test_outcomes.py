@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from unlatch.common.errors import FailedPrecondition, Internal, UnlatchError
+from unlatch.common.errors import DeadlineExceeded, FailedPrecondition, Internal, ResourceExhausted, UnlatchError
 from unlatch.common.waiting.demand import UNKNOWN
 from unlatch.compute.call import Ran
 from unlatch.compute.dispatch.outcomes import (
@@ -25,14 +25,12 @@ from unlatch.compute.ipc.frames import Done, Failed, Result
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.run import (
     Event,
-    MemoryExceeded,
-    NotHeard,
+    LimitReached,
     Replied,
     Run,
     RunState,
-    TimedOut,
+    TakenOut,
     Usage,
-    Withdrawn,
     WorkerExited,
 )
 
@@ -82,7 +80,7 @@ def died(cause: exits.Exit, *, stopping: bool = False) -> Event:
 
 FAILED = Replied(Failed(1, 3, "no", "a", "", 0), {}, USAGE)
 STOPPED_POOL = died(exits.POOL_STOPS, stopping=True)
-OVER = MemoryExceeded("took 9 bytes of memory", 3.0)
+LATE, OVER = LimitReached(DeadlineExceeded("late"), 0.5), LimitReached(ResourceExhausted("took 9 bytes"), 3.0)
 STAGED, ANNOUNCED, SENT, RUNNING = RunState.STAGED, RunState.ANNOUNCED, RunState.SENT, RunState.RUNNING
 
 # The calls, how far their run had come, what happens; then what becomes of each. "+ refund": its tenant pays nothing.
@@ -113,19 +111,19 @@ TABLE: list[tuple[str, RunState, Event, str]] = [
     ("once", RUNNING, died(exits.HUNG_UP), "strike"),
     # Of several it is not known which it was.
     ("pure pure", RUNNING, died(SEGFAULT), "alone + death, alone + death"),
-    ("once once", RUNNING, died(SEGFAULT), "UNAVAILABLE, UNAVAILABLE"),
+    ("once once", RUNNING, died(SEGFAULT), "ABORTED, ABORTED"),
     ("pure -pure", RUNNING, died(SEGFAULT), "alone + death, drop"),
-    ("-once once", RUNNING, died(NONSENSE), "drop, UNAVAILABLE"),
+    ("-once once", RUNNING, died(NONSENSE), "drop, ABORTED"),
     # The worker is killed for a reason that is not the call's doing.
     ("pure", RUNNING, died(exits.TIMED_OUT), "alone"),
-    ("once", RUNNING, died(exits.TIMED_OUT), "UNAVAILABLE"),
+    ("once", RUNNING, died(exits.TIMED_OUT), "ABORTED"),
     ("-once", RUNNING, died(exits.TIMED_OUT), "drop"),
     ("pure pure", RUNNING, died(exits.TIMED_OUT), "alone, alone"),
     ("pure", RUNNING, died(exits.OVER_LIMIT), "alone"),
     ("-once", RUNNING, died(exits.OVER_LIMIT), "drop"),
     ("-pure", RUNNING, died(exits.ABANDONED), "drop"),
     ("pure", RUNNING, died(exits.INTERNAL_ERROR), "alone"),
-    ("once", RUNNING, died(exits.INTERNAL_ERROR), "UNAVAILABLE"),
+    ("once", RUNNING, died(exits.INTERNAL_ERROR), "ABORTED"),
     # What was staged behind goes back.
     ("pure", STAGED, died(SEGFAULT), "requeue + refund"),
     ("once", STAGED, died(SEGFAULT), "requeue + refund"),
@@ -136,12 +134,12 @@ TABLE: list[tuple[str, RunState, Event, str]] = [
     ("pure", SENT, died(exits.TIMED_OUT), "requeue + refund"),
     # But for what the worker may have begun unseen, and must not run twice.
     ("pure", SENT, died(NONSENSE), "requeue + refund"),
-    ("once", SENT, died(NONSENSE), "UNAVAILABLE + refund"),
-    ("once", SENT, died(exits.OTHER_CALL), "UNAVAILABLE + refund"),
-    ("once", SENT, died(exits.UNSOUND_REPLY), "UNAVAILABLE + refund"),
-    ("once", SENT, died(exits.INTERNAL_ERROR), "UNAVAILABLE + refund"),
-    ("once", SENT, died(WENT_ON), "UNAVAILABLE + refund"),
-    ("-once once", SENT, died(NONSENSE), "drop + refund, UNAVAILABLE + refund"),
+    ("once", SENT, died(NONSENSE), "ABORTED + refund"),
+    ("once", SENT, died(exits.OTHER_CALL), "ABORTED + refund"),
+    ("once", SENT, died(exits.UNSOUND_REPLY), "ABORTED + refund"),
+    ("once", SENT, died(exits.INTERNAL_ERROR), "ABORTED + refund"),
+    ("once", SENT, died(WENT_ON), "ABORTED + refund"),
+    ("-once once", SENT, died(NONSENSE), "drop + refund, ABORTED + refund"),
     ("once", ANNOUNCED, died(NONSENSE), "requeue + refund"),
     ("once", STAGED, died(WENT_ON), "requeue + refund"),
     # The pool stops.
@@ -150,12 +148,16 @@ TABLE: list[tuple[str, RunState, Event, str]] = [
     ("pure", STAGED, STOPPED_POOL, "UNAVAILABLE + refund"),
     ("once", SENT, STOPPED_POOL, "UNAVAILABLE + refund"),
     ("pure", RUNNING, died(SEGFAULT, stopping=True), "UNAVAILABLE"),
+    ("once", RUNNING, STOPPED_POOL, "ABORTED"),
+    ("once", RUNNING, died(SEGFAULT, stopping=True), "ABORTED"),
+    ("once", SENT, died(WENT_ON, stopping=True), "ABORTED + refund"),
+    ("pure", SENT, died(WENT_ON, stopping=True), "UNAVAILABLE + refund"),
     # The kernel's timeout: the caller hears of it now, its memory is the worker's until that exits or answers.
-    ("pure", RUNNING, TimedOut(), "told DEADLINE_EXCEEDED"),
-    ("once", RUNNING, TimedOut(), "told DEADLINE_EXCEEDED"),
-    ("-once", RUNNING, TimedOut(), ""),
-    ("once -once once", RUNNING, TimedOut(), "told DEADLINE_EXCEEDED, told DEADLINE_EXCEEDED"),
-    ("pure pure", RUNNING, TimedOut(), ""),
+    ("pure", RUNNING, LATE, "told DEADLINE_EXCEEDED"),
+    ("once", RUNNING, LATE, "told DEADLINE_EXCEEDED"),
+    ("-once", RUNNING, LATE, ""),
+    ("once -once once", RUNNING, LATE, "told DEADLINE_EXCEEDED, told DEADLINE_EXCEEDED"),
+    ("pure pure", RUNNING, LATE, ""),
     # The memory limit.
     ("pure", RUNNING, OVER, "told RESOURCE_EXHAUSTED"),
     ("once once", RUNNING, OVER, "told RESOURCE_EXHAUSTED, told RESOURCE_EXHAUSTED"),
@@ -187,7 +189,7 @@ def test_outcome(calls: str, state: RunState, event: Event, expected: str) -> No
     ("call", "poison", "expected"),
     [
         ("pure", None, "alone"),
-        ("once", None, "UNAVAILABLE"),
+        ("once", None, "ABORTED"),
         ("-pure", None, "drop"),
         ("-once", None, "drop"),
         ("pure", FailedPrecondition("poison"), "FAILED_PRECONDITION"),
@@ -208,13 +210,14 @@ def test_calls_that_are_not_begun() -> None:
     """A caller who does not say that it knows, and one that leaves, cost their own calls alone, and no tenant."""
     run = a_run("once once", ANNOUNCED)
     silent, other = run.numbers
-    ((call, outcome, refund),) = outcomes(run, NotHeard((silent,)))
+    ((call, outcome, refund),) = outcomes(run, TakenOut((silent,)))
     assert (call, told(outcome), refund) == (silent, "UNAVAILABLE", True)
-    ((call, outcome, refund),) = outcomes(run, Withdrawn(other))
+    cast("Call", other).ended = True
+    ((call, outcome, refund),) = outcomes(run, TakenOut((other,)))
     assert (call, told(outcome), refund) == (other, "drop", True)
 
 
-@pytest.mark.parametrize("event", [done(1), died(SEGFAULT), TimedOut(), OVER])
+@pytest.mark.parametrize("event", [done(1), died(SEGFAULT), LATE, OVER])
 def test_no_outcome_loses_a_call(event: Event) -> None:
     """When deciding itself fails, each call of the run fails in its place."""
     rows = unexpected(a_run("pure once", RUNNING), event, Internal("it has an id"))
@@ -231,9 +234,9 @@ def test_what_callers_are_told() -> None:
     assert str(cast("Fail", row.outcome).error) == (
         "worker 7 ended, and may have begun the call: the worker sent an undecodable frame"
     )
-    (row,) = outcomes(a_run("once", RUNNING), TimedOut())
-    assert str(cast("FailRunning", row.outcome).error) == "kernel k ran for longer than its timeout of 0.5 s"
+    (row,) = outcomes(a_run("once", RUNNING), LATE)
+    assert cast("FailRunning", row.outcome) == FailRunning(LATE.error, Ran(0.5, 7))
     (row,) = outcomes(a_run("pure", RUNNING), OVER)
-    assert str(cast("FailRunning", row.outcome).error) == "kernel k took 9 bytes of memory"
+    assert cast("FailRunning", row.outcome) == FailRunning(OVER.error, Ran(3.0, 7))
     rows = outcomes(a_run("pure -pure pure", RUNNING), done(1, 3))
     assert {cast("Answer", row.outcome).ran for row in rows if not row.call.ended} == {Ran(2.0, 7, 2)}

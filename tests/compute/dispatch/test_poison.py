@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.dispatch import Desk
 from tests.support.watching import until
-from unlatch.common.errors import FailedPrecondition, Unavailable, UnlatchError, from_code
+from unlatch.common.errors import FailedPrecondition, Unavailable, UnlatchError, error_class
 from unlatch.compute.call import Call
 from unlatch.compute.dispatch.outcomes import REQUEUE, Strike
 from unlatch.compute.pool import exits
@@ -42,7 +42,7 @@ class Ward(Desk):
         self.dispatcher.settle(call, Strike(str(SIGKILL), Unavailable("its worker ended")))
         await until(lambda: call.ended, "it is read")
         (reply,) = self.replies(call)
-        error = from_code(reply.failure.code, reply.failure.message)
+        error = error_class(reply.failure.code)(reply.failure.message)
         assert isinstance(error, FailedPrecondition | Unavailable)
         return error if isinstance(error, FailedPrecondition) else None
 

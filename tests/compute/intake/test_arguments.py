@@ -1,5 +1,6 @@
 """Arguments against a signature: the errors that the dispatcher finds before a call waits for anything."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,16 @@ def test_shapes_that_fit(dims: tuple[str, ...], shapes: list[tuple[int, ...]]) -
     """Lengths, names, `_`, `...` and `*name` fit, each where it may stand."""
     given = dict(zip("abcd", shapes, strict=False))
     assert check(kernel(*dims), call(**given)).shapes == shapes
+
+
+@pytest.mark.parametrize(("shapes", "field"), [([(0, 3), (1,)], "a"), ([(2, 0), (1,)], "a"), ([(2, 3), (0,)], "b")])
+def test_empty_arrays_of_a_nonempty_kernel_are_refused(shapes: list[tuple[int, ...]], field: str) -> None:
+    """An axis of length zero leaves no element, whichever axis it is. Without axes there is one element."""
+    spec = replace(kernel("rows cols", "n"), nonempty=True)
+    with pytest.raises(InvalidArgument, match=rf"^{field}: wanted at least one element, got shape \[") as refused:
+        check(spec, call(**dict(zip("ab", shapes, strict=True))))
+    assert refused.value.field == field
+    assert check(replace(kernel(""), nonempty=True), call(a=())).shapes == [()]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.watching import memory_files
 from unlatch.common.errors import ResourceExhausted
-from unlatch.compute.ipc.arena import ALIGNMENT, Block, InputArena, Mapped, ReplySegments, aligned, offsets
+from unlatch.compute.ipc.arena import ALIGNMENT, Block, InputArena, Mapped, WorkerSegments, aligned, offsets
+from unlatch.compute.ipc.frames import Forget, Learn
 
 KIBIBYTE, MEBIBYTE = 1024, 1024 * 1024
 
@@ -85,6 +87,49 @@ def test_idle_segments_are_dropped_and_no_others() -> None:
     arena.close()
 
 
+@pytest.mark.parametrize("size", [1, 4096, 64 * KIBIBYTE, 100 * KIBIBYTE, 3 * MEBIBYTE])
+def test_inputs_of_ended_calls_are_overwritten(size: int) -> None:
+    """A worker's map has nothing of a small call once it has ended, and nothing of a large one soon after."""
+    arena = InputArena(64 * MEBIBYTE)
+    block = arena.allocate(size)
+    kept = arena.allocate(size)
+    mapped = Mapped()
+    for segment in {block.segment, kept.segment}:
+        mapped.learn_input(segment.number, os.dup(segment.fd))
+
+    def seen(of: Block) -> bytes:
+        return bytes(mapped.input(of.segment.number)[of.offset : of.offset + size])
+
+    for of in (block, kept):
+        of.segment.view[of.offset : of.offset + size] = b"s" * size
+    arena.free(block)
+    if size > 64 * KIBIBYTE:
+        # A smaller call takes the block, and leaves the rest of it as it was.
+        assert arena.allocate(70 * KIBIBYTE if size < MEBIBYTE else 2 * MEBIBYTE + 1) is block
+        block.segment.view[block.offset : block.offset + 4] = b"live"
+        arena.wipe(64 * MEBIBYTE)
+        assert seen(block)[:4] == b"live"
+        arena.free(block)
+        arena.wipe(size - 1)
+        assert seen(block) == b"l" + bytes(size - 1)
+        arena.wipe(size)
+    assert seen(block) == bytes(size)
+    assert seen(kept) == b"s" * size
+    arena.wipe(64 * MEBIBYTE)
+    assert not arena._written
+    arena.close()
+
+
+def test_dropped_segments_need_no_overwriting() -> None:
+    """A segment may be dropped before its blocks are overwritten: its memory is freed."""
+    arena = InputArena(64 * MEBIBYTE)
+    arena.free(arena.allocate(MEBIBYTE))
+    arena.drop_idle()
+    assert len(arena.drop_idle()) == 1
+    arena.wipe(64 * MEBIBYTE)
+    arena.close()
+
+
 def test_worker_reads_what_the_dispatcher_writes() -> None:
     """A worker reads through its own mapping, at any time after the write."""
     arena = InputArena(MEBIBYTE)
@@ -134,7 +179,7 @@ def test_reply_segment_can_grow_but_not_shrink() -> None:
 
     Neither can lose a byte by truncation.
     """
-    replies = ReplySegments()
+    replies = WorkerSegments(lambda _, __: None)
     segment = replies.lend()
     mapped = Mapped()
     mapped.learn_reply(segment.number, os.dup(segment.fd))
@@ -155,7 +200,7 @@ def test_reply_segment_can_grow_but_not_shrink() -> None:
 
 def test_dispatcher_follows_no_further_than_there_is() -> None:
     """A worker that claims more than it has made does not change the segment."""
-    replies = ReplySegments()
+    replies = WorkerSegments(lambda _, __: None)
     segment = replies.lend()
     size = segment.size
     segment.follow_growth_to(1 << 60)
@@ -169,16 +214,20 @@ def test_reply_segments_are_lent_one_at_a_time() -> None:
 
     A returned one is lent next, and an idle one goes at the second sweep.
     """
-    replies = ReplySegments()
+    told: list[Learn | Forget] = []
+    replies = WorkerSegments(lambda frame, _: told.append(frame))
     one, two = replies.lend(), replies.lend()
     assert one.number != two.number
+    assert told == [Learn(one.number, writable=True), Learn(two.number, writable=True)]
     replies.give_back(one)
     assert replies.lend() is one
     replies.give_back(one)
     replies.give_back(two)
-    assert replies.drop_idle() == []
+    replies.sweep([])
     assert replies.lend() is two
-    assert replies.drop_idle() == [one.number]
+    assert len(told) == 2
+    replies.sweep([])
+    assert told[2:] == [Forget([], [one.number])]
     replies.close()
     replies.give_back(two)
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -187,9 +236,11 @@ def test_reply_segments_are_lent_one_at_a_time() -> None:
 
 def test_closing_leaves_no_descriptor() -> None:
     """Every memfd is closed with the arena."""
-    before = set(os.listdir("/proc/self/fd"))
+    # Only memfds count: threads of gRPC, which other tests have started here, may open sockets at any time.
+    before = memory_files([os.getpid()])
     arena = InputArena(64 * MEBIBYTE)
     for size in (1, 5000, MEBIBYTE, 20 * MEBIBYTE):
         arena.allocate(size)
+    assert memory_files([os.getpid()]) - before
     arena.close()
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert not memory_files([os.getpid()]) - before

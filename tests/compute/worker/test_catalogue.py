@@ -39,6 +39,8 @@ WRONG = {
     "raises": ("\n\nraise RuntimeError('no GPU')\n", 3, "RuntimeError: no GPU"),
     "exits": ("import sys\nsys.exit('bye')\n", 2, "SystemExit: bye"),
     "deep": ("def f():\n    return 1 / 0\nf()\n", 2, "ZeroDivisionError"),
+    # The line is the module's. The library's line comes last.
+    "library": ("import numpy as np\nnp.load('no.npy')\n", 2, r"FileNotFoundError: .*no\.npy.*raised at .*numpy"),
     "twice": (HEAD + FINE + AGAIN, 9, "kernel 'fine' is already defined at .*:5"),
     "built-in": (HEAD + FINE.replace("fine", "fft"), 5, "kernel 'fft' is already defined at .*signals.py:"),
     "no annotation": (HEAD + "\n@kernel\ndef f(x):\n    return x\n", 5, "'x' needs a jaxtyping annotation"),
@@ -64,6 +66,18 @@ WRONG = {
     "no batch": (HEAD + FINE.replace("@kernel", "@kernel(max_batch_size=0)"), 5, "max_batch_size=0 is not a whole"),
 }
 
+# What is no module, and the message.
+NO_MODULE = {
+    "acme.kernelz": r"acme\.kernelz: ModuleNotFoundError: No module named 'acme', neither installed nor in /",
+    "a/directory": "a/directory: no such kernel file; wanted path/to/file.py or pkg.module",
+    "a/file.txt": "a/file.txt: no such kernel file; wanted path/to/file.py or pkg.module",
+    "missing.py": "missing.py: no such kernel file",
+    "": r"\.: no such kernel file; wanted path/to/file.py or pkg.module",
+    "..": r"\.\.: no such kernel file",
+    ".kernels": r"\.kernels: no such kernel file",
+    "json": "json: declares no kernel",
+}
+
 BATCH = """
 @kernel(batch=True)
 def f(x: Float64[np.ndarray, {0!r}], y: Float64[np.ndarray, {1!r}]) -> Float64[np.ndarray, {2!r}]:
@@ -84,6 +98,13 @@ NO_BATCH = {
     "a scalar out": (("rows n", "rows", ""), "'output0' has 'no axis'"),
     "more rows out": (("rows", "rows", "rows+1"), "'output0' has 'rows\\+1'"),
 }
+
+
+@pytest.mark.parametrize("name", NO_MODULE)
+def test_name_of_no_kernel_module_is_refused(name: str) -> None:
+    """The message says what was looked for, since there is no line to name."""
+    with pytest.raises(LoadError, match=f"^{NO_MODULE[name]}"):
+        load([name])
 
 
 @pytest.mark.parametrize(("dims", "says"), NO_BATCH.values(), ids=NO_BATCH)
@@ -130,6 +151,79 @@ def test_kernels_of_a_file_are_served_beside_the_built_in(tmp_path: Path) -> Non
     catalogue = load([str(tmp_path / "mine.py")])
     assert {"fine", "identity", "matmul"} <= catalogue.specs.keys()
     assert catalogue.functions.keys() == catalogue.specs.keys()
+
+
+TIMED = """
+from functools import wraps
+
+def timed(function):
+    {wraps}
+    def wrapper(*arguments):
+        return function(*arguments) * 3
+    return wrapper
+
+@timed
+@kernel
+def fine(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
+    return x
+"""
+
+
+def test_decorator_above_kernel_is_served(tmp_path: Path) -> None:
+    """Callers get the function that has the kernel's name in its module, also if another module imports it."""
+    (tmp_path / "inner.py").write_text(HEAD + TIMED.format(wraps="@wraps(function)"))
+    (tmp_path / "outer.py").write_text("from inner import fine\n")
+    for order in (("inner", "outer"), ("outer", "inner")):
+        catalogue = load([str(tmp_path / f"{name}.py") for name in order])
+        assert catalogue.functions["fine"](2.0) == 6.0
+
+
+def test_decorator_above_kernel_that_hides_it_is_refused(tmp_path: Path) -> None:
+    """Without functools.wraps nothing tells that it is the kernel, so it would be left out in silence."""
+    path = tmp_path / "hidden.py"
+    path.write_text(HEAD + TIMED.format(wraps=""))
+    with pytest.raises(LoadError, match=rf"^{re.escape(str(path))}:13: kernel fine: .*use functools.wraps"):
+        load([str(path)])
+
+
+def test_method_may_have_the_name_of_a_kernel(tmp_path: Path) -> None:
+    """Only a function that has replaced the kernel in its module hides it."""
+    path = tmp_path / "methods.py"
+    path.write_text(HEAD + "class A:\n  @staticmethod\n" + FINE.replace("\n", "\n  ") + "\ndef fine():\n  pass\n")
+    assert "fine" in load([str(path)]).specs
+
+
+def test_file_of_a_package_is_loaded_as_its_module(tmp_path: Path) -> None:
+    """By path or by dotted name it is the same module, with its relative imports and its parents' own code."""
+    for package in ("acme", "acme/models"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("LOADED = True\n")
+    (tmp_path / "acme" / "tables.py").write_text("SCALE = 2.0\n")
+    path = tmp_path / "acme" / "models" / "scaling.py"
+    path.write_text(
+        HEAD + "from ..tables import SCALE\nfrom . import LOADED\n" + FINE.replace("return x", "return x * SCALE")
+    )
+    function = load([str(path), "acme.models.scaling"]).functions["fine"]
+    assert (function.__module__, function(2.0)) == ("acme.models.scaling", 4.0)
+
+
+@pytest.mark.parametrize("name", ["json", "time"])
+def test_file_with_the_name_of_another_module_is_refused(name: str, tmp_path: Path) -> None:
+    """Such a file could not be imported by the processes of its kernels, or would hide a module of Python."""
+    path = tmp_path / f"{name}.py"
+    path.write_text(HEAD + FINE)
+    with pytest.raises(LoadError, match=rf"^{re.escape(str(path))}: rename the file, .* another module '{name}'"):
+        load([str(path)])
+
+
+def test_files_with_the_same_name_are_refused(tmp_path: Path) -> None:
+    """Both would be one module for the processes of their kernels."""
+    paths = [tmp_path / folder / "mine.py" for folder in ("one", "two")]
+    for path, name in zip(paths, ("first", "second"), strict=True):
+        path.parent.mkdir()
+        path.write_text(HEAD + FINE.replace("fine", name))
+    with pytest.raises(LoadError, match=rf"^{re.escape(str(paths[1]))}: rename the file, .*{re.escape(str(paths[0]))}"):
+        load(list(map(str, paths)))
 
 
 @pytest.mark.parametrize(("text", "line", "says"), WRONG.values(), ids=WRONG)

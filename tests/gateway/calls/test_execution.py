@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from tests.support.replicas import HandGateway, hand_gateway
+from tests.support.watching import until
 from unlatch.common.errors import (
+    Aborted,
     DeadlineExceeded,
     InvalidArgument,
     NotFound,
@@ -90,7 +92,7 @@ async def test_lost_execution_is_sent_to_the_other_replica() -> None:
     ("kernel", "begun", "again"), [("pure", True, True), ("stateful", False, True), ("stateful", True, False)]
 )
 async def test_what_was_begun_is_sent_again_only_if_pure(kernel: str, *, begun: bool, again: bool) -> None:
-    """A worker that has begun a call with effects is waited for; its loss reaches the caller as UNAVAILABLE."""
+    """A worker that has begun a call with effects is waited for; its loss reaches the caller as ABORTED."""
     async with hand_gateway() as gateway:
         call, answer = gateway.begin(kernel)
         (first,) = gateway.sent
@@ -100,11 +102,34 @@ async def test_what_was_begun_is_sent_again_only_if_pure(kernel: str, *, begun: 
         first.lane.ended = True
         first.lose()
         assert len(gateway.sent) == (2 if again else 1)
-        assert [type(error) for error in answer.errors] == ([] if again else [Unavailable])
+        assert [type(error) for error in answer.errors] == ([] if again else [Aborted])
         if again:
             next(sent for sent in gateway.sent if sent is not first).answer(b"result")
         call.leave()
-        assert gateway.metrics.codes == (["OK"] if again else ["UNAVAILABLE"])
+        assert gateway.metrics.codes == (["OK"] if again else ["ABORTED"])
+        assert gateway.at_rest()
+
+
+@pytest.mark.parametrize("kernel", ["pure", "stateful"])
+@pytest.mark.parametrize("answered", [True, False])
+async def test_only_replica_that_ends_costs_no_call(kernel: str, *, answered: bool) -> None:
+    """A call that the replica has refused or left, as not begun, is sent again though there is no other replica."""
+    async with hand_gateway(replicas=1) as gateway:
+        calls = [gateway.begin(kernel) for _ in range(8)]
+        for sent in list(gateway.sent):
+            if answered:
+                sent.fail(Unavailable("this replica is ending", not_begun=True))
+            else:
+                sent.lose(not_begun=True)
+        await until(lambda: len(gateway.sent) == 16, "they are sent again")
+        for again in gateway.sent[8:]:
+            again.answer(b"result")
+        for call, answer in calls:
+            call.leave()
+            assert (len(answer.replies), answer.errors) == (1, [])
+        # The replica has not failed: another one may soon be at its address.
+        assert not gateway.replicas[0].ejection.ejected
+        assert gateway.metrics.codes == ["OK"] * 8
         assert gateway.at_rest()
 
 
@@ -136,8 +161,8 @@ async def test_half_a_reply_of_a_kernel_with_effects_fails_its_call() -> None:
         assert sent.body.buffers == []
         sent.lose()
         call.leave()
-        assert [type(error) for error in answer.errors] == [Unavailable]
-        assert gateway.metrics.codes == ["UNAVAILABLE"]
+        assert [type(error) for error in answer.errors] == [Aborted]
+        assert gateway.metrics.codes == ["ABORTED"]
         assert gateway.at_rest()
 
 

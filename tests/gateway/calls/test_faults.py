@@ -1,6 +1,7 @@
 """Exceptions that no code expected, at every entry point of the gateway's calls: none is lost, each ends once."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,18 +9,24 @@ import pytest
 
 from tests.gateway.calls.test_execution import LARGE, learn
 from tests.support.replicas import HandGateway, hand_gateway
-from unlatch.common.errors import Internal, InvalidArgument, Unauthenticated, Unavailable
+from unlatch.common.errors import Internal, InvalidArgument, Unauthenticated, Unavailable, UnlatchError
+from unlatch.common.lane.body import Cursor
+from unlatch.common.lane.held_bytes import HeldBytes
+from unlatch.common.net.unread import unread_answers
 from unlatch.gateway.calls.coalescing import Coalescing, _Digest
 from unlatch.gateway.calls.execution import Execution
 from unlatch.gateway.calls.record import Record
 from unlatch.gateway.doors import client_lanes, oip
 from unlatch.gateway.doors.client_lanes import ClientLanes
 from unlatch.gateway.doors.oip import OipCalls
+from unlatch.gateway.doors.rpc_guard import RpcGuard
 from unlatch.gateway.fleet.fleet import Fleet
 from unlatch.gateway.metrics import GatewayMetrics
+from unlatch.gateway.tenants.identity import Identity
 from unlatch.gateway.tenants.quotas import Tenant
-from unlatch.gateway.tenants.tokens import Identity
+from unlatch.gateway.tenants.tenants import Tenants
 from unlatch.protos.inference_pb2 import ModelInferRequest, ModelStreamInferResponse
+from unlatch.protos.unlatch_pb2 import Descriptor
 
 
 class Fault(Exception):
@@ -145,10 +152,6 @@ async def test_fault_as_an_execution_ends(owner: type, name: str, size: int, mon
         call.leave()
         assert (len(answer.replies), answer.errors, gateway.metrics.codes) == (1, [], ["OK"])
         assert gateway.errors.places == ["execution_end"]
-        if name == "ended":
-            # The one place in the window that its end would have given back.
-            assert gateway.replicas[0].window.calls == 1
-            gateway.replicas[0].window.calls = 0
         serves(gateway)
 
 
@@ -167,8 +170,6 @@ async def test_fault_as_an_execution_is_sent_again(name: str, monkeypatch: pytes
         assert [type(error) for error in answer.errors] == [Internal]
         assert gateway.metrics.codes == ["INTERNAL"]
         first.lane.ended = False
-        for replica in gateway.replicas:
-            replica.window.calls = 0
         serves(gateway)
 
 
@@ -183,7 +184,7 @@ async def test_fault_as_a_replica_is_forgiven(owner: type, name: str, monkeypatc
             if replica.lane is not first.lane:
                 other = replica
         other.takes_calls = False
-        gateway.fleet._members.changed()
+        gateway.fleet.members.changed()
         first.fail(Unavailable("no worker"))
         assert (gateway.fleet.held, answer.errors) == (1, [])
         once(monkeypatch, owner, name)
@@ -193,17 +194,17 @@ async def test_fault_as_a_replica_is_forgiven(owner: type, name: str, monkeypatc
         assert gateway.errors.places == ["execution_backoff"]
         assert gateway.metrics.codes == ["INTERNAL"]
         other.takes_calls = True
-        gateway.fleet._members.changed()
+        gateway.fleet.members.changed()
         if name != "withdraw":
             serves(gateway)
 
 
-@pytest.mark.parametrize("name", ["_read_some", "_done"])
-async def test_fault_as_a_call_is_digested(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name"), [(Cursor, "next"), (_Digest, "_done")])
+async def test_fault_as_a_call_is_digested(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call fails that is read in turns of the loop, and is shared with none."""
     async with hand_gateway(1) as gateway:
         learn(gateway, 0.2)
-        once(monkeypatch, _Digest, name)
+        once(monkeypatch, owner, name)
         call, answer = gateway.begin(body=bytes(LARGE))
         await asyncio.sleep(0.02)
         call.leave()
@@ -249,7 +250,8 @@ async def test_fault_in_a_stream(owner: object, name: str, monkeypatch: pytest.M
     """The one call is answered with the id of the log entry, in its place; the stream's other calls are served."""
     async with hand_gateway(1) as gateway:
         guard = OpenGuard(gateway)
-        calls = OipCalls(gateway.calls, guard, 1 << 20, gateway.errors.caught)  # type: ignore[arg-type]
+        unread = unread_answers(60.0)
+        calls = OipCalls(gateway.calls, guard, unread, 1 << 20, gateway.errors.caught)  # type: ignore[arg-type]
         messages = [ModelInferRequest(model_name="pure", id=name).SerializeToString() for name in ("a", "b")]
         context = Context(*messages)
         # The stream's own caller is looked at first.
@@ -280,13 +282,14 @@ async def test_fault_in_an_rpc(monkeypatch: pytest.MonkeyPatch) -> None:
         async def abort(self, code: object, message: str, _: object) -> None:
             raise Aborted(f"{code}: {message}")
 
-    async def method(*_: object) -> bytes:
+    async def method(*_: object) -> None:
         raise Fault
 
     async with hand_gateway() as gateway:
-        measured = gateway.metrics.measured("service", "Method", method)
+        guard = RpcGuard(None, None, None, gateway.metrics, 1.0)  # type: ignore[arg-type]
+        guarded = guard.stream("Method", method)
         with pytest.raises(Aborted, match=r"INTERNAL: an internal error in rpc; the server's log has it under"):
-            await measured(b"", Rpc())
+            await guarded(b"", Rpc())
         assert gateway.errors.places == ["rpc"]
 
 
@@ -302,8 +305,23 @@ class Door:
         self.closed.append(why)
 
 
-def lane_at(door: Door, until: float) -> Any:
-    return client_lanes._ClientLane(door, Identity(name="one", until=until), "token")  # type: ignore[arg-type]
+def client_door(gateway: HandGateway, authentication: Any) -> ClientLanes:
+    return ClientLanes(
+        gateway.calls,
+        None,  # type: ignore[arg-type]
+        authentication,
+        None,  # type: ignore[arg-type]
+        max_lanes=1,
+        stalled_call_seconds=1.0,
+        grace_seconds=1.0,
+        caught=gateway.errors.caught,
+        metrics=gateway.metrics,
+    )
+
+
+def lane_at(door: Door | ClientLanes, until: float) -> Any:
+    tenant = Tenants("", HeldBytes()).of("one")
+    return client_lanes._ClientLane(door, Identity(name="one", until=until), "token", tenant)  # type: ignore[arg-type]
 
 
 async def test_token_that_cannot_be_checked_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +338,24 @@ async def test_token_that_cannot_be_checked_does_not_hold(monkeypatch: pytest.Mo
         await asyncio.wait_for(lane._keep("peer"), 2.0)
         assert gateway.errors.places == ["client_token"]
         assert door.closed[0].startswith("an internal error in client_token")
+
+
+async def test_lane_is_closed_when_the_clock_passes_the_end_of_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the clock is set forward, the next call finds the token ended, and the client can open another lane."""
+    async with hand_gateway() as gateway:
+        door = client_door(gateway, None)
+        closed: list[str] = []
+        monkeypatch.setattr(door, "close", lambda _, why: closed.append(why))
+        lane = lane_at(door, time.time() + 3000)
+        keeping = asyncio.create_task(lane._keep("peer"))
+        # The task waits for the token's end by a timer of a minute.
+        await asyncio.sleep(0)
+        monkeypatch.setattr(client_lanes, "time", lambda: time.time() + 3600)
+        refused: list[UnlatchError] = []
+        monkeypatch.setattr(gateway.calls, "refuse", lambda _, error, __: refused.append(error))
+        assert lane._accept(None, Descriptor(call=1), []) is None
+        await asyncio.wait_for(keeping, 30.0)
+        assert [error.message for error in refused] == closed == [client_lanes._ENDED]
 
 
 async def test_lane_whose_end_is_not_watched_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,15 +390,7 @@ async def test_fault_as_a_lane_opens() -> None:
             raise Aborted(f"{code}: {message}")
 
     async with hand_gateway() as gateway:
-        lanes = ClientLanes(
-            gateway.calls,
-            None,  # type: ignore[arg-type]
-            Authentication(),  # type: ignore[arg-type]
-            None,  # type: ignore[arg-type]
-            stalled_call_seconds=1.0,
-            grace_seconds=1.0,
-            caught=gateway.errors.caught,
-        )
+        lanes = client_door(gateway, Authentication())
         with pytest.raises(Aborted, match="INTERNAL: an internal error in client_lane"):
             await lanes.open(None, Rpc())
         assert gateway.errors.places == ["client_lane"]

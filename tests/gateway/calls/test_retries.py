@@ -1,4 +1,4 @@
-"""The budget of retries: a tenth of the calls of late, and a reserve of what one replica's loss may cost."""
+"""The budget of retries: a tenth of the calls of late, and a reserve of what the loss of all replicas may cost."""
 
 import random
 
@@ -35,8 +35,8 @@ def test_nothing_was_called(clock: Clock) -> None:
     assert not RetryBudget(clock).take()
 
 
-def test_reserve_is_one_replicas_worth(clock: Clock) -> None:
-    """As many retries as one replica has had at a time, even where there were no more calls than these."""
+def test_reserve_is_worth_what_was_at_stake(clock: Clock) -> None:
+    """As many retries as replicas have had at a time, even where there were no more calls than these."""
     budget = RetryBudget(clock)
     for at_stake in range(1, 65):
         budget.called(at_stake)

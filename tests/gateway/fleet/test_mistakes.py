@@ -20,7 +20,7 @@ from unlatch.gateway.fleet import members
 from unlatch.gateway.fleet.discovery import Discovery
 from unlatch.gateway.fleet.fleet import Fleet
 from unlatch.gateway.fleet.replica import Lane, Replica, ReplicaEvents
-from unlatch.protos.unlatch_pb2 import Descriptor, Kernel, Load, Welcome
+from unlatch.protos.unlatch_pb2 import Descriptor, Frames, Kernel, LaneMessage, Load, Welcome
 
 WELCOME = Welcome(server="one", version="1", kernels=[Kernel(name="k", version="1")], window_calls=9, window_bytes=99)
 FULL = Load(workers=1, least_calls=0, long_calls=0, wait_microseconds=1, short_wait_microseconds=1)
@@ -165,14 +165,14 @@ class World:
 @asynccontextmanager
 async def world(load: Load = ROOMY, **how: bool) -> AsyncIterator[World]:
     made = World(**how)
-    made.fleet.start()
+    made.fleet.members.start()
     await until(lambda: made.discovery.runs > 0, "discovery has begun")
     made.discovery.tell(["one"])
     made.opened(load)
     try:
         yield made
     finally:
-        await made.fleet.close()
+        await made.fleet.members.close()
 
 
 @pytest.mark.parametrize("breaks", ["send", "lane", "sent"])
@@ -223,7 +223,7 @@ async def test_mistake_of_who_is_told_of_changes_keeps_no_call() -> None:
         made.replica.reported(made.lane, ROOMY)
         assert call.replica is made.replica
         made.discovery.tell([])
-        assert not made.fleet.takes_calls
+        assert not made.fleet.members.take_calls
         assert "fleet_changed" in made.errors.places
 
 
@@ -231,10 +231,10 @@ async def test_discovery_that_ends_by_a_mistake_begins_again(monkeypatch: pytest
     """Else the fleet would stay as it is for ever."""
     monkeypatch.setattr(members, "_ANEW_SECONDS", 0.01)
     made = World(fails_first=True)
-    made.fleet.start()
+    made.fleet.members.start()
     await until(lambda: made.discovery.runs == 2, "discovery has begun again")
     assert made.errors.places == ["discovery"]
-    await made.fleet.close()
+    await made.fleet.members.close()
 
 
 async def test_replica_that_cannot_join_by_a_mistake_keeps_no_other_out() -> None:
@@ -259,15 +259,8 @@ async def test_replica_whose_task_fails_is_opened_anew(monkeypatch: pytest.Monke
         assert made.route().replica is made.replica
 
 
-@pytest.mark.parametrize(
-    ("place", "say"),
-    [
-        ("replica_welcome", lambda lane: lane._on_welcome(Welcome())),
-        ("replica_drains", lambda lane: lane._on_draining()),
-        ("replica_report", lambda lane: lane._on_load(ROOMY)),
-    ],
-)
-async def test_mistake_in_what_a_lane_says_does_not_end_the_lane(place: str, say: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("said", [Frames(welcome=Welcome()), Frames(draining=True), Frames(load=ROOMY)])
+async def test_mistake_in_what_a_lane_says_does_not_end_the_lane(said: Frames) -> None:
     """Nor the replica's task: what the lane says next is taken in."""
     async with world() as made:
 
@@ -276,9 +269,12 @@ async def test_mistake_in_what_a_lane_says_does_not_end_the_lane(place: str, say
 
         lane = made.replica._new_lane()
         made.replica.welcomed(lane, WELCOME)
-        made.replica._events = ReplicaEvents(mistake, mistake, mistake)
-        say(lane)
-        assert made.errors.places == [place]
+        events, made.replica._events = made.replica._events, ReplicaEvents(mistake, mistake, mistake)
+        lane._receive(LaneMessage(frames=said).SerializeToString())
+        assert made.errors.places == ["lane_frame"]
+        made.replica._events = events
+        lane._receive(LaneMessage(frames=Frames(welcome=WELCOME, load=ROOMY)).SerializeToString())
+        assert (made.errors.places, made.replica.takes_calls) == (["lane_frame"], True)
 
 
 async def test_mistake_at_the_end_of_a_lane_leaves_the_replica_without_it() -> None:
@@ -289,7 +285,7 @@ async def test_mistake_at_the_end_of_a_lane_leaves_the_replica_without_it() -> N
             raise ValueError("a mistake")
 
         made.replica._events = ReplicaEvents(mistake, mistake, mistake)
-        made.replica._guarded("replica_lost", made.replica._lost, cast("Any", made.lane), "it broke")
+        made.replica.lost(cast("Any", made.lane), "it broke")
         assert made.errors.places == ["replica_lost"]
         assert not made.replica.takes_calls
         assert made.route().error is not None

@@ -150,6 +150,19 @@ def test_timeout(mesh: Mesh) -> None:
     assert told["back"] == [0.5]
 
 
+def test_request_parameters(mesh: Mesh) -> None:
+    """`priority` and `timeout` mean what they mean in Triton; the rest is UNIMPLEMENTED, and the error names it."""
+    told = seen(mesh, "parameters")
+    assert told["priority"] == [[0.5]] * 5
+    assert told["in time"] == [0.5]
+    assert told["too late"] == ["StatusCode.DEADLINE_EXCEEDED", "kernel sleeps did not answer within 0.05 s"]
+    for name in ("sequence", "named sequence"):
+        assert told[name][0] == "StatusCode.UNIMPLEMENTED", told[name]
+    assert told["empty final response"].startswith("UNIMPLEMENTED: triton_enable_empty_final_response: ")
+    assert told["sequence"][1].startswith("sequence_")
+    assert told["named sequence"][1].startswith("sequence_id: ")
+
+
 def test_every_datatype_and_odd_shape(mesh: Mesh) -> None:
     """Twelve datatypes and BYTES, 0-d, empty and of rank 8, extremes, NaN and empty strings come back unchanged."""
     assert seen(mesh, "datatypes") == []
@@ -192,3 +205,9 @@ def test_no_shared_memory(mesh: Mesh) -> None:
     assert (told["system"], told["cuda"]) == ({}, {})
     assert told["unregister"][0] == "OK"
     assert told["register"][0] == "StatusCode.UNIMPLEMENTED"
+
+
+def test_keepalive_pings_every_second(mesh: Mesh) -> None:
+    """A long call is answered, and so is a call on the same connection after a rest in which pings went on."""
+    told = seen(mesh, "keepalive")
+    assert told == {"errors": ["None", "None"], "back": [[0.5], [0.5]]}

@@ -6,6 +6,7 @@ Tests do not import this module: protobuf has one pool of names, and both sides 
 import json
 import queue
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -229,6 +230,27 @@ def timeout(client: Any) -> Any:
     }
 
 
+def parameters(client: Any) -> Any:
+    """Send Triton's own request parameters, as the client names and encodes them."""
+    x = [tensor("x", np.ones(1))]
+    slow = {"parameters": {"seconds": 0.5}}
+    answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+    client.start_stream(kept(answers))
+    client.async_stream_infer("halve", x, enable_empty_final_response=True)
+    _, error = answers.get(timeout=WITHIN_SECONDS)
+    client.stop_stream()
+    return {
+        "priority": [
+            client.infer("halve", x, priority=level).as_numpy("output0").tolist() for level in (0, 1, 2, 3, 9)
+        ],
+        "in time": client.infer("halve", x, timeout=5_000_000).as_numpy("output0").tolist(),
+        "too late": refused(lambda: client.infer("sleeps", [], timeout=50_000, **slow)),
+        "sequence": refused(lambda: client.infer("halve", x, sequence_id=3, sequence_start=True)),
+        "named sequence": refused(lambda: client.infer("halve", x, sequence_id="three")),
+        "empty final response": error.message() if error else "OK",
+    }
+
+
 NUMERIC = ["?", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"]
 SHAPES = [(), (1,), (0,), (3, 4), (2, 0, 3), (0, 0), (1, 1, 1), (2, 1, 2, 1, 2, 1, 2, 1), (5, 0, 1, 1, 1, 1, 1, 2)]
 
@@ -354,6 +376,25 @@ def ids(client: Any) -> Any:
     sent = ["", "1", "größe 𝛑", "x" * 1000]
     back = [client.infer("halve", [tensor("x", np.ones(1))], request_id=given).get_response().id for given in sent]
     return {"sent": sent, "back": back}
+
+
+def keepalive(_: Any) -> Any:
+    """Ping every second during a call of 7 s, and between calls: with the client's defaults, and without its limits."""
+    pings = {"keepalive_time_ms": 1000, "keepalive_timeout_ms": 5000}
+    always = {"keepalive_permit_without_calls": True, "http2_max_pings_without_data": 0}
+    clients = [
+        triton.InferenceServerClient(sys.argv[1], keepalive_options=triton.KeepAliveOptions(**pings, **more))
+        for more in ({}, always)
+    ]
+    answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+    for each in clients:
+        each.async_infer("sleeps", [], kept(answers), parameters={"seconds": 7.0})
+    errors = [str(answers.get(timeout=WITHIN_SECONDS)[1]) for _ in clients]
+    time.sleep(4.0)
+    back = [each.infer("halve", [tensor("x", np.ones(1))]).as_numpy("output0").tolist() for each in clients]
+    for each in clients:
+        each.close()
+    return {"errors": errors, "back": back}
 
 
 def shared_memory(client: Any) -> Any:

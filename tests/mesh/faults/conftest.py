@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from tests.support.mesh import Mesh, Service, running_mesh
+from tests.support.mesh import MESHES, Mesh, Service, unit_service
 from tests.support.watching import Gate, Scrape, tree
 from unlatch import Client
-from unlatch.common.errors import Unavailable
+from unlatch.common.errors import Aborted, Unavailable
 
 FAULT_KERNELS = Path(__file__).with_name("fault_kernels.py")
 ANY_PORTS = ("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")
@@ -37,6 +37,16 @@ def dispatcher_at(socket: Path, *flags: str) -> Iterator[Service]:
         yield dispatcher
 
 
+@contextmanager
+def unit_at(address: str, *flags: str) -> Iterator[Service]:
+    """Run both as a unit, in the same way."""
+    arguments = ("--listen", address, *ANY_PORTS, "--workers", "2", "--kernels", str(FAULT_KERNELS))
+    with unit_service(*arguments, *flags) as unit:
+        unit.wait_for("serving")
+        unit.wait_for("replica is ready")
+        yield unit
+
+
 async def answered(client: Client, within: float = 10.0) -> None:
     """Wait until a call is answered: the killed process is replaced, and this client has noticed."""
     x = np.arange(3.0)
@@ -44,7 +54,7 @@ async def answered(client: Client, within: float = 10.0) -> None:
     while True:
         try:
             np.testing.assert_array_equal(await client.echo(x, timeout=5.0), x)
-        except Unavailable:
+        except (Aborted, Unavailable):
             assert time.monotonic() < end, f"no call is answered within {within} s"
             await asyncio.sleep(0.02)
         else:
@@ -67,6 +77,12 @@ def gone(mesh: Mesh) -> float:
     return Scrape(mesh.dispatcher_metrics).sum("unlatch_calls_total", code="CANCELLED")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of a module that names MESHES on a mesh of each kind."""
+    if "faulty" in metafunc.fixturenames and (meshes := getattr(metafunc.module, "MESHES", None)):
+        metafunc.parametrize("faulty", meshes, indirect=True, scope="module")
+
+
 @pytest.fixture(scope="session")
 def at_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A file `way.start` in this directory makes the next worker of a mesh of faults die while it starts."""
@@ -77,17 +93,19 @@ def at_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
+def faulty(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator[Mesh]:
     """A mesh of two workers that serve the kernels of faults. It must survive every fault, and end cleanly.
 
-    Its runs never count as long, so that calls can be staged behind them.
+    Modules with MESHES run their tests on each of these. Its runs never count as long, so that calls can be staged
+    behind them.
     """
     flags = ["--kernels", str(FAULT_KERNELS), "--long-call-seconds", "3600", "--stopped-worker-seconds", "0.5"]
     # Calls must wait at the replica, which is what the tests hurt.
     flags += ["--ahead-seconds", "3600"]
     # A dispatcher that a test stops for a second must not count as frozen.
     flags += ["--report-seconds", "1"]
-    with running_mesh(tmp_path_factory.mktemp("faulty"), dispatcher=flags) as running:
+    run = MESHES[getattr(request, "param", "apart")]
+    with run(tmp_path_factory.mktemp("faulty"), dispatcher=flags) as running:
         yield running
 
 

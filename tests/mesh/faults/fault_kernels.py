@@ -15,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -242,8 +243,14 @@ def lingers(x: Vector, *, seconds: float) -> Vector:
 
 
 @kernel
+def lingers_as_told(x: Vector) -> Vector:
+    """Return the input after as many seconds as its first value says, or as soon as the caller has left."""
+    return lingers(x, seconds=float(x[0]))
+
+
+@kernel
 def notices(*, seconds: float, record: str) -> Scalar:
-    """Do the same, but ask only now and then; write down that the caller had left."""
+    """Loop in pure Python, and ask only now and then; write down that the caller had left."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if cancelled():
@@ -648,6 +655,16 @@ def waits_together(x: Rows, *, gate: str, record: str = "") -> Together:
 
 
 @kernel(batch=True)
+def stays_until_left(x: Rows, *, record: str) -> Together:
+    """Write down that it runs, and then that all callers have left, as soon as they have."""
+    Path(record).write_text("runs")
+    while not cancelled():
+        time.sleep(0.001)
+    Path(record).write_text("left")
+    return Together(x, _seen(x))
+
+
+@kernel(batch=True)
 def spins_together(x: Rows, *, record: str) -> Together:
     """Loop in pure Python without asking whether callers have left; write down the number of rows."""
     Path(record).write_text(str(len(x)))
@@ -669,13 +686,27 @@ def timed_pure(x: Rows) -> Together:
     return timed_together(x)
 
 
+@contextmanager
+def _dispatcher_stopped() -> Iterator[None]:
+    """Keep the dispatcher from acting on one of several frames before the next one is sent."""
+    dispatcher = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1]
+    os.kill(int(dispatcher), signal.SIGSTOP)
+    try:
+        while Path(f"/proc/{dispatcher}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.001)
+        yield
+    finally:
+        os.kill(int(dispatcher), signal.SIGCONT)
+
+
 @kernel(batch=True)
 def lies_together(x: Float64[np.ndarray, "rows"], *, how: str) -> Float64[np.ndarray, "rows"]:
     """Answer for several calls with a false frame, in one of the ways below."""
     calls = [member.call for member in _local("run").members]
     if len(calls) > 1:
-        for frame in _LIES_TOGETHER[how](calls):
-            _send(frame)
+        with _dispatcher_stopped():
+            for frame in _LIES_TOGETHER[how](calls):
+                _send(frame)
         time.sleep(_EVER)
     return x
 

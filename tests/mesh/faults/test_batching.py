@@ -19,12 +19,12 @@ from tests.support.mesh import Mesh, running_mesh
 from tests.support.watching import Gate, Scrape, memory_files, resident_bytes, until
 from unlatch import Client
 from unlatch.common.errors import (
+    Aborted,
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
     InvalidArgument,
     ResourceExhausted,
-    Unavailable,
 )
 from unlatch.protos.inference_pb2 import ModelStatisticsRequest, ModelStatisticsResponse
 
@@ -60,8 +60,8 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, at_start: Path) -> Iterator
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def client(narrow: Mesh) -> AsyncIterator[Client]:
-    """A client of this mesh."""
-    async with Client(narrow.gateway, timeout=30.0) as opened:
+    """A client of this mesh. Hundreds of its calls wait for a run, and none may be refused for its deadline."""
+    async with Client(narrow.gateway, timeout=3600.0) as opened:
         yield opened
 
 
@@ -82,7 +82,14 @@ def begin(narrow: Mesh, client: Client, gate: GateMaker) -> Begin:
         await until(lambda: here.reached, "the worker is busy")
         staged = asyncio.ensure_future(client.echo(X))
         tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(call) for call in calls]
-        await until(lambda: waiting(narrow) == len(tasks), f"{len(tasks)} calls wait")
+
+        def all_wait() -> bool:
+            for refused in (task for task in tasks if task.done()):
+                refused.result()
+            return waiting(narrow) == len(tasks)
+
+        # 60 MiB may have to come.
+        await until(all_wait, f"{len(tasks)} calls wait", 40.0)
         here.open()
         await asyncio.gather(running, staged)
         return tasks
@@ -345,25 +352,38 @@ async def test_one_who_leaves_the_queue_is_not_run(
         assert (y.tolist(), seen.tolist()) == ([[number, number]], [3])
 
 
-@pytest.mark.parametrize("leavers", [1, 3])
-async def test_run_knows_that_nobody_waits_when_all_have_left(
-    narrow: Mesh, client: Client, gate: GateMaker, together: Begin, begin: Begin, tmp_path: Path, leavers: int
+async def test_run_goes_on_for_those_who_wait(
+    narrow: Mesh, client: Client, gate: GateMaker, begin: Begin, tmp_path: Path
 ) -> None:
-    """`cancelled()` is true once the last caller has left. Until then the others are waited for, and answered."""
+    """`cancelled()` is false while one caller waits. The others are answered."""
     here, record = gate("together"), tmp_path / "cancelled"
-    pids = set(narrow.workers)
     calls = await begin([client.waits_together(ROW, gate=str(here), record=str(record)) for _ in range(3)])
     await until(lambda: here.reached, "they run")
     before = gone(narrow)
-    for call in calls[:leavers]:
-        await left(call)
-    await until(lambda: gone(narrow) == before + leavers, "the dispatcher knows")
+    await left(calls[0])
+    await until(lambda: gone(narrow) == before + 1, "the dispatcher knows")
     here.open()
-    for call in calls[leavers:]:
+    for call in calls[1:]:
         y, seen = await call
         assert (y.tolist(), seen.tolist()) == (ROW.tolist(), [3])
+    assert record.read_text() == "False"
+
+
+async def test_run_knows_that_nobody_waits_when_all_have_left(
+    narrow: Mesh, client: Client, begin: Begin, tmp_path: Path
+) -> None:
+    """`cancelled()` is true once the last caller has left, not before. A worker that looks at it is not replaced."""
+    record, pids = tmp_path / "state", set(narrow.workers)
+    calls = await begin([client.stays_until_left(ROW, record=str(record)) for _ in range(3)])
+    await until(lambda: record.exists() and record.read_text() == "runs", "they run")
+    before = gone(narrow)
+    for call in calls[:2]:
+        await left(call)
+    await until(lambda: gone(narrow) == before + 2, "the dispatcher knows")
+    assert record.read_text() == "runs"
+    await left(calls[2])
+    await until(lambda: record.read_text() == "left", "the run has ended")
     np.testing.assert_array_equal(await client.echo(X), X)
-    assert record.read_text() == str(leavers == 3)
     assert set(narrow.workers) == pids
 
 
@@ -383,9 +403,9 @@ async def test_core_is_freed_when_all_have_left(narrow: Mesh, client: Client, be
 async def test_many_who_leave_harm_nobody(narrow: Mesh, client: Client, gate: GateMaker, begin: Begin) -> None:
     """Hundreds of callers leave a run and the next one, and the worker takes no notice. The others are answered."""
     here, ends, before = gate("here"), restarts(narrow), gone(narrow)
-    calls = await begin(
-        [client.waits_together(ROW, gate=str(here)) for _ in range(220)] + [client.scaled(ROW) for _ in range(220)]
-    )
+    # The earlier deadlines run first. Deadlines that are equal for the client may not be so for the replica.
+    first = [client.waits_together(ROW, gate=str(here), timeout=600.0) for _ in range(220)]
+    calls = await begin(first + [client.scaled(ROW, timeout=1200.0) for _ in range(220)])
     await until(lambda: here.reached and waiting(narrow) == 0, "a run of many has another staged behind it")
     for call in (*calls[1:220], *calls[221:]):
         await left(call)
@@ -410,11 +430,11 @@ async def test_run_that_dies_is_run_again_one_by_one(narrow: Mesh, client: Clien
 
 
 async def test_run_that_dies_of_an_impure_kernel_is_lost(narrow: Mesh, client: Client, together: Begin) -> None:
-    """All calls of the run end UNAVAILABLE, and no others."""
+    """All calls of the run end ABORTED, since each may have had an effect, and no others."""
     before = restarts(narrow)
     *lost, right = await together([*(client.deadly(x) for x in (ROW, BAD, ROW)), client.scaled(ROW)])
     for result in lost:
-        assert isinstance(result, Unavailable), result
+        assert isinstance(result, Aborted), result
         assert "SIGKILL" in str(result)
     assert right.y.tolist() == ROW.tolist()
     assert restarts(narrow) == before + 1
@@ -464,9 +484,9 @@ async def test_lie_about_a_run_ends_the_worker(narrow: Mesh, client: Client, tog
         assert all(not isinstance(result, Exception) for result in results), results
     elif how in ("done after failed", "failed twice"):
         # One of them was given to the worker again before the false frame was found.
-        assert sum(isinstance(result, Unavailable) for result in results) <= 1, results
+        assert sum(isinstance(result, Aborted) for result in results) <= 1, results
     else:
-        assert all(isinstance(result, Unavailable) for result in results), results
+        assert all(isinstance(result, Aborted) for result in results), results
     assert other.y.tolist() == ROW.tolist()
     await until(lambda: restarts(narrow) == before.sum("unlatch_worker_restarts_total") + 1, "the worker is replaced")
     after = Scrape(narrow.dispatcher_metrics)
@@ -489,6 +509,7 @@ async def test_large_replies_of_one_segment_stay_what_they_are(narrow: Mesh, cli
             assert (y.shape, y.min(), y.max()) == ((1, length), number, number)
 
 
+@pytest.mark.timeout(150)
 async def test_runs_leave_nothing_behind(narrow: Mesh, client: Client, together: Begin) -> None:
     """After many runs, also refused, abandoned and large ones, dispatcher and worker hold no more memory."""
     dispatcher = narrow.dispatcher_service.pid

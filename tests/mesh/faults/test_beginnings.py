@@ -77,7 +77,7 @@ def test_caller_who_never_says_that_it_knows_is_not_waited_for(lane: LaneEnd, tm
     lane.until_started(1)
     lane.call(2, vector("doubles_once", 2.0, record=str(record)), attempt=1)
     refusal = lane.refusal(1)
-    assert (refusal.code, "has not said in time" in refusal.message) == ("UNAVAILABLE", True), refusal
+    assert (refusal.code, "did not confirm in time" in refusal.message) == ("UNAVAILABLE", True), refusal
     lane.until_started(2)
     hear(lane, 2)
     assert doubled(lane, 2) == [4.0]

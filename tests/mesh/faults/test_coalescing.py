@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.mesh.faults.conftest import FAULT_KERNELS
 from tests.mesh.faults.test_losses import left_in
 from tests.support.doors import arrays_of, request
 from tests.support.mesh import Mesh, running_mesh
-from tests.support.watching import Scrape, until
+from tests.support.watching import Gate, Scrape, until
 from unlatch import Client
 from unlatch.common.errors import DeadlineExceeded, InvalidArgument
 from unlatch.protos.inference_pb2 import ModelInferRequest, ModelInferResponse
@@ -46,6 +46,29 @@ async def learned(client: Client, kernel: str, size: int) -> None:
     await client.call(kernel, np.full(size, -1.0), seconds=0.5)
 
 
+async def learned_to_wait(client: Client, size: int, directory: Path) -> None:
+    """Let the gateway learn that the kernel that waits for a file takes long for this many values."""
+    there, record = directory / "first there", directory / "first record"
+    x = np.full(size, -1.0)
+    call = asyncio.create_task(client.call("repeats_when", x, times=2, there=str(there), record=str(record)))
+    await until(lambda: left_in(record), "it has begun")
+    await asyncio.sleep(0.5)
+    there.touch()
+    await call
+
+
+@asynccontextmanager
+async def held(client: Client, gate: Callable[[str], Gate]) -> AsyncIterator[None]:
+    """Hold both workers inside the `with` block: no run ends before all calls have come."""
+    gates = [gate("one"), gate("two")]
+    calls = [asyncio.ensure_future(client.waits(np.zeros(1), gate=str(each))) for each in gates]
+    await until(lambda: all(each.reached for each in gates), "both workers are held")
+    yield
+    for each in gates:
+        each.open()
+    await asyncio.gather(*calls)
+
+
 def shared(mesh: Mesh, kernel: str = "doubles") -> float:
     return Scrape(mesh.gateway_metrics).sum(SHARED, kernel=kernel)
 
@@ -55,7 +78,7 @@ def runs(mesh: Mesh, kernel: str = "doubles") -> float:
     return Scrape(mesh.dispatcher_metrics).sum("unlatch_worker_calls_total", kernel=kernel)
 
 
-async def test_identical_calls_cost_one_run(mesh: Mesh, client: Client) -> None:
+async def test_identical_calls_cost_one_run(mesh: Mesh, client: Client, gate: Callable[[str], Gate]) -> None:
     """64 calls through both doors are one run and 64 answers, each with its own id."""
     x = np.arange(1.0, 101.0)
     await learned(client, "doubles", x.size)
@@ -76,8 +99,10 @@ async def test_identical_calls_cost_one_run(mesh: Mesh, client: Client) -> None:
             answer: ModelInferResponse = await rpc(own)
             return answer
 
-        by_oip = [asyncio.create_task(infer(number)) for number in range(32)]
-        by_lane = [asyncio.create_task(client.call("doubles", x, seconds=0.5)) for _ in range(32)]
+        async with held(client, gate):
+            by_oip = [asyncio.create_task(infer(number)) for number in range(32)]
+            by_lane = [asyncio.create_task(client.call("doubles", x, seconds=0.5)) for _ in range(32)]
+            await until(lambda: shared(mesh) - joined == 63, "all share a run")
         for number, response in enumerate(await asyncio.gather(*by_oip)):
             assert response.id == f"call {number}"
             np.testing.assert_array_equal(arrays_of(response)[0], x * 2.0)
@@ -87,14 +112,18 @@ async def test_identical_calls_cost_one_run(mesh: Mesh, client: Client) -> None:
     assert shared(mesh) - joined == 63
 
 
-async def test_large_calls_are_told_apart_by_their_last_byte(mesh: Mesh, client: Client) -> None:
+async def test_large_calls_are_told_apart_by_their_last_byte(
+    mesh: Mesh, client: Client, gate: Callable[[str], Gate]
+) -> None:
     """Tensors that come in pieces share a run if they are equal, and the reply's pieces go to every caller."""
     x = np.arange(2.0**18)
     other = x.copy()
     other[-1] += 1.0
     await learned(client, "doubles", x.size)
-    ran = runs(mesh)
-    calls = [asyncio.create_task(client.call("doubles", each, seconds=0.5)) for each in (x, other, x, other, x)]
+    ran, joined = runs(mesh), shared(mesh)
+    async with held(client, gate):
+        calls = [asyncio.create_task(client.call("doubles", each, seconds=0.5)) for each in (x, other, x, other, x)]
+        await until(lambda: shared(mesh) - joined == 3, "those that are equal share a run")
     for each, y in zip((x, other, x, other, x), await asyncio.gather(*calls), strict=True):
         assert np.array_equal(y, each * 2.0)
     assert runs(mesh) - ran == 2
@@ -140,21 +169,23 @@ async def test_kernels_that_are_not_pure_share_nothing(mesh: Mesh, client: Clien
 
 async def test_one_who_leaves_spoils_it_for_nobody(mesh: Mesh, client: Client, tmp_path: Path) -> None:
     """The first caller leaves, and another's time runs out: the others are answered by the same run."""
-    x, record = np.array([11.0]), tmp_path / "record"
-    await learned(client, "doubles", x.size)
-    before = shared(mesh)
+    x, record, there = np.array([11.0]), tmp_path / "record", tmp_path / "there"
+    before = shared(mesh, "repeats_when")
 
     def call(**given: float) -> asyncio.Task[Any]:
-        return asyncio.create_task(client.call("doubles", x, seconds=1.0, record=str(record), **given))
+        calling = client.call("repeats_when", x, times=2, there=str(there), record=str(record), **given)
+        return asyncio.create_task(calling)
 
+    await learned_to_wait(client, x.size, tmp_path)
     first = call()
     await until(lambda: left_in(record), "it has begun")
-    hurried, patient = call(timeout=0.3), call()
-    await until(lambda: shared(mesh) == before + 2, "the others share its run")
+    hurried, patient = call(timeout=2.0), call()
+    await until(lambda: shared(mesh, "repeats_when") == before + 2, "the others share its run")
     first.cancel()
     with pytest.raises(DeadlineExceeded):
         await hurried
-    np.testing.assert_array_equal(await patient, x * 2.0)
+    there.touch()
+    np.testing.assert_array_equal(await patient, np.tile(x, 2))
     assert left_in(record) == {11.0: 1}
 
 
@@ -170,7 +201,7 @@ async def test_when_all_have_left_the_core_is_free(start_mesh: StartMesh, tmp_pa
         for call in calls:
             call.cancel()
         np.testing.assert_array_equal(await client.call("doubles", np.array([14.0])), [28.0])
-    assert Scrape(mesh.gateway_metrics).sum("unlatch_calls_in_flight") == 0
+    await until(lambda: Scrape(mesh.gateway_metrics).sum("unlatch_calls_in_flight") == 0, "nothing is in flight")
 
 
 async def test_a_failure_is_everybodys(mesh: Mesh, client: Client) -> None:

@@ -13,7 +13,7 @@ from tests.mesh.faults.conftest import FAULT_KERNELS
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.watching import Scrape, processor_seconds, tree, until
 from unlatch import Client
-from unlatch.common.errors import Unavailable
+from unlatch.common.errors import Aborted
 from unlatch.common.telemetry.processes import WINDOW_SECONDS
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.alone]
@@ -48,7 +48,7 @@ async def test_burnt_seconds_are_counted(three: Mesh, caller: Client, tmp_path: 
     burnt = sum(float(seconds) for seconds in await asyncio.gather(*(caller.burns(seconds=0.3) for _ in range(3))))
     for number in range(4):
         record = tmp_path / str(number)
-        with pytest.raises(Unavailable):
+        with pytest.raises(Aborted):
             await caller.burns_and_dies(seconds=0.25, record=str(record))
         burnt += float(record.read_text())
         await until(lambda: Scrape(three.dispatcher_metrics).sum("unlatch_worker_up") == 3, "the worker is replaced")

@@ -26,11 +26,13 @@ from tests.support.watching import (
     wait_until,
 )
 from unlatch import Client
-from unlatch.common.errors import InvalidArgument, Unavailable
+from unlatch.common.errors import Aborted, InvalidArgument
 from unlatch.common.kernel.tensors import Array
 
 # gRPC wants one event loop in a process.
 pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+MESHES = ("apart", "unit")
 
 X = np.arange(3.0)
 GateMaker = Callable[[str], Gate]
@@ -116,7 +118,7 @@ async def busy(client: Client) -> None:
 
 
 async def fails(call: asyncio.Task[object], reason: str) -> None:
-    with pytest.raises(Unavailable, match=reason):
+    with pytest.raises(Aborted, match=reason):
         await call
 
 
@@ -137,7 +139,7 @@ async def test_death_in_a_call_fails_that_call(faulty: Mesh, client: Client, ker
 
 @pytest.mark.parametrize("how", LIES)
 async def test_lie_about_a_reply_ends_the_worker(faulty: Mesh, client: Client, how: str) -> None:
-    """A worker that sends a false answer is killed, its call ends UNAVAILABLE, and the dispatcher is unharmed."""
+    """A worker that sends a false answer is killed, its call ends ABORTED, and the dispatcher is unharmed."""
     with replaced(faulty, ""):
         await fails(asyncio.ensure_future(client.dies(fresh(), how=how, timeout=5.0)), "worker")
     assert resident_bytes(faulty.dispatcher_service.pid) < 400e6
@@ -158,7 +160,7 @@ async def test_death_of_an_idle_worker_fails_nothing(faulty: Mesh, client: Clien
 
 @pytest.mark.parametrize("how", [*(how for how in DEATHS if how not in SAID), "from outside"])
 async def test_death_fails_no_call_that_was_not_begun(faulty: Mesh, client: Client, gate: GateMaker, how: str) -> None:
-    """The call that a dead worker ran ends UNAVAILABLE. The staged one, and all others, are answered."""
+    """The call that a dead worker ran ends ABORTED. The staged one, and all others, are answered."""
     first, second = gate("first"), gate("second")
     with replaced(faulty, DEATHS.get(how, "killed")):
         # Ties go to the lowest slot: the staged calls go to the workers in the same order.
@@ -264,7 +266,7 @@ async def test_dead_worker_takes_one_call_at_most(faulty: Mesh, client: Client) 
             await until(partial(is_dead, victim), "it is dead")
             calls = [client.echo(X * factor) for factor in range(20)]
             answers = await asyncio.gather(*calls, return_exceptions=True)
-        assert sum(isinstance(answer, Unavailable) for answer in answers) <= 1
+        assert sum(isinstance(answer, Aborted) for answer in answers) <= 1
         await busy(client)
 
 
@@ -279,7 +281,7 @@ async def test_many_deaths_leave_nothing(faulty: Mesh, client: Client) -> None:
                 await fails(asyncio.ensure_future(client.dies(fresh(100_000), how=how)), STORIES[how])
             await busy(client)
 
-    await deaths(4)
+    await deaths(8)
     files, memory = sorted(descriptors(dispatcher).values()), resident_bytes(dispatcher)
     await deaths(24)
     assert len(descriptors(dispatcher)) <= len(files) + 2, sorted(descriptors(dispatcher).values())
@@ -477,4 +479,4 @@ async def test_huge_reply_segment_costs_the_dispatcher_nothing(faulty: Mesh, cli
 async def test_wrong_call_after_deaths_is_refused_as_ever(client: Client) -> None:
     """The pool that has survived all this still tells a caller's fault from its own."""
     with pytest.raises(InvalidArgument):
-        await client.waits(X.astype("f4"), gate="")
+        await client.waits(X.astype("c16"), gate="")

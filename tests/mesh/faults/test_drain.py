@@ -1,9 +1,11 @@
 """Drain, health and broken lanes: who is informed, answered and refused, and when the process ends."""
 
 import asyncio
+import re
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.mesh.faults.conftest import answered, dispatcher_at, gateway_to
+from tests.mesh.faults.conftest import answered, dispatcher_at, gateway_to, unit_at
 from tests.support.doors import arrays_of, vector
-from tests.support.mesh import running_dispatcher
+from tests.support.mesh import Service, running_dispatcher
 from tests.support.watching import Gate, Scrape, until
 from unlatch import Client
-from unlatch.common.errors import Unavailable, UnlatchError
+from unlatch.common.errors import Aborted, Unavailable, UnlatchError
 from unlatch.common.service.health import LIVENESS
 from unlatch.protos.inference_pb2 import ModelInferRequest, ModelInferResponse
 
@@ -30,6 +32,25 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 GateMaker = Callable[[str], Gate]
+
+
+@contextmanager
+def services(socket: Path, ending: str, drain_seconds: str, *flags: str) -> Iterator[tuple[Service, Service]]:
+    """Run gateway and replica, apart or as a unit, that may end in any way. Yields the gateway and the one named.
+
+    The flags are the replica's.
+    """
+    drain = ("--drain-seconds", drain_seconds)
+    if ending == "unit":
+        with unit_at("127.0.0.1:0", *drain, *flags) as unit:
+            yield unit, unit
+        return
+    with (
+        dispatcher_at(socket, *drain, *flags) as dispatcher,
+        gateway_to(socket, *drain, "--hold-seconds", "0") as gateway,
+    ):
+        gateway.wait_for("replica is ready")
+        yield gateway, gateway if ending == "gateway" else dispatcher
 
 
 @asynccontextmanager
@@ -54,21 +75,16 @@ async def infer(channel: grpc.aio.Channel, message: ModelInferRequest) -> ModelI
     return ModelInferResponse.FromString(answer)
 
 
-@pytest.mark.parametrize("draining", ["gateway", "dispatcher"])
+@pytest.mark.parametrize("draining", ["gateway", "dispatcher", "unit"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: signal.Signals) -> None:
-    """A stopped service reports NOT_SERVING, refuses new calls at once, answers those in flight, and ends with 0.
+    """A stopped service reports NOT_SERVING, answers the calls in flight, and ends with 0.
 
-    During all that it reports that it is alive.
+    Meanwhile a gateway answers new calls on open connections, and a replica refuses them at once. Both report that they
+    are alive.
     """
-    socket = tmp_path / "dispatcher.sock"
     lane_gate, door_gate = gate("lane"), gate("door")
-    with (
-        dispatcher_at(socket, "--drain-seconds", "30") as dispatcher,
-        gateway_to(socket, "--drain-seconds", "30") as gateway,
-    ):
-        gateway.wait_for("replica is ready")
-        ending = gateway if draining == "gateway" else dispatcher
+    with services(tmp_path / "dispatcher.sock", draining, "30", "--workers", "3") as (gateway, ending):
         address = gateway.wait_for("serving")["listen"]
         async with (
             Client(address, timeout=20.0) as client,
@@ -87,11 +103,15 @@ async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: sig
                 assert await status(alive) == SERVING
             # A gateway whose only replica drains takes no calls either.
             assert await status(gateway_watch) == NOT_SERVING
-            with pytest.raises(Unavailable):
-                await client.echo(X)
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await infer(channel, vector("echo", 1.0))
-            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+            if draining != "dispatcher":
+                np.testing.assert_array_equal(await client.echo(X), X)
+                assert arrays_of(await infer(channel, vector("echo", 1.0)))[0].tolist() == [1.0]
+            else:
+                with pytest.raises(Unavailable):
+                    await client.echo(X)
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await infer(channel, vector("echo", 1.0))
+                assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
             # At once: running calls wait for what only this test can give them.
             assert not by_lane.done()
             assert not by_door.done()
@@ -102,46 +122,85 @@ async def test_drain(tmp_path: Path, gate: GateMaker, draining: str, number: sig
             assert await asyncio.to_thread(ending.wait) == 0
 
 
-@pytest.mark.parametrize("draining", ["gateway", "dispatcher"])
-async def test_drain_is_bounded(tmp_path: Path, gate: GateMaker, draining: str) -> None:
-    """A call that takes longer than `drain_seconds` ends UNAVAILABLE, and the process still ends with 0."""
-    socket, here = tmp_path / "dispatcher.sock", gate("here")
-    flags = ("--drain-seconds", "0.3")
-    with dispatcher_at(socket, *flags) as dispatcher, gateway_to(socket, *flags) as gateway:
+async def test_draining_gateway_refuses_connections_and_at_last_calls(tmp_path: Path) -> None:
+    """Callers that stay are answered for two thirds of the drain, and then refused UNAVAILABLE. None can come anew."""
+    socket = tmp_path / "dispatcher.sock"
+    with dispatcher_at(socket), gateway_to(socket, "--drain-seconds", "3") as gateway:
         gateway.wait_for("replica is ready")
-        ending = gateway if draining == "gateway" else dispatcher
+        address = gateway.wait_for("serving")["listen"]
+        async with Client(address, timeout=20.0) as client, grpc.aio.insecure_channel(address) as channel:
+
+            async def served_until_refused(call: Callable[[], Awaitable[Any]]) -> tuple[float, str]:
+                began = time.monotonic()
+                while True:
+                    try:
+                        await call()
+                    # ABORTED would say that a call of the lane may have begun.
+                    except (Unavailable, grpc.aio.AioRpcError) as error:
+                        return time.monotonic() - began, str(error)
+                    await asyncio.sleep(0.02)
+
+            await client.echo(X)
+            await infer(channel, vector("echo", 1.0))
+            gateway.signal(signal.SIGTERM)
+            await asyncio.to_thread(gateway.wait_for, "draining")
+            stay = asyncio.gather(
+                served_until_refused(lambda: client.echo(X)),
+                served_until_refused(lambda: infer(channel, vector("echo", 1.0))),
+            )
+            await asyncio.sleep(0.2)
+            host, _, port = address.rpartition(":")
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(host, int(port))
+            for seconds, message in await stay:
+                assert re.search("takes no new calls|StatusCode.(UNAVAILABLE|CANCELLED)|the lane to .* broke", message)
+                assert 1.5 <= seconds < 3.0
+            assert await asyncio.to_thread(gateway.wait) == 0
+
+
+@pytest.mark.parametrize("draining", ["gateway", "dispatcher", "unit"])
+async def test_drain_is_bounded(tmp_path: Path, gate: GateMaker, draining: str) -> None:
+    """A call that takes longer than `drain_seconds` ends ABORTED, and the process still ends with 0."""
+    here = gate("here")
+    with services(tmp_path / "dispatcher.sock", draining, "0.3") as (gateway, ending):
         async with Client(gateway.wait_for("serving")["listen"], timeout=20.0) as client:
             call = asyncio.ensure_future(client.waits(X, gate=str(here)))
             await until(lambda: here.reached, "the call runs")
             ending.signal(signal.SIGTERM)
-            with pytest.raises(Unavailable):
+            with pytest.raises(Aborted):
                 await call
             assert await asyncio.to_thread(ending.wait) == 0
             ending.wait_for("drain timed out")
 
 
-async def test_second_signal_ends_at_once(tmp_path: Path, gate: GateMaker) -> None:
+@pytest.mark.parametrize("ending", [("gateway", "dispatcher"), ("unit",)], ids="-".join)
+async def test_second_signal_ends_at_once(tmp_path: Path, gate: GateMaker, ending: tuple[str, ...]) -> None:
     """The second signal does not wait for anything."""
-    socket, here, patient = tmp_path / "dispatcher.sock", gate("here"), ("--drain-seconds", "60")
-    with dispatcher_at(socket, *patient) as dispatcher, gateway_to(socket, *patient) as gateway:
-        gateway.wait_for("replica is ready")
+    here = gate("here")
+    with services(tmp_path / "dispatcher.sock", ending[-1], "60") as (gateway, last):
         async with Client(gateway.wait_for("serving")["listen"], timeout=20.0) as client:
             call = asyncio.ensure_future(client.waits(X, gate=str(here)))
             await until(lambda: here.reached, "the call runs")
-            for service in (gateway, dispatcher):
+            for service in dict.fromkeys((gateway, last)):
                 service.signal(signal.SIGTERM)
                 await asyncio.to_thread(service.wait_for, "draining")
                 service.signal(signal.SIGTERM)
                 # The running call has no end, and the drain would take a minute.
                 assert await asyncio.to_thread(service.wait) == 128 + signal.SIGTERM
-            with pytest.raises(Unavailable):
+            with pytest.raises(Aborted):
                 await call
 
 
 async def test_calls_held_for_a_window_hear_of_a_broken_lane(tmp_path: Path, gate: GateMaker) -> None:
-    """When a replica dies, calls that the gateway holds for want of room end UNAVAILABLE at once, like those sent."""
+    """When a replica dies, calls that the gateway holds for want of room end UNAVAILABLE at once.
+
+    Those that were sent end ABORTED, since they may have had an effect.
+    """
     socket, here = tmp_path / "dispatcher.sock", gate("here")
-    with dispatcher_at(socket, "--window-calls", "2") as dispatcher, gateway_to(socket) as gateway:
+    with (
+        dispatcher_at(socket, "--window-calls", "2") as dispatcher,
+        gateway_to(socket, "--hold-seconds", "0") as gateway,
+    ):
         gateway.wait_for("replica is ready")
         entry = gateway.wait_for("serving")
         async with Client(entry["listen"], timeout=600.0) as client:
@@ -153,8 +212,7 @@ async def test_calls_held_for_a_window_hear_of_a_broken_lane(tmp_path: Path, gat
             dispatcher.signal(signal.SIGKILL)
             # At once, though each of them has the client's timeout.
             ended = asyncio.gather(running, *others, return_exceptions=True)
-            for outcome in await asyncio.wait_for(ended, 10.0):
-                assert isinstance(outcome, Unavailable), outcome
+            assert [*map(type, await asyncio.wait_for(ended, 10.0))] == [Aborted] * 2 + [Unavailable] * 5
 
 
 async def test_health_follows_the_replica(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.mesh.faults.conftest import Fleet
 from tests.support.doors import LARGE, LaneEnd, request
 from tests.support.watching import Scrape, until
 from unlatch import Client
-from unlatch.common.errors import Unavailable
+from unlatch.common.errors import Aborted
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -41,14 +41,14 @@ class Callers:
         self.failed: list[tuple[float, str]] = []
 
     async def run(self) -> None:
-        """Call until stopped. Only Unavailable may end a call."""
+        """Call until stopped. Only Aborted may end a call."""
         while not self.stopped:
             self._next += 1
             value = float(self._next)
             x = np.array([value, 1.0, -value])
             try:
                 y = await self._client.call(self._kernel, x, seconds=0.004, record=str(self._record), timeout=60.0)
-            except Unavailable as error:
+            except Aborted as error:
                 self.failed.append((value, error.message))
             else:
                 np.testing.assert_array_equal(y, x * 2.0)
@@ -76,12 +76,12 @@ async def test_replicas_are_killed_and_then_restarted_under_load(start_fleet: St
         await asyncio.gather(*running)
     assert pure.failed == []
     assert len(once.failed) == before, "a drain loses nothing"
-    assert all("may have had effect" in message for _, message in once.failed)
+    assert all("may have had an effect" in message for _, message in once.failed)
     ran = left_in(tmp_path / "once")
     assert max(ran.values()) == 1
     assert ran.keys() >= set(once.answered)
     now = Scrape(fleet.metrics)
-    assert now.sum("unlatch_calls_total", kernel="doubles_once", code="UNAVAILABLE") == len(once.failed)
+    assert now.sum("unlatch_calls_total", kernel="doubles_once", code="ABORTED") == len(once.failed)
     assert now.sum("unlatch_retries_refused_total", reason="not_pure") == len(once.failed)
     again = now.sum(RETRIES, reason="lost") + now.sum(RETRIES, reason="failed")
     assert again <= 0.1 * (len(pure.answered) + len(once.answered) + len(once.failed)) + 2 * BUSY
@@ -127,7 +127,7 @@ async def test_calls_of_a_frozen_replica_go_elsewhere_or_are_told(
         if pure:
             np.testing.assert_array_equal(await calling, x * 2.0)
         else:
-            with pytest.raises(Unavailable, match="may have had effect"):
+            with pytest.raises(Aborted, match="may have had an effect"):
                 await calling
         # Calls that come after that do not notice it.
         for value in range(20):
@@ -155,7 +155,7 @@ async def test_call_that_nobody_has_begun_is_sent_elsewhere(start_fleet: StartFl
         await until(lambda: Scrape(fleet.metrics).sum("unlatch_calls_in_flight") == 5, "all have come")
         await asyncio.to_thread(fleet.start, 1)
         await asyncio.to_thread(fleet.kill, 0)
-        with pytest.raises(Unavailable, match="may have had effect"):
+        with pytest.raises(Aborted, match="may have had an effect"):
             await first
         for value, y in zip((2.0, 3.0, 4.0, 5.0), await asyncio.gather(*others), strict=True):
             assert set(y) == {2.0 * value}
@@ -167,16 +167,22 @@ async def test_large_reply_that_breaks_off_begins_again(start_fleet: StartFleet,
     """A replica is killed in the middle of a reply of 128 MiB: the caller gets the whole of another reply."""
     fleet = start_fleet(2)
     await asyncio.gather(*(asyncio.to_thread(fleet.start, number) for number in range(2)))
-    x, record, there = np.arange(2.0**17), tmp_path / "record", tmp_path / "there"
-    message = request("repeats_when", {"x": x}, times=128, there=str(there), record=str(record))
-    with grpc.insecure_channel(fleet.address, options=LARGE) as channel, LaneEnd(channel) as lane:
-        lane.call(1, message)
-        await until(lambda: left_in(record), "it has begun")
-        number = fleet.running(record)
-        there.touch()
-        await asyncio.to_thread(lane.first_frame, 1)
-        await asyncio.to_thread(fleet.kill, number)
-        reply, body = await asyncio.to_thread(lane.reply, 1)
-        assert not reply.HasField("failure"), reply.failure
-        assert np.array_equal(np.frombuffer(body), np.tile(x, 128))
+    x, record = np.arange(2.0**17), tmp_path / "record 0"
+    with grpc.insecure_channel(fleet.address, options=LARGE) as channel, LaneEnd(channel, within=50.0) as lane:
+        for attempt in range(5):
+            record, there = tmp_path / f"record {attempt}", tmp_path / f"there {attempt}"
+            message = request("repeats_when", {"x": x}, times=128, there=str(there), record=str(record))
+            lane.call(attempt, message)
+            await until(lambda: left_in(record), "it has begun")  # noqa: B023 (awaited here)
+            number = fleet.running(record)
+            there.touch()
+            await asyncio.to_thread(lane.first_frame, attempt)
+            await asyncio.to_thread(fleet.kill, number)
+            reply, body = await asyncio.to_thread(lane.reply, attempt)
+            assert not reply.HasField("failure"), reply.failure
+            assert np.array_equal(np.frombuffer(body), np.tile(x, 128))
+            if left_in(record) != {0.0: 1}:
+                break
+            # This test was not in time: the gateway had the whole of the reply before the kill.
+            await asyncio.to_thread(fleet.start, number)
     assert left_in(record) == {0.0: 2}

@@ -33,8 +33,11 @@ EVER = 600.0
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    """A single worker with a limit: the next call runs on the worker that met the limit, or on its successor."""
-    flags = (*KERNELS, "--workers", "1", "--worker-memory-bytes", str(LIMIT_BYTES))
+    """A single worker with a limit: the next call runs on the worker that met the limit, or on its successor.
+
+    Its runs never count as long: a call can be staged behind a run that began long before, on a busy machine.
+    """
+    flags = (*KERNELS, "--workers", "1", "--worker-memory-bytes", str(LIMIT_BYTES), "--long-call-seconds", "3600")
     with running_mesh(tmp_path_factory.mktemp("limited"), dispatcher=flags) as running:
         yield running
 

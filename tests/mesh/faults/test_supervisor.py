@@ -1,14 +1,11 @@
-"""`unlatch serve`: killed services are started again, failed starts end it, and no process outlives it."""
+"""`unlatch serve`: a killed unit is started again, failed starts end it, and no process outlives it."""
 
 import asyncio
 import os
 import re
 import signal
 import socket
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,95 +15,25 @@ import pytest
 
 from tests.mesh.faults.conftest import ANY_PORTS, FAULT_KERNELS, answered, dispatcher_at, gateway_to
 from tests.support.mesh import Service
+from tests.support.serve import START_SECONDS, Serve, serving, starting
 from tests.support.watching import (
     Gate,
     Process,
+    Scrape,
     alive,
     all_memory_files,
     children,
     memory_files,
     tree,
     until,
-    wait_until,
 )
 from unlatch import Client
-from unlatch.common.errors import Unavailable, UnlatchError
+from unlatch.common.errors import Aborted, Unavailable, UnlatchError
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 X = np.arange(3.0)
 GONE_WITHIN_SECONDS = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Serve:
-    """An `unlatch serve` of this test alone, which may leave files in `directory`."""
-
-    service: Service
-    address: str
-    directory: Path
-
-    @property
-    def gateway(self) -> int:
-        return self._child("gateway")
-
-    @property
-    def dispatcher(self) -> int:
-        return self._child("compute")
-
-    def _child(self, module: str) -> int:
-        for pid in children(self.service.pid):
-            if f"-m unlatch.{module} " in Process.of(pid).command:
-                return pid
-        raise AssertionError(f"no {module}; {self.service}")
-
-
-@contextmanager
-def starting(**listen: str) -> Iterator[Serve]:
-    """Start `unlatch serve`, on free ports unless told otherwise."""
-    names = ("listen", "metrics_listen", "health_listen", "compute_metrics_listen", "compute_health_listen")
-    with ExitStack() as reserved:
-        # A directory apart from the test's: a socket's path has 107 characters at most, and the test's may take 80.
-        scratch = Path(reserved.enter_context(tempfile.TemporaryDirectory(prefix="serve-")))
-        addresses = {name: listen.pop(name, "") or reserved.enter_context(free_address()) for name in names}
-        flags = {"workers": "2", "kernels": str(FAULT_KERNELS), **listen, **addresses}
-        arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
-        with Service("unlatch", "serve", *arguments, environment={"TMPDIR": str(scratch)}) as service:
-            yield Serve(service=service, address=addresses["listen"], directory=scratch)
-    wait_until(lambda: not who_mentions(scratch), "nothing mentions its directory")
-
-
-@contextmanager
-def serving(**flags: str) -> Iterator[Serve]:
-    """Start it and wait until it serves."""
-    with starting(**flags) as serve:
-        serve.service.wait_for("serving", process="gateway")
-        serve.service.wait_for("replica is ready", process="gateway")
-        yield serve
-
-
-@contextmanager
-def free_address() -> Iterator[str]:
-    """Reserve an address, which the system gives to no process that asks for a free one, but lets be named.
-
-    This holds as long as both ends allow the address's reuse and only one of them listens (socket(7), SO_REUSEADDR).
-    """
-    with socket.socket() as reserving:
-        reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserving.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{reserving.getsockname()[1]}"
-
-
-def who_mentions(directory: Path) -> list[Process]:
-    """Return the processes that have a directory in their command line."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) != os.getpid():
-            with suppress(OSError):
-                process = Process.of(int(name))
-                if str(directory).encode() in Path(f"/proc/{name}/cmdline").read_bytes() and process.alive:
-                    found.append(process)
-    return found
 
 
 async def stick(client: Client, directory: Path, how: str) -> list["asyncio.Task[object]"]:
@@ -130,6 +57,7 @@ async def gone(processes: list[Process], memory: set[int], what: str) -> None:
 ENDS = {
     "SIGTERM": ([signal.SIGTERM], {0}),
     "SIGINT": ([signal.SIGINT], {0}),
+    "SIGHUP": ([signal.SIGHUP], {0}),
     "SIGTERM twice": ([signal.SIGTERM, signal.SIGTERM], {128 + signal.SIGTERM}),
     "SIGINT twice": ([signal.SIGINT, signal.SIGINT], {128 + signal.SIGINT}),
     "SIGKILL": ([signal.SIGKILL], {-signal.SIGKILL}),
@@ -148,13 +76,13 @@ ENDS = {
 async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> None:
     """However the supervisor ends, within two seconds no process and no memory is left, hanging workers included."""
     signals, codes = ENDS[end]
-    with serving() as serve:
+    with serving(kernels=str(FAULT_KERNELS)) as serve:
         async with Client(serve.address, timeout=30.0) as client:
             np.testing.assert_array_equal(await client.echo(np.ones(100_000)), np.ones(100_000))
             calls = await stick(client, tmp_path, how) if how != "nothing" else []
             processes = tree(serve.service.pid)
-            # Supervisor, gateway, dispatcher, forkserver and its resource tracker, two workers.
-            assert len(processes) == 7, processes
+            # Supervisor, unit, forkserver and its resource tracker, two workers.
+            assert len(processes) == 6, processes
             memory = memory_files(process.pid for process in processes)
             assert memory
             for number, each in enumerate(signals):
@@ -165,15 +93,15 @@ async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> 
             assert serve.service.wait() in codes
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 assert isinstance(outcome, UnlatchError)
-        if end in ("SIGTERM", "SIGINT"):
+        if codes == {0}:
             assert not list(serve.directory.iterdir())
 
 
 async def test_interrupt_of_the_supervisors_group_reaches_it_alone() -> None:
-    """A terminal's Ctrl-C: the supervisor stops its children itself, in order, and starts none again."""
-    with serving() as serve:
-        pids = serve.service.pid, serve.gateway, serve.dispatcher
-        assert len({os.getpgid(pid) for pid in pids}) == 3
+    """A terminal's Ctrl-C: the supervisor stops its unit itself, and does not start it again."""
+    with serving(kernels=str(FAULT_KERNELS)) as serve:
+        pids = serve.service.pid, serve.unit
+        assert len({os.getpgid(pid) for pid in pids}) == 2
         os.killpg(os.getpgid(serve.service.pid), signal.SIGINT)
         assert serve.service.wait() == 0
         assert not [line for line in serve.service.lines if "restarting service" in line]
@@ -192,7 +120,7 @@ async def test_dispatcher_killed_alone_takes_its_workers_along(tmp_path: Path, d
             dispatcher.signal(signal.SIGKILL)
             await gone(processes, memory, "SIGKILL of a dispatcher alone, workers in sleep")
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
-                assert isinstance(outcome, Unavailable)
+                assert isinstance(outcome, Aborted)
 
 
 async def reply_half(client: Client, directory: Path) -> list["asyncio.Task[object]"]:
@@ -220,52 +148,113 @@ async def test_dispatcher_killed_while_it_starts_workers(tmp_path: Path, at_star
         await gone(processes, set(), "SIGKILL of a dispatcher that starts workers")
 
 
-async def test_gateway_killed_is_started_again() -> None:
-    """A killed gateway comes back on the same address, later each time, and the replica stays as it is."""
-    with serving() as serve:
+async def test_gateway_killed_leaves_its_replica(tmp_path: Path) -> None:
+    """Calls of a killed gateway end ABORTED. The replica stays as it is, and serves the next gateway."""
+    address = tmp_path / "dispatcher.sock"
+    with dispatcher_at(address) as dispatcher:
+        replica = tree(dispatcher.pid)
+        for _ in range(2):
+            with gateway_to(address) as gateway:
+                gateway.wait_for("replica is ready")
+                async with Client(gateway.wait_for("serving")["listen"], timeout=10.0) as client:
+                    await answered(client)
+                    in_flight = asyncio.ensure_future(client.burns(seconds=2.0))
+                    gateway.signal(signal.SIGKILL)
+                    with pytest.raises(Aborted):
+                        await in_flight
+        assert len(alive(replica)) == len(replica)
+        dispatcher.stop()
+
+
+async def test_unit_killed_is_started_again(tmp_path: Path) -> None:
+    """A killed unit takes all its processes with it, hanging workers too. It comes back on the same address.
+
+    The pause before that is longer each time.
+    """
+    with serving(kernels=str(FAULT_KERNELS)) as serve:
         async with Client(serve.address, timeout=10.0) as client:
             await answered(client)
-            replica = tree(serve.dispatcher)
             pauses = []
-            for _ in range(2):
-                killed, seen = Process.of(serve.gateway), len(serve.service.lines)
-                in_flight = asyncio.ensure_future(client.burns(seconds=2.0))
-                os.kill(killed.pid, signal.SIGKILL)
-                with pytest.raises(Unavailable):
-                    await in_flight
+            for number in range(2):
+                directory = tmp_path / str(number)
+                directory.mkdir()
+                calls, seen = await stick(client, directory, "sleep"), len(serve.service.lines)
+                family = tree(serve.unit)
+                memory = memory_files(process.pid for process in family)
+                os.kill(family[0].pid, signal.SIGKILL)
+                await gone(family, memory, "SIGKILL of a unit under serve, workers in sleep")
+                for outcome in await asyncio.gather(*calls, return_exceptions=True):
+                    assert isinstance(outcome, Aborted)
                 again = await asyncio.to_thread(serve.service.wait_for, "restarting service", after=seen)
                 pauses.append(again["after_seconds"])
-                await answered(client)
-                assert not killed.alive
                 assert again["ended_with"] == -signal.SIGKILL
+                await answered(client)
             assert pauses == [0.1, 0.2]
-            assert len(alive(replica)) == len(replica)
         serve.service.stop()
 
 
-async def test_dispatcher_killed_is_started_again(tmp_path: Path) -> None:
-    """A killed dispatcher takes all its processes with it, hanging workers too. Another serves the same gateway."""
-    with serving() as serve:
-        async with Client(serve.address, timeout=10.0) as client:
+async def test_stopped_unit_goes_on(tmp_path: Path) -> None:
+    """A unit that stands still for longer than several reports take loses no call and no worker."""
+    gate = Gate(tmp_path / "gate")
+    with serving(kernels=str(FAULT_KERNELS)) as serve:
+        async with Client(serve.address, timeout=20.0) as client:
             await answered(client)
-            calls = await stick(client, tmp_path, "sleep")
-            gateway, family = Process.of(serve.gateway), tree(serve.dispatcher)
-            memory = memory_files(process.pid for process in family)
-            os.kill(family[0].pid, signal.SIGKILL)
-            await gone(family, memory, "SIGKILL of a dispatcher under serve, workers in sleep")
-            for outcome in await asyncio.gather(*calls, return_exceptions=True):
-                assert isinstance(outcome, Unavailable)
-            await answered(client)
-            assert gateway.alive
+            family, seen = tree(serve.unit), len(serve.service.lines)
+            running = asyncio.ensure_future(client.waits(X, gate=str(gate)))
+            await until(lambda: gate.reached, "a call runs")
+            os.kill(serve.unit, signal.SIGSTOP)
+            try:
+                came_meanwhile = asyncio.ensure_future(client.echo(X))
+                await asyncio.sleep(3.0)
+                assert not came_meanwhile.done()
+            finally:
+                os.kill(serve.unit, signal.SIGCONT)
+            np.testing.assert_array_equal(await came_meanwhile, X)
+            gate.open()
+            np.testing.assert_array_equal(await running, X)
+            assert tree(serve.unit) == family
+            events = [entry["event"] for entry in serve.service.entries[seen:]]
+            assert not {"worker ended", "lane to replica broke", "restarting service"} & set(events)
         serve.service.stop()
 
 
-async def test_workers_give_way_to_both_loops() -> None:
+async def test_unit_stops_under_load(tmp_path: Path) -> None:
+    """Until the last moment calls are answered. Then each is refused, and none ends as if it may have had an effect."""
+    answers = 0
+    # The drain ends with the last call. On a busy machine that takes longer than the default of half a second.
+    with serving(kernels=str(FAULT_KERNELS), drain_seconds="20") as serve:
+
+        async def refusal(client: Client, x: np.ndarray[Any, Any]) -> UnlatchError:
+            nonlocal answers
+            while True:
+                try:
+                    np.testing.assert_array_equal(await client.doubles_once(x, record=str(record)), x * 2.0)
+                except UnlatchError as error:
+                    return error
+                answers += 1
+
+        record = tmp_path / "record"
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(Client(serve.address, timeout=20.0)) for _ in range(4)]
+            sizes = (3, 3, 10_000, 500_000)
+            calling = [asyncio.ensure_future(refusal(one, np.full(size, 1.0))) for one in clients for size in sizes]
+            await until(lambda: answers > 200, "calls are answered")
+            processes = tree(serve.service.pid)
+            serve.service.signal(signal.SIGTERM)
+            errors = await asyncio.gather(*calling)
+            assert {type(error) for error in errors} == {Unavailable}, errors
+            assert serve.service.wait() == 0
+            await gone(processes, set(), "SIGTERM under load")
+            # Each run of a call has been answered.
+            assert len(record.read_text().split()) == answers
+
+
+async def test_workers_give_way_to_the_loops() -> None:
     """All are in the supervisor's session, within which a nice value counts."""
-    with serving() as serve:
+    with serving(kernels=str(FAULT_KERNELS)) as serve:
         supervisor = serve.service.pid
         everyone = [process.pid for process in tree(supervisor)]
-        loops = {supervisor, serve.gateway, serve.dispatcher}
+        loops = {supervisor, serve.unit}
         assert {os.getsid(pid) for pid in everyone} == {os.getsid(supervisor)}
         niceness = {pid: os.getpriority(os.PRIO_PROCESS, pid) for pid in everyone}
         assert sorted(niceness.values())[-2] > max(niceness[pid] for pid in loops)
@@ -290,13 +279,14 @@ def identity(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
         ("import numpy\n\nimport no_such_module_at_all\n", r"bad.py:3: ModuleNotFoundError"),
         ("x = 1\ny = (\n", r"bad.py:2: SyntaxError"),
         ("raise SystemExit(0)\n", r"bad.py:1: SystemExit"),
+        ("import os\n\nos.abort()\n", "a worker did not start: the forkserver ended as it loaded the kernels"),
         (
             TAKEN_NAME,
             r"bad.py:6: kernel 'identity' is already defined at .*basics.py:\d+",
         ),
         (None, r"bad.py: no such kernel file"),
     ],
-    ids=["import fails", "no Python", "exits", "name is taken", "no file"],
+    ids=["import fails", "no Python", "exits", "aborts", "name is taken", "no file"],
 )
 async def test_wrong_kernels_stop_the_start(tmp_path: Path, text: str | None, says: str) -> None:
     """Kernels that do not load end `serve` with code 2, and file and line on stderr. Nothing is left."""
@@ -307,22 +297,23 @@ async def test_wrong_kernels_stop_the_start(tmp_path: Path, text: str | None, sa
         await complains(serve, says)
 
 
-@pytest.mark.parametrize(
-    "taken", ["listen", "metrics_listen", "health_listen", "compute_metrics_listen", "compute_health_listen"]
-)
+@pytest.mark.parametrize("taken", ["listen", "metrics_listen", "health_listen"])
 async def test_taken_port_stops_the_start(taken: str) -> None:
     """An address that another process has ends `serve` with code 2, and the message names it. Nothing is left."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        with starting(**{taken: address}) as serve:
-            await complains(serve, f"cannot .* {address}")
+        with starting(None, **{taken: address}) as serve:
+            told = f"--{taken.replace('_', '-')} {address}: Address already in use by process {os.getpid()} "
+            await complains(serve, re.escape(told))
+            # Nothing was loaded before.
+            assert not any("serving" in line for line in serve.service.lines)
 
 
 async def test_sigterm_while_starting() -> None:
     """A supervisor that is stopped before it serves ends with code 0, and nothing is left."""
-    with starting() as serve:
+    with starting(kernels=str(FAULT_KERNELS)) as serve:
         await until(lambda: children(serve.service.pid), "a child is there")
         processes = tree(serve.service.pid)
         serve.service.signal(signal.SIGTERM)
@@ -333,19 +324,30 @@ async def test_sigterm_while_starting() -> None:
 
 async def complains(serve: Serve, says: str) -> None:
     """Check that the command ends with code 2 and one line for people."""
-    assert serve.service.wait() == 2, serve.service
+    assert serve.service.wait(START_SECONDS) == 2, serve.service
     said = [line for line in serve.service.lines if not line.startswith("{")]
     assert any(re.search(says, line) for line in said), serve.service
     assert not any("Traceback" in line for line in said), serve.service
     assert not list(serve.directory.iterdir())
 
 
-async def test_health_and_metrics_ports_are_each_their_own() -> None:
-    """Under `serve` both services answer on the ports that their flags name."""
-    with serving() as serve:
-        for process in ("gateway", "dispatcher"):
-            entry = serve.service.wait_for("serving", process=process)
-            async with grpc.aio.insecure_channel(entry["health_listen"]) as channel:
-                check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
-                assert await check(b"") == b"\x08\x01"
+async def test_unit_has_one_port_for_health_and_one_for_metrics() -> None:
+    """Under `serve` both components answer on the ports that the flags name, and their metrics tell them apart."""
+    with serving(kernels=str(FAULT_KERNELS)) as serve:
+        entry = serve.service.wait_for("serving", process="unit")
+        async with (
+            grpc.aio.insecure_channel(entry["health_listen"]) as channel,
+            Client(entry["listen"], timeout=10.0) as client,
+        ):
+            check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+            assert await check(b"") == b"\x08\x01"
+            await answered(client)
+        metrics = Scrape(entry["metrics_listen"])
+        for component in ("gateway", "compute"):
+            assert metrics.sum("unlatch_calls_total", kernel="echo", code="OK", component=component) == 1
+            assert metrics.sum("unlatch_call_seconds_count", kernel="echo", stage="run", component=component) == 1
+        processes = {labels["process"] for labels in metrics.labels("unlatch_process_resident_memory_bytes")}
+        assert processes == {"unit", "forkserver", "worker-0", "worker-1"}
+        families = [line for line in metrics.text.splitlines() if line.startswith("# TYPE")]
+        assert len(families) == len(set(families))
         serve.service.stop()

@@ -11,7 +11,7 @@ import pytest
 from tests.mesh.faults.conftest import FAULT_KERNELS, answered, restarts
 from tests.support.mesh import Mesh, running_mesh
 from unlatch import Client
-from unlatch.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from unlatch.common.errors import Aborted, DeadlineExceeded, FailedPrecondition
 from unlatch.common.kernel.tensors import Array
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -36,7 +36,7 @@ def dice(size: int) -> Array:
 
 
 async def kills(client: Client, x: Array, how: str = "sigkill") -> None:
-    with pytest.raises(Unavailable, match="ended while it ran the call"):
+    with pytest.raises(Aborted, match="ended while it ran the call"):
         await client.dies(x, how=how)
 
 
@@ -62,7 +62,7 @@ async def test_many_calls_alike_kill_few_workers(faulty: Mesh, client: Client) -
     x, before = dice(3), restarts(faulty)
     outcomes = await asyncio.gather(*(client.dies(x, how="sigkill") for _ in range(60)), return_exceptions=True)
     refused = [outcome for outcome in outcomes if isinstance(outcome, FailedPrecondition)]
-    assert all(isinstance(outcome, FailedPrecondition | Unavailable) for outcome in outcomes), outcomes
+    assert all(isinstance(outcome, FailedPrecondition | Aborted) for outcome in outcomes), outcomes
     # Two deaths are counted; each of the two workers may have had another one staged meanwhile.
     assert restarts(faulty) - before <= 6
     assert len(refused) >= 54
@@ -73,7 +73,7 @@ async def test_call_that_did_no_harm_is_cleared(client: Client, tmp_path: Path) 
     record, x = tmp_path / "deadly", dice(3)
     for _ in range(3):
         record.touch()
-        with pytest.raises(Unavailable, match="the worker was killed by SIGKILL"):
+        with pytest.raises(Aborted, match="the worker was killed by SIGKILL"):
             await client.dies_while(x, record=str(record))
         record.unlink()
         np.testing.assert_array_equal(await client.dies_while(x, record=str(record)), x)
@@ -96,7 +96,7 @@ async def test_poison_is_forgotten_in_time(forgetful: Mesh) -> None:
             await client.dies(x, how="sigkill")
         outcome: BaseException = FailedPrecondition("")
         while isinstance(outcome, FailedPrecondition):
-            with pytest.raises((FailedPrecondition, Unavailable)) as found:
+            with pytest.raises((FailedPrecondition, Aborted)) as found:
                 await client.dies(x, how="sigkill")
             outcome = found.value
         assert "ended while it ran the call" in str(outcome)

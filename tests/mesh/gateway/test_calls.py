@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -221,7 +222,8 @@ def test_full_replica_holds_up_only_the_calls_that_need_it(tmp_path: Path) -> No
             wait_until(lambda: Scrape(metrics).sum("unlatch_queue_depth") == 1, "the second call is held")
             assert oip.serves()
             os.kill(one.pid, signal.SIGKILL)
-            assert {nap.result(timeout=5).code for nap in naps} <= {"UNAVAILABLE", "NOT_FOUND"}
+            # One was sent, and may have had an effect.
+            assert {nap.result(timeout=5).code for nap in naps} <= {"ABORTED", "UNAVAILABLE", "NOT_FOUND"}
             assert oip.serves()
 
 
@@ -229,7 +231,8 @@ def test_full_replica_holds_up_only_the_calls_that_need_it(tmp_path: Path) -> No
 def test_many_held_calls_end(start_mesh: StartMesh, tmp_path: Path, replica: str) -> None:
     """Calls of two kernels that fit no window are each answered in turn, or refused when the replica is gone."""
     many = 300
-    mesh = start_mesh(dispatcher=["--workers", "1", "--window-calls", "4", "--drain-seconds", "0.2"])
+    flags = ["--workers", "1", "--window-calls", "4", "--drain-seconds", "0.2"]
+    mesh = start_mesh(dispatcher=flags, gateway=["--hold-seconds", "0"])
     gate = Gate(tmp_path / "gate")
     with grpc.insecure_channel(mesh.gateway) as channel, LaneEnd(channel) as lane:
         lane.call(1, request("waits_for", path=str(gate)))
@@ -241,6 +244,11 @@ def test_many_held_calls_end(start_mesh: StartMesh, tmp_path: Path, replica: str
             gate.open()
         else:
             mesh.dispatcher_service.stop()
-        codes = {lane.refusal(number).code for number in range(1, many)}
-    assert codes == {"OK" if replica == "serves" else "UNAVAILABLE"}
+        codes = Counter(lane.refusal(number).code for number in range(1, many))
+    if replica == "serves":
+        assert set(codes) == {"OK"}
+    else:
+        # Those that were sent may have had an effect: as many as fit the window.
+        assert set(codes) == {"ABORTED", "UNAVAILABLE"}
+        assert codes["ABORTED"] <= 4
     wait_until(lambda: Scrape(mesh.gateway_metrics).sum("unlatch_calls_in_flight") == 0, "none is held")

@@ -36,9 +36,9 @@ async def test_names_are_read_as_grpc_reads_them(target: str, parts: tuple[str, 
 async def test_name_without_a_port_is_a_wrong_setting(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Such a name is refused at the start, with the setting's name."""
     with pytest.raises(SystemExit):
-        parse(GatewaySettings, "unlatch gateway", ["--replicas", target])
+        parse(GatewaySettings, "unlatch gateway", ["--replicas", target], {})
     told = capsys.readouterr().err
-    assert "--replicas: " in told
+    assert f"--replicas {target}: " in told
     assert "dns:///name:port" in told
 
 
@@ -98,7 +98,7 @@ async def test_subsets_are_even_and_stable() -> None:
 async def test_subset_larger_than_the_bound_is_a_wrong_setting(capsys: pytest.CaptureFixture[str]) -> None:
     """The message names both settings."""
     with pytest.raises(SystemExit):
-        parse(GatewaySettings, "unlatch gateway", ["--replica-subset", "65"])
+        parse(GatewaySettings, "unlatch gateway", ["--replica-subset", "65"], {})
     assert "--replica-subset 65 is more than --max-replicas 64" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,7 +12,7 @@ import pytest
 
 from tests.conftest import StartMesh
 from tests.support.doors import Oip, arrays_of, request, vector
-from tests.support.watching import Scrape, wait_until
+from tests.support.watching import Gate, Scrape, wait_until
 from unlatch.protos import inference_pb2 as pb
 
 METHOD = "/inference.GRPCInferenceService/"
@@ -170,13 +171,17 @@ def test_stream_takes_any_bytes(channel: grpc.Channel) -> None:
     assert second.infer_response.id == "1"
 
 
-def test_stream_runs_its_calls_side_by_side(start_mesh: StartMesh) -> None:
+def test_stream_runs_its_calls_side_by_side(start_mesh: StartMesh, tmp_path: Path) -> None:
     """A slow call does not keep later ones from running, though their answers wait for its answer."""
     mesh = start_mesh()
-    nap = request("sleeps", None, seconds=0.5).SerializeToString()
+    gates = [Gate(tmp_path / name) for name in ("one", "other")]
+    slow = (request("waits_for", path=str(gate)).SerializeToString() for gate in gates)
     with grpc.insecure_channel(mesh.gateway) as channel, ThreadPoolExecutor(1) as reader:
-        answers = reader.submit(list, streamed(channel, itertools.repeat(nap, 2)))
-        wait_until(lambda: Scrape(mesh.gateway_metrics).sum("unlatch_calls_in_flight") == 2, "both are under way")
+        answers = reader.submit(list, streamed(channel, slow))
+        wait_until(lambda: all(gate.reached for gate in gates), "both run")
+        assert Scrape(mesh.gateway_metrics).sum("unlatch_calls_in_flight") == 2
+        for gate in gates:
+            gate.open()
         assert [answer.error_message for answer in answers.result()] == ["", ""]
 
 
@@ -185,13 +190,15 @@ def test_left_stream_takes_its_calls_back(start_mesh: StartMesh) -> None:
     mesh = start_mesh()
     with grpc.insecure_channel(mesh.gateway) as channel:
         rpc: Any = channel.stream_stream(METHOD + "ModelStreamInfer")
-        nap = request("sleeps", None, seconds=0.2).SerializeToString()
+        # Longer than this test waits: the naps end because they are taken back.
+        nap = request("sleeps", None, seconds=600.0).SerializeToString()
         stream = rpc(itertools.chain([vector("identity", 1.0).SerializeToString()], itertools.repeat(nap, 20)))
         next(stream)
         stream.cancel()
         assert Oip(channel).serves()
+    # The server may hear of the cancel after the next call.
+    wait_until(lambda: Scrape(mesh.gateway_metrics).sum("unlatch_calls_in_flight") == 0, "nothing is in flight")
     metrics = Scrape(mesh.gateway_metrics)
-    assert metrics.sum("unlatch_calls_in_flight") == 0
     assert metrics.sum("grpc_server_handled_total", grpc_method="ModelStreamInfer", grpc_code="CANCELLED") == 1
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.doors import LaneEnd, Oip, Refusal, refusal_of, vector
 from tests.support.issuer import Issuer, bearer
-from tests.support.mesh import Mesh, running_mesh
+from tests.support.mesh import MESHES, Mesh
 from tests.support.watching import wait_until
 
 TENANTS = """
@@ -32,6 +32,9 @@ burst_calls = 3
 
 [tenants.parallel]
 calls_in_flight = 2
+
+[tenants.narrow]
+lanes = 1
 
 [tenants.hungry]
 cpu_seconds_per_minute = 0.3
@@ -96,15 +99,22 @@ class Guarded:
         assert not failed, failed
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of a module that names MESHES on a mesh of each kind."""
+    if "guarded" in metafunc.fixturenames and (meshes := getattr(metafunc.module, "MESHES", None)):
+        metafunc.parametrize("guarded", meshes, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """A mesh whose gateway authenticates callers. At the end its log must contain no secret."""
+    run = MESHES[getattr(request, "param", "apart")]
     directory: Path = tmp_path_factory.mktemp("guarded")
     issuer = Issuer(directory)
     tenants = directory / "tenants.toml"
     tenants.write_text(TENANTS)
     flags = [*issuer.flags, "--tenants", str(tenants), "--log-level", "debug", *FLAGS]
-    with running_mesh(directory, gateway=flags) as mesh, grpc.insecure_channel(mesh.gateway) as channel:
+    with run(directory, gateway=flags) as mesh, grpc.insecure_channel(mesh.gateway) as channel:
         yield Guarded(mesh=mesh, issuer=issuer, tenants=tenants, channel=channel)
         logged = "\n".join(mesh.gateway_service.lines + mesh.dispatcher_service.lines)
         assert len(issuer.secrets) > 1

@@ -68,7 +68,7 @@ class Authority:
 async def name_of(alternatives: Sequence[x509.GeneralName], tokens: Tokens | None, metadata: Metadata) -> str:
     """Return the identity of a caller with this certificate and metadata, or the status of the refusal."""
     authority = Authority()
-    authentication = Authentication(tokens, lambda _: None)
+    authentication = Authentication(tokens, lambda _: None, encrypted=True)
 
     async def who(_: object, context: Any) -> bytes:
         try:

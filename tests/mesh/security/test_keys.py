@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.support.mesh import ROOT
 from unlatch.common.errors import Unauthenticated
 from unlatch.common.security.watched import FileError
 from unlatch.gateway.settings import ASYMMETRIC
+from unlatch.gateway.tenants import tokens as tokens_module
 from unlatch.gateway.tenants.tokens import Tokens
 
 SECRET = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA"  # a key for HMAC
@@ -87,6 +89,32 @@ def test_symmetric_keys_are_for_who_asks(tmp_path: Path) -> None:
     """Symmetric keys are used only if their algorithm is named."""
     asked = tokens(tmp_path, keys({"kty": "oct", "k": SECRET}), ("HS256",))
     assert asked.identify(signed(jwt.utils.base64url_decode(SECRET), "HS256")).name == "alice"
+
+
+def test_token_that_seemed_expired_is_accepted_when_the_clock_is_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token is expired or not by the present clock, whatever was found before the clock was set."""
+    issuer = Issuer(tmp_path)
+    made = tokens(tmp_path, issuer.file.read_text())
+    token = issuer.token(seconds=-5)
+    for _ in range(2):
+        with pytest.raises(Unauthenticated, match="expired"):
+            made.identify(token)
+    monkeypatch.setattr(tokens_module, "time", lambda: time.time() - 3600)
+    assert made.identify(token).name == "research"
+    monkeypatch.setattr(tokens_module, "time", time.time)
+    with pytest.raises(Unauthenticated, match="expired"):
+        made.identify(token)
+
+
+@pytest.mark.parametrize("end", ["soon", [], {}, float("nan"), float("inf"), -float("inf"), 10**400])
+def test_end_of_a_token_is_a_number(tmp_path: Path, end: Any) -> None:
+    """A token whose end is no number, or not a finite one, is refused."""
+    issuer = Issuer(tmp_path)
+    made = tokens(tmp_path, issuer.file.read_text())
+    with pytest.raises(Unauthenticated, match="not a JWT that can be read"):
+        made.identify(issuer.token(exp=end))
 
 
 def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:

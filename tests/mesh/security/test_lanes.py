@@ -27,6 +27,7 @@ from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, SERVICE
 from unlatch.common.lane.lanes import Lanes
 from unlatch.common.lane.server import LaneServer
 from unlatch.common.net.rpc import handlers, options
+from unlatch.common.net.unread import unread_answers
 from unlatch.protos.unlatch_pb2 import Array, Descriptor, Frames, Kernel, Priority, Reply, Welcome
 
 X = np.arange(3.0)
@@ -42,7 +43,9 @@ class Replica:
 
     async def serve(self, socket: Path, ready: threading.Event, ended: asyncio.Event) -> None:
         lanes = Lanes(
-            lambda: Welcome(server="spy", kernels=self._kernels, window_calls=64, window_bytes=1 << 20), unexpected
+            lambda _: Welcome(server="spy", kernels=self._kernels, window_calls=64, window_bytes=1 << 20),
+            unexpected,
+            unread_answers(60.0),
         )
         server = grpc.aio.server(options=options(MAX_MESSAGE_BYTES))
 
@@ -183,7 +186,7 @@ async def test_client_is_told_why_it_is_not_let_in(guarded: Guarded) -> None:
         assert not any(secret in str(raised.value) for secret in guarded.issuer.secrets)
     with (
         BlockingClient(guarded.mesh.gateway) as without,
-        pytest.raises(UnlatchError, match="no token came"),
+        pytest.raises(UnlatchError, match="there is no token"),
     ):
         without.identity(X)
 

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
 from tests.mesh.security.conftest import Guarded
-from tests.support.doors import Oip, Refusal, request, vector
+from tests.support.doors import Oip, Refusal, refusal_of, request, vector
 from tests.support.mesh import Mesh
-from tests.support.watching import Scrape, wait_until
+from tests.support.watching import Gate, Scrape, wait_until
 from unlatch import BlockingClient
+from unlatch.common.lane.held_bytes import HeldBytes
 from unlatch.common.rates import TokenBucket
 from unlatch.common.telemetry.recorder import OTHER
 from unlatch.gateway.tenants.quotas import QuotaLimits, Tenant
@@ -60,9 +62,23 @@ def test_calls_a_second(guarded: Guarded, door: str) -> None:
 
 
 @pytest.mark.parametrize("door", ["oip", "lane"])
-def test_calls_in_flight(guarded: Guarded, door: str) -> None:
+def test_calls_in_flight(guarded: Guarded, door: str, tmp_path: Path) -> None:
     """As many calls as the limit run at a time. The next is let in once one has ended."""
-    ended = outcomes(guarded, door, "parallel", [request("sleeps", None, seconds=0.5)] * 5)
+
+    def count_refused() -> float:
+        scrape = Scrape(guarded.mesh.gateway_metrics)
+        return scrape.sum("unlatch_tenant_calls_total", tenant="parallel", code="RESOURCE_EXHAUSTED")
+
+    before, gates = count_refused(), [Gate(tmp_path / str(number)) for number in range(5)]
+    with ThreadPoolExecutor(1) as caller:
+        messages = [request("waits_for", path=str(gate)) for gate in gates]
+        calls = caller.submit(outcomes, guarded, door, "parallel", messages)
+        wait_until(lambda: count_refused() - before == 3, "three calls are refused")
+        wait_until(lambda: sum(gate.reached for gate in gates) == 2, "two calls run")
+        for gate in gates:
+            if gate.reached:
+                gate.open()
+        ended = calls.result()
     refused = [one for one in ended if one.code != "OK"]
     assert len(refused) == 3
     for one in refused:
@@ -154,10 +170,14 @@ def test_tenants_file_is_read_again(guarded: Guarded) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[default", "no TOML"),
+        ("[default", "not valid TOML"),
         ("[others]", "[others]"),
         ("tenants = 3", "tenants"),
-        ("[default]\ncalls_per_hour = 1", "default.calls_per_hour"),
+        ("[default]\ncalls_per_hour = 1", "default.calls_per_hour: unknown field; did you mean calls_per_second"),
+        ("[default]\nin_flight = 1", "default.in_flight: unknown field; did you mean calls_in_flight"),
+        ("[tenants]\na = 3", "tenants.a: wanted a table, got 3"),
+        ("default = []", "default: wanted a table, got []"),
+        ("[default]\nkernels = 'svd'", "default.kernels: wanted a list, got 'svd'"),
         ("[tenants.a]\ncalls_per_second = 0", "tenants.a.calls_per_second"),
         ("[tenants.a]\npriority = 'urgent'", "tenants.a.priority"),
         ("[tenants.a]\nidentities = ['x']\n[tenants.b]\nidentities = ['x']", "tenants.b.identities"),
@@ -167,7 +187,7 @@ def test_broken_tenants_file_says_where(tmp_path: Path, text: str, says: str) ->
     """A gateway does not start with a broken file, and names table and field."""
     file = tmp_path / "tenants.toml"
     file.write_text(text)
-    tenants = Tenants(str(file))
+    tenants = Tenants(str(file), HeldBytes())
     assert tenants.file is not None
     with pytest.raises(Exception, match=r"tenants\.toml") as raised:
         tenants.file.load()
@@ -178,7 +198,7 @@ def test_labels_are_bounded(tmp_path: Path) -> None:
     """The first hundred tenants of the file have names in metrics. All others share one label."""
     file = tmp_path / "tenants.toml"
     file.write_text("[default]\n" + "".join(f"[tenants.t{number}]\n" for number in range(150)))
-    tenants = Tenants(str(file))
+    tenants = Tenants(str(file), HeldBytes())
     assert tenants.file is not None
     tenants.file.load()
     labels = {tenants.of(f"t{number}").label for number in range(150)}
@@ -191,7 +211,7 @@ def test_nobody_takes_a_tables_name(tmp_path: Path) -> None:
     """A caller without a table is not the tenant whose table has its name, also if such a table is added later."""
     file = tmp_path / "tenants.toml"
     file.write_text('[default]\n[tenants.research]\nidentities = ["alice"]\n')
-    tenants = Tenants(str(file))
+    tenants = Tenants(str(file), HeldBytes())
     assert tenants.file is not None
     tenants.file.load()
     assert tenants.of("alice").name == "research"
@@ -217,10 +237,32 @@ def test_bucket_comes_back_with_time() -> None:
 
 def test_limits_that_stay_keep_what_was_used() -> None:
     """Reading the file again gives no tenant a new burst. Changed limits begin afresh."""
-    tenant = Tenant("a", "a", QuotaLimits(calls_per_second=1.0, burst_calls=1.0), now=0.0)
+    tenant = Tenant("a", "a", QuotaLimits(calls_per_second=1.0, burst_calls=1.0), now=0.0, within=HeldBytes())
     tenant.admit(0.0)
     tenant.limit(QuotaLimits(calls_per_second=1.0, burst_calls=1.0), now=0.0)
     with pytest.raises(Exception, match="calls_per_second=1"):
         tenant.admit(0.0)
     tenant.limit(QuotaLimits(calls_per_second=2.0), now=0.0)
     tenant.admit(0.0)
+
+
+def test_lanes(guarded: Guarded) -> None:
+    """A tenant has as many lanes as its quota allows, and another one once a lane has ended. Others have theirs."""
+    token = guarded.issuer.token("narrow")
+    with guarded.lane(token):
+        with pytest.raises(grpc.RpcError) as refused, guarded.lane(token):
+            pass
+        refusal = refusal_of(refused.value)
+        assert (refusal.code, refusal.quota) == ("RESOURCE_EXHAUSTED", "tenant:narrow")
+        assert "lanes=1" in refusal.message
+        with guarded.lane(guarded.issuer.token("research")):
+            pass
+
+    def opens() -> bool:
+        try:
+            with guarded.lane(token):
+                return True
+        except grpc.RpcError:
+            return False
+
+    wait_until(opens, "the next lane is let in")

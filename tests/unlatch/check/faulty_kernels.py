@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import random
 import threading
 import time
 from functools import partial
@@ -19,7 +20,14 @@ calls = 0
 last: list[np.ndarray] = []
 seen: list[int] = []
 generator = np.random.default_rng(0)
+dice = random.Random(0)
 cache: dict[tuple[int, ...], np.ndarray] = {}
+
+
+class Sampler:
+    """A generator that no variable of the module holds."""
+
+    states = (np.random.RandomState(0),)
 
 
 @kernel
@@ -91,6 +99,21 @@ def keeps_state__generator(x: Vector) -> Vector:
     return x + generator.standard_normal(len(x))
 
 
+@kernel
+def draws_the_same__generator(x: Vector) -> Vector:
+    return x + generator.standard_normal(len(x))
+
+
+@kernel
+def draws_the_same__attribute(x: Vector) -> Vector:
+    return x + Sampler.states[0].standard_normal(len(x))
+
+
+@kernel
+def draws_the_same__python(x: Vector) -> Vector:
+    return x + dice.random()
+
+
 @kernel(pure=True)
 def keeps_state__wrong_cache(x: Vector) -> Vector:
     """The second call with a shape gets the first one's result."""
@@ -159,6 +182,11 @@ def ends_its_worker__exits(x: Vector) -> Vector:
 def ends_its_worker__and_keeps_state(x: Vector) -> Vector:
     seen.append(len(x))
     return x if seen.count(24) < 2 else os._exit(4)
+
+
+@kernel
+def warns(x: Vector) -> Vector:
+    return np.asarray(x - x.mean())
 
 
 @kernel

@@ -13,6 +13,9 @@ from PIL import Image
 
 from tests.support.mesh import Mesh
 from tests.unlatch.cli.conftest import Unlatch, process
+from unlatch.cli import reading
+from unlatch.common.errors import InvalidArgument
+from unlatch.common.kernel.spec import ArraySpec
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 ARRAYS: dict[str, Any] = {
@@ -94,6 +97,66 @@ def test_a_table_may_have_a_header(unlatch: Unlatch, tmp_path: Path) -> None:
     assert unlatch("call", "returns_strided", f"x=@{table}", "--json").json["outputs"][0]["shape"] == [1, 2]
 
 
+TABLES: list[tuple[str, str, list[Any]]] = [
+    ("whole", "9223372036854775807\n-1\n", [9223372036854775807, -1]),
+    ("whole", "9007199254740993\n1e3\n", [9007199254740993, 1000]),
+    ("whole", '"1"\n 2 \n\n', [1, 2]),
+    ("fractions", "1\n\n3\n", [1, None, 3]),
+    ("fractions", "1,,3\n", [1, None, 3]),
+    ("fractions", ",\n1,2\n", [[None, None], [1, 2]]),
+    ("fractions", "x\n1e300\n", [1e300]),
+]
+WRONG_TABLES = [
+    ("whole", "1\n\n3\n", "line 2, column 1: wanted int64, which cannot hold nan"),
+    ("whole", "1\n9223372036854775808\n", "line 2, column 1: wanted int64, which cannot hold 9223372036854775808"),
+    ("whole", "1,2\n3,4.5\n", "line 2, column 2: wanted int64, which cannot hold 4.5"),
+    ("fractions", "n\n1e3\n9007199254740993\n", "line 3, column 1: wanted float64, which cannot hold 9007199254740993"),
+    ("fractions", "1\n2#3\n", "line 2, column 1: could not convert string '2#3' to a number"),
+    ("whole", f"1\n{'1' * 5000}\n", f"line 2, column 1: could not convert string '{'1' * 63} to a number"),
+    ("fractions", "1\n1e400\n", "line 2, column 1: float64 cannot hold '1e400'"),
+    ("fractions", "-1e999\n2\n", "line 1, column 1: float64 cannot hold '-1e999'"),
+    ("fractions", "1_000\n2\n1_0\n", "line 3, column 1: could not convert string '1_0'"),
+    ("fractions", "id,2026\n1,2\n", "line 1, column 1: could not convert string 'id'"),
+    ("fractions", "1,2\n3\n", "line 2: wanted 2 columns, got 1"),
+    (
+        "fractions",
+        "1;2\n3;4\n5;6\n",
+        "line 2, column 1: could not convert string '3;4' to a number; wanted numbers separated by commas",
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtypes", "text", "expected"), TABLES, ids=[case[1] for case in TABLES])
+def test_a_table_is_read_as_it_is(tmp_path: Path, dtypes: str, text: str, expected: list[Any]) -> None:
+    """Whole numbers keep all their digits, and an empty cell is NaN."""
+    table = tmp_path / "table.csv"
+    table.write_text(text)
+    wanted = ArraySpec(name="x", dtypes=("int64" if dtypes == "whole" else "float64",), dims=("...",))
+    expected_array = np.array(expected, dtype=wanted.dtypes[0])
+    np.testing.assert_array_equal(reading.file(str(table), wanted).reshape(expected_array.shape), expected_array)
+
+
+@pytest.mark.parametrize(("dtypes", "text", "message"), WRONG_TABLES, ids=[case[1] for case in WRONG_TABLES])
+def test_a_table_that_would_be_changed_is_refused(tmp_path: Path, dtypes: str, text: str, message: str) -> None:
+    """The error names the argument, the line and the column."""
+    table = tmp_path / "table.csv"
+    table.write_text(text)
+    wanted = ArraySpec(name="x", dtypes=("int64" if dtypes == "whole" else "float64",), dims=("...",))
+    with pytest.raises(InvalidArgument) as refused:
+        reading.file(str(table), wanted)
+    assert message in refused.value.message
+    assert refused.value.message.startswith(f"x: {table}: ")
+
+
+def test_a_picture_that_a_kernel_has_encoded_is_written_as_it_is(unlatch: Unlatch, tmp_path: Path) -> None:
+    """Bytes, if they are one element, go to an image's file unchanged."""
+    picture = tmp_path / "figure.png"
+    assert unlatch("call", "identity", 'x="\\u0089PNG, or so"', "-o", str(picture)).code == 0
+    assert picture.read_bytes() == "\u0089PNG, or so".encode()
+    ran = unlatch("call", "identity", 'x=["a", "b"]', "-o", str(tmp_path / "two.png"), "--json")
+    assert "wanted an image of shape" in ran.error["message"]
+
+
 def test_members_of_an_archive(unlatch: Unlatch, tmp_path: Path) -> None:
     """The named member is taken, else the only one, else the one that is named like the argument."""
     archive = tmp_path / "several.npz"
@@ -160,7 +223,33 @@ WRONG = [
     (["halve", "x"], "INVALID_ARGUMENT", "name=value", ""),
     (["halve", "x=[1, 2"], "INVALID_ARGUMENT", "wanted @file or a JSON array", "x"),
     (["halve", "x=[[1], [2, 3]]"], "INVALID_ARGUMENT", "x: ", "x"),
+    (["halve", f"x=[{'1' * 5000}]"], "INVALID_ARGUMENT", "x: wanted numbers of at most 4,300 digits", "x"),
+    (
+        ["required_scalars", "flag=true", "ratio=1", "label=a", f"count={'1' * 5000}"],
+        "INVALID_ARGUMENT",
+        f"count: wanted a value of type int, got '{'1' * 63}",
+        "count",
+    ),
+    (
+        ["required_scalars", "flag=true", "ratio=1", "label=a", f"count={10**25}"],
+        "INVALID_ARGUMENT",
+        "64 bits",
+        "count",
+    ),
     (["halve", 'x={"a": 1}'], "INVALID_ARGUMENT", "wanted an array of numbers or strings", "x"),
+    (["halve", "x=[1e400]"], "INVALID_ARGUMENT", "x: float64 cannot hold '1e400'", "x"),
+    (["halve", "x=[1, -2.5E+999]"], "INVALID_ARGUMENT", "x: float64 cannot hold '-2.5E+999'", "x"),
+    (["halve", "=[1]"], "INVALID_ARGUMENT", "=[1]: wanted name=value", ""),
+    *(
+        (["gaussian_blur", "image=[[1]]", f"sigma={text}"], "INVALID_ARGUMENT", message, "sigma")
+        for text, message in (
+            ("1e400", "sigma: float64 cannot hold '1e400'"),
+            ("9007199254740993", "sigma: float64 cannot hold '9007199254740993'"),
+            ("1" * 400, "sigma: float64 cannot hold '111"),
+            ("1+2j", "sigma: float64 cannot hold '1+2j'"),
+            ("1_0", "sigma: wanted a value of type float, got '1_0'"),
+        )
+    ),
     (["halve", "x=null"], "INVALID_ARGUMENT", "wanted an array of numbers or strings", "x"),
     (["halve", 'x=["a"]'], "INVALID_ARGUMENT", "cannot hold 'a'", "x"),
     (["fixed_axes", "pixels=[[[1, 2, 256]]]"], "INVALID_ARGUMENT", "uint8, which cannot hold 1, 2, 256", "pixels"),
@@ -180,7 +269,12 @@ WRONG = [
     (["halve", "x=@notes.txt"], "INVALID_ARGUMENT", "unknown suffix; wanted .npy", "x"),
     (["halve", "x=@"], "INVALID_ARGUMENT", "unknown suffix; wanted", "x"),
     (["matmul", "a=@-", "b=@-"], "INVALID_ARGUMENT", "stdin holds one array", ""),
-    (["gaussian_blur", "image=[[1]]", "sigma=wide"], "INVALID_ARGUMENT", "sigma: wanted a float, got 'wide'", "sigma"),
+    (
+        ["gaussian_blur", "image=[[1]]", "sigma=wide"],
+        "INVALID_ARGUMENT",
+        "sigma: wanted a value of type float, got 'wide'",
+        "sigma",
+    ),
     (["halve", "x=[1]", "-o", "out.txt"], "INVALID_ARGUMENT", "unknown suffix; wanted one of .npy", "output"),
     (["halve", "x=[1]", "-o", "no/directory.npy"], "INVALID_ARGUMENT", "No such file or directory", "output"),
     (["halve", "x=[1]", "-o", "out.png"], "INVALID_ARGUMENT", "wanted an image of shape", "output"),
@@ -260,6 +354,7 @@ USAGE = [
     (["top", "--interval", "0"], "from 0.1 to 3600"),
     (["top", "--metrics", "8002"], "wanted host:port"),
     (["top"], "--once"),
+    (["serve", "--tenants=t.toml"], "unknown option --tenants; set the variable UNLATCH_TENANTS instead"),
     (["serve", "--worker-count", "2"], "unknown option --worker-count; did you mean --workers"),
     (["gateway", "--lisen=127.0.0.1:0"], "unknown option --lisen; did you mean --listen"),
     (["completion", "ksh"], "invalid choice: 'ksh'"),

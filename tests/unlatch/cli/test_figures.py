@@ -33,8 +33,8 @@ def dispatcher(address: str, at: float, *, calls: float, workers: int = 2, kerne
             "unlatch_worker_running_seconds": {labels(worker="0", kernel=kernel): 1.5},
             "unlatch_worker_calls_total": {labels(worker="0", kernel=kernel, outcome="ok"): calls},
             "unlatch_worker_restarts_total": {labels(worker="1", reason="killed"): 2.0},
-            "unlatch_queue_depth": {(): 3.0},
-            "unlatch_calls_total": {labels(kernel=kernel, code="OK"): calls},
+            "unlatch_queue_depth": {labels(component="compute"): 3.0},
+            "unlatch_calls_total": {labels(component="compute", kernel=kernel, code="OK"): calls},
         },
     )
 
@@ -46,20 +46,21 @@ def gateway(at: float, *, good: float, bad: float, kernel: str = "burns") -> Rea
         {
             "unlatch_process_utilization_ratio": {labels(process="gateway"): 0.25},
             "unlatch_calls_total": {
-                labels(kernel=kernel, code="OK"): good,
-                labels(kernel=kernel, code="INTERNAL"): bad,
+                labels(component="gateway", kernel=kernel, code="OK"): good,
+                labels(component="gateway", kernel=kernel, code="INTERNAL"): bad,
             },
             "unlatch_call_seconds_bucket": {
-                labels(kernel=kernel, stage="total", le=str(bound)): count for bound, count in buckets.items()
+                labels(component="gateway", kernel=kernel, stage="total", le=str(bound)): count
+                for bound, count in buckets.items()
             },
-            "unlatch_queue_depth": {(): 0.0},
-            "unlatch_calls_in_flight": {(): 7.0},
+            "unlatch_queue_depth": {labels(component="gateway"): 0.0},
+            "unlatch_calls_in_flight": {labels(component="gateway"): 7.0},
         },
     )
 
 
 def seen(address: str, before: Reading | None, now: Reading) -> Seen:
-    history = {dict(key)["process"]: ((now.at, 0.5),) for key in now.of("unlatch_process_utilization_ratio")}
+    history = dict.fromkeys(now.of("unlatch_process_utilization_ratio"), ((now.at, 0.5),))
     return Seen(address=address, before=before, now=now, history=history)
 
 
@@ -90,6 +91,84 @@ def test_rates_are_of_the_last_interval() -> None:
     assert second is not None
     assert (first.kernel, first.running_seconds, first.calls_per_second, first.restarts) == ("burns", 1.5, 2.0, 0)
     assert (second.kernel, second.restarts) == ("", 2)
+
+
+def unit(at: float, *, good: float, bad: float, calls: float) -> Reading:
+    """The series of a gateway and a replica in one process."""
+    parts = gateway(at, good=good, bad=bad), dispatcher("u:1", at, calls=calls)
+    names = {name for part in parts for name in part.series}
+    series = {name: {**parts[0].of(name), **parts[1].of(name)} for name in names}
+    shares = {labels(process=name): 0.5 for name in ("worker-1", "worker-0", "forkserver", "unit")}
+    return Reading(at, {**series, "unlatch_process_utilization_ratio": shares})
+
+
+def test_unit_is_a_gateway_and_a_replica() -> None:
+    """Both are read at the same address. Calls are counted once, as at the gateway, and each queue by itself."""
+    shown = figures([seen("u:1", unit(10, good=10, bad=2, calls=5), unit(12, good=30, bad=6, calls=9))], 12.0)
+    assert shown.calls.calls_per_second == 12.0
+    assert shown.kernels["burns"].calls_per_second == 12.0
+    assert (shown.queue_depth, shown.gateway_queue_depth, shown.in_flight) == (3.0, 0.0, 7.0)
+    assert [process.name for process in shown.processes] == ["unit", "forkserver", "worker-0", "worker-1"]
+    first = shown.processes[2].worker
+    assert first is not None
+    assert (first.kernel, first.calls_per_second) == ("burns", 2.0)
+
+
+def units(at: float, *readings: Reading | None) -> Reading:
+    """The series of several units as their supervisor serves them. A unit without a reading did not answer."""
+    series: dict[str, dict[Labels, float]] = {
+        "unlatch_process_utilization_ratio": {labels(process="supervisor"): 0.01},
+        "unlatch_unit_up": {
+            labels(unit=str(number)): float(reading is not None) for number, reading in enumerate(readings)
+        },
+    }
+    for number, reading in enumerate(readings):
+        for name, found in reading.series.items() if reading else ():
+            of_unit = {labels(**dict(key), unit=str(number)): value for key, value in found.items()}
+            series[name] = {**series.get(name, {}), **of_unit}
+    return Reading(at, series)
+
+
+def test_units_are_told_apart_and_added_up() -> None:
+    """Calls and queues are sums over all units, and each process is shown with the number of its unit."""
+    before = units(10, unit(10, good=10, bad=2, calls=5), unit(10, good=100, bad=20, calls=50))
+    now = units(12, unit(12, good=30, bad=6, calls=9), unit(12, good=140, bad=28, calls=58))
+    shown = figures([seen("u:1", before, now)], 12.0)
+    assert shown.calls.calls_per_second == 12.0 + 24.0
+    assert shown.calls.errors_per_second == {"INTERNAL": 2.0 + 4.0}
+    assert shown.kernels["burns"].calls_per_second == 36.0
+    assert (shown.queue_depth, shown.gateway_queue_depth, shown.in_flight) == (6.0, 0.0, 14.0)
+    of_a_unit = ["unit", "forkserver", "worker-0", "worker-1"]
+    assert [(process.unit, process.name) for process in shown.processes] == [
+        ("", "supervisor"),
+        *(("0", name) for name in of_a_unit),
+        *(("1", name) for name in of_a_unit),
+    ]
+    rates = [process.worker.calls_per_second for process in shown.processes if process.worker is not None]
+    assert rates == [2.0, 0.0, 4.0, 0.0]
+    for width in (40, 80, 120):
+        lines = drawn(shown, width, None)
+        assert [line.split()[:2] for line in lines if line.startswith("worker-1")] == [
+            ["worker-1", "0"],
+            ["worker-1", "1"],
+        ]
+        assert any(line.split()[:2] == ["process", "unit"] for line in lines)
+    assert not any("unit" in line.split() for line in drawn(one_mesh(), 120, None))
+
+
+def test_unit_that_was_silent_has_no_rate_from_0() -> None:
+    """A unit that does not answer is named. Its counters are not new when it is there again, as if all were of now."""
+    whole = units(10, unit(10, good=10, bad=0, calls=5), unit(10, good=9000, bad=0, calls=4000))
+    half = units(12, unit(12, good=30, bad=0, calls=9), None)
+    again = units(14, unit(14, good=50, bad=0, calls=13), unit(14, good=9990, bad=0, calls=4995))
+    shown = figures([seen("u:1", whole, half)], 12.0)
+    assert shown.calls.calls_per_second == 10.0
+    assert "unit 1 of u:1 does not answer" in drawn(shown, 80, 24)[1]
+    shown = figures([seen("u:1", half, again)], 14.0)
+    assert shown.calls.calls_per_second == 10.0
+    assert shown.processes[-2].worker is not None
+    assert shown.processes[-2].worker.calls_per_second == 0.0
+    assert "does not answer" not in "\n".join(drawn(shown, 80, 24))
 
 
 def test_counters_that_begin_anew_give_no_negative_rate() -> None:

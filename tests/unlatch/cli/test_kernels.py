@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.mesh import ROOT, Mesh
 from tests.unlatch.cli.conftest import Unlatch
-from unlatch.cli import COMMANDS, EXIT_CODES
+from unlatch.cli import COMMANDS, EXIT_CODES, run
 
 # Any numbers of the right shape will do for these kernels.
 SIMPLE = (
@@ -54,10 +54,11 @@ def test_json(unlatch: Unlatch) -> None:
     assert math.isnan(float(low["default"]))
 
 
-def test_examples_work_as_printed(unlatch: Unlatch) -> None:
+@pytest.mark.parametrize("kernel", SIMPLE)
+def test_example_works_as_printed(unlatch: Unlatch, kernel: str) -> None:
     """A shell runs the examples of many kernels: any axes, fixed ones, several arrays, scalars of all types."""
-    examples = [unlatch("kernels", name).out.splitlines()[-1] for name in SIMPLE]
-    script = "\n".join(["unlatch() { " + sys.executable + ' -m unlatch "$@"; }', "set -e", *examples])
+    example = unlatch("kernels", kernel).out.splitlines()[-1]
+    script = "\n".join(["unlatch() { " + sys.executable + ' -m unlatch "$@"; }', "set -e", example])
     ran = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
 
@@ -72,6 +73,29 @@ def test_help_lists_commands_and_exit_codes(unlatch: Unlatch) -> None:
         helped = unlatch(name, "--help")
         assert helped.code == 0
         assert helped.out.startswith(f"usage: unlatch {name}")
+
+
+@pytest.mark.parametrize("name", ["serve", "gateway", "compute"])
+def test_help_of_services_shows_no_python(unlatch: Unlatch, name: str) -> None:
+    """Values and defaults are shown as one writes them, and the variables are named."""
+    out = " ".join(unlatch(name, "--help").out.split())
+    for wrong in (
+        " str",
+        " int]",
+        " float",
+        "tuple[",
+        "dict[",
+        "default: )",
+        "default: None",
+        "('",
+        "{}",
+        "gethostname",
+    ):
+        assert wrong not in out
+    assert "--drain-seconds NUMBER" in out
+    assert "--kernels LIST" in out or name == "gateway"
+    assert "a variable UNLATCH_A_NAME" in out
+    assert {"serve": "set by their variables here", "gateway": "(default: 127.0.0.1:8011)"}.get(name, "") in out
 
 
 def test_docs_say_the_same() -> None:
@@ -131,3 +155,14 @@ def test_bash_completes(unlatch: Unlatch, tmp_path: Path) -> None:
     assert completed("unlatch", "kernels", "gau") == {"gaussian_blur"}
     assert completed("unlatch", "serve", "--wor") == {"--workers"}
     assert completed("unlatch", "top", "--on") == {"--once"}
+
+
+def test_server_from_a_variable(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --server, client commands call the gateway that UNLATCH_SERVER names."""
+    monkeypatch.setenv("UNLATCH_SERVER", mesh.gateway)
+    assert run(["kernels", "--json"]) == 0
+    assert "identity" in capsys.readouterr().out
+    monkeypatch.setenv("UNLATCH_SERVER", "127.0.0.1:1")
+    assert run(["kernels", "--server", mesh.gateway, "--json"]) == 0

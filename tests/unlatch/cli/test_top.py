@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mesh import ROOT, Mesh, Service, running_dispatcher, running_mesh
+from tests.support.serve import free_address
 from tests.support.watching import Gate, Scrape, children, wait_until
 from tests.unlatch.cli.conftest import COMMAND, Unlatch
 from unlatch import BlockingClient
@@ -194,15 +195,16 @@ def test_a_worker_that_is_killed_comes_back(own: Mesh, pane: Callable[..., Pane]
     """The killed worker's restarts go up by one, and its bar is there again under the same name."""
     top = pane(watching(own))
     top.wait_for(lambda text: "worker-1 " in text, "it draws")
-    before = {name: int(top.row(name).split()[-1]) for name in ("worker-0", "worker-1")}
+
+    def restarts() -> dict[str, int]:
+        """Return the restarts of the workers whose rows are drawn whole."""
+        rows = {name: top.row(name).split() for name in ("worker-0", "worker-1")}
+        return {name: int(row[-1]) for name, row in rows.items() if row and row[-1].isdecimal()}
+
+    while len(before := restarts()) < 2:
+        pass
     os.kill(own.workers[0], signal.SIGKILL)
-
-    def one_more() -> bool:
-        rows = {name: top.row(name).split() for name in before}
-        after = {name: int(row[-1]) for name, row in rows.items() if row and row[-1].isdecimal()}
-        return sum(after.values()) == sum(before.values()) + 1
-
-    wait_until(one_more, "one restart more is shown")
+    wait_until(lambda: sum(restarts().values()) == sum(before.values()) + 1, "one restart more is shown")
     with load(own, 0.05):
         wait_until(lambda: all(percent(top.row(name)) > 1 for name in before), "both bars are there")
 
@@ -212,12 +214,12 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path, pane: Callable[..., P
     """The picture says since when a server is away; later it has figures again, and no negative rate."""
     socket = tmp_path / "dispatcher.sock"
     ports = ("--health-listen", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--replicas", f"unix:{socket}")
-    with running_dispatcher(socket) as dispatcher:
+    # Reserved, so that no other process gets the port before the second gateway.
+    with running_dispatcher(socket) as dispatcher, free_address() as metrics:
         dispatcher_metrics = dispatcher.wait_for("serving")["metrics_listen"]
-        with Service("gateway", *ports, "--metrics-listen", "127.0.0.1:0") as first:
+        with Service("gateway", *ports, "--metrics-listen", metrics) as first:
             serving = first.wait_for("serving")
             first.wait_for("replica is ready")
-            metrics = serving["metrics_listen"]
             top = pane(f"--interval 0.3 --metrics {metrics},{dispatcher_metrics}")
             with BlockingClient(serving["listen"]) as client:
                 for _ in client.map("halve", (float(n) for n in range(500))):
@@ -284,7 +286,9 @@ def test_once(own: Mesh, unlatch: Unlatch, monkeypatch: pytest.MonkeyPatch) -> N
     assert told["processes"][3]["worker"].keys() == {
         *("up", "kernel", "running_seconds", "calls_per_second", "restarts"),
     }
-    assert told["processes"][0].keys() == {"name", "replica", "utilization_ratio", "resident_bytes", "worker"}
+    assert told["processes"][0].keys() == {
+        *("name", "unit", "replica", "utilization_ratio", "resident_bytes", "worker"),
+    }
     assert told.keys() == {
         *("time", "sources", "processes", "calls", "kernels"),
         *("queue_depth", "gateway_queue_depth", "in_flight"),
@@ -311,6 +315,13 @@ def test_once_of_nobody(unlatch: Unlatch) -> None:
     assert "127.0.0.1:1: Connection refused" in ran.error["message"]
 
 
+def test_once_of_another_port(own: Mesh, unlatch: Unlatch) -> None:
+    """The answer of a gRPC port is not printed: it is bytes of HTTP/2."""
+    ran = unlatch("top", "--once", "--metrics", own.gateway)
+    assert (ran.code, ran.out) == (1, "")
+    assert f"UNAVAILABLE: no /metrics at {own.gateway}: the answer is not HTTP/1" in ran.err
+
+
 def test_json_lines(own: Mesh) -> None:
     """Without --once a line is printed for every scrape, until the command is ended."""
     command = [*COMMAND, "top", "--json", *watching(own).split()]
@@ -328,16 +339,18 @@ def test_several_replicas(own: Mesh, tmp_path: Path, unlatch: Unlatch) -> None:
     with running_dispatcher(tmp_path / "second.sock") as second, BlockingClient(own.gateway) as client:
         address = second.wait_for("serving")["metrics_listen"]
         addresses = f"{own.gateway_metrics},{own.dispatcher_metrics},{address}"
-        ending = threading.Event()
+        has_failed, ending = threading.Event(), threading.Event()
 
         def fail() -> None:
             while not ending.is_set():
                 with pytest.raises(UnlatchError):
                     client.raises_kernel_error(message="no")
+                has_failed.set()
 
         failing = threading.Thread(target=fail)
         failing.start()
         try:
+            wait_until(has_failed.is_set, "calls fail")
             told = unlatch("top", "--once", "--json", "--metrics", addresses).json
         finally:
             ending.set()

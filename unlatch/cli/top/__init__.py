@@ -1,4 +1,4 @@
-"""`unlatch top`: the load of every process of a mesh, read from the /metrics of gateway and replicas."""
+"""`unlatch top`: the load of every process of a mesh, read from the /metrics of a unit, or of gateway and replicas."""
 
 import argparse
 import json
@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from unlatch.cli.options import Parser, number
+from unlatch.cli.options import Parser
 from unlatch.cli.top.figures import Figures, figures
 from unlatch.cli.top.screen import ASCII, UNICODE, screen
 from unlatch.cli.top.sources import Source
 from unlatch.cli.top.terminal import Terminal
 from unlatch.common.errors import Unavailable
+from unlatch.common.flags import bounded_number
 
 _SHORTEST_INTERVAL_SECONDS = 0.1
 
@@ -28,8 +29,9 @@ def parser() -> Parser:
     made.add_argument(
         "--metrics",
         type=_addresses,
-        default="127.0.0.1:8002,127.0.0.1:8012",
-        help="addresses of /metrics of the gateway and of each replica, host:port,… (default: %(default)s)",
+        default="127.0.0.1:8002",
+        help="addresses of /metrics of `unlatch serve`, or of the gateway and each replica: host:port,… "
+        "(default: %(default)s)",
     )
     made.add_argument("--interval", type=_interval, default=1.0, help="seconds between two readings (default: 1)")
     made.add_argument("--once", action="store_true", help="read twice, print the figures, and exit")
@@ -108,7 +110,13 @@ def _told(shown: Figures) -> dict[str, Any]:
     for process in told["processes"]:
         del process["history"]
     told["sources"] = [
-        {"address": seen.address, "reachable": seen.now is not None, "unreachable_since": seen.since, "why": seen.why}
+        {
+            "address": seen.address,
+            "reachable": seen.now is not None,
+            "unreachable_since": seen.since,
+            "why": seen.why,
+            "silent_units": seen.now.silent_units if seen.now else [],
+        }
         for seen in shown.sources
     ]
     return {"time": time.time(), **told}
@@ -126,4 +134,4 @@ def _addresses(text: str) -> list[str]:
 
 
 def _interval(text: str) -> float:
-    return number(text, float, _SHORTEST_INTERVAL_SECONDS, 3600.0, "a number of seconds")
+    return bounded_number(text, float, _SHORTEST_INTERVAL_SECONDS, 3600.0, "a number of seconds")

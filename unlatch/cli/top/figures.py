@@ -8,7 +8,10 @@ from unlatch.cli.top.sources import Labels, Point, Reading, Seen
 
 _CALLS = "unlatch_calls_total"
 _BUCKETS = "unlatch_call_seconds_bucket"
+_QUEUE = "unlatch_queue_depth"
 _WORKER = "worker-"
+
+Wanted = Callable[[Labels], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +27,10 @@ class SlotFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessFigures:
-    """Figures of one process. `history` is its utilisation over the last minute."""
+    """Figures of one process. `history` is its utilisation over the last minute; `unit` is empty without units."""
 
     name: str
+    unit: str
     replica: str
     utilization_ratio: float
     resident_bytes: float
@@ -60,21 +64,24 @@ class Figures:
 
 
 def figures(sources: Sequence[Seen], at: float) -> Figures:
-    """Combine sources. Figures of callers come from gateways, or from the replicas if no gateway is read."""
-    read = [seen for seen in sources if seen.now is not None]
-    dispatchers = [seen for seen in read if _is_dispatcher(seen)]
-    gateways = [seen for seen in read if not _is_dispatcher(seen)]
-    telling = gateways or dispatchers
-    kernels = sorted({dict(labels)["kernel"] for seen in telling for labels in _now(seen, _CALLS)})
+    """Combine sources. A source is a gateway, a replica or, if it is a unit, both.
+
+    Figures of callers come from gateways, or from the replicas if no gateway is read.
+    """
+    read = sorted((seen for seen in sources if seen.now is not None), key=lambda seen: not _has(seen, "gateway"))
+    gateways, replicas = ([seen for seen in read if _has(seen, part)] for part in ("gateway", "compute"))
+    of_gateways, of_replicas = _labelled("component", "gateway"), _labelled("component", "compute")
+    telling, wanted = (gateways, of_gateways) if gateways else (replicas, of_replicas)
+    kernels = {dict(labels)["kernel"] for seen in telling for labels in _now(seen, _CALLS) if wanted(labels)}
     return Figures(
         at=at,
         sources=sources,
-        processes=_all_processes([*gateways, *dispatchers], named=len(sources) > 2),
-        calls=_traffic(telling, lambda _: True),
-        kernels={name: _traffic(telling, _is(name)) for name in kernels},
-        queue_depth=_total(dispatchers, "unlatch_queue_depth"),
-        gateway_queue_depth=_total(gateways, "unlatch_queue_depth"),
-        in_flight=_total(gateways, "unlatch_calls_in_flight"),
+        processes=_all_processes(read, named=len(sources) > 2),
+        calls=_traffic(telling, wanted),
+        kernels={name: _traffic(telling, _both(wanted, _labelled("kernel", name))) for name in sorted(kernels)},
+        queue_depth=_total(replicas, _QUEUE, of_replicas),
+        gateway_queue_depth=_total(gateways, _QUEUE, of_gateways),
+        in_flight=_total(gateways, "unlatch_calls_in_flight", of_gateways),
     )
 
 
@@ -103,16 +110,17 @@ def quantile(share: float, buckets: Mapping[float, float]) -> float | None:
     return lower
 
 
-def _is_dispatcher(seen: Seen) -> bool:
-    return seen.now is not None and "unlatch_worker_up" in seen.now.series
+def _has(seen: Seen, component: str) -> bool:
+    return any(map(_labelled("component", component), _now(seen, _QUEUE)))
 
 
 def _now(seen: Seen, name: str) -> Mapping[Labels, float]:
     return seen.now.of(name) if seen.now else {}
 
 
-def _total(sources: Sequence[Seen], name: str) -> float | None:
-    return sum(sum(_now(seen, name).values()) for seen in sources) if sources else None
+def _total(sources: Sequence[Seen], name: str, wanted: Wanted) -> float | None:
+    found = (value for seen in sources for labels, value in _now(seen, name).items() if wanted(labels))
+    return sum(found) if sources else None
 
 
 def _all_processes(sources: Sequence[Seen], *, named: bool) -> list[ProcessFigures]:
@@ -125,26 +133,35 @@ def _processes(seen: Seen, replica: str) -> list[ProcessFigures]:
     return [
         ProcessFigures(
             name=(name := dict(labels)["process"]),
+            unit=(unit := dict(labels).get("unit", "")),
             replica=replica,
             utilization_ratio=utilization,
             resident_bytes=resident.get(labels, 0.0),
-            worker=_worker(seen, name.removeprefix(_WORKER)) if name.startswith(_WORKER) else None,
-            history=seen.history.get(name, ()),
+            worker=_worker(seen, unit, name.removeprefix(_WORKER)) if name.startswith(_WORKER) else None,
+            history=seen.history.get(labels, ()),
         )
         for labels, utilization in sorted(_now(seen, "unlatch_process_utilization_ratio").items(), key=_by_name)
     ]
 
 
-def _by_name(item: tuple[Labels, float]) -> tuple[bool, int, str]:
-    """A sort key: the services' own processes first, then the processes that they started, workers by number."""
-    name = dict(item[0])["process"]
-    number = name.removeprefix(_WORKER)
-    return name not in ("gateway", "dispatcher"), int(number) if number.isdecimal() else -1, name
+def _by_name(item: tuple[Labels, float]) -> tuple[int, bool, int, str]:
+    """A sort key: unit by unit the services' own processes, then the processes that they started, workers by number."""
+    labels = dict(item[0])
+    name = labels["process"]
+    is_started = name not in ("gateway", "dispatcher", "unit")
+    return _number(labels.get("unit", "")), is_started, _number(name.removeprefix(_WORKER)), name
 
 
-def _worker(seen: Seen, slot: str) -> SlotFigures:
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() else -1
+
+
+def _worker(seen: Seen, unit: str, slot: str) -> SlotFigures:
+    def of_slot(labels: Labels) -> bool:
+        return ("worker", slot) in labels and dict(labels).get("unit", "") == unit
+
     def mine(name: str) -> dict[Labels, float]:
-        return {labels: value for labels, value in _now(seen, name).items() if ("worker", slot) in labels}
+        return {labels: value for labels, value in _now(seen, name).items() if of_slot(labels)}
 
     running = mine("unlatch_worker_running_seconds")
     kernel, seconds = next(((dict(labels)["kernel"], value) for labels, value in running.items()), ("", 0.0))
@@ -152,19 +169,23 @@ def _worker(seen: Seen, slot: str) -> SlotFigures:
         up=any(mine("unlatch_worker_up").values()),
         kernel=kernel,
         running_seconds=seconds,
-        calls_per_second=_rate([seen], "unlatch_worker_calls_total", lambda labels: ("worker", slot) in labels),
+        calls_per_second=_rate([seen], "unlatch_worker_calls_total", of_slot),
         restarts=round(sum(mine("unlatch_worker_restarts_total").values())),
     )
 
 
-def _is(kernel: str) -> Callable[[Labels], bool]:
-    return lambda labels: ("kernel", kernel) in labels
+def _labelled(name: str, value: str) -> Wanted:
+    return lambda labels: (name, value) in labels
 
 
-def _traffic(sources: Sequence[Seen], wanted: Callable[[Labels], bool]) -> Traffic:
+def _both(one: Wanted, other: Wanted) -> Wanted:
+    return lambda labels: one(labels) and other(labels)
+
+
+def _traffic(sources: Sequence[Seen], wanted: Wanted) -> Traffic:
     errors = {dict(labels)["code"] for seen in sources for labels in _now(seen, _CALLS) if wanted(labels)} - {"OK"}
-    rates = {code: _rate(sources, _CALLS, _both(wanted, ("code", code))) or 0.0 for code in sorted(errors)}
-    spread = _spread(sources, _both(wanted, ("stage", "total")))
+    rates = {code: _rate(sources, _CALLS, _both(wanted, _labelled("code", code))) or 0.0 for code in sorted(errors)}
+    spread = _spread(sources, _both(wanted, _labelled("stage", "total")))
     return Traffic(
         calls_per_second=_rate(sources, _CALLS, wanted),
         errors_per_second={code: rate for code, rate in rates.items() if rate},
@@ -173,30 +194,34 @@ def _traffic(sources: Sequence[Seen], wanted: Callable[[Labels], bool]) -> Traff
     )
 
 
-def _both(wanted: Callable[[Labels], bool], label: tuple[str, str]) -> Callable[[Labels], bool]:
-    return lambda labels: wanted(labels) and label in labels
-
-
-def _rate(sources: Sequence[Seen], name: str, wanted: Callable[[Labels], bool]) -> float | None:
+def _rate(sources: Sequence[Seen], name: str, wanted: Wanted) -> float | None:
     pairs = [(seen.before, seen.now) for seen in sources if seen.before is not None and seen.now is not None]
     if not pairs:
         return None
     return sum(_grown(before, now, name, wanted) / (now.at - before.at) for before, now in pairs)
 
 
-def _grown(before: Reading, now: Reading, name: str, wanted: Callable[[Labels], bool]) -> float:
-    past = before.of(name)
-    return sum(increase(past.get(labels), value) for labels, value in now.of(name).items() if wanted(labels))
+def _grown(before: Reading, now: Reading, name: str, wanted: Wanted) -> float:
+    return sum(_increases(before, now, name, wanted).values())
 
 
-def _spread(sources: Sequence[Seen], wanted: Callable[[Labels], bool]) -> dict[float, float]:
+def _spread(sources: Sequence[Seen], wanted: Wanted) -> dict[float, float]:
     """Sum the buckets of observations between the last two readings of each source."""
     counts: dict[float, float] = defaultdict(float)
     for seen in sources:
         if seen.before is None or seen.now is None:
             continue
-        past = seen.before.of(_BUCKETS)
-        for labels, value in seen.now.of(_BUCKETS).items():
-            if wanted(labels):
-                counts[float(dict(labels)["le"])] += increase(past.get(labels), value)
+        for labels, value in _increases(seen.before, seen.now, _BUCKETS, wanted).items():
+            counts[float(dict(labels)["le"])] += value
     return counts
+
+
+def _increases(before: Reading, now: Reading, name: str, wanted: Wanted) -> dict[Labels, float]:
+    """The growth of each wanted series. A unit that was silent has not grown from 0, so it counts from now on."""
+    past = before.of(name)
+    returned = {("unit", unit) for unit in before.silent_units}
+    return {
+        labels: increase(past.get(labels), value)
+        for labels, value in now.of(name).items()
+        if wanted(labels) and returned.isdisjoint(labels)
+    }

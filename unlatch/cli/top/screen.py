@@ -38,7 +38,7 @@ ASCII = Signs("#", ".", "_.-=+*%#", "us")
 
 def screen(figures: Figures, width: int, height: int | None, signs: Signs = UNICODE) -> RenderableType:
     """Draw the figures. `height` bounds the lines; None is as many as needed."""
-    head = [_headline(figures, signs), *map(_outage, _missing(figures))]
+    head = [_headline(figures, signs), *map(_outage, _missing(figures)), *_silent_units(figures)]
     room = None if height is None else max(2, height - len(head) * (2 if width < 80 else 1) - 2)
     shown, hidden = _fitting(figures.processes, room)
     parts: list[RenderableType] = [*head, _processes(shown, figures.at, width, signs)]
@@ -105,6 +105,14 @@ def _outage(seen: Seen) -> Text:
     return Text(plain(f"{seen.address} unreachable since {since}: {seen.why}"), style="bold red", overflow="ellipsis")
 
 
+def _silent_units(figures: Figures) -> list[Text]:
+    return [
+        Text(plain(f"unit {unit} of {seen.address} does not answer"), style="bold red", overflow="ellipsis")
+        for seen in figures.sources
+        for unit in (seen.now.silent_units if seen.now else ())
+    ]
+
+
 def _fitting(processes: Sequence[ProcessFigures], room: int | None) -> tuple[Sequence[ProcessFigures], int]:
     if room is None or len(processes) <= room:
         return processes, 0
@@ -117,6 +125,7 @@ def _processes(processes: Sequence[ProcessFigures], now: float, width: int, sign
     bar_cells, spark_cells = next(cells for least, *cells in _CELLS if width >= least)
     columns = [
         Column("process", no_wrap=True, max_width=label_cells),
+        Column("unit", justify="right", no_wrap=True),
         Column("use", width=bar_cells),
         Column("", justify="right"),
         Column("last minute", width=spark_cells, no_wrap=True),
@@ -126,12 +135,14 @@ def _processes(processes: Sequence[ProcessFigures], now: float, width: int, sign
         Column("restarts", justify="right", no_wrap=True),
     ]
     is_wide, is_narrow = width >= 100, width < 60
-    shown = (True, True, True, bool(spark_cells), not is_narrow, True, is_wide, not is_narrow)
+    has_units = any(process.unit for process in processes)
+    shown = (True, has_units, True, True, bool(spark_cells), not is_narrow, True, is_wide, not is_narrow)
     table = Table(*compress(columns, shown), box=None, pad_edge=False, expand=True, header_style="bold")
     for process in processes:
         worker = process.worker
         cells = [
             Text(_label(process, label_cells)),
+            Text(plain(process.unit)),
             bar(process.utilization_ratio, bar_cells, signs),
             Text(f"{process.utilization_ratio:.0%}"),
             sparkline(process.history, now, spark_cells, signs) if spark_cells else Text(),

@@ -7,14 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from http.client import HTTPException
+from http.client import BadStatusLine, HTTPException
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 from prometheus_client.parser import text_string_to_metric_families
 
 HISTORY_SECONDS = 60.0
-_FETCH_SECONDS = 3.0
+# A supervisor of units waits for two seconds for those that do not answer.
+_FETCH_SECONDS = 5.0
 _MAX_BYTES = 64 * 1024 * 1024
 _UTILIZATION = "unlatch_process_utilization_ratio"
 
@@ -33,6 +34,11 @@ class Reading:
         """All series of this name."""
         return self.series.get(name, {})
 
+    @property
+    def silent_units(self) -> list[str]:
+        """The numbers of units that are not in this scrape, because they did not answer."""
+        return [dict(labels)["unit"] for labels, up in self.of("unlatch_unit_up").items() if not up]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
@@ -43,8 +49,8 @@ class Seen:
     before: Reading | None = None
     since: float | None = None
     why: str = ""
-    # Utilisation over the last minute by process, kept during an outage.
-    history: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
+    # Utilisation over the last minute by the labels of the process, kept during an outage.
+    history: Mapping[Labels, tuple[Point, ...]] = field(default_factory=dict)
 
 
 class Source:
@@ -84,18 +90,20 @@ class Source:
 
 def _read(seen: Seen, reading: Reading) -> Seen:
     history = {
-        dict(labels)["process"]: (*_recent(seen, dict(labels)["process"], reading.at), (reading.at, value))
+        labels: (*_recent(seen, labels, reading.at), (reading.at, value))
         for labels, value in reading.of(_UTILIZATION).items()
     }
     return replace(seen, now=reading, before=seen.now, since=None, why="", history={**seen.history, **history})
 
 
-def _recent(seen: Seen, process: str, now: float) -> tuple[Point, ...]:
+def _recent(seen: Seen, process: Labels, now: float) -> tuple[Point, ...]:
     return tuple(point for point in seen.history.get(process, ()) if point[0] > now - HISTORY_SECONDS)
 
 
 def _missed(seen: Seen, error: Exception) -> Seen:
     reason = error.reason if isinstance(error, URLError) else error
-    why = getattr(reason, "strerror", None) or str(reason) or type(error).__name__
+    # gRPC's answer is bytes of HTTP/2, which tell a reader nothing.
+    said = "the answer is not HTTP/1" if isinstance(reason, BadStatusLine) else str(reason)
+    why = getattr(reason, "strerror", None) or said or type(error).__name__
     # A source that returns may have restarted, so rates are made only from readings without a gap between.
     return replace(seen, now=None, before=None, since=seen.since or time.time(), why=why)

@@ -1,0 +1,1 @@
+"""Calls beside programs that take all cores."""
