@@ -102,7 +102,9 @@ def run(asked: Asked, console: Console) -> list[str]:
         subjects.await_ready(mesh.subject, oip.works()["identity_1k"])
         status.update("warming up")
         warm = Watched()
-        soak(mesh, warm, replace(asked, seconds=WARM_UP_SECONDS, kill_units=False))
+        # With other calls than the soak: a call that dies in both would be refused as poison.
+        warm_up = replace(asked, seconds=WARM_UP_SECONDS, kill_units=False, seed=asked.seed + asked.processes)
+        soak(mesh, warm, warm_up)
         before = restored(mesh, warm)
         watched = Watched(at_start=mesh.held(), wrong=warm.wrong)
         status.update(f"soaking for {asked.seconds:.0f} s")

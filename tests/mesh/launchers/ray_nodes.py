@@ -1,7 +1,7 @@
 """A Ray cluster of nodes on this machine, each with a loopback address of its own. Tests steer it line by line.
 
 The first line that it prints is the cluster's address. `add 127.0.0.3` starts a node, and `kill 127.0.0.3` kills the
-processes of one. Each prints `done`. The cluster ends when stdin is closed.
+processes of one. Each prints `done`. The cluster ends when stdin is closed. Its files are in RAY_TMPDIR.
 """
 
 import sys
@@ -16,7 +16,7 @@ def main() -> None:
     cluster = Cluster()
     # Ray would take 127.0.0.1 for the machine's own address.
     spared = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-    cluster.add_node(**_NODE, **spared, node_ip_address="127.0.0.2", temp_dir=sys.argv[1])
+    cluster.add_node(**_NODE, **spared, node_ip_address="127.0.0.2")
     nodes = {}
     print(cluster.address, flush=True)
     for line in sys.stdin:

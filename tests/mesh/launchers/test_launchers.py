@@ -47,8 +47,8 @@ class RayCluster:
     """A Ray cluster."""
 
     def __init__(self, directory: Path) -> None:
-        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-        command = [sys.executable, str(HERE / "ray_nodes.py"), str(directory)]
+        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(directory)}
+        command = [sys.executable, str(HERE / "ray_nodes.py")]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -72,7 +72,9 @@ class RayCluster:
 
     def _line(self) -> str:
         assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
+        line = self._process.stdout.readline().strip()
+        assert line, "the cluster has ended"
+        return line
 
 
 class DaskCluster:
