@@ -12,7 +12,6 @@ from prometheus_client.registry import Collector
 from unlatch.common.errors import Unavailable
 from unlatch.common.lane.frames import MAX_MESSAGE_BYTES
 from unlatch.common.lane.frames import SERVICE as LANE_SERVICE
-from unlatch.common.lane.held_bytes import HeldBytes
 from unlatch.common.lane.lanes import Lanes
 from unlatch.common.net.rpc import handlers
 from unlatch.common.net.unread import unread_answers
@@ -43,8 +42,10 @@ from unlatch.gateway.fleet.replica import Replica, ReplicaEvents
 from unlatch.gateway.metrics import GatewayMetrics
 from unlatch.gateway.settings import GatewaySettings
 from unlatch.gateway.tenants.authentication import Authentication
+from unlatch.gateway.tenants.shared_quotas import bytes_of_all
 from unlatch.gateway.tenants.shared_usage import SharedUsage
 from unlatch.gateway.tenants.tenants import Tenants
+from unlatch.gateway.totals import MachineTotals
 from unlatch.protos.unlatch_pb2 import Welcome
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ NewReplica = Callable[[str, ReplicaEvents, InternalErrors], Replica]
 class Gateway:
     """The parts of a gateway, and what they tell one another. `new_replica` makes each replica that discovery finds.
 
-    `usage` is where the units of a machine count how much of its quotas each tenant has used, if there are several.
+    `usage` is where the units of a machine count what is used of quotas and bounds, if there are several.
     """
 
     def __init__(
@@ -102,7 +103,8 @@ class Gateway:
         report(self.recorder, certificates, of_lanes)
         self.health = Health(OIP_SERVICE, LANE_SERVICE)
         self._tokens = _tokens(settings)
-        held = HeldBytes("max_live_bytes", settings.max_live_bytes)
+        self._totals = MachineTotals() if usage is None else usage.totals
+        held = bytes_of_all(settings.max_live_bytes, usage)
         self._tenants = Tenants(settings.tenants, held, settings.tenant_weights, usage)
         self._errors = errors = InternalErrors(self.recorder)
         self._new_replica = new_replica
@@ -111,7 +113,7 @@ class Gateway:
             self.recorder, errors, lambda: len(self.calls), self.fleets, self._tenants.in_flight
         )
         log = CallLog(settings.logged_calls_per_second, settings.logged_failures_per_second)
-        self.calls = Calls(self.fleets, settings, Records(self.metrics, Tracing(), log))
+        self.calls = Calls(self.fleets, settings, Records(self.metrics, Tracing(), log), self._totals)
         self.unread = unread_answers(settings.unread_seconds)
         self.lanes = Lanes(self._greeting, errors.caught, self.unread)
         refused = partial(self.metrics.unauthenticated.add, 1)
@@ -127,6 +129,7 @@ class Gateway:
             grace_seconds=settings.tls_grace_seconds,
             caught=errors.caught,
             metrics=self.metrics,
+            totals=self._totals,
         )
         self._watching: list[asyncio.Task[Any]] = []
 
@@ -160,6 +163,7 @@ class Gateway:
             lambda target, events: self._new_replica(target, events, errors),
             errors,
             HoldLimits(settings.hold_seconds, settings.max_held_calls, settings.max_held_bytes),
+            self._totals,
         )
 
     def _fleet_changed(self) -> None:

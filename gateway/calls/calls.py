@@ -21,6 +21,7 @@ from unlatch.gateway.fleet.fleets import Fleets
 from unlatch.gateway.fleet.hold import Hold
 from unlatch.gateway.settings import GatewaySettings
 from unlatch.gateway.tenants.quotas import Tenant
+from unlatch.gateway.totals import MachineTotals
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 # So much of a descriptor is not counted: max_live_calls bounds it.
@@ -34,8 +35,11 @@ DRAINING = "this gateway is draining and takes no new calls"
 class Calls:
     """Hold every call of the gateway, and enforce the bounds on them."""
 
-    def __init__(self, fleets: Fleets, settings: GatewaySettings, records: Records) -> None:
+    def __init__(
+        self, fleets: Fleets, settings: GatewaySettings, records: Records, totals: MachineTotals | None = None
+    ) -> None:
         self.fleets = fleets
+        self._totals = totals or MachineTotals()
         self.metrics = records.metrics
         self._records = records
         self.retries = Retries(records.metrics)
@@ -77,6 +81,7 @@ class Calls:
     def left(self, call: "LiveCall") -> None:
         """Remove a call that has been answered, or whose caller has left."""
         self._live.discard(call)
+        self._totals.own.live_calls = len(self._live)
         if not self._live:
             self._none_left.set()
 
@@ -122,7 +127,7 @@ class Calls:
         """Let a call wait for a replica that takes calls. Raises Unavailable where too many wait."""
         fleet.hold.check(body.size)
         tenant.held.hold(body.size + described)
-        self._live.add(call)
+        self._take(call)
         call.wait(fleet.hold, self._limit(seconds), tenant, body.size + described)
         execute = partial(self._execute, call, fleet, body, seconds, tenant, described)
         fleet.hold.add(call, body.size, partial(self._go_on, call, execute))
@@ -139,9 +144,13 @@ class Calls:
         limit = self._limit(seconds)
         execution = Execution(self, fleet, kernel, descriptor, body, tenant, call.record.began + limit)
         tenant.held.hold(body.size + described)
-        self._live.add(call)
+        self._take(call)
         call.start(execution, limit, tenant, described)
         self._coalescing.route(execution)
+
+    def _take(self, call: "LiveCall") -> None:
+        self._live.add(call)
+        self._totals.own.live_calls = len(self._live)
 
     def _go_on(self, call: "LiveCall", execute: Callable[[], None], error: UnlatchError | None) -> None:
         """Execute a call that was held, because a replica takes calls, or fail it."""
@@ -165,11 +174,12 @@ class Calls:
         settings = self._settings
         if self._draining:
             raise Unavailable(DRAINING, not_begun=True)
-        if len(self._live) >= settings.max_live_calls:
+        live_calls = len(self._live) + self._totals.elsewhere("live_calls")
+        if live_calls >= settings.max_live_calls:
             raise ResourceExhausted(
                 f"the gateway holds max_live_calls={settings.max_live_calls} already", retry_after_milliseconds=100
             )
-        tenant.check_call(settings.max_live_calls, len(self._live))
+        tenant.check_call(settings.max_live_calls, live_calls)
         if len(body.lengths) > MAX_TENSORS:
             raise InvalidArgument(f"{len(body.lengths)} tensors are more than a call's {MAX_TENSORS}")
 

@@ -28,6 +28,7 @@ from unlatch.gateway.tenants.authentication import Authentication
 from unlatch.gateway.tenants.identity import Identity
 from unlatch.gateway.tenants.quotas import Tenant
 from unlatch.gateway.tenants.tenants import Tenants
+from unlatch.gateway.totals import MachineTotals
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 log = structlog.get_logger()
@@ -58,12 +59,14 @@ class ClientLanes:
         grace_seconds: float,
         caught: Caught,
         metrics: GatewayMetrics,
+        totals: MachineTotals | None = None,
     ) -> None:
         self._calls = calls
         self._lanes = lanes
         self._authentication = authentication
         self._tenants = tenants
         self._max_lanes = max_lanes
+        self._totals = totals or MachineTotals()
         self._stalled_call_seconds = stalled_call_seconds
         self._grace_seconds = grace_seconds
         self.caught = caught
@@ -86,6 +89,7 @@ class ClientLanes:
             await abort(context, self.caught("client_lane", error))
         lane = _ClientLane(self, identity, token, tenant)
         self._open.add(lane)
+        self._count()
         tenant.lanes += 1
         try:
             # The client needs the kernels for its calls, and would refuse them itself.
@@ -94,13 +98,18 @@ class ClientLanes:
         finally:
             tenant.lanes -= 1
             self._open.discard(lane)
+            self._count()
+
+    def _count(self) -> None:
+        self._totals.own.lanes = len(self._open)
 
     def _check_room(self, tenant: Tenant) -> None:
-        if len(self._open) >= self._max_lanes:
+        lanes = len(self._open) + self._totals.elsewhere("lanes")
+        if lanes >= self._max_lanes:
             raise ResourceExhausted(
                 f"this gateway has max_lanes={self._max_lanes} open already", retry_after_milliseconds=1000
             )
-        tenant.check_lane(self._max_lanes, len(self._open))
+        tenant.check_lane(self._max_lanes, lanes)
 
     def renewed(self, token: str, name: str) -> Identity:
         """Return the identity of a new token that came on the lane of caller `name`. Raises Unauthenticated."""

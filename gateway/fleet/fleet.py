@@ -29,6 +29,7 @@ from unlatch.gateway.fleet.hold import Hold, HoldLimits, no_replica
 from unlatch.gateway.fleet.members import Members, NewReplica
 from unlatch.gateway.fleet.replica import Replica
 from unlatch.gateway.fleet.routed import Routed
+from unlatch.gateway.totals import MachineTotals
 from unlatch.protos.unlatch_pb2 import Kernel
 
 # Calls refused in one round of the event loop. Refusing a call takes about 30 µs.
@@ -66,8 +67,9 @@ class Fleet:
         new_replica: NewReplica,
         errors: InternalErrors,
         limits: HoldLimits = _NO_HOLD,
+        totals: MachineTotals | None = None,
     ) -> None:
-        self.hold = Hold(limits, partial(errors.caught, "hold"))
+        self.hold = Hold(limits, partial(errors.caught, "hold"), totals)
         self.members = Members(discovery, new_replica, self._members_changed, self._has_room, errors, self.hold)
         self._errors = errors
         # Calls that replicas have, and have not answered.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from unlatch.common.errors import Unavailable
 from unlatch.common.fair import ByTurns
 from unlatch.common.overdue import Overdue
+from unlatch.gateway.totals import MachineTotals
 
 # What goes on with a call: without an error, a replica takes calls.
 GoOn = Callable[[Unavailable | None], None]
@@ -41,8 +42,11 @@ class HoldLimits:
 class Hold:
     """The calls that wait for any replica. `caught` handles unexpected exceptions of what goes on with them."""
 
-    def __init__(self, limits: HoldLimits, caught: Callable[[Exception], object]) -> None:
+    def __init__(
+        self, limits: HoldLimits, caught: Callable[[Exception], object], totals: MachineTotals | None = None
+    ) -> None:
         self._limits = limits
+        self._totals = totals or MachineTotals()
         # The calls with their bytes.
         self._calls: dict[Hashable, tuple[GoOn, int]] = {}
         self._bytes = 0
@@ -94,15 +98,16 @@ class Hold:
     def check(self, size: int) -> None:
         """Raise Unavailable where one more call of `size` bytes would be too many."""
         limits = self._limits
-        if len(self._calls) >= limits.max_calls:
+        if len(self._calls) + self._totals.elsewhere("waiting_calls") >= limits.max_calls:
             raise no_replica(f", and max_held_calls={limits.max_calls} wait for one")
-        if self._bytes + size > limits.max_bytes:
-            raise no_replica(f", and calls of {self._bytes} of max_held_bytes={limits.max_bytes} bytes wait for one")
+        waiting = self._bytes + self._totals.elsewhere("waiting_bytes")
+        if waiting + size > limits.max_bytes:
+            raise no_replica(f", and calls of {waiting} of max_held_bytes={limits.max_bytes} bytes wait for one")
 
     def add(self, call: Hashable, size: int, go_on: GoOn) -> None:
         """Hold a call. `go_on` is called once a replica takes calls, or with the error when the time is over."""
         self._calls[call] = go_on, size
-        self._bytes += size
+        self._count(1, size)
         self._waits.begin(call)
 
     def withdraw(self, call: Hashable) -> None:
@@ -112,9 +117,15 @@ class Hold:
 
     def _take(self, call: Hashable) -> GoOn:
         go_on, size = self._calls.pop(call)
-        self._bytes -= size
+        self._count(-1, -size)
         self._waits.end(call)
         return go_on
+
+    def _count(self, calls: int, size: int) -> None:
+        self._bytes += size
+        # Of all fleets of the gateway.
+        self._totals.own.waiting_calls += calls
+        self._totals.own.waiting_bytes += size
 
     def _expire(self) -> None:
         self._timer = None

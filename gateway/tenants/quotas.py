@@ -124,7 +124,7 @@ class Tenant:
             raise self._used_up(limit, self._calls.seconds_until(1, now))
 
     def check_call(self, max_live_calls: int, live_calls: int) -> None:
-        """Raise ResourceExhausted if the tenant may have no more calls. The gateway holds `live_calls` in all."""
+        """Raise ResourceExhausted if the tenant may have no more calls. All tenants have `live_calls`."""
         if self.name and self.live_calls >= (most := share(max_live_calls, live_calls, self.live_calls)):
             raise self._used_up(f"its share of max_live_calls={max_live_calls}: {most:.0f}", _RETRY_SECONDS)
 

@@ -1,5 +1,6 @@
-"""The quotas of a tenant that hold for all units of a machine together: their buckets, gauges and bytes."""
+"""The quotas of a tenant that hold for all units of a machine together, and the bytes that these hold in all."""
 
+import math
 from collections.abc import Sequence
 from hashlib import blake2b
 from operator import attrgetter
@@ -9,6 +10,7 @@ from unlatch.common.lane.held_bytes import HeldBytes
 from unlatch.common.rates import TokenBucket
 from unlatch.gateway.tenants.quotas import QuotaLimits, Tenant
 from unlatch.gateway.tenants.shared_usage import Cell, Gauge, Quota, SharedUsage, TenantUsage
+from unlatch.gateway.totals import MachineTotals, Totals
 
 
 class SharedBucket(TokenBucket):
@@ -88,17 +90,19 @@ def _in_cell(gauge: Gauge) -> Any:
 
 
 class SharedHeldBytes(HeldBytes):
-    """A tenant's bytes in this unit. A quota of bytes also counts those in the other units."""
+    """A tenant's bytes in this unit, or those of all tenants. A bound also counts the bytes in the other units."""
 
     __slots__ = ("_usage", "cell")
     held: int = _in_cell("held_bytes")
 
-    def __init__(self, within: HeldBytes, quota: str) -> None:
-        self._usage: TenantUsage | None = None
-        self.cell = Cell()
-        super().__init__("live_bytes", within=within, quota=quota)
+    def __init__(
+        self, bound: str, max_bytes: float | None = math.inf, within: HeldBytes | None = None, *, quota: str = ""
+    ) -> None:
+        self._usage: TenantUsage | MachineTotals | None = None
+        self.cell: Cell | Totals = Cell()
+        super().__init__(bound, max_bytes, within, quota=quota)
 
-    def share(self, usage: TenantUsage | None, cell: Cell) -> None:
+    def share(self, usage: TenantUsage | MachineTotals | None, cell: Cell | Totals) -> None:
         """Tell the other units of the bytes, and count theirs, from now on."""
         cell.held_bytes = self.held
         self._usage, self.cell = usage, cell
@@ -161,7 +165,7 @@ class UnitTenant(Tenant):
         self._usage, self.cell = usage, cell
 
     def _held_bytes(self, within: HeldBytes, quota: str) -> SharedHeldBytes:
-        return SharedHeldBytes(within, quota)
+        return SharedHeldBytes("live_bytes", within=within, quota=quota)
 
     def _bucket(self, quota: Quota, rate: float, capacity: float, now: float) -> TokenBucket:
         if self._usage is None:
@@ -170,6 +174,15 @@ class UnitTenant(Tenant):
 
     def _elsewhere(self, gauge: Gauge) -> int:
         return 0 if self._usage is None else self._usage.elsewhere(gauge)
+
+
+def bytes_of_all(max_live_bytes: int, usage: SharedUsage | None) -> HeldBytes:
+    """Return the count of the bytes that all tenants make this gateway hold, and its siblings if it has any."""
+    if usage is None:
+        return HeldBytes("max_live_bytes", max_live_bytes)
+    held = SharedHeldBytes("max_live_bytes", max_live_bytes)
+    held.share(usage.totals, usage.totals.own)
+    return held
 
 
 def _numbers(limits: QuotaLimits) -> Sequence[float]:

@@ -1,11 +1,11 @@
-"""The table in which the units of a machine count how much of its quotas each tenant has used (decision 28).
+"""The table in which the units of a machine count what is used of its bounds and of tenants' quotas (decision 28).
 
-    header | unit 0: keys, cells | unit 1: keys, cells | ...
+    header | unit 0: totals, keys, cells | unit 1: totals, keys, cells | ...
 
-The supervisor makes the table in shared memory. Each unit has a part, with a cell for each tenant that has quotas. A
-tenant's cells have the same number, its row, in every part. A unit writes its own part only, and reads all of them. No
-lock is taken, so a unit that is killed or stopped at any moment keeps no other one waiting. When a unit has died, the
-supervisor takes out of its part what the dead unit had in use.
+The supervisor makes the table in shared memory. Each unit has a part, with its totals (gateway/totals.py), and with a
+cell for each tenant that has quotas. A tenant's cells have the same number, its row, in every part. A unit writes its
+own part only, and reads all of them. No lock is taken, so a unit that is killed or stopped at any moment keeps no other
+one waiting. When a unit has died, the supervisor takes out of its part what the dead unit had in use.
 
 This relies on two properties of the memory. An aligned word of 8 bytes that one process writes is seen by the others
 as it was or as it is, never half written. And words that a process writes one after the other are seen in this order,
@@ -24,10 +24,12 @@ from typing import Literal
 
 import structlog
 
+from unlatch.gateway.totals import MachineTotals, Totals
+
 log = structlog.get_logger()
 
 # Changes with the table's form, because a supervisor of the old version may start units of the new one.
-_LAYOUT = 1
+_LAYOUT = 2
 _HEADER_BYTES = 64
 _SALT_BYTES = 16
 # Three times the tenants that a gateway remembers, so that a tenant finds a free row in its window.
@@ -36,7 +38,7 @@ _ROWS = 1 << 16
 _WINDOW = 32
 # Set in a key while the unit has the tenant open. Without it the cell is free, and holds what was used until then.
 _OPEN = 1
-# Logged where quotas hold in each unit by itself.
+# Logged where they hold in each unit by itself.
 _ALONE = "quotas counted in this unit alone"
 
 Gauge = Literal["in_flight", "lanes", "held_bytes"]
@@ -89,12 +91,14 @@ class Cell(ctypes.Structure):
 
 
 class _Part(ctypes.Structure):
+    totals: Totals
     keys: "ctypes.Array[ctypes.c_uint64]"
     cells: "ctypes.Array[Cell]"
-    _fields_ = (("keys", ctypes.c_uint64 * _ROWS), ("cells", Cell * _ROWS))
+    _fields_ = (("totals", Totals), ("keys", ctypes.c_uint64 * _ROWS), ("cells", Cell * _ROWS))
 
     def leave(self) -> None:
         """Take out what is in use, and free the cells. What was taken from the buckets stays."""
+        self.totals.clear()
         for row, key in enumerate(self.keys[:]):
             if key & _OPEN:
                 self.cells[row].clear()
@@ -144,6 +148,7 @@ class SharedUsage:
         else:
             log.warning(_ALONE, reason="table_of_another_version")
         self._has_warned = not self._parts
+        self.totals = self._machine_totals()
 
     def open(self, tenant: str) -> "TenantUsage | None":
         """Return where a tenant's usage is counted, until it is closed. To be opened once at a time in each unit.
@@ -167,6 +172,10 @@ class SharedUsage:
             self._has_warned = True
             log.warning(_ALONE, reason="table_is_full", tenant=tenant)
         return None
+
+    def _machine_totals(self) -> MachineTotals:
+        totals = [part.totals for part in self._parts]
+        return MachineTotals(totals.pop(self._unit), totals) if totals else MachineTotals()
 
     def _find(self, key: int, first: int) -> int | None:
         """Return the row where units have the tenant open, or the best one for it. None where it has no room."""

@@ -22,8 +22,7 @@ _OF_OTHER_REPLICAS = (
 LOCAL = "unix:local"
 # With kernels of 2 ms, this number of workers keeps one event loop busy (docs/decisions/0028).
 _WORKERS_OF_A_UNIT = 6
-# Bounds that hold for all units together. They are divided among units.
-_DIVIDED_AMONG_GATEWAYS = ("max_live_calls", "max_live_bytes", "max_held_calls", "max_held_bytes", "max_lanes")
+# What holds for all units together and is divided among them. Gateways count their other bounds together.
 _DIVIDED_RATES = ("logged_calls_per_second", "logged_failures_per_second")
 _DIVIDED_AMONG_REPLICAS = ("input_arena_bytes", "max_queued_calls")
 
@@ -82,8 +81,7 @@ def services(
 
 
 def _gateway_of(settings: GatewaySettings, place: Place) -> GatewaySettings:
-    """The settings of one unit's gateway: it has the replicas of all units, and its share of what is bounded."""
-    shares = {name: place.share(getattr(settings, name)) for name in _DIVIDED_AMONG_GATEWAYS}
+    """The settings of one unit's gateway: it has the replicas of all units, and its share of what is logged."""
     rates = {name: getattr(settings, name) / place.units for name in _DIVIDED_RATES}
     own = {
         # Its own replica too has the address that siblings know it by, and with it the same label in metrics.
@@ -92,7 +90,7 @@ def _gateway_of(settings: GatewaySettings, place: Place) -> GatewaySettings:
         "health_listen": place.health_listen,
         "metrics_listen": place.metrics(place.number),
     }
-    return settings.model_copy(update=shares | rates | own)
+    return settings.model_copy(update=rates | own)
 
 
 def _compute_of(settings: ComputeSettings, place: Place) -> ComputeSettings:

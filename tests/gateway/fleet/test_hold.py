@@ -8,6 +8,8 @@ import pytest
 from tests.support.replicas import HandGateway, hand_gateway
 from tests.support.watching import until
 from unlatch.common.errors import DeadlineExceeded, NotFound, Unavailable
+from unlatch.gateway.fleet.hold import Hold, HoldLimits
+from unlatch.gateway.totals import MachineTotals, Totals
 
 LONG = 600.0
 
@@ -139,3 +141,21 @@ async def test_held_calls_are_bounded(limits: dict[str, int], says: str) -> None
         assert str(calls[2][1].errors[0]) == says
         calls[0][0].leave()
         assert gateway.begin()[1].errors == []
+
+
+async def test_calls_that_siblings_hold_count() -> None:
+    """The bounds hold for all units of a machine together, and each unit tells the others what it holds."""
+    sibling = Totals(waiting_calls=1, waiting_bytes=6)
+    totals = MachineTotals(siblings=[sibling])
+    hold = Hold(HoldLimits(LONG, max_calls=2, max_bytes=10), lambda error: error, totals)
+    with pytest.raises(Unavailable, match="calls of 6 of max_held_bytes=10 bytes wait"):
+        hold.check(5)
+    hold.check(4)
+    hold.add("call", 4, lambda _: None)
+    assert (totals.own.waiting_calls, totals.own.waiting_bytes) == (1, 4)
+    with pytest.raises(Unavailable, match="max_held_calls=2 wait"):
+        hold.check(0)
+    hold.withdraw("call")
+    assert (totals.own.waiting_calls, totals.own.waiting_bytes) == (0, 0)
+    sibling.clear()
+    hold.check(10)

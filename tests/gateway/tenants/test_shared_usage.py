@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from unlatch.common.errors import ResourceExhausted
 from unlatch.gateway.tenants import shared_usage
+from unlatch.gateway.tenants.shared_quotas import bytes_of_all
 from unlatch.gateway.tenants.shared_usage import SharedUsage, TenantUsage, UsageTable
 
 UNITS = 3
@@ -55,6 +57,29 @@ def test_units_see_one_another(units: Sequence[SharedUsage]) -> None:
     assert [one.elsewhere("in_flight") for one in (first, second, third)] == [2, 1, 3]
     assert [one.elsewhere("lanes") for one in (first, second, third)] == [4, 4, 0]
     assert other.elsewhere("in_flight") == 0
+
+
+def test_units_count_their_totals_together(table: UsageTable) -> None:
+    """Each unit sees what the others hold. A unit that has died holds nothing."""
+    first, second, third = (unit.totals for unit in units_of(table))
+    first.own.live_calls, second.own.live_calls, third.own.lanes = 1, 2, 4
+    assert [one.elsewhere("live_calls") for one in (first, second, third)] == [2, 1, 3]
+    assert [one.elsewhere("lanes") for one in (first, second, third)] == [4, 4, 0]
+    table.leave(1)
+    assert [one.elsewhere("live_calls") for one in (first, second, third)] == [0, 1, 1]
+
+
+def test_bytes_of_all_units_fill_the_bound(units: Sequence[SharedUsage]) -> None:
+    """A unit may hold all bytes of the bound, less those that the other units hold."""
+    one, other = (bytes_of_all(100, unit) for unit in units[:2])
+    one.charge(90)
+    with pytest.raises(ResourceExhausted, match="11 bytes do not fit: calls hold 90 of max_live_bytes=100"):
+        other.check(11)
+    other.charge(10)
+    assert one.is_full
+    assert other.is_full
+    one.free(90)
+    other.check(90)
 
 
 @given(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 
+from tests.support.http2 import Http2
 from tests.support.mesh import KERNELS, Service
 from tests.support.serve import START_SECONDS, units
 from tests.support.watching import Gate, Process, Scrape, until, wait_until
@@ -40,10 +41,10 @@ def times(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
 
 
 @contextmanager
-def two_units(*flags: str, kernels: Path | str = KERNELS, tenants: Path | str = "") -> Iterator[Service]:
+def two_units(*flags: str, kernels: Path | str = KERNELS, **variables: str) -> Iterator[Service]:
     """Run two units with a worker each, until both take the other's calls. Stop them cleanly at the end."""
     command = "serve", "--units", "2", "--workers", "2", "--kernels", str(kernels), *ANY_PORTS, *flags
-    with Service("unlatch", *command, environment={"UNLATCH_TENANTS": str(tenants)}) as serve:
+    with Service("unlatch", *command, environment=variables) as serve:
         both_serve(serve)
         yield serve
         pids = [Process.of(pid) for pid in units(serve)]
@@ -133,7 +134,7 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shared(tenants: Path) -> Iterator[Service]:
     """Two units of all tests here that keep them running."""
-    with two_units("--drain-seconds", "20", tenants=tenants) as serve:
+    with two_units("--drain-seconds", "20", UNLATCH_TENANTS=str(tenants)) as serve:
         yield serve
 
 
@@ -264,6 +265,28 @@ async def test_quotas_hold_for_both_units_together(serve: Service, tenants: Path
             for client in others:
                 with pytest.raises(ResourceExhausted, match="calls_per_second"):
                     await client.identity(X)
+
+
+async def test_bounds_hold_for_both_units_together(tmp_path: Path) -> None:
+    """Wherever connections come to, one client may use the whole of a bound, and at a full bound each unit refuses."""
+    gates = [Gate(tmp_path / f"gate-{number}") for number in range(2)]
+    with two_units(UNLATCH_MAX_LIVE_CALLS="20", UNLATCH_MAX_LANES=str(CLIENTS)) as serve:
+        async with clients(serve) as (client, *others):
+            held = [asyncio.ensure_future(client.waits_for(path=str(gate))) for gate in gates]
+            await until(lambda: all(gate.reached for gate in gates), "both workers are busy")
+            waiting = [asyncio.ensure_future(client.tripled(BYTES)) for _ in range(18)]
+            await until(lambda: Scrape(served_at(serve)).sum("unlatch_calls_in_flight") == 20, "20 calls wait")
+            for one in (client, *others):
+                with pytest.raises(ResourceExhausted, match="max_live_calls=20 already"):
+                    await one.identity(X)
+            with Http2(listens(serve)) as connection:
+                refusal = connection.trailers(connection.begin("/unlatch.v1.Lane/Open"))
+            assert f"max_lanes={CLIENTS} open already" in refusal["grpc-message"]
+            for gate in gates:
+                await opened(gate)
+            for result in await asyncio.gather(*waiting):
+                np.testing.assert_array_equal(result, BYTES * 3)
+            await asyncio.gather(*held, *(one.identity(X) for one in others))
 
 
 async def test_health_is_the_machines(serve: Service) -> None:
