@@ -85,7 +85,8 @@ def test_answers_that_are_not_read_count_for_their_tenant(
     """30 calls of 24 MB on a connection with a window of 0: two answers fit the tenant's quota, or its share.
 
     Its other calls are refused, by the name of its quota, at each door and on each connection. Another tenant gets
-    answers of the same size at each door meanwhile. When the caller is disconnected, its tenant is served again.
+    answers of the same size at each door meanwhile. When the caller leaves, or is disconnected, its tenant is served
+    again.
     """
     pid = mesh.gateway_service.pid
     greedy, other = issuer.token(tenant), issuer.token("other")
@@ -115,7 +116,8 @@ def test_answers_that_are_not_read_count_for_their_tenant(
                     lambda: answer_by_lane(channel, other) == ANSWER_BYTES, "another tenant is answered by a lane"
                 )
             assert resident_bytes(pid) - before < 3 * ALL_BYTES
-            assert connection.closed()
+            leaves = tenant == "unlimited"
+            assert leaves or connection.closed()
         wait_until(lambda: Oip(channel, bearer(greedy)).refusal(MESSAGE).code == "OK", "its tenant is served again")
     # That the caller was cut off during a write is expected.
     assert [entry for entry in mesh.gateway_service.entries if entry["level"] == "error"] == []
