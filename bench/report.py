@@ -285,6 +285,7 @@ def _figures(findings: Findings) -> dict[str, float | None]:
     figures.update(findings.starved)
     if findings.beside:
         figures["small_beside_64mib_delay_median_ms"] = median(passed["delay_ms"] for passed in findings.beside)
+        figures["small_beside_64mib_late_ms"] = max(passed["late_max_ms"] for passed in findings.beside)
         figures["large_64mib_seconds"] = median(passed["large_seconds"] for passed in findings.beside)
     return figures
 

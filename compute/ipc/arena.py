@@ -19,7 +19,9 @@ allocator.
 import fcntl
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -37,6 +39,9 @@ _NO_SEGMENT = -1
 # Blocks up to this size are overwritten when they are freed, which takes 2 µs at most.
 _WIPED_AT_ONCE_BYTES = 64 * 1024
 _ZEROS = memoryview(bytes(1024 * 1024))
+# The system takes 0.2 ms to free a MiB. A mapping of more than this is freed piece by piece, by a thread.
+_PIECE_BYTES = 4 * 1024 * 1024
+_freeing = ThreadPoolExecutor(1, thread_name_prefix="freeing")
 
 
 def aligned(size: int) -> int:
@@ -83,6 +88,7 @@ class Segment:
         if needed > self.size and (size := os.fstat(self.fd).st_size) >= needed:
             # Only up to the next power of two, as a worker grows it: a faulty worker may have made the file enormous.
             size = min(size, 1 << (needed - 1).bit_length())
+            _free(self._map)
             self._map = mmap.mmap(self.fd, size)
             self.view = memoryview(self._map)
             self.size = size
@@ -90,8 +96,28 @@ class Segment:
 
     def close(self) -> None:
         """Close the segment. Its memory is freed once no view and no worker holds it."""
-        os.close(self.fd)
+        _free(self._map, self.fd)
         del self.view, self._map
+
+
+def _free(memory: mmap.mmap, fd: int | None = None) -> None:
+    """Free the pages of a mapping that is not used any more, and close its file. Views that are left stay valid."""
+    if len(memory) > _PIECE_BYTES:
+        # In a list, so that the thread has the last reference, and no caller waits while the system unmaps it.
+        _freeing.submit(_free_slowly, [memory], fd)
+    elif fd is not None:
+        os.close(fd)
+
+
+def _free_slowly(memory: list[mmap.mmap], fd: int | None) -> None:
+    """Free a mapping in pieces. Between them the interpreter lock is for other threads."""
+    size = len(memory[0])
+    for at in range(0, size, _PIECE_BYTES):
+        memory[0].madvise(mmap.MADV_DONTNEED, at, min(_PIECE_BYTES, size - at))
+        time.sleep(0)
+    memory.clear()
+    if fd is not None:
+        os.close(fd)
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +140,8 @@ class InputArena:
         # By size class.
         self._free: dict[int, list[Block]] = {}
         self._segments: list[Segment] = []
+        # Segments that workers are to forget: the last to have a file open spends the time that freeing it takes.
+        self._dropped: list[Segment] = []
         # Large blocks that ended calls have written to, and up to where.
         self._written: dict[Block, int] = {}
 
@@ -161,7 +189,10 @@ class InputArena:
         return bool(self._written)
 
     def drop_idle(self) -> list[int]:
-        """Free segments that no call has used since the last time. Returns their numbers, for workers to forget."""
+        """Drop segments that no call has used since the last time. Returns their numbers, for workers to forget.
+
+        Their memory is freed the next time, when workers have forgotten them.
+        """
         idle = [segment for segment in self._segments if not segment.blocks_out and not segment.was_used]
         for segment in self._segments:
             segment.was_used = False
@@ -170,13 +201,14 @@ class InputArena:
         self._written = {block: end for block, end in self._written.items() if block.segment not in idle}
         for segment in idle:
             self._segments.remove(segment)
-            segment.close()
+        _close(self._dropped)
+        self._dropped = idle
         return [segment.number for segment in idle]
 
     def close(self) -> None:
         """Close all segments."""
-        while self._segments:
-            self._segments.pop().close()
+        _close(self._segments)
+        _close(self._dropped)
 
     def _grow(self, size_class: int) -> list[Block]:
         size = max(_SEGMENT_BYTES, size_class)
@@ -198,6 +230,8 @@ class WorkerSegments:
         self._known_inputs: set[int] = set()
         self._numbers = count()
         self._free: list[Segment] = []
+        # As in the arena.
+        self._dropped: list[Segment] = []
         self._closed = False
 
     def input(self, block: Block | None) -> int:
@@ -231,23 +265,29 @@ class WorkerSegments:
             self._free.append(segment)
 
     def sweep(self, dropped_inputs: Iterable[int]) -> None:
-        """Free reply segments that were not used since the last time. The worker forgets them, and inputs dropped."""
+        """Drop reply segments that were not used since the last time. The worker forgets them, and inputs dropped."""
         inputs = [number for number in dropped_inputs if number in self._known_inputs]
         self._known_inputs.difference_update(inputs)
         idle = [segment for segment in self._free if not segment.was_used]
         self._free = [segment for segment in self._free if segment.was_used]
         for segment in self._free:
             segment.was_used = False
-        for segment in idle:
-            segment.close()
+        _close(self._dropped)
+        self._dropped = idle
         if inputs or idle:
             self._send(Forget(inputs, [segment.number for segment in idle]), None)
 
     def close(self) -> None:
         """Close all segments of a worker that has ended. Segments still lent are closed when they are given back."""
         self._closed = True
-        while self._free:
-            self._free.pop().close()
+        _close(self._free)
+        _close(self._dropped)
+
+
+def _close(segments: list[Segment]) -> None:
+    """Close the segments of a list, and empty it."""
+    while segments:
+        segments.pop().close()
 
 
 class Mapped:
@@ -269,10 +309,11 @@ class Mapped:
     def forget(self, inputs: Iterable[int], replies: Iterable[int]) -> None:
         """Drop segments. Each is unmapped when the last array over it is freed."""
         for number in inputs:
-            self._inputs.pop(number, None)
+            if number in self._inputs:
+                _free(self._inputs.pop(number))
         for number in replies:
-            fd, _ = self._replies.pop(number)
-            os.close(fd)
+            fd, memory = self._replies.pop(number)
+            _free(memory, fd)
 
     def input(self, number: int) -> mmap.mmap:
         return self._inputs[number]

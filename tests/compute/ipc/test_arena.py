@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+import threading
 from itertools import pairwise
 from random import Random
 
@@ -10,9 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.watching import memory_files
+from tests.support.watching import memory_files, wait_until
 from unlatch.common.errors import ResourceExhausted
-from unlatch.compute.ipc.arena import ALIGNMENT, Block, InputArena, Mapped, WorkerSegments, aligned, offsets
+from unlatch.compute.ipc import arena as arena_module
+from unlatch.compute.ipc.arena import (
+    ALIGNMENT,
+    Block,
+    InputArena,
+    Mapped,
+    Segment,
+    WorkerSegments,
+    aligned,
+    offsets,
+)
 from unlatch.compute.ipc.frames import Forget, Learn
 
 KIBIBYTE, MEBIBYTE = 1024, 1024 * 1024
@@ -243,4 +254,35 @@ def test_closing_leaves_no_descriptor() -> None:
         arena.allocate(size)
     assert memory_files([os.getpid()]) - before
     arena.close()
+    wait_until(lambda: not memory_files([os.getpid()]) - before, "none is left")
+
+
+def test_dropped_segments_are_freed_when_workers_have_forgotten_them() -> None:
+    """The file stays open until the next sweep, so that no worker is the last to have it, and frees its pages."""
+    before = memory_files([os.getpid()])
+    arena = InputArena(64 * MEBIBYTE)
+    arena.free(arena.allocate(MEBIBYTE))
+    assert [len(arena.drop_idle()) for _ in range(2)] == [0, 1]
+    assert memory_files([os.getpid()]) - before
+    assert arena.drop_idle() == []
     assert not memory_files([os.getpid()]) - before
+
+
+def test_large_segments_are_freed_while_their_owner_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system takes 12 ms to free 64 MiB: a thread waits for that. A small segment is closed at once."""
+    go_on, freed = threading.Event(), arena_module._free_slowly
+
+    def free(memory: list[mmap.mmap], fd: int | None) -> None:
+        go_on.wait(10.0)
+        freed(memory, fd)
+
+    monkeypatch.setattr(arena_module, "_free_slowly", free)
+    before = memory_files([os.getpid()])
+    small, large = (
+        Segment(number, size * MEBIBYTE, name="unlatch-input", sealed=True) for number, size in enumerate((4, 20))
+    )
+    small.close()
+    large.close()
+    assert len(memory_files([os.getpid()]) - before) == 1
+    go_on.set()
+    wait_until(lambda: not memory_files([os.getpid()]) - before, "it is closed")
