@@ -4,7 +4,7 @@ reason                a snake_case code, which metrics and logs carry: one of th
 message               the same as a sentence, with what varies, for logs and callers
 blames_call           the call that the worker ran counts as the cause of the exit (compute/dispatch/poison.py)
 at_once               the slot is filled again at once, however often this happens
-may_have_begun_next   the worker had said something of its run, and may have begun the run that was staged behind it
+may_have_begun_next   the worker had sent a frame about its run, and may have begun the run that was staged behind it
 """
 
 import signal
@@ -19,29 +19,29 @@ class Exit:
     message: str
     blames_call: bool = True
     at_once: bool = False
-    # Also seen afterwards, of any exit: it makes no other exit of it.
+    # Any exit may get this mark later. It is still the same exit, so this field is not compared.
     may_have_begun_next: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return self.message
 
     def with_detail(self, detail: str) -> "Exit":
-        """The same exit, with a detail in its message."""
+        """Return the same exit with a detail in its message."""
         return replace(self, message=f"{self.message}: {detail}")
 
 
-# Workers that we kill, and that neither their calls nor they themselves are to blame for.
+# Workers that we kill, although neither they nor their calls are to blame.
 POOL_STOPS = Exit("pool_stopped", "the pool was stopped", blames_call=False)
 ABANDONED = Exit("abandoned", "the worker ran a call that no caller waited for", blames_call=False, at_once=True)
 TIMED_OUT = Exit("timed_out", "the kernel ran for longer than its timeout", blames_call=False, at_once=True)
-# Our own mistake. The slot backs off if it is made again and again.
+# A mistake in our own code. If it happens again and again, the slot waits longer each time.
 INTERNAL_ERROR = Exit(
     "internal_error",
     "the dispatcher met an internal error as it handled the worker",
     blames_call=False,
     may_have_begun_next=True,
 )
-# Workers that we kill for the memory that they have taken, by one call or by many; the latter as its settings plan it.
+# Workers that we kill for the memory or the number of their calls. Settings plan the exits in PLANNED.
 OVER_LIMIT = Exit("memory_limit_exceeded", "the worker's memory was over the limit", blames_call=False, at_once=True)
 GROWN = Exit(
     "recycled_after_growth", "the worker's memory had grown by recycle_growth_bytes", blames_call=False, at_once=True
@@ -51,7 +51,8 @@ PLANNED = (GROWN, HAS_RUN)
 # Workers that we kill before they are ready.
 MISFIT = Exit("unservable_kernels", "the pool cannot serve the worker's kernels", blames_call=False)
 UNREADY = Exit("start_timed_out", "the worker was not ready in time", blames_call=False)
-# Workers that we kill for what they did. A worker may have been stopped from outside: the next need not wait for it.
+# Workers that we kill for what they did. A stopped worker may not be at fault, so its slot is filled at
+# once.
 STOPPED = Exit("stopped", "the worker was stopped", at_once=True)
 HALF_GONE = Exit("main_thread_ended", "the worker's main thread ended, and its process did not", at_once=True)
 NO_FRAME = Exit("undecodable_frame", "the worker sent an undecodable frame", may_have_begun_next=True)
@@ -79,15 +80,12 @@ _SIGNALS: dict[int, Exit] = {
 }
 
 
-# What multiprocessing says of a process whose forkserver has ended, and with it the only process that would know.
+# The code that multiprocessing gives if the forkserver has ended: only the forkserver could have known the exit code.
 _UNSEEN_CODE = 255
 
 
 def by_itself(code: int | None) -> Exit:
-    """The exit that an exit code stands for.
-
-    multiprocessing gives codes: negative for a signal, None where the code came too late.
-    """
+    """Return the exit that an exit code of multiprocessing means: negative for a signal, None if it came too late."""
     if code is None or code == _UNSEEN_CODE:
         return Exit("unknown", "the worker ended, and its exit code is unknown")
     if code >= 0:

@@ -27,7 +27,8 @@ from unlatch.compute.pool.exits import Exit
 from unlatch.compute.pool.stopped import StoppedWatch
 from unlatch.compute.worker.entry import enter
 
-# Every BLAS that NumPy may come with reads its own. OpenMP gets its threads in the workers (`preload.grant_openmp`).
+# Each BLAS that NumPy may come with, NumExpr and Numba read a variable of their own. OpenMP gets its threads in the
+# workers (`preload.grant_openmp`).
 _THREAD_VARIABLES = (
     THREADS_VARIABLE,
     "MKL_NUM_THREADS",
@@ -37,7 +38,7 @@ _THREAD_VARIABLES = (
     "NUMBA_NUM_THREADS",
 )
 
-# What any Linux grants; it counts the system's own bookkeeping too, about 0.8 KiB a frame.
+# The size that Linux grants by default. The system's own data counts too, about 0.8 KiB a frame.
 _CHANNEL_BYTES = 208 * 1024
 
 
@@ -50,7 +51,7 @@ class Spawned(NamedTuple):
 
 
 class ForkServer:
-    """Starts worker processes. `blas_threads` is what each worker's NumPy may use, set before NumPy loads.
+    """Starts worker processes. `blas_threads` is the number of threads that NumPy may use in each worker.
 
     `worker_memory_bytes` is what each may take beyond what it starts with; 0 for no limit. Raises DirectoryError.
     """
@@ -63,13 +64,14 @@ class ForkServer:
         self._worker_memory_bytes = worker_memory_bytes
         # One thread, so that starts do not race in multiprocessing.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="spawn")
-        # Workers hold the reading end, the dispatcher alone the writing end: when it is gone, so is the pipe.
+        # Workers hold the reading end, and only the dispatcher holds the writing end. So the pipe breaks when the
+        # dispatcher ends.
         self._dispatcher_alive, self._held = os.pipe2(os.O_CLOEXEC)
         for end in (self._dispatcher_alive, self._held):
-            # Later than `close`, since the thread that spawns may still send one.
+            # Not closed by `close`, because the thread that spawns may still send the reading end.
             weakref.finalize(self, os.close, end)
-        # The forkserver takes nothing but an environment and names of modules to preload. The environment stays as it
-        # is set here: multiprocessing starts another forkserver by itself where one has died.
+        # The forkserver gets only an environment and names of modules to preload. The environment stays as it is set
+        # here, because multiprocessing itself starts another forkserver if one has died.
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(blas_threads)))
         # GNU's OpenMP hangs after a fork if it has had several threads, and Numba ends a process that uses it then.
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -83,24 +85,24 @@ class ForkServer:
 
     @property
     def pid(self) -> int:
-        """The forkserver's process; 0 when there is none."""
-        server: Any = forkserver._forkserver  # noqa: SLF001 (it tells its pid in no other way)
+        """The pid of the forkserver; 0 if there is none."""
+        server: Any = forkserver._forkserver  # noqa: SLF001 (its pid is not public)
         return server._forkserver_pid or 0  # noqa: SLF001
 
     def end(self, pid: int = 0) -> None:
-        """End the forkserver, whatever it is doing, and wait for that; or that very one, if it is still there.
+        """Kill the forkserver, and wait for its end. With `pid`, only if the forkserver still has that pid.
 
-        What it has loaded, or has failed to load, it has for good: the next is begun by the next `spawn`.
+        A forkserver never loads its modules again. The next `spawn` starts another forkserver.
         """
         if not self.pid or pid not in (0, self.pid):
             return
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(self.pid, signal.SIGKILL)
-            # multiprocessing waits for it too, later, and must find that it has ended.
+            # multiprocessing waits for the process later, so it is not reaped here.
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
     def spawn(self, *, unfit: int = 0) -> Spawned:
-        """A new worker process; not from the forkserver with that pid, which is replaced if it still runs.
+        """Start a worker process. If the forkserver has the pid `unfit`, it is replaced first.
 
         Blocks for the milliseconds that a fork takes, and for as long as a new forkserver loads the kernels.
         """
@@ -118,7 +120,7 @@ class ForkServer:
                 ours.close()
                 raise
         ours.setblocking(False)
-        # Room for what is said of all the calls of two Runs to a worker that listens to none of it.
+        # Room for all frames about two runs and their calls, even if the worker reads none of them.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
         return Spawned(process, ours, self.pid)
 
@@ -141,7 +143,7 @@ class ForkServer:
         watch.close()
         if late:
             why = f"the kernels were not loaded within worker_start_seconds={seconds:g}"
-            # What blocks the thread that spawns ends with the forkserver.
+            # The thread that spawns waits for the forkserver, so it goes on now.
             await asyncio.to_thread(self.end)
         try:
             return await spawning
@@ -155,17 +157,17 @@ class ForkServer:
     async def close(self) -> None:
         """Start no more workers, and end the forkserver."""
         self._starter.shutdown(wait=False, cancel_futures=True)
-        # The forkserver would end with the dispatcher; but one that hangs in a kernel module's import does not notice.
+        # The forkserver would end with the dispatcher's process, but this process may go on (`serve --reload`).
         await asyncio.to_thread(self.end)
         self._directory.close()
 
     def _make_directory(self) -> None:
-        """Make the directory for the forkserver's socket, in place of one that there was. Raises DirectoryError."""
-        # multiprocessing would make a directory that stays when this process is killed, or has too long a path.
+        """Make the directory for the forkserver's socket, and remove the one before. Raises DirectoryError."""
+        # A directory that multiprocessing makes stays when this process is killed, and its path may be too long.
         self._directory.close()
         configuration: dict[str, Any] = current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001
         configuration["tempdir"] = str(self._directory.enter_context(private_directory()))
-        # Another forkserver of this process could not use a directory that is gone.
+        # A later forkserver of this process must not use this directory once it is removed.
         self._directory.callback(configuration.pop, "tempdir", None)
 
     def _start(self, process: ForkServerProcess) -> None:
@@ -173,7 +175,7 @@ class ForkServer:
         try:
             process.start()
         except (FileNotFoundError, ConnectionRefusedError):
-            # The name lies in a temporary directory, which was emptied.
+            # The name was in a temporary directory, which has been emptied.
             self.end()
             self._make_directory()
             process.start()

@@ -1,10 +1,10 @@
 """Occupancy of the workers: which one takes the next run, and how long the runs of all of them will take.
 
 The dispatcher asks for both at each call. So the answers are kept where runs change, instead of being searched for in
-every slot: a call costs no more with more workers. A worker that has changed is looked at once, by the next question.
+every slot: a call costs no more with more workers. After a worker has changed, the next question looks at it once.
 
-Room depends on the clock as well, and on callers who leave: `first` may return a worker that has lost its room so. The
-pool checks that and passes the worker over. It gets room again only by a change.
+Room also depends on the clock and on callers who leave, and neither is reported here. So `first` may return a worker
+that has no room any more. The pool checks that and passes the worker over until it changes.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ Rank = tuple[int, int, int]
 # long; the seconds that they are expected to take in all.
 Held = tuple[Rank | None, bool, bool, float]
 
-# Times are kept as whole microseconds: their sum stays exact, however often one is added and taken away.
+# Times are kept as whole microseconds, so that their sum stays exact, however often a time is added or subtracted.
 _MICROSECONDS = 1e6
 # Outdated entries of a heap are removed when their time has passed, or all at once if there are more than this.
 _MAX_OUTDATED = 1024
@@ -50,7 +50,7 @@ class _Ends:
     def __init__(self) -> None:
         self._by_worker: dict[int, int] = {}
         self._sum = 0
-        # Includes outdated entries: of workers whose time is another by now.
+        # Includes outdated entries: those of workers whose time has changed since.
         self._heap: list[tuple[int, int]] = []
 
     def set(self, worker: int, end: float | None) -> None:

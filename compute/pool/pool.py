@@ -1,7 +1,7 @@
 """The pool: N slots, each filled by a worker process that is replaced when it exits.
 
-A slot's number is what metrics and logs name; processes come and go in it. A worker has two runs at most: the one that
-it is in and one staged behind it, so that it finds work when the loop that feeds it is busy elsewhere.
+Metrics and logs name a worker by its slot's number, which stays when the process is replaced. A worker has two runs at
+most: the one that it executes, and one staged behind it. So it finds work even while the event loop is busy.
 """
 
 import asyncio
@@ -17,26 +17,27 @@ from unlatch.compute.pool.recycling import Recycling
 from unlatch.compute.pool.slot import Slot
 
 _SWEEP_SECONDS = 10.0
-# What a worker may take between two looks is what it can touch in this time: some 100 MB.
+# Between two looks, a worker can take as much memory as it can write to in this time: some 100 MB.
 _LOOK_SECONDS = 0.1
-# An idle pool is looked at less often: what its workers keep in memory, and threads of their own, may still change.
+# An idle pool is looked at less often, but not never: threads of its workers may still take or free memory.
 _IDLE_LOOK_SECONDS = 1.0
 # How much of the inputs of ended calls is overwritten at each look: 40 MiB a second, in 0.4 ms at a time.
 _WIPED_BYTES = 4 * 1024 * 1024
-# While calls that are not long have come within this time, long ones leave the reserved workers to them.
+# If a worker was given a call that is not long within this time, long calls leave the reserved workers free.
 _RESERVED_FOR_SECONDS = 10.0
-# Longer than that: in a pool that was idle for so long no call waits, and workers have given back freed memory.
+# Longer than _RESERVED_FOR_SECONDS: in a pool that was idle for this time no call waits for a reserved worker, and the
+# workers have given back freed memory.
 _IDLE_AFTER_SECONDS = 12.0
 
 
 class Opening(NamedTuple):
-    """The worker that takes the next run, by its runs in flight, and whether that may be a long one."""
+    """The runs in flight of the worker that takes the next run, and whether that run may be a long one."""
 
     in_flight: InFlight
     takes_long: bool
 
     def takes(self, _: Call) -> InFlight:
-        """The worker for a call: it is the same for each."""
+        """Return the same worker for every call."""
         return self.in_flight
 
 
@@ -67,7 +68,7 @@ class Pool:
         loop = asyncio.get_running_loop()
         starts = {slot: loop.create_future() for slot in self._slots}
         self._keeping = {slot: asyncio.create_task(slot.keep(listener, started)) for slot, started in starts.items()}
-        # All have started or failed before any failure ends the start: who is still being forked could not be stopped.
+        # Wait for all starts before a failure is raised: a worker that is still being forked could not be stopped.
         results = await asyncio.gather(*starts.values(), return_exceptions=True)
         for failure in filter(None, results):
             raise failure
@@ -84,7 +85,7 @@ class Pool:
         return self._occupancy.busy / len(self._slots)
 
     async def until_changed(self, seconds: float) -> bool:
-        """Wait until a worker is given a run or serves, for at most `seconds`. Returns whether that has happened."""
+        """Wait until a worker changes (see `Occupancy.changed`), for at most `seconds`. Returns whether one has."""
         return await self._occupancy.until_changed(seconds)
 
     def keeps_some_free(self, now: float) -> bool:
@@ -98,7 +99,7 @@ class Pool:
             if in_flight is not None and in_flight.has_room(now):
                 takes_long = self._occupancy.long < self._workers_for_long or not self.keeps_some_free(now)
                 return Opening(in_flight, takes_long)
-            # Its process is ending, its run has become a long one, or no caller waits for that run any more.
+            # The worker's process is ending, its run has taken long, or no caller waits for that run any more.
             self._occupancy.pass_over(worker)
         return None
 

@@ -4,8 +4,9 @@
     send()   ── RunFrame ──>  worker sends Done or Failed       ──> on_frame
     kill()   ── SIGKILL ──>   worker exits, this way or another ──> on_exit(Exit)
 
-An exit is an event: the pidfd becomes readable. (A sentinel alone would not do: when the forkserver dies, all its
-children's sentinels fire although they live.) The reason follows once the forkserver has reaped the process.
+An exit is an event: the pidfd becomes readable. (The sentinel of multiprocessing is not enough: when the forkserver
+dies, the sentinels of all its children become readable, although the children live.) The reason of an exit follows once
+the forkserver has reaped the process.
 """
 
 import asyncio
@@ -30,9 +31,10 @@ from unlatch.compute.pool.stopped import StoppedWatch
 log = structlog.get_logger()
 
 _REAPED_WITHIN_SECONDS = 0.5
-# A process that ends closes its socket a moment before its pidfd tells. One that takes longer has closed nothing else.
+# A process that ends closes its socket a moment before its pidfd becomes readable. A process that lives on for
+# longer than this is not ending, and is killed.
 _ENDS_WITHIN_SECONDS = 0.2
-# Loaded frames carry docstrings and are larger than any other; more than a datagram can hold is never received.
+# The largest frames are Loaded frames, which carry docstrings. A datagram in a socket buffer of default size is smaller.
 _RECEIVE_BYTES = 256 * 1024
 
 
@@ -61,7 +63,7 @@ class WorkerProcess:
         self._cause: Exit | None = None
         self._code: int | None = None
         self._grace: asyncio.TimerHandle | None = None
-        # From the first sign of its end on: nothing more is to be given to it.
+        # True from the first sign of the worker's end on. It is sent nothing more.
         self.ending = False
         self._gone = False
         self._loop.add_reader(self._channel, self._readable)
@@ -69,7 +71,7 @@ class WorkerProcess:
         self._stopped = StoppedWatch(self.pid, stopped_seconds, self.kill)
 
     def send(self, frame: ToWorker, fd: int | None = None) -> None:
-        """Send a frame, with a descriptor or none. A worker whose socket takes none is beyond help and killed."""
+        """Send a frame, with a descriptor or none. If the socket refuses the frame, the worker is killed."""
         if self.ending:
             return
         encoded = encode(frame)
@@ -85,7 +87,7 @@ class WorkerProcess:
 
     @property
     def cpu_seconds(self) -> float:
-        """The processor time that it has used, all its threads together; 0 once it is gone."""
+        """Processor seconds that the worker has used, all its threads together; 0 once it is gone."""
         try:
             # The system's MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED): to the nanosecond, and without reading a file.
             return time.clock_gettime((~self.pid << 3) | 2)
@@ -105,12 +107,12 @@ class WorkerProcess:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def hear(self) -> None:
-        """Take in what it has said already, though the loop has not come to it yet."""
+        """Handle the frames that have arrived and that the event loop has not read yet."""
         while not self.ending and self._readable():
             pass
 
     def _readable(self) -> bool:
-        """Take in a frame. False where there is none."""
+        """Read one frame and handle it. Returns False if there is none, or if the worker is killed for it."""
         try:
             frame = self._channel.recv(_RECEIVE_BYTES)
         except BlockingIOError:
@@ -123,7 +125,7 @@ class WorkerProcess:
         try:
             message = decode_for_dispatcher(frame)
         except msgspec.DecodeError as error:
-            # The worker chooses what the error says: callers are not told, and the log has it no longer than this.
+            # The worker chooses the error's text. So no caller gets it, and the log gets only its beginning.
             log.warning("worker sent an undecodable frame", pid=self.pid, error=str(error)[:200])
             self.kill(exits.NO_FRAME)
             return False
@@ -143,7 +145,7 @@ class WorkerProcess:
 
     def _ended(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        # The exit must be told whatever comes of this.
+        # `on_exit` must be called even if this raises.
         with self._errors.guarded("worker_exit"):
             self._hear_the_last()
         self._channel.close()
@@ -151,7 +153,10 @@ class WorkerProcess:
         self._loop.add_reader(self._process.sentinel, self._reaped)
 
     def _hear_the_last(self) -> None:
-        """Take in what the worker said before it exited; of what it said after it was to be killed only that it did."""
+        """Handle the frames that the worker sent before it exited. If it was killed, its frames are not handled.
+
+        Then a frame only shows that the worker may have begun its next run.
+        """
         self._stopped.close()
         self._hear_no_more()
         if self._grace is not None:
@@ -176,5 +181,5 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         os.close(self._pidfd)
-        with contextlib.suppress(ValueError):  # not reaped within the time: the forkserver is in trouble itself
+        with contextlib.suppress(ValueError):  # not reaped within the time: the forkserver itself does not respond
             self._process.close()

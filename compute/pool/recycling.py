@@ -1,11 +1,11 @@
-"""Recycling: how much memory a worker has taken, and whether another process is to take its place.
+"""Recycling: how much memory a worker has taken, and whether the worker is replaced.
 
     look()  ten times a second:  over the limit, or grown    ──> Shrink ──> Shrunk: still so?  ──> retires, or is due
-                                 far over it by a run        ──> that ends RESOURCE_EXHAUSTED, and the worker with it
-                                 has run its calls           ──> due
+                                 far over it by a run        ──> the run ends RESOURCE_EXHAUSTED, the worker is killed
+                                 has run recycle_calls calls ──> due
 
-A worker that is due is replaced when the pool says so, which it says to one at a time. One that retires is given
-nothing more, and ends when it has no call: no call is hurt.
+The pool lets workers that are due retire, one at a time. A worker that retires is given no more runs, and is killed
+when it has no run. No call is lost by that.
 """
 
 from contextlib import suppress
@@ -18,11 +18,11 @@ from unlatch.compute.pool.exits import Exit
 from unlatch.compute.pool.in_flight import InFlight
 from unlatch.compute.pool.process import WorkerProcess
 
-# RLIMIT_DATA stops a worker at its limit; one that is so far over it has gone around that.
+# RLIMIT_DATA stops a worker at its limit. A worker that exceeds the limit by this factor has evaded RLIMIT_DATA.
 _FAR_OVER = 1.1
-# A worker that was refused memory and has so much of its limit left in use may be refused it again and again.
+# A worker that was refused memory, and still uses more than this part of its limit, may be refused it again and again.
 _TOO_MUCH_IN_USE = 0.5
-# Shrinking costs the next call its page faults, so a worker that has done it well is not asked again at once.
+# Shrinking costs the next call page faults, so a worker is not asked more often than this.
 _ASKED_EVERY_SECONDS = 2.0
 
 
@@ -40,27 +40,27 @@ class Recycling:
             self._footprint.close()
             raise
         self.since = monotonic()
-        # What it has taken since it was ready: the pages of its own that are in RAM.
+        # Memory that the worker has taken since it was ready: its own pages in RAM.
         self.taken_bytes = 0
-        # Why it is to be replaced, if it is.
+        # Why the worker is to be replaced; None if it is not.
         self.due: Exit | None = None
         self._asked = -_ASKED_EVERY_SECONDS
-        # At the last look, how many calls it had ended; and what it may take before its present run is ended.
+        # How many calls the worker had ended at the last look, and how much memory it may take before its run is ended.
         self._calls = 0
         self._tolerated_bytes = limits.memory_bytes * _FAR_OVER
 
     @property
     def retires(self) -> bool:
-        """Whether the worker is given nothing more, and ends once it has no call."""
+        """Whether the worker is given no more runs, and is killed once it has none."""
         return not self._in_flight.accepts
 
     def look(self) -> None:
         """Read how much memory the worker has taken, and act on it."""
         if self._process.ending:
             return
-        # A run that it was not given yet may have been taken from it.
+        # The worker's last run may have been taken out before it was sent. No reply follows that.
         self.rested()
-        with suppress(OSError):  # it has just ended, and its slot is about to hear of that
+        with suppress(OSError):  # the worker has just ended, and its exit follows
             self.taken_bytes = max(0, self._footprint.read().resident - self._start.resident)
         if self._limits.memory_bytes and self.taken_bytes > self._tolerated_bytes and self._in_flight:
             self._far_over()
@@ -71,7 +71,7 @@ class Recycling:
         self._calls = self._in_flight.calls
 
     def shrunk(self, left: Shrunk) -> None:
-        """Take in how much memory is left after the worker has given back what it could."""
+        """Decide on the worker after it has freed what it could: `left` is the memory that it still has."""
         if self._process.ending:
             return
         limit = self._limits.memory_bytes
@@ -84,12 +84,12 @@ class Recycling:
             self.due = self.due or exits.GROWN
 
     def retire(self) -> None:
-        """Give the worker nothing more, and end it once it has no call."""
+        """Give the worker no more runs, and kill it once it has none."""
         self._in_flight.accepts = False
         self.rested()
 
     def rested(self) -> None:
-        """End the worker now if it is due and holds no run."""
+        """Kill the worker now if it retires, is due and holds no run."""
         if self.retires and self.due and not self._in_flight:
             self._process.kill(self.due)
 
@@ -103,7 +103,7 @@ class Recycling:
             told = f"took {self.taken_bytes} bytes of memory, more than a worker may have: worker_memory_bytes={limit}"
             self._in_flight.refuse(told, exits.OVER_LIMIT)
         else:
-            # A run that has ended since the last look may have left it: the present one is to blame for more only.
+            # A run that has ended since the last look may have taken it. The present run is to blame only for more.
             self._tolerated_bytes = self.taken_bytes * _FAR_OVER
             self.due = exits.OVER_LIMIT
             self.retire()

@@ -92,6 +92,7 @@ class Run:
         self.spec = self.first.spec
         self.state = RunState.STAGED
         self.expected_seconds = self.first.estimate.seconds * len(numbers)
+        # When the worker began the run. Until then: when the run was given to the worker.
         self.begun = now
         # The timer of the kernel's timeout, or of the grace period.
         self.timer: asyncio.TimerHandle | None = None

@@ -30,7 +30,7 @@ from unlatch.compute.settings import ComputeSettings
 
 log = structlog.get_logger()
 
-# After so many failed starts in a row, the cause counts as lasting.
+# After this number of failed starts in a row, the cause counts as lasting.
 _MAX_VAIN_STARTS = 3
 
 
@@ -127,7 +127,7 @@ class Slot:
         self._unfit_parent = 0
         # Waits after exits without a finished call between them. After the first exit there is no wait.
         self.exit_backoff = Backoff(first_seconds=0.05, longest_seconds=5.0, free_tries=1)
-        # Waits after failed starts: longer, because a start may load the kernels anew, and a repair takes a person.
+        # Waits after failed starts. These are longer: a start may load the kernels anew, and a person must repair it.
         self._start_failures = Backoff(first_seconds=0.1, longest_seconds=20.0)
 
     @property
@@ -156,7 +156,7 @@ class Slot:
             await asyncio.sleep(delay)
             try:
                 worker = await self._start(listener)
-            except Exception as error:  # noqa: BLE001 (it is told)
+            except Exception as error:  # noqa: BLE001 (`started` gets it, or it is logged)
                 if not started.done():
                     started.set_exception(error)
                     return
@@ -180,7 +180,7 @@ class Slot:
         return self.worker is not None
 
     def _start_failed(self, error: Exception) -> float:
-        """Tell why a replacement could not be started. Returns the seconds to wait before the next start."""
+        """Report why a replacement could not be started. Returns the seconds to wait before the next start."""
         delay = self._start_failures.failed()
         if not self._stopping:
             if not isinstance(error, StartError):

@@ -1,7 +1,7 @@
-"""The watch that tells a stopped worker from a busy one, by what the system says of its main thread.
+"""The watch that finds a stopped process, a worker or the forkserver, by the state of its main thread in /proc.
 
-A worker that was stopped (SIGSTOP, a terminal, a debugger) can neither answer nor end by itself. Nor can one whose main
-thread has ended while others go on: the process's end, which the pidfd would tell, comes with the last of them.
+A process that was stopped (SIGSTOP, a terminal, a debugger) can neither answer nor end by itself. The same is true of a
+process whose main thread has ended while other threads live: its pidfd becomes readable only after the last of them.
 """
 
 import asyncio
@@ -17,10 +17,10 @@ _STILL = {STOPPED: exits.STOPPED, TRACED: exits.STOPPED, ENDED: exits.HALF_GONE}
 
 
 class StoppedWatch:
-    """Look at a process a few times a second, and call `on_stopped` once it has stood still for so many seconds.
+    """Look at a process four times a second, and call `on_stopped` once it has been stopped for `seconds`.
 
-    0 seconds is never. Looks in a row count, and not the clock: when the dispatcher itself was stopped no time has
-    passed.
+    With 0 seconds the process is never looked at. The time is counted in looks, not read from a clock, because
+    the time in which the dispatcher itself was stopped must not count.
     """
 
     def __init__(self, pid: int, seconds: float, on_stopped: Callable[[Exit], None]) -> None:
@@ -35,11 +35,11 @@ class StoppedWatch:
             try:
                 self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
-                return  # it has ended already
+                return  # the process has ended already
             self._schedule()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop looking at the process."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -55,7 +55,7 @@ class StoppedWatch:
         self._schedule()
         state = state_in(self._stat)
         if not state:
-            return  # it has just ended
+            return  # the process has just ended
         cause = _STILL.get(state)
         self._looks = self._looks + 1 if cause is not None else 0
         if cause is not None and self._looks == self._most_looks:
