@@ -88,10 +88,10 @@ class Call:
         self.landed = self.begun = self.arrived
         self._lane = lane
         self._descriptor = descriptor
-        # Whether its caller wants to be told when the call begins.
-        self._told = descriptor.attempt > 0
+        # Whether its caller, a gateway, wants to know when the call begins.
+        self._announces_begin = descriptor.attempt > 0
         # Whether the call may begin only after its caller has confirmed that it knows, and so sends it nowhere else.
-        self.must_be_known = self._told and not spec.pure
+        self.must_be_known = self._announces_begin and not spec.pure
         self._arena = arena
         self._metrics = metrics
         self._tracing = tracing
@@ -131,9 +131,9 @@ class Call:
         return True
 
     def begins(self, now: float) -> None:
-        """Note that a worker begins the call. The caller of a pure kernel's call is told."""
+        """Note that a worker begins the call. If its kernel is pure, tell a caller that wants to know."""
         self.begun = now
-        if self.spec.pure and self._told:
+        if self.spec.pure and self._announces_begin:
             self._lane.started(self._descriptor.call)
 
     @property
@@ -152,7 +152,7 @@ class Call:
         )
 
     def land(self, whole: Sequence[memoryview]) -> None:
-        """Write all bytes of the call to the arena at once."""
+        """Write all bytes of the call to the arena at once, and offer the call to the dispatcher."""
         if self.block is not None:
             memory, base = self.block.segment.view, self.block.offset
             for start, piece in zip(self._starts, whole, strict=True):
@@ -161,7 +161,10 @@ class Call:
         self._when_landed(self)
 
     def feed(self, piece: memoryview) -> None:
-        """Write the next piece of the call's bytes to the arena. Raises ProtocolViolation if it does not fit."""
+        """Write the next piece of the call's bytes to the arena. After the last piece, offer it to the dispatcher.
+
+        Raises ProtocolViolation if the piece does not fit.
+        """
         tensor, at = self._arrival.place(len(piece))
         if self.block is not None:
             start = self.block.offset + self._starts[tensor] + at
@@ -237,12 +240,12 @@ class Call:
 
     def _trace(self, queue: float, code: str, ran: Ran) -> None:
         """Record a span for the call's wait, and one for its run if it ran."""
-        told: dict[str, str | int] = {"unlatch.kernel": self.spec.name, "unlatch.code": code}
+        attributes: dict[str, str | int] = {"unlatch.kernel": self.spec.name, "unlatch.code": code}
         waited_until = self.landed + queue if ran is not _NOT_RUN else monotonic()
-        self._tracing.passed("queue", self._descriptor, self.landed, waited_until, told)
+        self._tracing.passed("queue", self._descriptor, self.landed, waited_until, attributes)
         if ran is not _NOT_RUN:
-            told |= {"unlatch.worker": ran.worker, "unlatch.batch": ran.calls}
-            self._tracing.passed("run", self._descriptor, self.begun, self.begun + ran.seconds, told)
+            attributes |= {"unlatch.worker": ran.worker, "unlatch.batch": ran.calls}
+            self._tracing.passed("run", self._descriptor, self.begun, self.begun + ran.seconds, attributes)
 
 
 def _batch(spec: KernelSpec, arguments: Arguments) -> Hashable | None:

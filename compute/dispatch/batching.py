@@ -1,4 +1,4 @@
-"""Which calls run as one: calls of one kernel that are alike but for the lengths of their first axes."""
+"""The choice of calls that run as one: calls of one kernel that differ only in their bytes and first axes' lengths."""
 
 import math
 from collections.abc import Iterable
@@ -7,14 +7,14 @@ from itertools import islice
 from unlatch.compute.call import Call
 from unlatch.compute.ipc.frames import MAX_MEMBERS_BYTES, described_bytes
 
-# Larger calls gain nothing by company, and putting them side by side takes their memory again.
+# Larger calls gain nothing by a batch, and joining their arrays takes the same memory again.
 _MAX_BATCH_BYTES = 32 * 1024 * 1024
-# Of many calls that would fit one by one but not together, the dispatcher has no time to look at all.
+# Bound of the search: many calls may wait, and none of them may fit into the batch any more.
 _MAX_LOOKED_AT = 1024
 
 
 def companions(call: Call, alike: Iterable[Call], now: float) -> list[Call]:
-    """The calls, of those `alike` that wait, that run as one with this one."""
+    """Return those of the waiting calls `alike` that run as one with `call`."""
     rows, size, seconds = call.rows, call.size, call.estimate.seconds
     most = MAX_MEMBERS_BYTES // described_bytes(len(shape) for shape in call.arguments.shapes)
     most_seconds = _seconds_for(call, now)
@@ -23,7 +23,7 @@ def companions(call: Call, alike: Iterable[Call], now: float) -> list[Call]:
         if rows >= call.spec.max_batch_size or len(found) + 1 >= most:
             break
         if other.estimate.long and not call.estimate.long:
-            # It may be that this worker is kept free of those.
+            # This worker may be one that is kept free of long calls.
             continue
         more = rows + other.rows, size + other.size, seconds + other.estimate.seconds
         if more[0] <= call.spec.max_batch_size and more[1] <= _MAX_BATCH_BYTES and more[2] <= most_seconds:

@@ -57,6 +57,7 @@ log = structlog.get_logger()
 _REPLY_SECONDS = 0.002
 # Calls refused in one round of the event loop. Refusing a call takes about 20 µs.
 _REFUSED_AT_ONCE = 32
+# Waiting calls checked again for poison in one round of the event loop.
 _RECONSIDERED_AT_ONCE = 16
 # Tuples for isinstance: making a union takes longer than the check.
 _ENDS = (Replied, WorkerExited)
@@ -138,9 +139,9 @@ class Dispatcher:
                 return
             self._enqueue(call)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            told = self._errors.caught("offer", error)
+            internal = self._errors.caught("offer", error)
             self._backlog.withdraw(call)
-            self.settle(call, Fail(told))
+            self.settle(call, Fail(internal))
         self.assign()
 
     def withdraw(self, call: Call) -> None:
@@ -164,7 +165,7 @@ class Dispatcher:
         """Give waiting calls to workers, as long as a worker has room."""
         try:
             refused = 0
-            # In slices: after the process has stood still, all waiting calls may be late.
+            # Refusals at once are bounded: after the process has stood still, all waiting calls may be late.
             while self._waiting and refused < _REFUSED_AT_ONCE:
                 # One time for the whole decision: with two readings of the clock, a free worker could count as busy.
                 now = self._clock()
@@ -211,10 +212,10 @@ class Dispatcher:
                 self._backlog.not_run(call)
             self._perform(call, outcome, run)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            told = self._errors.caught("settle", error)
+            internal = self._errors.caught("settle", error)
             # The reply of a call that has ended may be on its way, and its segment is kept until it is sent.
             if not (isinstance(outcome, Answer) and call.ended):
-                outcome = FailRunning(told) if isinstance(outcome, FailRunning) else Fail(told)
+                outcome = FailRunning(internal) if isinstance(outcome, FailRunning) else Fail(internal)
                 self._backlog.withdraw(call)
                 self._perform(call, outcome, run)
         if run is not None and not isinstance(outcome, _KEEPS_SEGMENT):
@@ -312,14 +313,14 @@ class Dispatcher:
             for refused in calls:
                 self.settle(refused, Fail(error), refund=True)
         except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            told = self._errors.caught("assign", error)
+            internal = self._errors.caught("assign", error)
             for failed in calls:
                 if in_flight.holds(failed):
                     # The worker may have the call. It is killed, and its exit frees the call's memory.
                     in_flight.kill(exits.INTERNAL_ERROR)
-                    self.settle(failed, FailRunning(told))
+                    self.settle(failed, FailRunning(internal))
                 else:
-                    self.settle(failed, Fail(told), refund=True)
+                    self.settle(failed, Fail(internal), refund=True)
 
     def _seconds_until_done(self, now: float, call: Call, _: InFlight) -> float:
         """Return the seconds until a call would be done; 0 if it may run even if it could be late.

@@ -1,17 +1,18 @@
-"""Calls that workers have died of, remembered by what they are: one that is sent again does no more harm.
+"""Memory of calls that have killed workers, so that an equal call that is sent again does no more harm.
 
-    suspects ──> nothing like the call has a strike: it waits for a worker
-    judge ─────> same kernel, same size as one that has: it is read ──┬─ other ─> it waits for a worker
-                                                                      └─ poison ─> FAILED_PRECONDITION
-    strike ────> it is read and remembered for a while; the second strike within that makes it poison
-    clear ─────> one like it was run and did no harm: forgotten
+    suspects ──> no call of its kernel and size has a strike: the call waits for a worker
+    judge ─────> one of its kernel and size has a strike: the call is read ──┬─ other ──> it waits for a worker
+                                                                             └─ poison ─> FAILED_PRECONDITION
+    strike ────> the call is read and remembered for `poison_seconds`; a second strike in that time makes it poison
+    clear ─────> an equal call was run and did no harm: its strikes are forgotten
 
-What a call is, under any id and from any caller: its kernel and version, its parameters, its arrays' dtypes, shapes
-and bytes; as a digest (BLAKE2b, RFC 7693). Nothing is read as long as no worker dies.
+Equal calls have the same kernel and version, parameters, and dtypes, shapes and bytes of their arrays. Their ids and
+callers do not count. To read a call is to compute a digest of all this (BLAKE2b, RFC 7693). No call is read as long as
+no worker dies.
 
-A strike stays with what it was counted for, not with the call: a kernel that is not pure is not run again by us, but
-its caller may send the call again. A worker that was killed from outside gives a strike too, since the two look alike;
-calls like the one that it ran are then run, and clear it.
+A strike counts for all equal calls, not for one call only: a call of a kernel that is not pure is not run again here,
+but its caller may send it again. If a worker is killed from outside, its call gets a strike too, since the dispatcher
+cannot see the difference. Equal calls then run, and clear it.
 """
 
 import asyncio
@@ -29,22 +30,22 @@ from unlatch.common.errors import FailedPrecondition, UnlatchError
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.call import Call
 
-# A call is run again when its worker exits, but not when that looks like its own doing.
+# Number of workers that a call may kill: with the last of them it is poison.
 _MAX_DEATHS = 2
 _MAX_REMEMBERED = 1024
-# Read on the event loop, in a tenth of a millisecond; what is larger is read by a thread, without the interpreter lock.
+# Calls up to this size are read on the event loop, in 0.1 ms. A thread reads larger ones, without the interpreter lock.
 _INLINE_BYTES = 64 * 1024
-# How much of a call is read before its caller is asked after.
+# Bytes of a call that are read between two checks whether its caller has left.
 _PIECE_BYTES = 16 * 1024 * 1024
 
 _Kind = tuple[str, int]
-# What is to happen once a call is read: with an error where the call is poison, or could not be read.
+# Called once a call is read, with an error if the call is poison or could not be read, else with None.
 Then = Callable[[UnlatchError | None], None]
 
 
 @dataclass(slots=True)
 class _Strikes:
-    """The entry of a digest: how many workers died of such calls, and until when that is remembered."""
+    """The entry of a digest: how many workers its calls have killed, why the last one exited, and when to forget it."""
 
     kind: _Kind
     until: float
@@ -55,17 +56,17 @@ class _Strikes:
 class Poison:
     """The memory of calls that killed workers, and the holder of a call while its digest is computed.
 
-    `poison_seconds=0` remembers nothing.
+    With `poison_seconds=0` nothing is remembered.
     """
 
     def __init__(self, poison_seconds: float, errors: InternalErrors) -> None:
         self._poison_seconds = poison_seconds
         self._errors = errors
-        # By digest, the oldest strike first.
+        # By digest, in the order of their last strikes.
         self._remembered: dict[bytes, _Strikes] = {}
-        # What calls are read: the kinds of those remembered, and of those about to be.
+        # The kinds of calls that must be read: those of remembered calls, and of calls that are being read after a strike.
         self._kinds: Counter[_Kind] = Counter()
-        # One thread: reading takes no more than one core from the workers.
+        # One thread, so that reading takes no more than one core from the workers.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="digest")
 
     def suspects(self, call: Call) -> bool:
@@ -76,27 +77,27 @@ class Poison:
         return _kind(call) in self._kinds
 
     def judge(self, call: Call, then: Then) -> None:
-        """Find out whether a call is poison, and tell `then`."""
+        """Read a call, and call `then` with an error if it is poison, else with None."""
         call.holder = self
         self._read(call, partial(self._judge, call, then))
 
     def withdraw(self, call: Call) -> None:
-        """Do nothing: a call whose caller leaves while it is read is dropped when that is over."""
+        """Do nothing: a call whose caller leaves while it is read is dropped afterwards."""
 
     def strike(self, call: Call, why: str, then: Then) -> None:
-        """Count that a worker has died while it ran this call, and tell `then` whether the call is poison."""
+        """Count that a worker has died while it ran this call, and call `then` as `judge` does."""
         call.holder = self
         call.deaths += 1
         if not self._poison_seconds:
             then(_refusal(call.deaths, why, 0.0) if call.deaths >= _MAX_DEATHS else None)
             return
         self._forget_old()
-        # Before it is read: one like it that comes meanwhile is read after it.
+        # Before the call is read, so that equal calls that arrive meanwhile are read after it.
         self._kinds[_kind(call)] += 1
         self._read(call, partial(self._remember, call, why, then))
 
     def matcher(self, call: Call) -> Callable[[Call], bool]:
-        """Tells of calls that wait whether they may be like this one, as long as this one is remembered."""
+        """Return a test whether a waiting call may be equal to this one, as long as this one is remembered."""
         kind, digest = _kind(call), call.digest
 
         def matches(other: Call) -> bool:
@@ -105,12 +106,12 @@ class Poison:
         return matches
 
     def clear(self, call: Call) -> None:
-        """A call was run, and its worker lives."""
+        """Forget the strikes of a call that was run and did not kill its worker."""
         if call.digest in self._remembered:
             self._forget(call.digest)
 
     def close(self) -> None:
-        """Read nothing more."""
+        """Stop reading calls."""
         self._reader.shutdown(wait=False, cancel_futures=True)
 
     def _judge(self, call: Call, then: Then, unread: UnlatchError | None) -> None:
@@ -123,7 +124,7 @@ class Poison:
     def _remember(self, call: Call, why: str, then: Then, unread: UnlatchError | None) -> None:
         kind = _kind(call)
         if unread is not None or not call.digest:
-            # It could not be read, or its caller has left, and it was not read to its end.
+            # The call could not be read, or its caller left before it was read to its end.
             self._drop_kind(kind)
             then(unread)
             return
@@ -135,7 +136,7 @@ class Poison:
         else:
             self._drop_kind(kind)
         self._remembered[call.digest] = known
-        # The call itself may know of more: what was remembered of it may have had to go.
+        # The call may have killed more workers than are remembered, because its entry may have been removed.
         known.count, known.why = max(known.count + 1, call.deaths), why
         known.until = monotonic() + self._poison_seconds
         then(_refusal(known.count, why, self._poison_seconds) if known.count >= _MAX_DEATHS else None)
@@ -154,7 +155,7 @@ class Poison:
             del self._kinds[kind]
 
     def _read(self, call: Call, then: Then) -> None:
-        """Give a call its digest, and go on with `then`: at once, or when a thread has read it."""
+        """Give a call its digest, then call `then`: at once for a small call, else when a thread has read it."""
         if call.digest or call.block is None or call.block.size <= _INLINE_BYTES:
             call.digest = call.digest or _digest(call)
             then(None)
@@ -178,7 +179,7 @@ def _kind(call: Call) -> _Kind:
 
 
 def _digest(call: Call) -> bytes:
-    """Return a digest of all that makes a call; empty when its caller leaves meanwhile."""
+    """Return the digest that equal calls share; empty if the caller leaves meanwhile."""
     tensors = call.tensors
     said = [[tensor.dtype, tensor.shape] for tensor in tensors]
     parameters = sorted(call.arguments.parameters.items())

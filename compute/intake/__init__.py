@@ -1,1 +1,1 @@
-"""Calls as they arrive at a replica: arguments checked, poison refused."""
+"""Calls as they arrive at a replica: arguments checked, bytes written to the arena."""

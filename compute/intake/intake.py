@@ -1,4 +1,4 @@
-"""The serving end of lanes: a descriptor becomes a call, its arguments checked and its bytes landing in the arena."""
+"""The intake of calls: make a descriptor from a lane a call, with checked arguments and room for its bytes."""
 
 from unlatch.common.errors import ResourceExhausted, UnlatchError, no_kernel
 from unlatch.common.kernel.spec import KernelSpec
@@ -18,7 +18,7 @@ _UNKNOWN = "unknown"
 
 
 class CallIntake:
-    """Takes in what lanes bring: `accept` is what each lane calls for each descriptor."""
+    """Accepts calls from lanes. Each lane calls `accept` for each descriptor that arrives."""
 
     def __init__(
         self,
@@ -39,7 +39,11 @@ class CallIntake:
         self._max_call_bytes = max_call_bytes
 
     def accept(self, lane: ServingEnd, descriptor: Descriptor, whole: list[memoryview] | None) -> Call | None:
-        """Make a descriptor a call that waits for its bytes or for a worker, or refuse it at once."""
+        """Make a descriptor a call that waits for its bytes or for a worker, or refuse it at once.
+
+        `whole` has the bytes of all tensors; None if they arrive later, in pieces (`Call.feed`). Returns None for a
+        call that has ended already.
+        """
         call = None
         try:
             call = self._call(lane, descriptor)
@@ -48,11 +52,11 @@ class CallIntake:
         except ProtocolViolation:
             raise
         except Exception as error:  # noqa: BLE001 (an entry point's guard: the lane and its other calls go on)
-            told = error if isinstance(error, UnlatchError) else self._errors.caught("lane_accept", error)
+            refusal = error if isinstance(error, UnlatchError) else self._errors.caught("lane_accept", error)
             if call is None:
-                self._refuse(lane, descriptor, told)
+                self._refuse(lane, descriptor, refusal)
             else:
-                self._dispatcher.settle(call, Fail(told))
+                self._dispatcher.settle(call, Fail(refusal))
             return None
         return None if call.ended else call
 
