@@ -1,7 +1,7 @@
 """Memory shared between the dispatcher and its workers: who may write where.
 
     input arena      one for each replica. A call's bytes land here before a worker is chosen. Only the dispatcher
-                     writes: once it has mapped a segment it seals it, and the kernel allows no more writable maps.
+                     writes: once it has mapped a segment it seals it, and Linux allows no more writable maps.
     reply segments   each belongs to one worker, which writes its replies there; the dispatcher reads.
 
 This protects the dispatcher, and calls from being changed. It keeps no secret between the kernels of a replica: every
@@ -34,7 +34,7 @@ _SMALLEST_CLASS = 4096
 _SEGMENT_BYTES = 4 * 1024 * 1024
 _F_SEAL_FUTURE_WRITE = 0x10
 _FIRST_REPLY_BYTES = 1024 * 1024
-# In the place of a segment, for a call without bytes.
+# The segment number of a call without bytes.
 _NO_SEGMENT = -1
 # Blocks up to this size are overwritten when they are freed, which takes 2 µs at most.
 _WIPED_AT_ONCE_BYTES = 64 * 1024
@@ -142,7 +142,7 @@ class InputArena:
         self._segments: list[Segment] = []
         # Segments that workers are to forget: the last to have a file open spends the time that freeing it takes.
         self._dropped: list[Segment] = []
-        # Large blocks that ended calls have written to, and up to where.
+        # Large blocks with bytes of ended calls, and the offset at which these bytes end.
         self._written: dict[Block, int] = {}
 
     def allocate(self, size: int) -> Block:
@@ -161,7 +161,7 @@ class InputArena:
         return block
 
     def free(self, block: Block) -> None:
-        """Take a block back. Call this only when no worker can be reading it."""
+        """Take a block back and overwrite it: a small one now, a large one in `wipe`. No worker may be reading it."""
         size = block.size
         self.used_bytes -= size
         block.size = 0
@@ -176,7 +176,7 @@ class InputArena:
         """Overwrite at most `most_bytes` of what ended calls left in large blocks. Returns whether more is left."""
         for block, written in [*self._written.items()]:
             left = written
-            # A block that another call has is overwritten after that.
+            # A block that another call uses now is overwritten when that call has ended.
             while left and most_bytes and not block.size:
                 piece = _ZEROS[: min(left, most_bytes)]
                 left -= len(piece)
@@ -316,10 +316,11 @@ class Mapped:
             _free(memory, fd)
 
     def input(self, number: int) -> mmap.mmap:
+        """Return an input segment."""
         return self._inputs[number]
 
     def reply(self, number: int, size: int) -> mmap.mmap:
-        """A reply segment with at least `size` bytes."""
+        """Return a reply segment. If it is smaller than `size` bytes, let it grow first."""
         fd, memory = self._replies[number]
         if size > len(memory):
             os.ftruncate(fd, 1 << (size - 1).bit_length())

@@ -24,7 +24,7 @@ from unlatch.common.kernel.spec import KernelSpec
 PRELOAD_VARIABLE = "UNLATCH_PRELOAD"
 # The variable that tells a worker, and OpenBLAS, how many threads a library may use.
 THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
-# Small enough for the kernel's default socket buffer to hold the two frames that may be on their way.
+# Small enough for Linux's default socket buffer to hold the two frames that may be on their way.
 FRAME_BYTES = 64 * 1024
 # The part of a RunFrame that its str parameters may take together; the rest is names, shapes and numbers.
 MAX_STRING_BYTES = FRAME_BYTES // 2
@@ -137,7 +137,7 @@ class Shrunk(msgspec.Struct, array_like=True, tag="shrunk"):
 
     resident_bytes: Number
     data_bytes: Number
-    # Whether it shrank because the system refused memory to a run.
+    # Whether the worker freed memory because the system had refused memory to a run.
     ran_short: bool
 
 

@@ -85,7 +85,7 @@ def load(modules: Iterable[str]) -> LoadedKernels:
 def imported(name: str) -> ModuleType:
     """Import a module by dotted name or path to a file. Raises LoadError, naming file and line."""
     try:
-        # For an empty name and a relative one, Python has errors of its own that name no file.
+        # Python's own errors for an empty name or a relative one do not name the file.
         if name.endswith(".py") or os.sep in name or not name.partition(".")[0]:
             return _import_file(Path(name))
         _search_first("")
@@ -99,7 +99,7 @@ def imported(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file as the module that it is, so that its neighbours and processes of its own can import it too."""
+    """Import a file under its module name, so that modules beside it and processes that it starts can import it too."""
     if path.suffix != ".py" or not path.is_file():
         raise LoadError(f"{path}: no such kernel file; wanted path/to/file.py or pkg.module")
     folder, name = path.parent.resolve(), path.stem

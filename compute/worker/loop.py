@@ -21,7 +21,7 @@ from functools import partial
 
 from unlatch import cancellation
 from unlatch.common.errors import Internal, UnlatchError, opaque
-from unlatch.compute.ipc import frames as wire
+from unlatch.compute.ipc import frames
 from unlatch.compute.ipc.arena import Mapped
 from unlatch.compute.ipc.memory_limits import Allowance
 from unlatch.compute.worker import preload
@@ -36,14 +36,17 @@ _UNTIL_IDLE, _WITHOUT_LIMIT = (struct.pack("ll", seconds, 0) for seconds in (_ID
 
 
 def main(channel: socket.socket, max_reply_bytes: int, memory_bytes: int) -> None:
-    """Serve RunFrames until the dispatcher closes the channel. The first message has the pipe that tells its end."""
+    """Serve RunFrames until the dispatcher closes the channel.
+
+    The first message on the channel brings the reading end of a pipe. The pipe breaks when the dispatcher ends.
+    """
     _, (dispatcher_alive,), _, _ = socket.recv_fds(channel, 1, 1)
     become_worker(dispatcher_alive)
     preload.restore()
     seed_random_states()
     preload.grant_openmp()
     if preload.failure:
-        channel.send(wire.encode(wire.Misfit(preload.failure)))
+        channel.send(frames.encode(frames.Misfit(preload.failure)))
         # Wait for the dispatcher to end this process. If it ended by itself, it might be gone before the frame is read.
         channel.recv(1)
         return
@@ -52,14 +55,16 @@ def main(channel: socket.socket, max_reply_bytes: int, memory_bytes: int) -> Non
         start_blas_threads()
     allowance = Allowance(memory_bytes)
     for spec in kernels:
-        channel.send(wire.encode(wire.Loaded(spec)))
-    channel.send(wire.encode(wire.Ready()))
+        channel.send(frames.encode(frames.Loaded(spec)))
+    channel.send(frames.encode(frames.Ready()))
     give_way()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         _Worker(channel, max_reply_bytes, allowance).serve()
 
 
 class _Worker:
+    """Answer RunFrames in order, one at a time. Meanwhile a kernel's threads may ask whether it is cancelled."""
+
     def __init__(self, channel: socket.socket, max_reply_bytes: int, allowance: Allowance) -> None:
         self._channel = channel
         self._max_reply_bytes = max_reply_bytes
@@ -68,9 +73,9 @@ class _Worker:
         # True while there is no memory to return, because no kernel has run since memory was last returned.
         self._is_idle = True
         self._mapped = Mapped()
-        self._waiting: deque[wire.RunFrame] = deque()
+        self._waiting: deque[frames.RunFrame] = deque()
         self._cancelled: set[int] = set()
-        self._running: Sequence[wire.Member] = ()
+        self._running: Sequence[frames.Member] = ()
         # Held except while a kernel runs, so that none of its threads can take a frame that this loop waits for.
         self._receiving = threading.Lock()
         self._receiving.acquire()
@@ -82,6 +87,7 @@ class _Worker:
         os.register_at_fork(after_in_child=partial(setattr, cancellation, "asked_of", bool))
 
     def serve(self) -> None:
+        """Answer RunFrames until the dispatcher is gone."""
         while (run := self._next()) is not None:
             if self._is_idle:
                 self._set_idle(idle=False)
@@ -90,12 +96,12 @@ class _Worker:
                 # RunFrames come in order, so cancels of calls up to this one came too late.
                 self._cancelled = {call for call in self._cancelled if call > run.members[-1].call}
 
-    def _answer(self, run: wire.RunFrame) -> bytes:
+    def _answer(self, run: frames.RunFrame) -> bytes:
         """Run the calls (members) that are not cancelled; return the encoded frame that answers the RunFrame."""
         wanted = [member for member in run.members if member.call not in self._cancelled]
         return encoded(self._run(run, wanted) if wanted else not_begun(run), run, wanted)
 
-    def _next(self) -> wire.RunFrame | None:
+    def _next(self) -> frames.RunFrame | None:
         """Wait for the next RunFrame and return it; None when the dispatcher is gone."""
         while True:
             self._shrink_if_due()
@@ -114,7 +120,7 @@ class _Worker:
     def _receive(self) -> None:
         """Wait for one frame and handle it. If none comes for a while, return memory to the system."""
         try:
-            frame, fds, _, _ = socket.recv_fds(self._channel, wire.FRAME_BYTES, 1)
+            frame, fds, _, _ = socket.recv_fds(self._channel, frames.FRAME_BYTES, 1)
         except BlockingIOError:
             self._allowance.shrink()
             self._set_idle(idle=True)
@@ -124,14 +130,14 @@ class _Worker:
         if not frame:
             self._dispatcher_is_gone = True
             return
-        message = wire.decode_for_worker(frame)
-        if isinstance(message, wire.RunFrame):
+        message = frames.decode_for_worker(frame)
+        if isinstance(message, frames.RunFrame):
             self._waiting.append(message)
-        elif isinstance(message, wire.Learn):
+        elif isinstance(message, frames.Learn):
             (self._mapped.learn_reply if message.writable else self._mapped.learn_input)(message.segment, fds[0])
-        elif isinstance(message, wire.Cancel):
+        elif isinstance(message, frames.Cancel):
             self._cancelled.update(message.calls)
-        elif isinstance(message, wire.Shrink):
+        elif isinstance(message, frames.Shrink):
             self._asked_to_shrink = True
         else:
             self._mapped.forget(message.inputs, message.replies)
@@ -140,7 +146,7 @@ class _Worker:
         if not self._ran_short and not self._asked_to_shrink:
             return
         resident, data = self._allowance.shrink()
-        self._channel.send(wire.encode(wire.Shrunk(resident, data, self._ran_short)))
+        self._channel.send(frames.encode(frames.Shrunk(resident, data, self._ran_short)))
         self._ran_short = self._asked_to_shrink = False
 
     def _set_idle(self, *, idle: bool) -> None:
@@ -158,7 +164,7 @@ class _Worker:
                 self._receiving.release()
         return self._dispatcher_is_gone or all(member.call in self._cancelled for member in self._running)
 
-    def _run(self, run: wire.RunFrame, members: Sequence[wire.Member]) -> wire.Done | wire.Failed:
+    def _run(self, run: frames.RunFrame, members: Sequence[frames.Member]) -> frames.Done | frames.Failed:
         """Run the kernel once, for these members (calls) together."""
         started = time.perf_counter_ns()
         log = ""
@@ -171,7 +177,7 @@ class _Worker:
                 outputs = call_kernel(preload.catalogue.functions[run.kernel], spec, arrays, run.parameters)
             taken = time.perf_counter_ns() - started
             results = write_outputs(self._mapped, spec, outputs, run.reply_segment, members, self._max_reply_bytes)
-            return wire.Done(results, taken)
+            return frames.Done(results, taken)
         except UnlatchError as expected:
             # An Internal error with a cause wraps the kernel's own exception. The kernel's author needs its traceback.
             log = traceback_text(expected) if isinstance(expected, Internal) and expected.__cause__ else ""

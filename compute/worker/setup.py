@@ -18,7 +18,7 @@ def become_worker(dispatcher_alive: int) -> None:
     # A process group of its own: a terminal's Ctrl-C is for the dispatcher, and processes that a kernel starts end
     # with the worker.
     os.setpgid(0, 0)
-    # When the dispatcher is gone, for whatever reason, the kernel sends SIGIO to the group. Its default action ends
+    # When the dispatcher is gone, for whatever reason, Linux sends SIGIO to the group. Its default action ends
     # even a worker that is deep in C code and holds the interpreter lock.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     # Opened again, since the receiver of the signal belongs to the open file: with a shared one, only the last worker
@@ -37,7 +37,7 @@ def become_worker(dispatcher_alive: int) -> None:
 
 
 def _pass_over(*_: object) -> None:
-    """Do nothing on a signal that has no meaning here. Programs of a kernel would inherit that it is ignored."""
+    """Do nothing. The signal is not ignored instead, because programs that a kernel starts would inherit that."""
 
 
 def seed_random_states() -> None:
