@@ -64,7 +64,7 @@ class Poison:
         self._errors = errors
         # By digest, in the order of their last strikes.
         self._remembered: dict[bytes, _Strikes] = {}
-        # The kinds of calls that must be read: those of remembered calls, and of calls that are being read after a strike.
+        # The kinds of calls that must be read: those of remembered calls, and of calls read now for a strike.
         self._kinds: Counter[_Kind] = Counter()
         # One thread, so that reading takes no more than one core from the workers.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="digest")

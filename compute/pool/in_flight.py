@@ -1,9 +1,9 @@
 """The runs that one worker holds: one that it executes, and one staged behind it. A run has one call or several.
 
     given ──> begun ──> Done, or Failed ──> its calls are answered; several that failed together run again, each alone
-    │         ├─ no caller waits, or the timeout has passed ─ grace ─> the worker is killed, and its core is free
+    │         ├─ no caller waits, or the timeout has passed ─ grace ─> the worker is killed
     │         └─ the worker exits ──> its calls run again, each alone, if pure and not poison
-    └─ the worker exits ──> its calls go back to the backlog; only if pure where they may have begun
+    └─ the worker exits ──> its calls go back to the backlog; if they may have begun, only if pure
 
 This module handles the worker's frames and timers. compute/dispatch/outcomes.py decides the outcomes of the calls, and
 the listener (the dispatcher) carries them out. Each entry point has a guard: after an unexpected exception the state of
@@ -36,8 +36,8 @@ from unlatch.compute.settings import ComputeSettings
 _MAX_RUNS = 2
 # A run that is staged behind a run as short as this counts as about to begin.
 _SOON_SECONDS = 0.02
-# How long a caller may take to confirm that its call is about to begin. The worker is idle meanwhile.
-_HEARD_SECONDS = 5.0
+# How long a caller may take to confirm that it knows of the beginning. The worker is idle meanwhile.
+_CONFIRMED_WITHIN_SECONDS = 5.0
 
 
 class RunListener(Protocol):
@@ -78,13 +78,13 @@ class InFlight:
         self._loop = asyncio.get_running_loop()
         self._numbers = count(1)
         self._runs: deque[Run] = deque()
-        # The worker's processor time at the end of its last run: between runs it uses none.
+        # The worker's processor time at the end of its last run. Between runs it uses hardly any.
         self._cpu_seconds = process.cpu_seconds
         self._cpu_seconds_at_end = 0.0
         self.segments = WorkerSegments(process.send)
         # Whether the worker may be given runs: it is ready (`serve`), and is not about to be replaced.
         self.accepts = False
-        # Calls that the worker has ended.
+        # The number of calls that the worker has ended.
         self.calls = 0
         # Numbers of cancelled calls that the worker has not been told of yet.
         self._cancelled: list[int] = []
@@ -251,7 +251,7 @@ class InFlight:
         if run.unconfirmed and run.state is RunState.STAGED:
             run.announce(partial(self.guarded, "caller_heard", self._confirmed))
             if run.unconfirmed:
-                self._loop.call_later(_HEARD_SECONDS, self.guarded, "not_heard", self._not_heard, run)
+                self._loop.call_later(_CONFIRMED_WITHIN_SECONDS, self.guarded, "not_heard", self._not_heard, run)
 
     def _confirmed(self, run: Run, call: Call) -> None:
         """Note that a call's caller knows that the call is about to begin, and send the run if it may begin."""

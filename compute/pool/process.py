@@ -34,7 +34,7 @@ _REAPED_WITHIN_SECONDS = 0.5
 # A process that ends closes its socket a moment before its pidfd becomes readable. A process that lives on for
 # longer than this is not ending, and is killed.
 _ENDS_WITHIN_SECONDS = 0.2
-# The largest frames are Loaded frames, which carry docstrings. A datagram in a socket buffer of default size is smaller.
+# The largest frames are Loaded frames, which carry docstrings. A datagram of the default socket buffer is smaller.
 _RECEIVE_BYTES = 256 * 1024
 
 
