@@ -51,8 +51,7 @@ PLANNED = (GROWN, HAS_RUN)
 # Workers that we kill before they are ready.
 MISFIT = Exit("unservable_kernels", "the pool cannot serve the worker's kernels", blames_call=False)
 UNREADY = Exit("start_timed_out", "the worker was not ready in time", blames_call=False)
-# Workers that we kill for what they did. A stopped worker may not be at fault, so its slot is filled at
-# once.
+# Workers that we kill for what they did. A stopped worker may not be at fault: its slot is filled at once.
 STOPPED = Exit("stopped", "the worker was stopped", at_once=True)
 HALF_GONE = Exit("main_thread_ended", "the worker's main thread ended, and its process did not", at_once=True)
 NO_FRAME = Exit("undecodable_frame", "the worker sent an undecodable frame", may_have_begun_next=True)
