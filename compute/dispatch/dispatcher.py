@@ -105,7 +105,10 @@ class Dispatcher:
         await self._pool.start(self)
 
     def admit(self, call: Call) -> None:
-        """Estimate a new call from past runs. Raises ResourceExhausted if it could not be answered in time."""
+        """Estimate a new call from past runs.
+
+        Raises ResourceExhausted if it could not be answered in time, and DeadlineExceeded if its deadline has passed.
+        """
         seconds = self._backlog.forecast.expected(call.spec.name, call.size)
         call.estimate = Estimate(seconds, seconds > self._long_call_seconds)
         if call.demand.deadline == math.inf:

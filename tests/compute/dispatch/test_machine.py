@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from tests.support.dispatch import Desk, Loop, WorkerEnd, array, kernel, stand_in
-from unlatch.common.errors import ResourceExhausted, Unavailable
+from unlatch.common.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from unlatch.common.kernel.spec import ArraySpec
 from unlatch.compute.call import Call
 from unlatch.compute.ipc.frames import Done, Misfit, Result, Tensor, ToDispatcher
@@ -72,7 +72,7 @@ class Machine(RuleBasedStateMachine):
         tenant, attempt = data.draw(st.sampled_from(["", "other"])), data.draw(st.integers(0, 1))
         made = []
         for _ in range(count):
-            with suppress(ResourceExhausted):  # it could not be answered in time
+            with suppress(ResourceExhausted, DeadlineExceeded):  # it could not be answered in time
                 made.append(
                     self.loop.do(
                         lambda: self.desk.sent(
