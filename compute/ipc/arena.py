@@ -309,11 +309,10 @@ class Mapped:
     def forget(self, inputs: Iterable[int], replies: Iterable[int]) -> None:
         """Drop segments. Each is unmapped when the last array over it is freed."""
         for number in inputs:
-            if number in self._inputs:
-                _free(self._inputs.pop(number))
+            self._inputs.pop(number, None)
         for number in replies:
-            fd, memory = self._replies.pop(number)
-            _free(memory, fd)
+            fd, _ = self._replies.pop(number)
+            os.close(fd)
 
     def input(self, number: int) -> mmap.mmap:
         """Return an input segment."""
