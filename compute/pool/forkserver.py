@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from unlatch.common.errors import DirectoryError
 from unlatch.common.machine.directories import private_directory
 from unlatch.compute.errors import StartError
-from unlatch.compute.ipc.frames import PRELOAD_VARIABLE, THREADS_VARIABLE
+from unlatch.compute.ipc.frames import PLAIN, PRELOAD_VARIABLE, THREADS_VARIABLE
 from unlatch.compute.pool.exits import Exit
 from unlatch.compute.pool.stopped import StoppedWatch
 from unlatch.compute.worker.entry import enter
@@ -53,15 +53,12 @@ class Spawned(NamedTuple):
 class ForkServer:
     """Starts worker processes. `blas_threads` is the number of threads that NumPy may use in each worker.
 
-    `worker_memory_bytes` is what each may take beyond what it starts with; 0 for no limit. Raises DirectoryError.
+    Raises DirectoryError.
     """
 
-    def __init__(
-        self, kernels: Sequence[str], blas_threads: int, max_reply_bytes: int, worker_memory_bytes: int
-    ) -> None:
+    def __init__(self, kernels: Sequence[str], blas_threads: int, max_reply_bytes: int) -> None:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self.max_reply_bytes = max_reply_bytes
-        self._worker_memory_bytes = worker_memory_bytes
         # One thread, so that starts do not race in multiprocessing.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="spawn")
         # Workers hold the reading end, and only the dispatcher holds the writing end. So the pipe breaks when the
@@ -101,18 +98,17 @@ class ForkServer:
             # multiprocessing waits for the process later, so it is not reaped here.
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
-    def spawn(self, *, unfit: int = 0) -> Spawned:
-        """Start a worker process. If the forkserver has the pid `unfit`, it is replaced first.
+    def spawn(self, kind: str = PLAIN, *, unfit: int = 0) -> Spawned:
+        """Start a worker process of a kind (`frames.PLAIN`, …).
 
-        Blocks for the milliseconds that a fork takes, and for as long as a new forkserver loads the kernels.
+        If the forkserver has the pid `unfit`, it is replaced first. Blocks for the milliseconds that a fork takes, and
+        for as long as a new forkserver loads the kernels.
         """
         if unfit:
             self.end(unfit)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            process = self._context.Process(
-                target=enter, args=(theirs, self.max_reply_bytes, self._worker_memory_bytes)
-            )
+            process = self._context.Process(target=enter, args=(theirs, kind, self.max_reply_bytes))
             try:
                 self._start(process)
                 socket.send_fds(ours, [b" "], [self._dispatcher_alive])
@@ -124,7 +120,9 @@ class ForkServer:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
         return Spawned(process, ours, self.pid)
 
-    async def spawn_within(self, seconds: float, *, stopped_seconds: float = 0.0, unfit: int = 0) -> Spawned:
+    async def spawn_within(
+        self, seconds: float, kind: str = PLAIN, *, stopped_seconds: float = 0.0, unfit: int = 0
+    ) -> Spawned:
         """Spawn a worker off the event loop. Raises StartError if there is none in time; then the forkserver is ended.
 
         A forkserver that is found stopped (SIGSTOP) for `stopped_seconds` meanwhile is ended sooner; 0 is never.
@@ -137,7 +135,7 @@ class ForkServer:
             why = "the forkserver was stopped"
             self.end(pid)
 
-        spawning = loop.run_in_executor(self._starter, partial(self.spawn, unfit=unfit))
+        spawning = loop.run_in_executor(self._starter, partial(self.spawn, kind, unfit=unfit))
         watch = StoppedWatch(pid, stopped_seconds, stopped)
         late = not (await asyncio.wait([spawning], timeout=seconds))[0]
         watch.close()

@@ -3,8 +3,8 @@
 import socket
 
 
-def enter(channel: socket.socket, max_reply_bytes: int, memory_bytes: int) -> None:
-    """Run a worker. This is the target of a forkserver's child."""
+def enter(channel: socket.socket, kind: str, max_reply_bytes: int) -> None:
+    """Run a worker of a kind (`frames.PLAIN`, …). This is the target of a forkserver's child."""
     from unlatch.compute.worker import loop
 
-    loop.main(channel, max_reply_bytes, memory_bytes)
+    loop.main(channel, kind, max_reply_bytes)
