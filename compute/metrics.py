@@ -55,7 +55,7 @@ class ComputeMetrics:
         )
         self._workers: dict[str, WorkerMetrics] = {}
         recorder.gauge(
-            "unlatch_worker_calls",
+            "unlatch_worker_calls_in_flight",
             "Calls that an async worker runs at this moment.",
             ("worker",),
             lambda: {

@@ -80,7 +80,8 @@ def by_length(call: Waiting) -> Hashable:
 class Policy(Generic[Call]):
     """The calls that wait, in their order. A tenant that `weights` does not name has the weight 1.
 
-    `kind` tells which calls find room together. Calls of one kind are all long, or none of them is.
+    `kind` tells which calls find room together. Calls of one kind are all long, or none of them is, and
+    all wait for async workers, or none of them does.
     """
 
     def __init__(

@@ -134,11 +134,15 @@ class Steps:
         while True:
             self._busy.wait()
             time.sleep(_LOOK_SECONDS)
-            call, began = self.now
-            if call is not None and time.monotonic() - began > _LONG_SECONDS:
-                frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 (public by its documentation)
-                if self.now == (call, began):
-                    self.report(call, began, frame)
+            self._look_once()
+
+    def _look_once(self) -> None:
+        # A frame keeps a kernel's arrays alive, so none is kept here.
+        call, began = self.now
+        if call is not None and time.monotonic() - began > _LONG_SECONDS:
+            frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 (public by its documentation)
+            if self.now == (call, began):
+                self.report(call, began, frame)
 
 
 def _place(frame: FrameType | None) -> str:

@@ -72,7 +72,7 @@ async def lines(record: Path, count: int, what: str = "") -> None:
 async def ended(waiting: Mesh) -> None:
     """Wait until the async worker has no call, and all workers are up."""
     scraped = waiting.dispatcher_metrics
-    await until(lambda: Scrape(scraped).sum("unlatch_worker_calls") == 0, "no call runs")
+    await until(lambda: Scrape(scraped).sum("unlatch_worker_calls_in_flight") == 0, "no call runs")
     await until(lambda: Scrape(scraped).sum("unlatch_worker_up") == 3, "all workers are up")
 
 
