@@ -18,6 +18,7 @@ from typing import Annotated
 
 import msgspec
 
+from unlatch.common.kernel.lists import Value
 from unlatch.common.kernel.spec import KernelSpec
 
 # The variable that names the kernel modules to load; the dispatcher sets it for the forkserver alone.
@@ -26,7 +27,7 @@ PRELOAD_VARIABLE = "UNLATCH_PRELOAD"
 THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
 # Small enough for Linux's default socket buffer to hold the two frames that may be on their way.
 FRAME_BYTES = 64 * 1024
-# The part of a RunFrame that its str parameters may take together; the rest is names, shapes and numbers.
+# The part of a RunFrame that its str parameters and lists may take together; the rest is names, shapes and numbers.
 MAX_STRING_BYTES = FRAME_BYTES // 2
 # The part of a RunFrame that its members may take, by `described_bytes`.
 MAX_MEMBERS_BYTES = FRAME_BYTES // 4
@@ -35,7 +36,7 @@ MAX_MEMBERS_BYTES = FRAME_BYTES // 4
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Code = Annotated[int, msgspec.Meta(ge=1, le=16)]
 
-Parameters = dict[str, bool | int | float | str]
+Parameters = dict[str, Value | list[Value]]
 
 
 class Tensor(msgspec.Struct, array_like=True, frozen=True):
@@ -65,13 +66,15 @@ class Member(msgspec.Struct, array_like=True, frozen=True):
 class RunFrame(msgspec.Struct, array_like=True, tag="run"):
     """Run a kernel over tensors in input segments, and write the results to a reply segment.
 
-    Several members have the same dtypes and shapes except for their first axes, along which they are joined.
+    Several members have the same dtypes and shapes except for their first axes, along which they are joined. All leave
+    out the same arrays: those in these places of the signature, in ascending order.
     """
 
     kernel: str
     parameters: Parameters
     reply_segment: int
     members: tuple[Member, ...]
+    left_out: tuple[int, ...] = ()
 
 
 class Cancel(msgspec.Struct, array_like=True, tag="cancel"):
@@ -147,6 +150,11 @@ ToDispatcher = Loaded | Ready | Misfit | Done | Failed | Shrunk
 encode = msgspec.msgpack.Encoder().encode
 decode_for_worker = msgspec.msgpack.Decoder(ToWorker).decode
 decode_for_dispatcher = msgspec.msgpack.Decoder(ToDispatcher).decode
+
+
+def value_bytes(value: Value) -> int:
+    """Maximum bytes of a frame that a value takes."""
+    return 5 + len(value.encode()) if isinstance(value, str) else 9
 
 
 def described_bytes(axes: Iterable[int]) -> int:

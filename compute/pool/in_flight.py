@@ -280,10 +280,13 @@ class InFlight:
         run.state = RunState.SENT
         if run is self._runs[0]:
             self._begin(run)
+        arguments = run.first.arguments
         members = tuple(
             Member(number, self.segments.input(call.block), call.tensors) for call, number in run.numbers.items()
         )
-        self._process.send(RunFrame(run.spec.name, run.first.arguments.parameters, run.segment.number, members))
+        self._process.send(
+            RunFrame(run.spec.name, arguments.parameters, run.segment.number, members, arguments.left_out)
+        )
 
     def _begin(self, run: Run) -> None:
         now = monotonic()
