@@ -74,6 +74,11 @@ def _options(spec: KernelSpec) -> list[str]:
 def _told(spec: KernelSpec) -> dict[str, Any]:
     told = asdict(spec)
     for scalar in told["scalars"]:
-        if isinstance(scalar["default"], float):
-            scalar["default"] = number(scalar["default"])
+        default = scalar["default"]
+        scalar["default"] = [_plain(one) for one in default] if isinstance(default, tuple) else _plain(default)
+        scalar["choices"] = [_plain(one) for one in scalar["choices"]]
     return told
+
+
+def _plain(value: Any) -> Any:
+    return number(value) if isinstance(value, float) else value

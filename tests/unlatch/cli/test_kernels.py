@@ -18,6 +18,7 @@ from unlatch.cli import COMMANDS, EXIT_CODES, run
 # Any numbers of the right shape will do for these kernels.
 SIMPLE = (
     *("batches", "conjugate", "default_scalars", "fft", "fixed_axes", "gaussian_blur", "halve", "histogram"),
+    *("choices", "lists", "optional_arrays", "shifted", "upper_case"),
     *("identity", "matmul", "monte_carlo_option", "process_id", "required_scalars", "shared_axes", "sobel", "svd"),
 )
 
@@ -50,8 +51,28 @@ def test_json(unlatch: Unlatch) -> None:
     assert one in listed
     assert one["inputs"][0]["dims"] == ["..."]
     low = {scalar["name"]: scalar for scalar in one["scalars"]}["low"]
-    assert low == {"name": "low", "type": "float", "required": False, "default": "NaN"}
+    assert low == {
+        "name": "low",
+        "type": "float",
+        "required": False,
+        "default": "NaN",
+        "choices": [],
+        "many": False,
+    }
     assert math.isnan(float(low["default"]))
+
+
+def test_page_shows_what_may_be_left_out_and_the_choices(unlatch: Unlatch) -> None:
+    """Each form of a signature is written as in Python, and is plain data in JSON."""
+    assert "    y: float64[n] | None = None,\n" in unlatch("kernels", "optional_arrays").out
+    assert "    counts: list[int] = [1, 2],\n" in unlatch("kernels", "lists").out
+    assert "    kind: 'linear'|'cubic',\n    degree: 1|2 = 1,\n" in unlatch("kernels", "choices").out
+    assert "x: str[*any]" in unlatch("kernels", "upper_case").out
+    described = unlatch("kernels", "choices", "--json").json["scalars"]
+    assert described[0] | {"choices": ["linear", "cubic"], "many": False, "default": None} == described[0]
+    assert described[4] | {"choices": ["by mean", "by maximum"], "many": True, "default": []} == described[4]
+    arrays = unlatch("kernels", "optional_arrays", "--json").json["inputs"]
+    assert [(array["optional"], array["text"]) for array in arrays] == [(False, False), (True, False), (True, False)]
 
 
 @pytest.mark.parametrize("kernel", SIMPLE)
