@@ -196,7 +196,7 @@ INSTEAD: dict[Callable[..., Any], str] = {
     list_without_default: "the default of 'x' is not a list or tuple: None",
     list_with_wrong_default: "the default of 'x' is not of type int: 1.5",
     letters: "the default of 'x' is not a list or tuple: 'abc'",
-    long_list: "choices and lists have 11034 bytes as Python code, more than 8192",
+    long_list: "choices and lists have 11026 bytes as Python code, more than 8192",
     bytes_scalar: "'salt' must be a bool, int, float or str, not bytes; take an array before `*`: unlatch.Bytes[np.nd",
     optional_float_in: "'x' needs a jaxtyping annotation such as Float64[np.ndarray, ''], without None",
     optional_scalar: "'size' must be a bool, int, float or str, not int | None; None is not sent: give it a default",
