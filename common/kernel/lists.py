@@ -6,7 +6,7 @@ strings, as in protobuf's JSON, and also read as the bare words that Python's `j
 
 import json
 from collections.abc import Iterable
-from math import isfinite, isnan
+from math import isfinite, isinf, isnan
 from typing import Any
 
 from unlatch.common.errors import shown
@@ -24,7 +24,10 @@ def to_json(values: Iterable[Value]) -> str:
 def from_json(text: str) -> list[Any]:
     """Read a list of anything. Raises ValueError for what is no JSON list, or a number or text that cannot be kept."""
     try:
-        found = json.loads(text, parse_float=number)
+        found = json.loads(text)
+        # An infinity may be a number that no float holds, which only the slower reading tells apart.
+        if isinstance(found, list) and any(type(one) is float and isinf(one) for one in found):
+            found = json.loads(text, parse_float=number)
     except OverflowError as error:
         raise ValueError(str(error)) from None
     except (ValueError, RecursionError):

@@ -7,6 +7,7 @@ are.
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from unlatch.common.errors import InvalidArgument, shown
 from unlatch.common.kernel.lists import Value, from_json
@@ -16,7 +17,7 @@ ELLIPSIS = "..."
 ANY_LENGTH = "_"
 # JSON has no numbers for these, so lists have them as strings, as in protobuf's JSON.
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
-_INT64_AND_UINT64 = range(-(2**63), 2**64)
+_MIN_INT, _MAX_UINT = -(2**63), 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +94,25 @@ class ScalarSpec:
         kinds: dict[str, Callable[[str], int | float | str]] = {"int": int, "float": real, "str": str}
         return kinds[self.type](text)
 
-    def elements(self, text: str) -> list[Value]:
-        """Read a list from JSON, each element checked. Raises InvalidArgument naming the argument and the element."""
+    def elements(self, text: str, most: int | None = None) -> list[Value]:
+        """Read a list of at most `most` elements from JSON. Raises InvalidArgument naming the argument and element."""
         try:
             found = from_json(text)
         except ValueError as error:
             raise self._wrong(f"wanted a JSON list of {self.type}: {error}") from None
+        if most is not None and len(found) > most:
+            raise self._wrong(f"wanted a list of at most {most} elements, got {len(found)}; send an array")
+        if self._are_right(found):
+            return found
         return [self._element(index, value) for index, value in enumerate(found)]
+
+    def _are_right(self, found: list[Any]) -> bool:
+        """Whether all elements can be taken as they are. No Python code is run for each: a list may be long."""
+        if {kind.__name__ for kind in set(map(type, found))} - {self.type}:
+            return False
+        if self.type == "int" and found and not _MIN_INT <= min(found) <= max(found) <= _MAX_UINT:
+            return False
+        return not self.choices or set(found) <= set(self.choices)
 
     def check_choice(self, value: Value, which: str = "") -> None:
         """Refuse a value of the right type that is none of the choices. Raises InvalidArgument."""
@@ -114,7 +127,7 @@ class ScalarSpec:
             value = self._as_float(which, value)
         if type(value).__name__ != self.type or not isinstance(value, Value):
             raise self._wrong(f"{which}wanted a value of type {self.type}, got {shown(value)}")
-        if type(value) is int and value not in _INT64_AND_UINT64:
+        if type(value) is int and not _MIN_INT <= value <= _MAX_UINT:
             raise self._wrong(f"{which}{shown(value)} does not fit in 64 bits")
         self.check_choice(value, which)
         return value

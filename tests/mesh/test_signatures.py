@@ -164,9 +164,14 @@ def test_list_is_a_string_of_json_in_the_protocol(text: str, seen: str, oip: Oip
         ({"weights": "[]", "names": "[1]"}, "names: element 0: wanted a value of type str, got 1", "names"),
         ({"weights": "[]", "names": '["\\ud800"]'}, "names: wanted a JSON list of str: element 0 cannot", "names"),
         ({"weights": "[]", "flags": "[0]"}, "flags: element 0: wanted a value of type bool, got 0", "flags"),
-        ({"weights": f"[{'1,' * 4000}1]"}, "weights: lists and str parameters have 36009 bytes, the max", "weights"),
-        ({"weights": " " * 40_000 + "[]"}, "weights: the list is 40002 characters, the maximum is 32768", "weights"),
-        ({"weights": "[]", "names": json.dumps(["x" * 30_000] * 2)}, "names: the list is 60", "names"),
+        ({"weights": f"[{'1,' * 4000}1]"}, "weights: wanted a list of at most 3640 elements, got 4001; ", "weights"),
+        ({"weights": f"[{'0,' * 60_000}0]"}, "weights: wanted a list of at most 3640 elements, got 60001", "weights"),
+        ({"weights": f"[{'0,' * 90_000}0]"}, "weights: what a call says besides its tensors' bytes", "weights"),
+        (
+            {"weights": "[]", "names": json.dumps(["x" * 30_000] * 2)},
+            "names: lists and str parameters have 60010 bytes, the maximum is 32768; send an array",
+            "names",
+        ),
     ],
 )
 def test_wrong_list_is_refused(scalars: dict[str, Any], says: str, field: str, oip: Oip) -> None:
