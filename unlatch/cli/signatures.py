@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from unlatch.common.kernel.datatypes import OBJECT
-from unlatch.common.kernel.lists import to_json
+from unlatch.common.kernel.lists import Value, to_json
 from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec
 
 _SCALARS = {"bool": "true", "int": "1", "float": "1.0", "str": "text"}
@@ -59,9 +59,12 @@ def _scalar_value(scalar: ScalarSpec) -> str:
     """A value as the command line takes it: the first choice, or any value of the type."""
     if scalar.many:
         return to_json(scalar.choices[:1] or [scalar.read_one(_SCALARS[scalar.type])])
-    if scalar.choices:
-        return str(scalar.choices[0]).lower() if scalar.type == "bool" else str(scalar.choices[0])
-    return _SCALARS[scalar.type]
+    return written(scalar.choices[0]) if scalar.choices else _SCALARS[scalar.type]
+
+
+def written(value: Value) -> str:
+    """A scalar as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _values(array: ArraySpec, length: int) -> Any:

@@ -149,16 +149,20 @@ def test_completion_script_is_valid(unlatch: Unlatch, tmp_path: Path, shell: str
 
 
 def test_bash_completes(unlatch: Unlatch, tmp_path: Path) -> None:
-    """A real bash completes commands, flags and the names of kernels."""
+    """A real bash completes commands, flags, the names of kernels, and their arguments and choices."""
     if shutil.which("bash") is None:
         pytest.skip("no bash here")
     (tmp_path / "completion").write_text(unlatch("completion", "bash").out)
     # The names come from the gateway at the default address, which is not this test's.
-    (tmp_path / "unlatch").write_text("#!/bin/sh\nprintf 'gaussian_blur\\nhistogram\\n'\n")
+    names = ["gaussian_blur", "histogram"]
+    arguments = unlatch("kernels", "choices", "--names").out.splitlines()
+    assert arguments[:5] == ["kind=linear", "kind=cubic", "degree=1", "degree=2", "mode=by mean"]
+    told = [f"printf '%s\\n' {' '.join(map(repr, lines))}" for lines in (arguments, names)]
+    (tmp_path / "unlatch").write_text(f'#!/bin/sh\nif [ "$2" = choices ]; then {told[0]}; else {told[1]}; fi\n')
     (tmp_path / "unlatch").chmod(0o755)
 
     def completed(*words: str) -> set[str]:
-        line = " ".join(words)
+        line = " ".join(words).replace(" = ", "=")
         asked = f"""
             source {tmp_path}/completion
             COMP_WORDS=({" ".join(map(json.dumps, words))}) COMP_CWORD={len(words) - 1}
@@ -173,6 +177,12 @@ def test_bash_completes(unlatch: Unlatch, tmp_path: Path) -> None:
     assert completed("unlatch", "") >= set(COMMANDS)
     assert completed("unlatch", "ca") == {"call"}
     assert completed("unlatch", "call", "") >= {"gaussian_blur", "histogram"}
+    assert completed("unlatch", "call", "choices", "ki") >= {"kind=linear", "kind=cubic"}
+    assert "degree=1" not in completed("unlatch", "call", "choices", "ki")
+    assert completed("unlatch", "call", "choices", "kind=cu") >= {"kind=cubic"}
+    # As bash itself breaks the line.
+    assert "cubic" in completed("unlatch", "call", "choices", "kind", "=", "cu")
+    assert completed("unlatch", "call", "choices", "degree=2", "mod") >= {"modes="}
     assert completed("unlatch", "kernels", "gau") == {"gaussian_blur"}
     assert completed("unlatch", "serve", "--wor") == {"--workers"}
     assert completed("unlatch", "top", "--on") == {"--once"}
