@@ -95,9 +95,11 @@ def _default(spec: ScalarSpec, hint: Any, kind: type, given: Any) -> Value | tup
 
 
 def _single_default(spec: ScalarSpec, hint: Any, kind: type, given: Any) -> Value:
-    if hint not in SCALARS and isinstance(hint, type) and not isinstance(given, hint):
-        raise DeclarationError(f"the default of {spec.name!r} is no member of {hint.__name__}: {shown(given)}")
-    value = _sent(spec.name, kind, given.value if isinstance(given, Enum) else given, "the default")
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        if not isinstance(given, hint):
+            raise DeclarationError(f"the default of {spec.name!r} is no member of {hint.__name__}: {shown(given)}")
+        given = given.value
+    value = _sent(spec.name, kind, given, "the default")
     if spec.choices and value not in spec.choices:
         wanted = ", ".join(map(repr, spec.choices))
         raise DeclarationError(f"the default of {spec.name!r} is none of {wanted}: {shown(given)}")

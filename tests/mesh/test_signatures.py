@@ -262,6 +262,12 @@ def test_texts_are_str_on_both_sides(given: Any, mesh: Mesh) -> None:
         assert client.upper_case(np.empty((0, 2), dtype=object)).shape == (0, 2)
 
 
+def test_texts_may_be_numpys_own_strings(mesh: Mesh) -> None:
+    """A kernel may return StringDType; its caller gets `str` objects all the same."""
+    with BlockingClient(mesh.gateway) as client:
+        assert client.lower_case([["GRÖẞE", ""], ["A\0", "😀"]]).tolist() == [["größe", ""], ["a\0", "😀"]]
+
+
 def test_large_texts_arrive_in_pieces(mesh: Mesh) -> None:
     """A reply that does not come whole is read as texts too."""
     given = ["ä" * 1000] * 500

@@ -171,6 +171,12 @@ def upper_case(x: Str[np.ndarray, "*any"]) -> Str[np.ndarray, "*any"]:
     return texts
 
 
+@kernel(pure=True)
+def lower_case(x: Str[np.ndarray, "*any"]) -> Str[np.ndarray, "*any"]:
+    """Turn texts into lower case by NumPy's own functions, in its own dtype of strings."""
+    return np.asarray(np.strings.lower(x.astype(np.dtypes.StringDType())))
+
+
 @kernel
 def returns_bytes_as_texts(x: Vector) -> Str[np.ndarray, "1"]:
     """Return bytes where texts are declared."""

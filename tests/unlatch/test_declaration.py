@@ -70,6 +70,12 @@ class Access(enum.Flag):
     READ = 1
 
 
+class Plain(enum.Enum):
+    """A member is no number."""
+
+    ONE = 1
+
+
 class Kind(enum.StrEnum):
     """Choices with a second name for one of them."""
 
@@ -474,6 +480,8 @@ def test_choices_are_plain_data() -> None:
         (Level, 3, "the default of 'value' is no member of Level: 3"),
         (Literal["a", "b"], "c", "the default of 'value' is none of 'a', 'b': 'c'"),
         (Literal[1, 2], True, "the default of 'value' is not of type int: True"),
+        (int, Plain.ONE, "the default of 'value' is not of type int: <Plain.ONE: 1>"),
+        (Literal[1], Plain.ONE, "the default of 'value' is not of type int: <Plain.ONE: 1>"),
         (list[Kind], ["cubic"], "the default of 'value' is no member of Kind: 'cubic'"),
         (list[str], ["\ud800"], "the default of 'value' cannot be sent"),
         (tuple[int, ...], [2**64], "the default of 'value' does not fit in 64 bits"),
