@@ -234,10 +234,11 @@ def _is_left_out(spec: ArraySpec, value: Any) -> bool:
 
 def _set(parameters: MutableMapping[str, Any], spec: KernelSpec, name: str, value: Any) -> None:
     """Add a scalar or a list to the parameters. Raises InvalidArgument."""
-    value = _plain(value)
+    if isinstance(value, np.generic):
+        value = value.item()
     try:
-        if not isinstance(value, int | float) and any(scalar.many and scalar.name == name for scalar in spec.scalars):
-            value = _list(value)
+        if type(value) is not float and type(value) is not int:
+            value = _as_declared(spec, name, value)
         parameters[name].CopyFrom(parameter(value))
     except (TypeError, ValueError, OverflowError) as error:
         known = [array.name for array in spec.inputs] + [scalar.name for scalar in spec.scalars]
@@ -245,15 +246,21 @@ def _set(parameters: MutableMapping[str, Any], spec: KernelSpec, name: str, valu
         raise InvalidArgument(f"{name}: {error}{similar}", field=name) from None
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's scalars as Python's, an enum's member as its value, and anything else as it is."""
-    if isinstance(value, Enum):
+def _as_declared(spec: KernelSpec, name: str, value: Any) -> Any:
+    """A list in JSON, as a parameter carries it, and members of an enum as their values where there are choices."""
+    declared = next((scalar for scalar in spec.scalars if scalar.name == name), None)
+    if declared is None:
+        return value
+    is_choice = bool(declared.choices)
+    if not declared.many:
+        return _plain(value, is_choice=is_choice)
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+        raise TypeError(f"wanted a list, got the {type(value).__name__} {shown(value)}")
+    return to_json(_plain(one, is_choice=is_choice) for one in value)
+
+
+def _plain(value: Any, *, is_choice: bool) -> Any:
+    """NumPy's scalars as Python's, a member of an enum as its value if it is a choice, and anything else as it is."""
+    if is_choice and isinstance(value, Enum):
         value = value.value
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _list(values: Any) -> str:
-    """Write a list as a parameter carries it: in JSON. Raises TypeError for what is no list of scalars."""
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
-        raise TypeError(f"wanted a list, got the {type(values).__name__} {shown(values)}")
-    return to_json(map(_plain, values))

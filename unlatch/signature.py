@@ -126,6 +126,7 @@ def _array(name: str, hint: Any, role: str = "") -> ArraySpec:
     axes = tuple(map(_axis, dims.split()))
     if sum(axis == ELLIPSIS or axis.startswith("*") for axis in axes) > 1:
         raise DeclarationError(f"{name!r} has more than one '...' or '*name'")
+    # By name, since the class itself brings jaxtyping, and with it NumPy.
     text = (hint.dtype.__module__, hint.dtype.__name__) == ("unlatch.annotations", "Str")
     return ArraySpec(name=name, dtypes=_dtypes(name, hint.dtypes), dims=axes, text=text)
 

@@ -190,6 +190,7 @@ def test_wrong_list_is_refused(scalars: dict[str, Any], says: str, field: str, o
         (None, "weights: wanted a list, got the NoneType None"),
         ([None], "weights: wanted a list of bool, int, float or str, got the type NoneType in it"),
         (np.zeros((2, 2)), "weights: wanted a list of bool, int, float or str, got the type ndarray in it"),
+        ([Mode.MEAN], "weights: wanted a list of bool, int, float or str, got the type Mode in it"),
         ([b"a"], "weights: wanted a list of bool, int, float or str, got the type bytes in it"),
         ([10**5000], "weights: "),
         ("\ud800", "weights: "),
