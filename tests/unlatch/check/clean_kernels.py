@@ -1,12 +1,11 @@
 """Kernels in which `unlatch check` finds nothing."""
 
-import enum
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Complex, Float, Float64, Int64, Shaped, UInt8
 
-from unlatch import Str, kernel
+from unlatch import kernel
 
 
 class Range(NamedTuple):
@@ -65,36 +64,3 @@ def cubic(a: Float64[np.ndarray, "n n"]) -> Float64[np.ndarray, "n n"]:
 @kernel(pure=True)
 def many_axes(x: Float64[np.ndarray, "a b c d e f g h"]) -> Float64[np.ndarray, ""]:
     return np.asarray(x.sum())
-
-
-@kernel(pure=True, batch=True)
-def weighted(
-    x: Float64[np.ndarray, "rows n"],
-    weights: Float64[np.ndarray, "rows"] | None = None,
-    names: Str[np.ndarray, "rows"] | None = None,
-) -> Float64[np.ndarray, "rows"]:
-    total = x.sum(axis=1)
-    if names is not None:
-        total = total + np.array([len(name) for name in names], dtype=float)
-    return np.asarray(total if weights is None else total * weights)
-
-
-class Side(enum.Enum):
-    """Choices that a kernel gets as members."""
-
-    LEFT = "left"
-    RIGHT = "right"
-
-
-@kernel(pure=True)
-def choices_and_lists(
-    x: Float64[np.ndarray, "n"],
-    *,
-    side: Side,
-    order: Literal[1, 2] = 1,
-    shifts: list[float],
-    tags: tuple[str, ...] = (),
-) -> Float64[np.ndarray, "n"]:
-    assert side in Side
-    assert order in (1, 2)
-    return x + sum(shifts) + len(" ".join(tags))
