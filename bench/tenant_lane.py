@@ -47,7 +47,7 @@ class _Answer:
     def replied(self, reply: Reply, body: Body) -> None:
         """Take the reply; small arrays come with it."""
         if not self.result.done():
-            self.result.set_result(arrays(reply.response.tensors, list(map(bytearray, body.buffers)))[0])
+            self.result.set_result(arrays(reply.response.tensors, list(map(bytearray, body.buffers)), ())[0])
 
     def failed(self, error: UnlatchError, _: Reply | None = None) -> None:
         if not self.result.done():

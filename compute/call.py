@@ -42,8 +42,8 @@ _NOT_RUN = Ran(0.0, 0, 0)
 class Arguments:
     """A call's arguments, and its requested outputs.
 
-    `lengths` are the tensors' bytes, in the descriptor's order. `order[i]` is the position there of the kernel's i-th
-    array; `outputs` are positions in the spec.
+    `lengths` are the tensors' bytes, in the descriptor's order. `order[i]` is the position there of the i-th given
+    array of the kernel; `left_out` and `outputs` are positions in the spec.
     """
 
     lengths: list[int]
@@ -52,6 +52,7 @@ class Arguments:
     order: list[int]
     parameters: Parameters
     outputs: Sequence[int]
+    left_out: tuple[int, ...] = ()
 
 
 class Holder(Protocol):
@@ -150,7 +151,7 @@ class Call:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The arrays in the kernel's order, with their places in the input segment."""
+        """The given arrays in the kernel's order, with their places in the input segment."""
         base = self.block.offset if self.block else 0
         arguments = self.arguments
         return tuple(
@@ -258,8 +259,11 @@ class Call:
 
 
 def _batch(spec: KernelSpec, arguments: Arguments) -> Hashable | None:
-    """Return the key that calls share if they may run together: all but the first axes' lengths and the bytes."""
+    """Return the key that calls share if they may run together: all but the first axes' lengths and the bytes.
+
+    Calls that leave out different arrays never run together.
+    """
     if not spec.batch:
         return None
     arrays = tuple((arguments.dtypes[i], arguments.shapes[i][1:]) for i in arguments.order)
-    return spec.name, arrays, repr(arguments.parameters)
+    return spec.name, arrays, arguments.left_out, repr(arguments.parameters)

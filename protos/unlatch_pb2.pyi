@@ -821,7 +821,13 @@ class Array(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DTYPES_FIELD_NUMBER: _builtins.int
     DIMS_FIELD_NUMBER: _builtins.int
+    OPTIONAL_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    optional: _builtins.bool
+    """Whether a call may leave the array out."""
+    text: _builtins.bool
+    """Whether the elements of a BYTES array must be UTF-8: the kernel sees them as texts."""
     @_builtins.property
     def dtypes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """NumPy's names of the dtypes that are taken ("float64"), the preferred one first; empty means any."""
@@ -838,10 +844,12 @@ class Array(_message.Message):
         name: _builtins.str = ...,
         dtypes: _abc.Iterable[_builtins.str] | None = ...,
         dims: _abc.Iterable[_builtins.str] | None = ...,
+        optional: _builtins.bool = ...,
+        text: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dims", b"dims", "dtypes", b"dtypes", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dims", b"dims", "dtypes", b"dtypes", "name", b"name", "optional", b"optional", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -854,12 +862,20 @@ class Scalar(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     DEFAULT_FIELD_NUMBER: _builtins.int
+    MANY_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     type: _builtins.str
-    """"bool", "int", "float" or "str"."""
+    """"bool", "int", "float" or "str"; of a list, the type of its elements."""
+    many: _builtins.bool
+    """Whether the value is a list. A call's parameter is then a string of JSON: "[1, 2]"."""
     @_builtins.property
     def default(self) -> Global___Parameter:
-        """Absent where the caller must give one."""
+        """Absent where the caller must give one. Of a list, it is JSON."""
+
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parameter]:
+        """The only values that are taken; none where every value of the type is."""
 
     def __init__(
         self,
@@ -867,10 +883,12 @@ class Scalar(_message.Message):
         name: _builtins.str = ...,
         type: _builtins.str = ...,
         default: Global___Parameter | None = ...,
+        many: _builtins.bool = ...,
+        choices: _abc.Iterable[Global___Parameter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default", b"default"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default", b"default", "name", b"name", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "default", b"default", "many", b"many", "name", b"name", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unlatch.annotations import Bytes
+    from unlatch.annotations import Bytes, Str
     from unlatch.blocking import BlockingClient
     from unlatch.cancellation import cancelled
     from unlatch.client import Client
@@ -27,6 +27,7 @@ __all__ = [
     "CertificateError",
     "Client",
     "KernelError",
+    "Str",
     "UnlatchError",
     "cancelled",
     "kernel",
@@ -42,6 +43,7 @@ _HOMES = {
     "CertificateError": "unlatch.common.errors",
     "Client": "unlatch.client",
     "KernelError": "unlatch.common.errors",
+    "Str": "unlatch.annotations",
     "UnlatchError": "unlatch.common.errors",
     "cancelled": "unlatch.cancellation",
     "kernel": "unlatch.declaration",

@@ -5,16 +5,18 @@ A call takes the bytes of its arrays when it begins. Its caller may change them 
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from copy import deepcopy
+from enum import Enum
 from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from unlatch.common.errors import InvalidArgument, near
+from unlatch.common.errors import InvalidArgument, near, shown
 from unlatch.common.kernel.datatypes import DATATYPES, NP_DTYPE, carrier, is_carried, is_served
+from unlatch.common.kernel.lists import to_json
 from unlatch.common.kernel.parameters import parameter
 from unlatch.common.kernel.spec import ArraySpec, KernelSpec
-from unlatch.common.kernel.tensors import Array, dtype_name, pack_bytes, unpack_bytes
+from unlatch.common.kernel.tensors import STRING_KINDS, Array, dtype_name, pack_bytes, unpack_bytes
 from unlatch.common.lane.body import WHOLE_BYTES, Arrival, Body, Buffer
 from unlatch.conversion import refusal, to_array
 from unlatch.protos.unlatch_pb2 import Descriptor, Reply, Tensor
@@ -62,7 +64,11 @@ class RequestBuilder:
         self.spec = spec
         self._copy = copy
         arrays = {array.name: array for array in spec.inputs}
-        self._named = {name: self._taken(arrays[name], value) for name, value in named.items() if name in arrays}
+        self._named = {
+            name: self._taken(arrays[name], value)
+            for name, value in named.items()
+            if name in arrays and not _is_left_out(arrays[name], value)
+        }
         self._descriptor = Descriptor()
         request = self._descriptor.request
         # No version is set, so that during a rollout any version that takes these arguments may answer.
@@ -71,33 +77,63 @@ class RequestBuilder:
             if name not in arrays:
                 _set(request.parameters, spec, name, value)
         self._kind: list[tuple[np.dtype[Any], tuple[int, ...]]] = []
+        self._inputs: Sequence[ArraySpec] = ()
 
     def request(self, arrays: Arguments) -> tuple[Descriptor, Body]:
         """Build a call's descriptor, valid until the next one is built, and its body. Raises InvalidArgument."""
-        given = self._given(arrays)
+        given, inputs = self._given(arrays)
         kind = [(array.dtype, array.shape) for array, _ in given]
-        if kind != self._kind:
-            self._kind = []
-            self._describe([array for array, _ in given])
-            self._kind = kind
+        # Which arrays are left out is part of the kind: those that are given may have the same shapes.
+        if kind != self._kind or inputs != self._inputs:
+            self._kind, self._inputs = [], ()
+            self._describe([array for array, _ in given], inputs)
+            self._kind, self._inputs = kind, inputs
         buffers = [buffer for _, buffer in given]
         return self._descriptor, Body([len(buffer) for buffer in buffers], buffers)
 
-    def _given(self, arrays: Arguments) -> list[tuple[Array, Buffer]]:
-        """Every array with its bytes, by position or by name, in the kernel's order. Raises InvalidArgument."""
+    def _given(self, arrays: Arguments) -> tuple[list[tuple[Array, Buffer]], Sequence[ArraySpec]]:
+        """Every array with its bytes, by position or by name, in the kernel's order; and the inputs that they are for.
+
+        Raises InvalidArgument.
+        """
         inputs = self.spec.inputs
+        # Optional arrays come last.
+        if inputs and inputs[-1].optional:
+            return self._some_given(arrays)
         if len(arrays) > len(inputs):
             raise self._too_many(len(arrays))
         given = [self._taken(spec, value) for spec, value in zip(inputs, arrays, strict=False)]
         if not self._named and len(given) == len(inputs):
-            return given
-        for array in inputs[: len(given)]:
+            return given, inputs
+        self._check_names(inputs, len(given))
+        return [*given, *(self._named[array.name] for array in inputs[len(given) :])], inputs
+
+    def _some_given(self, arrays: Arguments) -> tuple[list[tuple[Array, Buffer]], Sequence[ArraySpec]]:
+        """Do the same for a kernel with optional arrays: those that are None, or not given, are left out."""
+        inputs = self.spec.inputs
+        if len(arrays) > len(inputs):
+            raise self._too_many(len(arrays))
+        self._check_names(inputs, len(arrays))
+        given: list[tuple[Array, Buffer]] = []
+        present: list[ArraySpec] = []
+        for place, spec in enumerate(inputs):
+            if place >= len(arrays):
+                taken = self._named.get(spec.name)
+            else:
+                taken = None if _is_left_out(spec, arrays[place]) else self._taken(spec, arrays[place])
+            if taken is not None:
+                given.append(taken)
+                present.append(spec)
+        return given, present
+
+    def _check_names(self, inputs: Sequence[ArraySpec], by_position: int) -> None:
+        """Check that each array is given once, by position or by name. Raises InvalidArgument."""
+        for array in inputs[:by_position]:
             if array.name in self._named:
                 raise refusal(array, "given by position and by name")
-        for array in inputs[len(given) :]:
-            if array.name not in self._named:
+        for array in inputs[by_position:]:
+            if array.name not in self._named and not array.optional:
                 raise refusal(array, f"kernel {self.spec.name} requires this array")
-        return [*given, *(self._named[array.name] for array in inputs[len(given) :])]
 
     def _too_many(self, given: int) -> InvalidArgument:
         """The error for more arrays than the kernel takes: some of them may be scalars."""
@@ -110,7 +146,7 @@ class RequestBuilder:
     def _taken(self, spec: ArraySpec, value: Any) -> tuple[Array, Buffer]:
         """Convert an array, and take its bytes."""
         array = to_array(spec, value)
-        if array.dtype.kind in "OSU":
+        if array.dtype.kind in STRING_KINDS:
             try:
                 return array, pack_bytes(array)
             except (TypeError, ValueError) as error:
@@ -119,10 +155,10 @@ class RequestBuilder:
             return array, array.tobytes()
         return array, self._copy(array).reshape(-1).view(np.uint8).data
 
-    def _describe(self, arrays: list[Array]) -> None:
+    def _describe(self, arrays: list[Array], inputs: Sequence[ArraySpec]) -> None:
         tensors = self._descriptor.request.tensors
         del tensors[:]
-        for spec, array in zip(self.spec.inputs, arrays, strict=True):
+        for spec, array in zip(inputs, arrays, strict=True):
             dtype = dtype_name(array)
             if not is_served(dtype):
                 raise InvalidArgument(f"{spec.name}: dtype {array.dtype} cannot be sent", field=spec.name)
@@ -136,8 +172,9 @@ class RequestBuilder:
 class ArrivingArrays:
     """A reply's arrays while its pieces arrive: each piece is copied straight to its place."""
 
-    def __init__(self, reply: Reply, body: Body) -> None:
+    def __init__(self, reply: Reply, body: Body, outputs: Sequence[ArraySpec]) -> None:
         self._reply = reply
+        self._outputs = outputs
         self._arrival = Arrival(body.lengths)
         # Not zeroed, as a bytearray would be: zeroing 64 MiB alone stalls a loop for tens of milliseconds.
         self._memory = [np.empty(length, np.uint8).data for length in body.lengths]
@@ -152,7 +189,7 @@ class ArrivingArrays:
 
     def arrays(self) -> list[Array]:
         """Return the arrays of a complete reply."""
-        return arrays(self._reply.response.tensors, self._memory)
+        return arrays(self._reply.response.tensors, self._memory, self._outputs)
 
     def close(self) -> None:
         """Free the memory: body, cursor and this object form a cycle, which the garbage collector would free late."""
@@ -160,9 +197,11 @@ class ArrivingArrays:
         self._memory = []
 
 
-def arrays(tensors: Sequence[Tensor], memory: Sequence[bytearray | memoryview]) -> list[Array]:
+def arrays(
+    tensors: Sequence[Tensor], memory: Sequence[bytearray | memoryview], outputs: Sequence[ArraySpec]
+) -> list[Array]:
     """Make writable arrays over a reply's bytes."""
-    return [_result(tensor, bytes_) for tensor, bytes_ in zip(tensors, memory, strict=True)]
+    return [_result(tensor, bytes_, outputs) for tensor, bytes_ in zip(tensors, memory, strict=True)]
 
 
 def _is_same(copy: Array, array: Array) -> bool:
@@ -177,10 +216,11 @@ def _bits(array: Array) -> Array:
     return flat if flat.size % 8 else flat.view(np.uint64)
 
 
-def _result(tensor: Tensor, memory: bytearray | memoryview) -> Array:
+def _result(tensor: Tensor, memory: bytearray | memoryview, outputs: Sequence[ArraySpec]) -> Array:
     shape = tuple(tensor.shape)
     if tensor.datatype == "BYTES":
-        return unpack_bytes(tensor.name, memoryview(memory), shape)
+        text = any(output.text and output.name == tensor.name for output in outputs)
+        return unpack_bytes(tensor.name, memoryview(memory), shape, text=text)
     dtype = _DTYPES[tensor.datatype]
     if tensor.parameters:
         dtype = np.dtype(tensor.parameters[NP_DTYPE].string_param)
@@ -188,13 +228,39 @@ def _result(tensor: Tensor, memory: bytearray | memoryview) -> Array:
     return np.ndarray(shape, dtype, memory)
 
 
+def _is_left_out(spec: ArraySpec, value: Any) -> bool:
+    return value is None and spec.optional
+
+
 def _set(parameters: MutableMapping[str, Any], spec: KernelSpec, name: str, value: Any) -> None:
-    """Add a scalar to the parameters. Raises InvalidArgument."""
+    """Add a scalar or a list to the parameters. Raises InvalidArgument."""
     if isinstance(value, np.generic):
         value = value.item()
     try:
+        if type(value) is not float and type(value) is not int:
+            value = _as_declared(spec, name, value)
         parameters[name].CopyFrom(parameter(value))
     except (TypeError, ValueError, OverflowError) as error:
         known = [array.name for array in spec.inputs] + [scalar.name for scalar in spec.scalars]
         similar = "" if name in known else near(name, known)
         raise InvalidArgument(f"{name}: {error}{similar}", field=name) from None
+
+
+def _as_declared(spec: KernelSpec, name: str, value: Any) -> Any:
+    """A list in JSON, as a parameter carries it, and members of an enum as their values where there are choices."""
+    declared = next((scalar for scalar in spec.scalars if scalar.name == name), None)
+    if declared is None:
+        return value
+    is_choice = bool(declared.choices)
+    if not declared.many:
+        return _plain(value, is_choice=is_choice)
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+        raise TypeError(f"wanted a list, got the {type(value).__name__} {shown(value)}")
+    return to_json(_plain(one, is_choice=is_choice) for one in value)
+
+
+def _plain(value: Any, *, is_choice: bool) -> Any:
+    """NumPy's scalars as Python's, a member of an enum as its value if it is a choice, and anything else as it is."""
+    if is_choice and isinstance(value, Enum):
+        value = value.value
+    return value.item() if isinstance(value, np.generic) else value

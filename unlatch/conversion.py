@@ -115,7 +115,7 @@ def _of_objects(spec: ArraySpec, array: Array, value: Any) -> Array:
         elif are_texts:
             return array
     some = ", ".join(map(shown, objects[:4])) + (", …" if len(objects) > 4 else "")
-    raise refusal(spec, f"wanted {' or '.join(dtypes)}, which cannot hold {some}")
+    raise refusal(spec, f"wanted {' or '.join(spec.kinds or dtypes)}, which cannot hold {some}")
 
 
 def _check_elements(spec: ArraySpec, array: Array, value: Any, objects: list[Any]) -> None:

@@ -4,26 +4,29 @@
     def normalise(x: Float64[np.ndarray, "rows cols"], *, eps: float = 1e-9) -> Float64[np.ndarray, "rows cols"]:
         ...
 
-Array arguments come first and have jaxtyping annotations; keyword-only arguments are scalars. The function itself is
-not changed: it can be called, tested and imported without a running Unlatch.
+Array arguments come first and have jaxtyping annotations; keyword-only arguments are scalars or lists of them. The
+function itself is not changed: it can be called, tested and imported without a running Unlatch.
 """
 
 import inspect
 import keyword
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
 from unlatch.common.errors import KernelError, shown
 from unlatch.common.kernel.spec import ANY_LENGTH, KernelSpec
-from unlatch.signature import DeclarationError, plain_value, signature_of
+from unlatch.hints import DeclarationError, plain_value
+from unlatch.scalars import scalar_conversions
+from unlatch.signature import signature_of
 
 __all__ = ["DeclarationError", "KernelError", "function_of", "kernel", "place_of", "spec_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SPEC = "__unlatch_kernel__"
+_CONVERSIONS = "__unlatch_conversions__"
 # The attribute of a module that lists its declared kernels, in order.
 DECLARED = "__unlatch_declared__"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -83,6 +86,7 @@ def kernel(
         try:
             plain = function_of(function)
             inputs, scalars, outputs = signature_of(plain)
+            conversions = scalar_conversions(plain)
             spec = KernelSpec(
                 name=plain.__name__ if name is None else name,
                 version=version,
@@ -105,6 +109,7 @@ def kernel(
             called = getattr(function, "__name__", type(function).__name__)
             raise DeclarationError(f"{place_of(function)}: kernel {called}: {error}") from None
         setattr(function, _SPEC, spec)
+        setattr(function, _CONVERSIONS, conversions)
         # A second function with the same name replaces the first in its module, but not in this list.
         plain.__globals__.setdefault(DECLARED, []).append(function)
         return function
@@ -116,6 +121,12 @@ def spec_of(candidate: object) -> KernelSpec | None:
     """The spec of a kernel; None for any other object."""
     spec = getattr(candidate, _SPEC, None)
     return spec if isinstance(spec, KernelSpec) else None
+
+
+def conversions_of(candidate: object) -> Mapping[str, Callable[[Any], Any]]:
+    """Functions that make the objects which a kernel declares of its scalars' values, for those that need it."""
+    conversions: Mapping[str, Callable[[Any], Any]] = getattr(candidate, _CONVERSIONS, {})
+    return conversions
 
 
 def function_of(candidate: Any) -> Any:
@@ -200,6 +211,8 @@ def _check_batch(spec: KernelSpec) -> None:
     """Check that every array's first axis is the batch, under one name, so that calls can run as one."""
     arrays = (*spec.inputs, *spec.outputs)
     first = arrays[0].dims[0] if arrays[0].dims else ""
+    if spec.inputs and spec.inputs[0].optional:
+        raise DeclarationError(f"batch=True needs an array that is always given; {spec.inputs[0].name!r} is optional")
     if not spec.inputs or first == ANY_LENGTH or not _NAME.match(first):
         raise DeclarationError("batch=True needs arrays whose first axis has a name: 'rows' or 'rows n'")
     for array in arrays:

@@ -10,8 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from unlatch.declaration import place_of
-from unlatch.signature import DeclarationError
+from unlatch.declaration import DeclarationError, place_of
 
 Hook = TypeVar("Hook", bound=Callable[[], Any])
 

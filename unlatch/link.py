@@ -327,10 +327,11 @@ class PendingCall:
 
     def replied(self, reply: Reply, body: Body) -> None:
         """Take the reply's arrays, which may still be arriving."""
+        outputs = self._spec.outputs
         if body.complete:
-            self._give(lambda: arrays(reply.response.tensors, [bytearray(piece) for piece in body.buffers]))
+            self._give(lambda: arrays(reply.response.tensors, [bytearray(piece) for piece in body.buffers], outputs))
         else:
-            self._arriving = arriving = ArrivingArrays(reply, body)
+            self._arriving = arriving = ArrivingArrays(reply, body, outputs)
             body.when_complete(lambda: self._give(arriving.arrays))
 
     def _give(self, outputs: Callable[[], list[Any]]) -> None:

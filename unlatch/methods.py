@@ -35,7 +35,13 @@ class KernelMethod(partial[Any]):
         if spec is None:
             raise AttributeError("__signature__")
         arrays = [
-            Parameter(array.name, Parameter.POSITIONAL_OR_KEYWORD, annotation=text(array)) for array in spec.inputs
+            Parameter(
+                array.name,
+                Parameter.POSITIONAL_OR_KEYWORD,
+                default=None if array.optional else Parameter.empty,
+                annotation=text(array),
+            )
+            for array in spec.inputs
         ]
         scalars = [_parameter(scalar) for scalar in spec.scalars]
         return Signature([*arrays, *scalars, *_OF_EVERY_CALL], return_annotation=", ".join(map(text, spec.outputs)))
@@ -65,10 +71,11 @@ class KernelMethods(Generic[R]):
 
 
 def text(array: ArraySpec) -> str:
-    """The dtypes and axes of an array: float64|float32[rows cols]."""
-    return f"{'|'.join(array.dtypes) or 'any'}[{' '.join(array.dims)}]"
+    """The dtypes and axes of an array: float64|float32[rows cols]; of an optional one: … | None."""
+    none = " | None" if array.optional else ""
+    return f"{'|'.join(array.kinds) or 'any'}[{' '.join(array.dims)}]{none}"
 
 
 def _parameter(scalar: ScalarSpec) -> Parameter:
     default = Parameter.empty if scalar.required else scalar.default
-    return Parameter(scalar.name, Parameter.KEYWORD_ONLY, default=default, annotation=scalar.type)
+    return Parameter(scalar.name, Parameter.KEYWORD_ONLY, default=default, annotation=scalar.kind)

@@ -3,27 +3,26 @@
     def f(x: Float64[np.ndarray, "rows cols"], *, eps: float = 1e-9) -> Float64[np.ndarray, "rows"]
           ArraySpec                               ScalarSpec            ArraySpec "output0"
 
+An array may be optional (`| None = None`). A scalar may be a `Literal` or an `Enum`, which are choices, or a list.
+
 Each error says what to write instead. The decorator adds the place.
 """
 
 import inspect
 import re
-import types
 from collections.abc import Callable, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import replace
+from typing import Any, get_args, get_origin, get_type_hints
 
-from unlatch.common.errors import shown
 from unlatch.common.kernel.datatypes import DATATYPES
 from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, ScalarSpec
+from unlatch.hints import DeclarationError, check_name, is_optional, without_none, written
+from unlatch.scalars import SCALARS, check_size, element_of, is_choice, scalar_spec
 
 _INPUT_DIM = re.compile(r"(\d+|\*?[A-Za-z][A-Za-z0-9_]*|_|\.\.\.)\Z")
 # jaxtyping binds no name that begins with "_", and "name=4" is 4.
 _UNBOUND = re.compile(r"(_\*|\*_|_)\w*\Z")
 _NAMED_LENGTH = re.compile(r"\w+=(\d+)\Z")
-_SCALARS = {bool: "bool", int: "int", float: "float", str: "str"}
-_INT64_AND_UINT64 = range(-(2**63), 2**64)
-# Names that calls and maps of the client use themselves, and the protocol.
-_RESERVED = frozenset({"in_flight", "ordered", "priority", "timeout"})
 _MAX_ARRAYS = 256
 # The order in which dtypes are reported for a kernel that takes several: readers of metadata use the first.
 _PREFERENCE = ("float64", "float32", "complex128", "complex64", "int64", "uint8", "bool")
@@ -34,14 +33,10 @@ _INSTEAD = {
     int: "Int64[np.ndarray, '']",
     float: "Float64[np.ndarray, '']",
     complex: "Complex128[np.ndarray, '']",
-    str: "unlatch.Bytes[np.ndarray, '']",
+    str: "unlatch.Str[np.ndarray, '']",
     bytes: "UInt8[np.ndarray, 'n'], which np.frombuffer makes of bytes",
     dict: "Float64[np.ndarray, 'n'] for each entry: a result of several arrays is a NamedTuple",
 }
-
-
-class DeclarationError(TypeError):
-    """A function that cannot be a kernel. The message names its file and line, and what was expected."""
 
 
 def signature_of(
@@ -56,15 +51,33 @@ def signature_of(
     scalars: list[ScalarSpec] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
-            scalars.append(_scalar(parameter, hints.get(parameter.name)))
+            scalars.append(scalar_spec(parameter, hints.get(parameter.name)))
         else:
             inputs.append(_input(parameter, hints.get(parameter.name)))
+    check_size(scalars)
     if len(inputs) > _MAX_ARRAYS:
         raise DeclarationError(f"a call has at most {_MAX_ARRAYS} arrays, but this kernel takes {len(inputs)}")
     return tuple(inputs), tuple(scalars), _outputs(hints.get("return", inspect.Parameter.empty))
 
 
 def _input(parameter: inspect.Parameter, hint: Any) -> ArraySpec:
+    name = parameter.name
+    _refuse_what_is_no_array(parameter, hint)
+    check_name(name)
+    present = without_none(hint)
+    optional = present is not hint and hasattr(present, "dim_str")
+    array = _array(name, present if optional else hint)
+    if optional != (parameter.default is None) or (not optional and parameter.default is not parameter.empty):
+        what = "may be None, so it needs that default" if optional else "has a default, so it must be optional"
+        raise DeclarationError(f"array {name!r} {what}: {name}: {written(present)} | None = None")
+    for dim in array.dims:
+        if not _INPUT_DIM.match(dim):
+            raise DeclarationError(f"axis {dim!r} of {name!r} is neither a length, a name, '_', '...' nor '*name'")
+    return replace(array, optional=optional)
+
+
+def _refuse_what_is_no_array(parameter: inspect.Parameter, hint: Any) -> None:
+    """Refuse parameters before `*` that are no array, and say where they belong."""
     name = parameter.name
     if parameter.kind is parameter.VAR_POSITIONAL:
         raise DeclarationError(
@@ -75,59 +88,17 @@ def _input(parameter: inspect.Parameter, hint: Any) -> ArraySpec:
         raise DeclarationError(f"'**{name}' stands for any scalars; name each of them after `*`")
     if name in {"self", "cls"} and hint is None:
         raise DeclarationError(f"{name!r} belongs to a method; a kernel is a function of a module, or a @staticmethod")
-    if hint in _SCALARS:
+    if hint in SCALARS or is_choice(hint):
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
         raise DeclarationError(
-            f"{name!r} is a scalar, and scalars come after `*`: (…, *, {name}: {_SCALARS[hint]}{default})"
+            f"{name!r} is a scalar, and scalars come after `*`: (…, *, {name}: {written(hint)}{default})"
         )
-    if name in _RESERVED:
-        raise DeclarationError(f"the parameter name {name!r} is reserved for calls; choose another name")
-    array = _array(name, hint)
-    if parameter.default is not parameter.empty:
-        raise DeclarationError(f"array {name!r} has a default; arrays are always required")
-    for dim in array.dims:
-        if not _INPUT_DIM.match(dim):
-            raise DeclarationError(f"axis {dim!r} of {name!r} is neither a length, a name, '_', '...' nor '*name'")
-    return array
-
-
-def _scalar(parameter: inspect.Parameter, hint: Any) -> ScalarSpec:
-    name = parameter.name
-    if hasattr(hint, "dim_str"):
-        raise DeclarationError(f"{name!r} is an array, and arrays come before `*`")
-    if hint not in _SCALARS:
-        none = "; None is not sent: give it a default of its type that means none" if _is_optional(hint) else ""
-        raise DeclarationError(f"{name!r} must be a bool, int, float or str, not {_shown(hint)}{none}")
-    if name in _RESERVED:
-        raise DeclarationError(f"the parameter name {name!r} is reserved for calls; choose another name")
-    required = parameter.default is parameter.empty
-    default = None if required else _default(name, hint, parameter.default)
-    return ScalarSpec(name=name, type=_SCALARS[hint], required=required, default=default)
-
-
-def _default(name: str, kind: type, given: Any) -> bool | int | float | str:
-    """A default in Python's own type: NumPy's scalars and an enum's members are taken for their values."""
-    value = plain_value(given)
-    fitting = isinstance(value, (int, float) if kind is float else kind)
-    if not fitting or (isinstance(value, bool) and kind is not bool):
-        raise DeclarationError(f"the default of {name!r} is not of type {_SCALARS[kind]}: {shown(given)}")
-    try:
-        plain: bool | int | float | str = kind(value)
-        if isinstance(plain, str):
-            plain.encode()
-    except (OverflowError, UnicodeEncodeError):
-        raise DeclarationError(f"the default of {name!r} cannot be sent: {shown(given)}") from None
-    if kind is float and isinstance(value, int) and plain != value:
-        raise DeclarationError(f"the default of {name!r} is an int that no float holds exactly: {shown(given)}")
-    if isinstance(plain, int) and plain not in _INT64_AND_UINT64:
-        raise DeclarationError(f"the default of {name!r} does not fit in 64 bits: {shown(given)}")
-    return plain
-
-
-def plain_value(given: Any) -> Any:
-    """NumPy's scalars as Python's, and anything else as it is."""
-    # Arrays have `item` and a length; numbers have no length.
-    return given.item() if hasattr(given, "item") and not hasattr(given, "__len__") else given
+    sequence, one = element_of(hint)
+    if sequence is not None and (one in SCALARS or is_choice(one)):
+        raise DeclarationError(
+            f"{name!r} needs a jaxtyping annotation such as {_instead(hint)}; "
+            f"a short list may also come after `*`: (…, *, {name}: {written(hint)})"
+        )
 
 
 def _outputs(hint: Any) -> tuple[ArraySpec, ...]:
@@ -151,11 +122,13 @@ def _array(name: str, hint: Any, role: str = "") -> ArraySpec:
         known_as = f"; {name!r} is the name of the {role}" if role else ""
         raise DeclarationError(f"{name!r} needs a jaxtyping annotation such as {_instead(hint)}{known_as}")
     if not _is_numpy(hint.array_type):
-        raise DeclarationError(f"{name!r} is served as np.ndarray, not as {_shown(hint.array_type)}")
+        raise DeclarationError(f"{name!r} is served as np.ndarray, not as {written(hint.array_type)}")
     axes = tuple(map(_axis, dims.split()))
     if sum(axis == ELLIPSIS or axis.startswith("*") for axis in axes) > 1:
         raise DeclarationError(f"{name!r} has more than one '...' or '*name'")
-    return ArraySpec(name=name, dtypes=_dtypes(name, hint.dtypes), dims=axes)
+    # By name, since the class itself brings jaxtyping, and with it NumPy.
+    text = (hint.dtype.__module__, hint.dtype.__name__) == ("unlatch.annotations", "Str")
+    return ArraySpec(name=name, dtypes=_dtypes(name, hint.dtypes), dims=axes, text=text)
 
 
 def _axis(dim: str) -> str:
@@ -181,16 +154,11 @@ def _is_numpy(array_type: Any) -> bool:
     return kind is Any or (kind.__module__, kind.__name__) == ("numpy", "ndarray")
 
 
-def _is_optional(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
-
-
 def _instead(hint: Any) -> str:
     """Return what to write in place of an annotation that is not jaxtyping's."""
-    if _is_optional(hint):
+    if is_optional(hint):
         rest = next(kind for kind in get_args(hint) if kind is not type(None))
-        written = _shown(rest) if hasattr(rest, "dim_str") else _instead(rest)
-        return f"{written}, without None: arrays are always sent, but may be empty"
+        return f"{written(rest) if hasattr(rest, 'dim_str') else _instead(rest)}, without None"
     kind, elements = get_origin(hint) or hint, get_args(hint)
     if kind in _INSTEAD:
         return _INSTEAD[kind]
@@ -200,7 +168,3 @@ def _instead(hint: Any) -> str:
     dtype = getattr(next(iter(get_args(elements[-1])), None), "__name__", "") if elements else ""
     known = dtype.capitalize().replace("Uint", "UInt") if dtype in _SERVED else "Float64"
     return f"{known}[np.ndarray, 'rows cols']"
-
-
-def _shown(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint)

@@ -1,5 +1,8 @@
 """Conversion of a kernel's spec to the message that lanes carry, and back."""
 
+from dataclasses import replace
+
+from unlatch.common.kernel.lists import to_json
 from unlatch.common.kernel.parameters import parameter, scalar
 from unlatch.common.kernel.spec import ArraySpec, KernelSpec, ScalarSpec
 from unlatch.protos.unlatch_pb2 import Array, Kernel, Scalar
@@ -31,7 +34,7 @@ def from_message(kernel: Kernel) -> KernelSpec:
         version=kernel.version,
         doc=kernel.doc,
         inputs=tuple(_array_spec(array) for array in kernel.inputs),
-        scalars=tuple(_scalar_spec(scalar) for scalar in kernel.scalars),
+        scalars=tuple(scalar_spec(scalar) for scalar in kernel.scalars),
         outputs=tuple(_array_spec(array) for array in kernel.outputs),
         pure=kernel.pure,
         batch=kernel.batch,
@@ -44,25 +47,38 @@ def from_message(kernel: Kernel) -> KernelSpec:
 
 
 def _array(spec: ArraySpec) -> Array:
-    return Array(name=spec.name, dtypes=spec.dtypes, dims=spec.dims)
+    return Array(name=spec.name, dtypes=spec.dtypes, dims=spec.dims, optional=spec.optional, text=spec.text)
 
 
 def _array_spec(array: Array) -> ArraySpec:
-    return ArraySpec(name=array.name, dtypes=tuple(array.dtypes), dims=tuple(array.dims))
+    return ArraySpec(
+        name=array.name,
+        dtypes=tuple(array.dtypes),
+        dims=tuple(array.dims),
+        optional=array.optional,
+        text=array.text,
+    )
 
 
 def _scalar(spec: ScalarSpec) -> Scalar:
-    message = Scalar(name=spec.name, type=spec.type)
+    message = Scalar(name=spec.name, type=spec.type, many=spec.many, choices=map(parameter, spec.choices))
     if spec.default is not None:
-        message.default.CopyFrom(parameter(spec.default))
+        default = to_json(spec.default) if isinstance(spec.default, tuple) else spec.default
+        message.default.CopyFrom(parameter(default))
     return message
 
 
-def _scalar_spec(message: Scalar) -> ScalarSpec:
-    required = not message.HasField("default")
-    return ScalarSpec(
+def scalar_spec(message: Scalar) -> ScalarSpec:
+    """Convert the message of one scalar to its spec."""
+    spec = ScalarSpec(
         name=message.name,
         type=message.type,
-        required=required,
-        default=None if required else scalar(message.default),
+        required=not message.HasField("default"),
+        default=None,
+        choices=tuple(value for choice in message.choices if (value := scalar(choice)) is not None),
+        many=message.many,
     )
+    if spec.required:
+        return spec
+    default = scalar(message.default)
+    return replace(spec, default=tuple(spec.elements(str(default))) if spec.many else default)

@@ -1,9 +1,8 @@
 """Conversion of scalars: Python's bool, int, float and str to the protocol's InferParameter, and back."""
 
 from unlatch.common.errors import shown
+from unlatch.common.kernel.lists import Value
 from unlatch.protos.unlatch_pb2 import Parameter
-
-Value = bool | int | float | str
 
 _INT64 = range(-(2**63), 2**63)
 

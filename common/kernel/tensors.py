@@ -16,22 +16,31 @@ from unlatch.common.kernel.datatypes import OBJECT
 
 Array = NDArray[Any]
 
+# Kinds of dtypes that BYTES carry: objects, bytes, NumPy's StringDType, fixed-width str.
+STRING_KINDS = "OSTU"
+
 _LENGTH = struct.Struct("<I")
 
 
-def view(field: str, memory: Any, dtype: str, shape: tuple[int, ...], offset: int, length: int) -> Array:
-    """An array over a tensor's bytes in `memory`, writable if the memory is; BYTES become an array of `bytes` objects.
+def view(
+    field: str, memory: Any, dtype: str, shape: tuple[int, ...], offset: int, length: int, *, text: bool = False
+) -> Array:
+    """An array over a tensor's bytes in `memory`, writable if the memory is.
 
-    Raises InvalidArgument naming `field` if BYTES do not match the shape.
+    BYTES become an array of `bytes` objects, or of `str` with `text`. Raises InvalidArgument as `unpack_bytes`.
     """
     if dtype == OBJECT:
-        return unpack_bytes(field, memoryview(memory)[offset : offset + length], shape)
+        return unpack_bytes(field, memoryview(memory)[offset : offset + length], shape, text=text)
     return np.ndarray(shape, np.dtype(dtype), memory, offset)
 
 
-def unpack_bytes(field: str, packed: memoryview, shape: tuple[int, ...]) -> Array:
-    """Unpack BYTES elements to an object array. Raises InvalidArgument naming `field` for a wrong length prefix."""
-    elements: list[bytes] = []
+def unpack_bytes(field: str, packed: memoryview, shape: tuple[int, ...], *, text: bool = False) -> Array:
+    """Unpack BYTES elements to an object array of `bytes`, or of `str`.
+
+    Raises InvalidArgument naming `field` for a wrong length prefix, a wrong number of elements, or a text that is not
+    UTF-8.
+    """
+    elements: list[bytes | str] = []
     at, end = 0, len(packed)
     while at < end:
         body = at + _LENGTH.size
@@ -45,13 +54,22 @@ def unpack_bytes(field: str, packed: memoryview, shape: tuple[int, ...]) -> Arra
             raise InvalidArgument(
                 f"{field}: element {len(elements)} has length {size}, but {end - body} bytes are left", field=field
             )
-        elements.append(bytes(packed[body:at]))
+        elements.append(_text(field, len(elements), packed[body:at]) if text else bytes(packed[body:at]))
     array = np.empty(len(elements), dtype=object)
     array[:] = elements
     try:
         return array.reshape(shape)
     except ValueError:
         raise InvalidArgument(f"{field}: got {len(elements)} elements for shape {list(shape)}", field=field) from None
+
+
+def _text(field: str, index: int, encoded: memoryview) -> str:
+    try:
+        return str(encoded, "utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(
+            f"{field}: element {index} is not UTF-8: {error.reason} at byte {error.start}", field=field
+        ) from None
 
 
 def pack_bytes(array: Array) -> bytes:
@@ -72,4 +90,4 @@ def dtype_name(array: Array) -> str:
     """NumPy's name of an array's dtype, but "object" for strings and objects alike."""
     # Cached, since NumPy computes a dtype's name in Python each time. Strings are not cached: there is a dtype for each
     # length, so the cache would grow without limit.
-    return OBJECT if array.dtype.kind in "OSU" else _name(array.dtype)
+    return OBJECT if array.dtype.kind in STRING_KINDS else _name(array.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from unlatch.protos.unlatch_pb2 import Process
 
-STOPPED, TRACED, ENDED = b"T", b"t", b"Z"
+RUNNABLE, STOPPED, TRACED, ENDED = b"R", b"T", b"t", b"Z"
 # As far as the state in proc_pid_stat(5): a number and a name of at most 64 bytes come before it.
 _HEAD_BYTES = 128
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

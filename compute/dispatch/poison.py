@@ -6,9 +6,9 @@
     strike ────> the call is read and remembered for `poison_seconds`; a second strike in that time makes it poison
     clear ─────> an equal call was run and did no harm: its strikes are forgotten
 
-Equal calls have the same kernel and version, parameters, and dtypes, shapes and bytes of their arrays. Their ids and
-callers do not count. To read a call is to compute a digest of all this (BLAKE2b, RFC 7693). No call is read as long as
-no worker dies.
+Equal calls have the same kernel and version, parameters, and arrays: which are given, their dtypes, shapes and bytes.
+Their ids and callers do not count. To read a call is to compute a digest of all this (BLAKE2b, RFC 7693). No call is
+read as long as no worker dies.
 
 A strike counts for all equal calls, not for one call only: a call of a kernel that is not pure is not run again here,
 but its caller may send it again. If a worker is killed from outside, its call gets a strike too, since the dispatcher
@@ -183,9 +183,9 @@ def _digest(call: Call) -> bytes:
     tensors = call.tensors
     said = [[tensor.dtype, tensor.shape] for tensor in tensors]
     parameters = sorted(call.arguments.parameters.items())
-    digest = hashlib.blake2b(
-        msgspec.msgpack.encode([call.spec.name, call.spec.version, parameters, said]), digest_size=16
-    )
+    # An array that is left out is not an empty one, and the order of the others does not tell which it was.
+    what = [call.spec.name, call.spec.version, parameters, said, call.arguments.left_out]
+    digest = hashlib.blake2b(msgspec.msgpack.encode(what), digest_size=16)
     memory = call.block.segment.view if call.block is not None else memoryview(b"")
     for tensor in tensors:
         end = tensor.offset + tensor.length

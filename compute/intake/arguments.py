@@ -8,10 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 from unlatch.common.errors import InvalidArgument, near, shown
 from unlatch.common.kernel.datatypes import NP_DTYPE, seen_by_numpy
-from unlatch.common.kernel.parameters import Value, scalar
+from unlatch.common.kernel.lists import Value
+from unlatch.common.kernel.parameters import scalar
 from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec, one_by_one
 from unlatch.compute.call import Arguments
-from unlatch.compute.ipc.frames import MAX_STRING_BYTES, Parameters
+from unlatch.compute.ipc.frames import MAX_STRING_BYTES, Parameters, value_bytes
 from unlatch.protos.unlatch_pb2 import Descriptor, Parameter, RequestedOutput
 
 # A parameter of the protocol's HTTP extension; here every output is binary.
@@ -36,11 +37,14 @@ def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
         dtype, shape = seen_by_numpy(name[:64], tensor.datatype, tuple(tensor.shape[:]), np_dtype, lengths[index])
         dtypes.append(dtype)
         shapes.append(shape)
-    if len(position) != len(spec.inputs) or any(array.name not in position for array in spec.inputs):
-        _refuse_set(spec, position, descriptor)
+    inputs = spec.inputs
+    left_out: tuple[int, ...] = ()
+    if len(position) != len(inputs) or any(array.name not in position for array in inputs):
+        left_out = _left_out(spec, position, descriptor)
+        inputs = _others(spec, left_out)
     order: list[int] = []
     axes: dict[str, tuple[int, str]] = {}
-    for declared in spec.inputs:
+    for declared in inputs:
         found = position[declared.name]
         _check_array(declared, dtypes[found], shapes[found], axes)
         if spec.nonempty and 0 in shapes[found]:
@@ -49,7 +53,7 @@ def check(spec: KernelSpec, descriptor: Descriptor) -> Arguments:
             )
         order.append(found)
     scalars = _scalars(spec, descriptor.request.parameters)
-    return Arguments(lengths, dtypes, shapes, order, scalars, _outputs(spec, descriptor.request.outputs))
+    return Arguments(lengths, dtypes, shapes, order, scalars, _outputs(spec, descriptor.request.outputs), left_out)
 
 
 def _wrong(field: str, text: str) -> InvalidArgument:
@@ -120,9 +124,10 @@ def _scalars(spec: KernelSpec, given: Mapping[str, Parameter]) -> Parameters:
     parameters: Parameters = {}
     for declared in spec.scalars:
         if declared.name in given:
-            parameters[declared.name] = _scalar(declared, given[declared.name])
+            read = _list if declared.many else _scalar
+            parameters[declared.name] = read(declared, given[declared.name])
         elif declared.required:
-            raise _wrong(declared.name, f"kernel {spec.name} requires this {declared.type} parameter")
+            raise _wrong(declared.name, f"kernel {spec.name} requires this {declared.kind} parameter")
     _bound_strings(parameters)
     if len(parameters) < len(given):
         for name in given:
@@ -132,49 +137,72 @@ def _scalars(spec: KernelSpec, given: Mapping[str, Parameter]) -> Parameters:
 
 
 def _bound_strings(parameters: Parameters) -> None:
-    """Bound the str parameters, which go to the worker in one frame that must fit a datagram."""
-    sizes = {name: len(value.encode()) for name, value in parameters.items() if isinstance(value, str)}
+    """Bound the str parameters and the lists, which go to the worker in one frame that must fit a datagram."""
+    sizes = {
+        name: len(value.encode()) if isinstance(value, str) else sum(map(value_bytes, value))
+        for name, value in parameters.items()
+        if isinstance(value, str | list)
+    }
     together = sum(sizes.values())
     if together > MAX_STRING_BYTES:
         longest = max(sizes, key=sizes.__getitem__)
-        raise _wrong(
-            longest, f"str parameters have {together} bytes, the maximum is {MAX_STRING_BYTES}; send a BYTES array"
-        )
+        kinds, instead = ("str parameters", "a BYTES array")
+        if isinstance(parameters[longest], list):
+            kinds, instead = "lists and str parameters", "an array"
+        raise _wrong(longest, f"{kinds} have {together} bytes, the maximum is {MAX_STRING_BYTES}; send {instead}")
 
 
 def _scalar(declared: ScalarSpec, given: Parameter) -> Value:
     value = scalar(given)
     came = type(value).__name__
-    if value is not None and came == declared.type:
-        return value
     if declared.type == "float" and isinstance(value, int) and came == "int":
         if float(value) != value:
             raise _wrong(declared.name, f"wanted a parameter of type float, which cannot hold {value}")
-        return float(value)
-    raise _wrong(
-        declared.name,
-        f"wanted a parameter of type {declared.type}, got "
-        + ("nothing" if value is None else f"the {came} {shown(value)}"),
-    )
+        value, came = float(value), "float"
+    if value is None or came != declared.type:
+        raise _wrong(declared.name, f"wanted a parameter of type {declared.type}, got {_told(value)}")
+    if declared.choices:
+        declared.check_choice(value)
+    return value
+
+
+def _list(declared: ScalarSpec, given: Parameter) -> list[Value]:
+    """Read a list from a string of JSON: the protocol's parameters hold no lists."""
+    text = scalar(given)
+    if not isinstance(text, str):
+        raise _wrong(declared.name, f"wanted a string with a JSON list of {declared.type}, got {_told(text)}")
+    # Bounded before its elements are looked at, for the event loop's sake.
+    return declared.elements(text, MAX_STRING_BYTES // value_bytes("" if declared.type == "str" else 0))
+
+
+def _told(value: Value | None) -> str:
+    return "nothing" if value is None else f"the {type(value).__name__} {shown(value)}"
 
 
 def _refuse_array(declared: ArraySpec, dtype: str, shape: tuple[int, ...]) -> None:
-    wanted = " or ".join(declared.dtypes) or "any dtype"
+    wanted = " or ".join(declared.kinds) or "any dtype"
     raise _wrong(
         declared.name,
         f"wanted {wanted} of shape ({', '.join(declared.dims)}), got {dtype} of shape ({', '.join(map(str, shape))})",
     )
 
 
-def _refuse_set(spec: KernelSpec, given: Collection[str], descriptor: Descriptor) -> None:
-    """Refuse arrays that are not the kernel's: name an unknown one, or else a missing one."""
+def _left_out(spec: KernelSpec, given: Collection[str], descriptor: Descriptor) -> tuple[int, ...]:
+    """Positions of the optional arrays that are left out. Raises InvalidArgument for an unknown or a missing array."""
     declared = [array.name for array in spec.inputs]
     for name in given:
         if name not in declared:
             _refuse_unknown(spec, name, "array")
-    missing = next(name for name in declared if name not in given)
-    as_parameter = ", which was given as a parameter" if missing in descriptor.request.parameters else ""
-    raise _wrong(missing, f"kernel {spec.name} requires this array{as_parameter}")
+    missing = [(index, array) for index, array in enumerate(spec.inputs) if array.name not in given]
+    for _, array in missing:
+        if not array.optional:
+            as_parameter = ", which was given as a parameter" if array.name in descriptor.request.parameters else ""
+            raise _wrong(array.name, f"kernel {spec.name} requires this array{as_parameter}")
+    return tuple(index for index, _ in missing)
+
+
+def _others(spec: KernelSpec, left_out: Collection[int]) -> tuple[ArraySpec, ...]:
+    return tuple(array for place, array in enumerate(spec.inputs) if place not in left_out)
 
 
 def _refuse_unknown(spec: KernelSpec, name: str, kind: str) -> None:

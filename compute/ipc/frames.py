@@ -13,7 +13,7 @@ Done frame. For a larger one it asks for a segment once it knows the size:
 
                <── Wants ──    dispatcher ── Lend ──> worker    <── Done ──
 
-It also sends Blocks when a coroutine blocks its event loop, and Unblocks when that is over.
+It also sends CancelHeard for each Cancel, Blocks when a coroutine blocks its event loop, and Unblocks when that ends.
 
 When either side closes the socket, the worker's life ends. Frames are decoded by type and range, and a worker that
 sends anything else is killed. A datagram bounds the size of a frame, so the sender refuses what would not fit
@@ -25,6 +25,7 @@ from typing import Annotated
 
 import msgspec
 
+from unlatch.common.kernel.lists import Value
 from unlatch.common.kernel.spec import KernelSpec
 
 # The variable that names the kernel modules to load; the dispatcher sets it for the forkserver alone.
@@ -35,7 +36,7 @@ THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
 PLAIN, ASYNC = "plain", "async"
 # Small enough for Linux's default socket buffer to hold the two frames that may be on their way.
 FRAME_BYTES = 64 * 1024
-# The part of a RunFrame that its str parameters may take together; the rest is names, shapes and numbers.
+# The part of a RunFrame that its str parameters and lists may take together; the rest is names, shapes and numbers.
 MAX_STRING_BYTES = FRAME_BYTES // 2
 # The part of a RunFrame that its members may take, by `described_bytes`.
 MAX_MEMBERS_BYTES = FRAME_BYTES // 4
@@ -51,7 +52,7 @@ MAX_INLINE_BYTES = 16 * 1024
 # The reply segment of a RunFrame for an async worker, and of a Lend when there is no memory for one.
 NO_SEGMENT = -1
 
-Parameters = dict[str, bool | int | float | str]
+Parameters = dict[str, Value | list[Value]]
 
 
 class Tensor(msgspec.Struct, array_like=True, frozen=True):
@@ -81,13 +82,15 @@ class Member(msgspec.Struct, array_like=True, frozen=True):
 class RunFrame(msgspec.Struct, array_like=True, tag="run"):
     """Run a kernel over tensors in input segments, and write the results to a reply segment.
 
-    Several members have the same dtypes and shapes except for their first axes, along which they are joined.
+    Several members have the same dtypes and shapes except for their first axes, along which they are joined. All leave
+    out the same arrays: those in these places of the signature, in ascending order.
     """
 
     kernel: str
     parameters: Parameters
     reply_segment: int
     members: tuple[Member, ...]
+    left_out: tuple[int, ...] = ()
 
 
 class Cancel(msgspec.Struct, array_like=True, tag="cancel"):
@@ -192,6 +195,12 @@ class Wants(msgspec.Struct, array_like=True, tag="wants"):
     call: Number
 
 
+class CancelHeard(msgspec.Struct, array_like=True, tag="cancel-heard"):
+    """An async worker has cancelled the tasks of these calls."""
+
+    calls: list[Number]
+
+
 class Blocks(msgspec.Struct, array_like=True, tag="blocks"):
     """A coroutine of a call blocks the event loop of its worker. `place` is where it stands: file, line, function."""
 
@@ -205,12 +214,19 @@ class Unblocks(msgspec.Struct, array_like=True, tag="unblocks"):
     call: Number
 
 
+# What only async workers send.
+AsyncFrame = Wants | CancelHeard | Blocks | Unblocks
 ToWorker = Serve | Learn | RunFrame | Cancel | Forget | Shrink | Lend | End
-ToDispatcher = Loaded | Ready | Misfit | Done | Failed | Shrunk | Wants | Blocks | Unblocks
+ToDispatcher = Loaded | Ready | Misfit | Done | Failed | Shrunk | AsyncFrame
 
 encode = msgspec.msgpack.Encoder().encode
 decode_for_worker = msgspec.msgpack.Decoder(ToWorker).decode
 decode_for_dispatcher = msgspec.msgpack.Decoder(ToDispatcher).decode
+
+
+def value_bytes(value: Value) -> int:
+    """Maximum bytes of a frame that a value takes."""
+    return 5 + len(value.encode()) if isinstance(value, str) else 9
 
 
 def described_bytes(axes: Iterable[int]) -> int:

@@ -206,12 +206,13 @@ class InFlight(WorkerRuns):
         run.state = RunState.SENT
         if run is self._runs[0]:
             self._begin(run)
+        arguments = run.first.arguments
         members = tuple(
             Member(number, self.segments.input(call.block), call.tensors) for call, number in run.numbers.items()
         )
         segment = run.segment
         assert segment is not None
-        self._process.send(RunFrame(run.spec.name, run.first.arguments.parameters, segment.number, members))
+        self._process.send(RunFrame(run.spec.name, arguments.parameters, segment.number, members, arguments.left_out))
 
     def _begin(self, run: Run) -> None:
         now = monotonic()

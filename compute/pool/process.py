@@ -23,6 +23,7 @@ from multiprocessing.context import ForkServerProcess
 import msgspec
 import structlog
 
+from unlatch.common.machine.process_states import RUNNABLE, state_in
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.ipc.frames import End, ToDispatcher, ToWorker, decode_for_dispatcher, encode
 from unlatch.compute.pool import exits
@@ -122,6 +123,17 @@ class WorkerProcess:
             return time.clock_gettime((~self.pid << 3) | 2)
         except OSError:
             return 0.0
+
+    @property
+    def waits_for_core(self) -> bool:
+        """Whether the worker's main thread is ready to run now, and so may have had no core."""
+        with contextlib.suppress(OSError):
+            stat = os.open(f"/proc/{self.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return state_in(stat) == RUNNABLE
+            finally:
+                os.close(stat)
+        return False
 
     def kill(self, cause: Exit) -> None:
         """Kill the worker and all that it started. `on_exit` follows, with the first cause that was given."""

@@ -12,12 +12,16 @@ worker that has calls of one company takes no others. A company that lives is in
 until a call is alone when its worker dies. That is a strike against this call (compute/dispatch/poison.py), and no
 innocent call ever gets one.
 
+**A cancel** is heard by the worker's event loop, and the worker says so. Then the grace period begins: a worker
+without a core, or with many calls, must not be killed for what it could not do yet. One that says nothing for longer is
+blocked.
+
 **A coroutine that blocks its event loop** keeps all calls of its worker from going on, and from noticing cancels. If
 the worker is killed for that, the call of this coroutine fails, since else it would run again and block again.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from time import monotonic
@@ -27,7 +31,18 @@ import structlog
 from unlatch.common.errors import DeadlineExceeded, Internal, ResourceExhausted, UnlatchError
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.call import Call
-from unlatch.compute.ipc.frames import NO_SEGMENT, Blocks, Done, Failed, Lend, Member, RunFrame, Unblocks, Wants
+from unlatch.compute.ipc.frames import (
+    NO_SEGMENT,
+    AsyncFrame,
+    Blocks,
+    CancelHeard,
+    Done,
+    Failed,
+    Lend,
+    Member,
+    RunFrame,
+    Wants,
+)
 from unlatch.compute.metrics import AsyncWorkerMetrics
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
@@ -38,6 +53,9 @@ from unlatch.compute.pool.worker_runs import RunListener, WorkerRuns
 from unlatch.compute.settings import ComputeSettings
 
 log = structlog.get_logger()
+
+# An event loop that hears no cancel for so many grace periods is taken for blocked.
+_UNHEARD_GRACES = 4.0
 
 _companies = count(1)
 
@@ -59,6 +77,8 @@ class SideBySide(WorkerRuns):
         self._runs: dict[int, Run] = {}
         self._numbers_of: dict[Call, int] = {}
         self._of_kernels: Counter[str] = Counter()
+        # The cancelled runs that have not ended, and why the worker is killed if they do not end.
+        self._causes: dict[int, Exit] = {}
         self._of_async = metrics
         # The company that the worker's calls belong to, while it has some.
         self._company = 0
@@ -137,8 +157,12 @@ class SideBySide(WorkerRuns):
             self._listener.happened(run, Replied(frame, results, usage))
         return True
 
-    def asked(self, frame: Wants | Blocks | Unblocks) -> None:
-        """Lend a segment for a large reply, or note that a coroutine blocks its event loop, or does so no more."""
+    def asked(self, frame: AsyncFrame) -> None:
+        """Lend a segment for a large reply, begin the grace of cancelled calls, or note what blocks the event loop."""
+        if isinstance(frame, CancelHeard):
+            for number in frame.calls:
+                self._cancel_heard(number)
+            return
         run = self._runs.get(frame.call)
         if not isinstance(frame, Wants):
             self._blocking = frame.call if isinstance(frame, Blocks) else None
@@ -188,6 +212,7 @@ class SideBySide(WorkerRuns):
 
     def _forget(self, number: int, run: Run) -> None:
         del self._runs[number], self._numbers_of[run.first]
+        self._causes.pop(number, None)
         self._of_kernels[run.spec.name] -= 1
         self._occupancy.changed(self)
 
@@ -202,8 +227,9 @@ class SideBySide(WorkerRuns):
         call = run.first
         number = run.numbers[call]
         self._begin(run, number)
+        arguments = call.arguments
         member = Member(number, self.segments.input(call.block), call.tensors)
-        self._process.send(RunFrame(run.spec.name, call.arguments.parameters, NO_SEGMENT, (member,)))
+        self._process.send(RunFrame(run.spec.name, arguments.parameters, NO_SEGMENT, (member,), arguments.left_out))
 
     def _begin(self, run: Run, number: int) -> None:
         now = monotonic()
@@ -213,7 +239,7 @@ class SideBySide(WorkerRuns):
         self._metrics.waited(now - run.first.landed)
         seconds = run.spec.timeout_seconds
         if seconds is not None:
-            run.timer = self._loop.call_later(seconds, self.guarded, "timeout", self._timed_out, run, number)
+            self._after(seconds, run, "timeout", self._timed_out, run, number)
 
     def _withdraw(self, call: Call) -> None:
         number = self._numbers_of.get(call)
@@ -223,8 +249,7 @@ class SideBySide(WorkerRuns):
         if not run.is_sent:
             self._take_out(run, call)
             return
-        self._cancel_soon(number)
-        self._kill_soon(run, number, exits.ABANDONED)
+        self._cancel(run, number, exits.ABANDONED)
 
     def _take_out(self, run: Run, *calls: Call) -> None:
         for call in calls:
@@ -244,14 +269,35 @@ class SideBySide(WorkerRuns):
             return
         limit = run.spec.timeout_seconds or 0.0
         self._fail(run, DeadlineExceeded(f"kernel {run.spec.name} ran for longer than its timeout of {limit:.3g} s"))
-        self._cancel_soon(number)
-        self._kill_soon(run, number, exits.TIMED_OUT)
+        self._cancel(run, number, exits.TIMED_OUT)
 
-    def _kill_soon(self, run: Run, number: int, cause: Exit) -> None:
-        """Kill the worker after the grace period, unless the run ends before. No caller waits for the run any more."""
+    def _cancel(self, run: Run, number: int, cause: Exit) -> None:
+        """Cancel a run for which no caller waits any more. If it does not end in time, the worker is killed."""
+        self._cancel_soon(number)
+        self._causes[number] = cause
+        self._until_heard(run, number, cause)
+
+    def _until_heard(self, run: Run, number: int, cause: Exit) -> None:
+        seconds, used = _UNHEARD_GRACES * self._kill_grace_seconds, self._process.cpu_seconds
+        self._after(seconds, run, "unheard", self._unheard, run, number, cause, used)
+
+    def _unheard(self, run: Run, number: int, cause: Exit, cpu_seconds: float) -> None:
+        """Kill a worker whose event loop has not heard of a cancel, unless the worker only had no core."""
+        used = self._process.cpu_seconds - cpu_seconds
+        if self._blocking is None and used < self._kill_grace_seconds and self._process.waits_for_core:
+            self._until_heard(run, number, cause)
+        else:
+            self._grace_over(run, number, cause)
+
+    def _cancel_heard(self, number: int) -> None:
+        run, cause = self._runs.get(number), self._causes.get(number)
+        if run is not None and cause is not None:
+            self._after(self._kill_grace_seconds, run, "grace", self._grace_over, run, number, cause)
+
+    def _after(self, seconds: float, run: Run, place: str, work: Callable[..., None], *arguments: object) -> None:
+        """Do something later, in place of what the run's timer would have done."""
         run.stop_timer()
-        grace = self._kill_grace_seconds
-        run.timer = self._loop.call_later(grace, self.guarded, "grace", self._grace_over, run, number, cause)
+        run.timer = self._loop.call_later(seconds, self.guarded, place, work, *arguments)
 
     def _grace_over(self, run: Run, number: int, cause: Exit) -> None:
         if self._has_ended(run, number):

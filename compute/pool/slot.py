@@ -17,7 +17,6 @@ from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.errors import KilledAtStartError, StartError
 from unlatch.compute.ipc.frames import (
     ASYNC,
-    Blocks,
     Done,
     Failed,
     Loaded,
@@ -26,8 +25,6 @@ from unlatch.compute.ipc.frames import (
     Serve,
     Shrunk,
     ToDispatcher,
-    Unblocks,
-    Wants,
 )
 from unlatch.compute.ipc.memory_limits import MemoryLimits
 from unlatch.compute.metrics import AsyncWorkerMetrics, WorkerMetrics
@@ -108,7 +105,7 @@ class SlotWorker:
         elif isinstance(frame, Shrunk):
             if self.recycling is not None:
                 self.recycling.shrunk(frame)
-        elif isinstance(frame, Wants | Blocks | Unblocks):
+        elif not isinstance(frame, Loaded | Ready | Misfit):
             self.in_flight.asked(frame)
         elif self.ready.done():
             self.process.kill(exits.NOT_STARTING)

@@ -19,7 +19,7 @@ from unlatch.common.kernel.datatypes import is_held, is_served
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.call import Call
 from unlatch.compute.ipc.arena import WorkerSegments
-from unlatch.compute.ipc.frames import Blocks, Cancel, Done, Failed, Result, Unblocks, Wants
+from unlatch.compute.ipc.frames import AsyncFrame, Cancel, Done, Failed, Result
 from unlatch.compute.metrics import WorkerMetrics
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
@@ -122,7 +122,7 @@ class WorkerRuns(ABC):
     def lost(self, cause: Exit, *, stopping: bool) -> None:
         """Settle the calls of a worker that has exited."""
 
-    def asked(self, frame: Wants | Blocks | Unblocks) -> None:  # noqa: ARG002 (async workers ask)
+    def asked(self, frame: AsyncFrame) -> None:  # noqa: ARG002 (async workers ask)
         """Handle what only an async worker sends. Any other worker is killed for it."""
         self._process.kill(exits.UNASKED)
 

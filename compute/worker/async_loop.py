@@ -10,6 +10,7 @@ Blocks tells that a coroutine blocks the event loop (compute/worker/steps.py). T
 import asyncio
 import contextlib
 import os
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -35,12 +36,14 @@ from unlatch.compute.worker.beginning import (
 from unlatch.compute.worker.catalogue import LoadError
 from unlatch.compute.worker.kernel_call import explanation, input_arrays, outputs_of
 from unlatch.compute.worker.reply import Packed, failed, packed, told, write
-from unlatch.compute.worker.setup import give_way
+from unlatch.compute.worker.setup import give_way_with_loop
 from unlatch.compute.worker.steps import RunningCall, Steps, running
 from unlatch.hooks import SETUPS, TEARDOWNS
 
 # Frames that are read in one round of the event loop. To begin a call takes some 50 µs.
 _FRAMES_AT_ONCE = 32
+# A cancelled task sees it in the next round of the event loop, and tasks that it waits for in the rounds before that.
+_ROUNDS_OF_A_CANCEL = 4
 # A larger reply is written by a thread, so that other calls go on meanwhile.
 _WRITTEN_AT_ONCE_BYTES = 1024 * 1024
 # After this idle time the worker returns the memory that it keeps for its next call.
@@ -77,7 +80,7 @@ async def _main(channel: socket.socket, max_reply_bytes: int) -> None:
     if memory_bytes is None:
         return
     allowance = allowed(memory_bytes)
-    give_way()
+    give_way_with_loop()
     await _AsyncWorker(channel, max_reply_bytes, allowance).serve()
     for hook in reversed(teardowns):
         try:
@@ -115,6 +118,8 @@ class _AsyncWorker:
         self._calls: dict[int, RunningCall] = {}
         # By call, the wait for a reply segment.
         self._segments: dict[int, asyncio.Future[int]] = {}
+        self._outgoing = select.poll()
+        self._outgoing.register(channel, select.POLLOUT)
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._idle = self._loop.call_later(_IDLE_SECONDS, allowance.shrink)
@@ -133,9 +138,17 @@ class _AsyncWorker:
         self._loop.remove_reader(self._channel.fileno())
 
     def _send(self, frame: frames.ToDispatcher) -> None:
-        # The dispatcher reads at once, so this waits only if the dispatcher itself stands still. It may be gone.
+        encoded = frames.encode(frame)
+        # The dispatcher may be gone.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._channel.send(frames.encode(frame))
+            while True:
+                try:
+                    self._channel.send(encoded)
+                except BlockingIOError:
+                    # uvloop has made the socket non-blocking. The dispatcher reads at once unless it stands still.
+                    self._outgoing.poll()
+                else:
+                    return
 
     def _readable(self) -> None:
         for _ in range(_FRAMES_AT_ONCE):
@@ -157,6 +170,7 @@ class _AsyncWorker:
             case frames.Cancel():
                 for number in message.calls:
                     self._cancel(number)
+                self._loop.call_soon(self._cancel_heard, message.calls, _ROUNDS_OF_A_CANCEL)
             case frames.Learn():
                 (self._mapped.learn_reply if message.writable else self._mapped.learn_input)(message.segment, fds[0])
             case frames.Lend():
@@ -181,9 +195,15 @@ class _AsyncWorker:
         # The task inherits the context, and so the call.
         token = running.set(call)
         try:
-            self._loop.create_task(self._answer(call, run))
+            self._loop.create_task(self._answer(call, run)).add_done_callback(self._check)
         finally:
             running.reset(token)
+
+    def _check(self, task: "asyncio.Task[None]") -> None:
+        """End the worker if a call has ended without an answer: the exit of the worker settles its calls."""
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None and not self._over.done():
+            self._over.set_exception(error)
 
     def _cancel(self, number: int) -> None:
         call = self._calls.get(number)
@@ -191,6 +211,13 @@ class _AsyncWorker:
             call.cancelled = True
             if call.wants_result and call.task is not None:
                 call.task.cancel()
+
+    def _cancel_heard(self, calls: list[int], rounds: int) -> None:
+        """Tell that calls are cancelled, once their tasks have seen it and could end."""
+        if rounds:
+            self._loop.call_soon(self._cancel_heard, calls, rounds - 1)
+        else:
+            self._send(frames.CancelHeard(calls))
 
     async def _answer(self, call: RunningCall, run: frames.RunFrame) -> None:
         began = time.perf_counter_ns()
@@ -222,7 +249,7 @@ class _AsyncWorker:
         if call.cancelled:
             raise asyncio.CancelledError
         spec = preload.catalogue.specs[run.kernel]
-        arrays = input_arrays(self._mapped, spec, run.members)
+        arrays = input_arrays(self._mapped, spec, run.members, run.left_out)
         try:
             result = preload.catalogue.functions[run.kernel](*arrays, **run.parameters)
             if spec.concurrency is not None:

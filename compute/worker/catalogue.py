@@ -11,12 +11,13 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from unlatch.common.kernel.spec import KernelSpec
-from unlatch.declaration import DECLARED, DeclarationError, is_async, place_of, spec_of
+from unlatch.declaration import DECLARED, DeclarationError, conversions_of, is_async, place_of, spec_of
 from unlatch.hooks import SETUPS, TEARDOWNS, hooks_of
 
 BUILT_IN = "unlatch.compute.kernels"
@@ -56,7 +57,22 @@ class LoadedKernels:
             if self.specs.setdefault(spec.name, spec) is not spec:
                 known = place_of(self.functions[spec.name])
                 raise LoadError(f"{place_of(function)}: kernel {spec.name!r} is already defined at {known}")
-            self.functions[spec.name] = function
+            self.functions[spec.name] = _converting(function)
+
+
+def _converting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel that gets its choices and lists as declared: members of enums, and tuples. Often it is itself."""
+    conversions = conversions_of(function)
+    if not conversions:
+        return function
+
+    @wraps(function)
+    def convert_and_call(*arrays: Any, **parameters: Any) -> Any:
+        for name in conversions.keys() & parameters.keys():
+            parameters[name] = conversions[name](parameters[name])
+        return function(*arrays, **parameters)
+
+    return convert_and_call
 
 
 def kernels_in(module: ModuleType) -> Iterator[tuple[Callable[..., Any], KernelSpec]]:

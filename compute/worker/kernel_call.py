@@ -21,18 +21,27 @@ from unlatch.compute.ipc.frames import Member, Parameters, Tensor
 _SENT_AS_THEY_ARE = frozenset({np.ndarray, np.memmap, np.matrix})
 
 
-def input_arrays(mapped: Mapped, spec: KernelSpec, members: Sequence[Member]) -> list[Array]:
-    """The kernel's input arrays: views of one member's bytes, or the joined arrays of several members."""
+def input_arrays(
+    mapped: Mapped, spec: KernelSpec, members: Sequence[Member], left_out: Sequence[int] = ()
+) -> list[Array | None]:
+    """The kernel's input arrays: views of one member's bytes, or the joined arrays of several members.
+
+    Those in the places `left_out` are None.
+    """
     sources = [mapped.input(member.segment) if member.segment >= 0 else b"" for member in members]
     columns = zip(*(member.tensors for member in members), strict=True)
-    return [
-        _joined(array.name, sources, column) if len(column) > 1 else _view(array.name, sources[0], column[0])
-        for array, column in zip(spec.inputs, columns, strict=True)
+    given = [array for place, array in enumerate(spec.inputs) if place not in left_out] if left_out else spec.inputs
+    arrays: list[Array | None] = [
+        _joined(array, sources, column) if len(column) > 1 else _view(array, sources[0], column[0])
+        for array, column in zip(given, columns, strict=True)
     ]
+    for place in left_out:
+        arrays.insert(place, None)
+    return arrays
 
 
 def call_kernel(
-    function: Callable[..., Any], spec: KernelSpec, arrays: list[Array], parameters: Parameters
+    function: Callable[..., Any], spec: KernelSpec, arrays: Sequence[Array | None], parameters: Parameters
 ) -> list[Array]:
     """Call a kernel and check its outputs. Raises Internal for a faulty kernel, or what the kernel raises."""
     try:
@@ -61,7 +70,7 @@ def explanation(spec: KernelSpec, error: Exception) -> Internal | None:
     return None
 
 
-def outputs_of(spec: KernelSpec, arrays: list[Array], result: Any) -> list[Array]:
+def outputs_of(spec: KernelSpec, arrays: Sequence[Array | None], result: Any) -> list[Array]:
     """Return what a kernel returned as arrays, checked against its declaration. Raises Internal for a faulty kernel."""
     outputs = list(result) if isinstance(result, tuple) else [result]
     if len(outputs) != len(spec.outputs):
@@ -77,15 +86,17 @@ def _argument_named(spec: KernelSpec, message: str) -> str:
     return name if colon and name in declared else ""
 
 
-def _view(name: str, memory: mmap | bytes, tensor: Tensor) -> Array:
-    return view(name, memory, tensor.dtype, tensor.shape, tensor.offset, tensor.length)
+def _view(declared: ArraySpec, memory: mmap | bytes, tensor: Tensor) -> Array:
+    return view(declared.name, memory, tensor.dtype, tensor.shape, tensor.offset, tensor.length, text=declared.text)
 
 
-def _joined(name: str, sources: Sequence[mmap | bytes], tensors: Sequence[Tensor]) -> Array:
+def _joined(declared: ArraySpec, sources: Sequence[mmap | bytes], tensors: Sequence[Tensor]) -> Array:
     """Join tensors along their first axis. Like a single tensor's, the array is aligned and read-only."""
     first = tensors[0]
     if first.dtype == OBJECT:
-        array = np.concatenate([_view(name, source, tensor) for source, tensor in zip(sources, tensors, strict=True)])
+        array = np.concatenate(
+            [_view(declared, source, tensor) for source, tensor in zip(sources, tensors, strict=True)]
+        )
     else:
         # The joined array's bytes are the tensors' bytes in a row, so no array is made of each tensor.
         room = np.empty(sum(tensor.length for tensor in tensors) + ALIGNMENT, np.uint8)
@@ -99,10 +110,12 @@ def _joined(name: str, sources: Sequence[mmap | bytes], tensors: Sequence[Tensor
     return array
 
 
-def _named_lengths(spec: KernelSpec, arrays: list[Array]) -> dict[str, int | tuple[int, ...]]:
+def _named_lengths(spec: KernelSpec, arrays: Sequence[Array | None]) -> dict[str, int | tuple[int, ...]]:
     """The length of each named axis in this call. The dispatcher has checked that the arrays agree."""
     lengths: dict[str, int | tuple[int, ...]] = {}
     for declared, array in zip(spec.inputs, arrays, strict=True):
+        if array is None:
+            continue
         dims, sizes, many, several = one_by_one(declared.dims, array.shape)
         lengths.update(zip(dims, sizes, strict=True))
         lengths[many] = tuple(several)
@@ -120,15 +133,25 @@ def _checked(spec: KernelSpec, declared: ArraySpec, output: Any, lengths: dict[s
         raise Internal(f"kernel {spec.name} returned {array.dtype} for {declared.name}, which no datatype carries")
     if declared.dtypes and dtype_name(array) not in declared.dtypes:
         raise Internal(
-            f"kernel {spec.name} returned {array.dtype} for {declared.name}, "
-            f"but declares {' or '.join(declared.dtypes)}"
+            f"kernel {spec.name} returned {array.dtype} for {declared.name}, but declares {' or '.join(declared.kinds)}"
         )
+    if declared.text and array.dtype.kind not in "TU":
+        _check_texts(spec, declared, array)
     if not _has_declared_shape(declared, array.shape, lengths):
         raise Internal(
             f"kernel {spec.name} returned shape {array.shape} for {declared.name}, "
             f"but declares ({', '.join(declared.dims)})"
         )
     return array
+
+
+def _check_texts(spec: KernelSpec, declared: ArraySpec, array: Array) -> None:
+    for element in array.reshape(-1).tolist():
+        if not isinstance(element, str):
+            raise Internal(
+                f"kernel {spec.name} returned an element of type {type(element).__name__} for {declared.name}, "
+                "but declares str"
+            )
 
 
 def _check_kind(output: Any, returned: str) -> None:

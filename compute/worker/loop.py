@@ -192,7 +192,7 @@ class _Worker:
         log = ""
         try:
             spec = preload.catalogue.specs[run.kernel]
-            arrays = input_arrays(self._mapped, spec, members)
+            arrays = input_arrays(self._mapped, spec, members, run.left_out)
             with self._allowance.during(spec):
                 outputs = call_kernel(preload.catalogue.functions[run.kernel], spec, arrays, run.parameters)
             taken = time.perf_counter_ns() - started

@@ -10,7 +10,7 @@ import numpy as np
 
 from unlatch.common.errors import Cancelled, Internal, ResourceExhausted, UnlatchError, opaque
 from unlatch.common.kernel.spec import KernelSpec
-from unlatch.common.kernel.tensors import Array, dtype_name, pack_bytes
+from unlatch.common.kernel.tensors import STRING_KINDS, Array, dtype_name, pack_bytes
 from unlatch.compute.ipc.arena import offsets
 from unlatch.compute.ipc.frames import FRAME_BYTES, Done, Failed, Member, Result, RunFrame, Tensor, encode
 
@@ -97,7 +97,7 @@ def traceback_text(error: BaseException) -> str:
 def _packed(output: Array, rows: Sequence[int]) -> tuple[Array | bytes, list[int]]:
     """An output in the form to write, and the offsets at which each member's rows end. Without rows there is one."""
     until = list(accumulate(rows))
-    if output.dtype.kind not in "OSU":
+    if output.dtype.kind not in STRING_KINDS:
         each = output.nbytes // len(output) if rows and len(output) else 0
         return output, [count * each for count in until] or [output.nbytes]
     parts = [pack_bytes(part) for part in np.split(output, until[:-1])] if rows else [pack_bytes(output)]

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-_NICE = 10
+_NICE, _NICE_WITH_LOOP = 10, 5
 
 
 def become_worker(dispatcher_alive: int) -> None:
@@ -57,3 +57,8 @@ def give_way() -> None:
     """Lower the worker's priority, so that the loops that feed it come first. Called once the worker is ready."""
     os.setpriority(os.PRIO_PROCESS, 0, _NICE)
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def give_way_with_loop() -> None:
+    """Lower the priority of a worker with an event loop: less than other workers', since many calls wait for it."""
+    os.setpriority(os.PRIO_PROCESS, 0, _NICE_WITH_LOOP)

@@ -1,6 +1,6 @@
 """Kernel modules, loaded for a trial as a worker's forkserver loads them, in a process with no other purpose.
 
-    python -m unlatch.compute.worker.trial PARENT-PID my_kernels.py other.module   ──> a Trial in JSON on stdout
+    python -m unlatch.compute.worker.trial PARENT-PID my_kernels.py other.module   ──> a Trial in msgpack on stdout
 
 A process that is about to serve modules learns what they contain, or why they cannot be served, without any risk to
 itself. It calls `tried`.
@@ -72,7 +72,7 @@ async def tried(names: Sequence[str], *, within_seconds: float, memory_bytes: in
             resource.prlimit(child.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
         async with asyncio.timeout(within_seconds):
             answer, _ = await child.communicate()
-        return msgspec.json.decode(answer, type=Trial)
+        return msgspec.msgpack.decode(answer, type=Trial)
     except TimeoutError:
         failure = f"the import did not end within {within_seconds:g} s"
     except msgspec.DecodeError:
@@ -114,7 +114,7 @@ def main(parent: str, *names: str) -> None:
     # Output of a module's import goes to stderr, as under the service.
     os.dup2(2, 1)
     with open(answer, "wb") as stdout:  # noqa: PTH123 (a descriptor has no path)
-        stdout.write(msgspec.json.encode(attempt(names)))
+        stdout.write(msgspec.msgpack.encode(attempt(names)))
     sys.stdout.flush()
     # _exit, which also ends threads that a module has left running.
     os._exit(0)

@@ -8,7 +8,8 @@ from google.protobuf.message import DecodeError, Message
 
 from unlatch.common.errors import Unimplemented, UnlatchError
 from unlatch.common.kernel.datatypes import BYTES, NP_DTYPE, carrier, is_carried
-from unlatch.common.kernel.parameters import scalar
+from unlatch.common.kernel.lists import to_json
+from unlatch.common.kernel.messages import scalar_spec
 from unlatch.common.service.version import VERSION
 from unlatch.gateway.doors.fields import undecodable
 from unlatch.gateway.doors.rpc_guard import Answer
@@ -107,7 +108,10 @@ class OipMetadata:
             platform=PLATFORM,
             backend="unlatch",
             max_batch_size=kernel.max_batch_size if kernel.batch else 0,
-            input=(pb.ModelInput(name=one.name, data_type=_data_type(one), dims=dims(one)) for one in kernel.inputs),
+            input=(
+                pb.ModelInput(name=one.name, data_type=_data_type(one), dims=dims(one), optional=one.optional)
+                for one in kernel.inputs
+            ),
             output=(pb.ModelOutput(name=one.name, data_type=_data_type(one), dims=dims(one)) for one in kernel.outputs),
             dynamic_batching=pb.ModelDynamicBatching() if kernel.batch else None,
             parameters={name: pb.ModelParameter(string_value=text) for name, text in _options(kernel).items()},
@@ -157,7 +161,9 @@ def _refuse_sharing(*_: object) -> Message:
 
 def _metadata(array: Array) -> pb.ModelMetadataResponse.TensorMetadata:
     dtype = _dtype(array)
-    texts = {"dtypes": ",".join(array.dtypes) or "any", "axes": " ".join(array.dims)}
+    texts = {"dtypes": "str" if array.text else ",".join(array.dtypes) or "any", "axes": " ".join(array.dims)}
+    if array.optional:
+        texts["optional"] = "true"
     if is_carried(dtype):
         texts[NP_DTYPE] = dtype
     return pb.ModelMetadataResponse.TensorMetadata(
@@ -181,7 +187,14 @@ def _data_type(array: Array) -> pb.DataType.ValueType:
 
 
 def _scalar(one: Scalar) -> str:
-    return f"{one.type} = {scalar(one.default)!r}" if one.HasField("default") else f"{one.type}, required"
+    """Describe a scalar for people: its type, its default, its choices. A list's default is JSON, as in a call."""
+    spec = scalar_spec(one)
+    kind = f"list[{spec.type}]" if spec.many else spec.type
+    default = to_json(spec.default) if isinstance(spec.default, tuple) else repr(spec.default)
+    choices = f", one of {', '.join(map(repr, spec.choices))}" if spec.choices else ""
+    if spec.many and choices:
+        choices = f", each{choices.removeprefix(',')}"
+    return (f"{kind}, required" if spec.required else f"{kind} = {default}") + choices
 
 
 def _options(kernel: Kernel) -> dict[str, str]:

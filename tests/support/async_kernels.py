@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,13 @@ Number = Int64[np.ndarray, ""]
 # The events of this process: what its hooks and kernels have seen.
 _seen: list[str] = []
 _running = 0
+
+
+class Scale(Enum):
+    """A choice."""
+
+    ONE = 1
+    TEN = 10
 
 
 class Pair(NamedTuple):
@@ -122,6 +130,17 @@ async def returns(x: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """Return the input."""
     await asyncio.sleep(0)
     return x
+
+
+@kernel(pure=True)
+async def scaled(
+    x: Vector, weights: Vector | None = None, *, by: Scale = Scale.ONE, add: tuple[float, ...] = ()
+) -> Vector:
+    """Scale the input, with all that a signature may have."""
+    await asyncio.sleep(0)
+    assert isinstance(by, Scale)
+    assert isinstance(add, tuple)
+    return x * by.value * (1.0 if weights is None else weights) + sum(add)
 
 
 @kernel(concurrency=4)

@@ -9,7 +9,8 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
-from unlatch.common.kernel.parameters import Value, parameter
+from unlatch.common.kernel.lists import Value
+from unlatch.common.kernel.parameters import parameter
 from unlatch.common.lane.body import WHOLE_BYTES
 from unlatch.common.lane.outbox import PIECE_BYTES
 from unlatch.protos.inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse

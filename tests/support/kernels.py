@@ -1,15 +1,17 @@
 """Kernels for the tests: each reports something that a worker sees, or misbehaves in one way."""
 
+import enum
 import itertools
 import os
 import sys
 import time
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Complex128, Float, Float64, Int64, Shaped, UInt8
 
-from unlatch import KernelError, kernel
+from unlatch import KernelError, Str, kernel
 
 Vector = Float64[np.ndarray, "n"]
 
@@ -104,6 +106,81 @@ def default_scalars(
 ) -> Shaped[np.ndarray, "4"]:
     """Take the same scalars with defaults."""
     return required_scalars(flag=flag, count=count, ratio=ratio, label=label)
+
+
+@kernel(pure=True)
+def optional_arrays(
+    x: Vector, y: Vector | None = None, z: Float64[np.ndarray, "m"] | None = None
+) -> Shaped[np.ndarray, "3"]:
+    """Return what came for each array, as Python prints it."""
+    return np.array([repr(array if array is None else array.tolist()) for array in (x, y, z)])
+
+
+@kernel(pure=True, batch=True, max_batch_size=32)
+def shifted(
+    x: Float64[np.ndarray, "rows n"], by: Float64[np.ndarray, "rows"] | None = None
+) -> Float64[np.ndarray, "rows n"]:
+    """Shift each row by a number of its own, or by a thousand. Calls of this kernel may run as one."""
+    return x + (1000.0 if by is None else by[:, None])
+
+
+@kernel(pure=True)
+def lists(
+    *,
+    weights: list[float],
+    counts: tuple[int, ...] = (1, 2),
+    names: Sequence[str] = (),
+    flags: list[bool] = [True],  # noqa: B006 (a kernel may be written so)
+) -> Shaped[np.ndarray, "4"]:
+    """Take a list of each type, and return them as Python prints them."""
+    return np.array([repr(weights), repr(counts), repr(names), repr(flags)])
+
+
+class Mode(enum.Enum):
+    """Choices whose names are not their values."""
+
+    MEAN = "by mean"
+    LARGEST = "by maximum"
+
+
+class Level(enum.IntEnum):
+    """Choices that are numbers."""
+
+    LOW = 1
+    HIGH = 5
+
+
+@kernel(pure=True)
+def choices(
+    *,
+    kind: Literal["linear", "cubic"],
+    degree: Literal[1, 2] = 1,
+    mode: Mode = Mode.MEAN,
+    level: Level = Level.LOW,
+    modes: list[Mode] = [],  # noqa: B006 (a kernel may be written so)
+) -> Shaped[np.ndarray, "5"]:
+    """Take choices of each form, and return them as Python prints them."""
+    return np.array([repr(kind), repr(degree), repr(mode), repr(level), repr(modes)])
+
+
+@kernel(pure=True)
+def upper_case(x: Str[np.ndarray, "*any"]) -> Str[np.ndarray, "*any"]:
+    """Turn texts into upper case: the elements are `str`."""
+    texts = np.empty(x.shape, dtype=object)
+    texts.reshape(-1)[:] = [text.upper() for text in x.reshape(-1)]
+    return texts
+
+
+@kernel(pure=True)
+def lower_case(x: Str[np.ndarray, "*any"]) -> Str[np.ndarray, "*any"]:
+    """Turn texts into lower case by NumPy's own functions, in its own dtype of strings."""
+    return np.asarray(np.strings.lower(x.astype(np.dtypes.StringDType())))
+
+
+@kernel
+def returns_bytes_as_texts(x: Vector) -> Str[np.ndarray, "1"]:
+    """Return bytes where texts are declared."""
+    return np.array([b"a"], dtype=object)
 
 
 class Summary(NamedTuple):

@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Optional
 
 import numba
 import numpy as np
@@ -17,12 +17,13 @@ import pytest
 from jaxtyping import Float, Float32, Float64
 from numpy.typing import NDArray
 
-from unlatch import BlockingClient, Bytes, Client, kernel, setup, teardown
+from unlatch import BlockingClient, Bytes, Client, Str, kernel, setup, teardown
 from unlatch.common.kernel.messages import from_message, to_message
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.declaration import TAKEN, DeclarationError, spec_of
 
 Vector = Float64[np.ndarray, "n"]
+ONES = np.ones(1)
 
 
 def declared(function: Callable[..., Any], **options: Any) -> KernelSpec:
@@ -48,6 +49,42 @@ class Level(enum.IntEnum):
     LOW = 3
 
 
+class Corner(enum.Enum):
+    """Choices that no call can carry."""
+
+    ORIGIN = (0, 0)
+
+
+class Nothing(enum.Enum):
+    """No choices."""
+
+
+class Weight(enum.Enum):
+    """A choice that is equal to nothing."""
+
+    UNKNOWN = float("nan")
+
+
+class Access(enum.Flag):
+    """Choices that are combined."""
+
+    READ = 1
+
+
+class Plain(enum.Enum):
+    """A member is no number."""
+
+    ONE = 1
+
+
+class Kind(enum.StrEnum):
+    """Choices with a second name for one of them."""
+
+    LINEAR = "linear"
+    CUBIC = "cubic"
+    SPLINE = "cubic"
+
+
 class Pair(NamedTuple):
     """A result whose second field is not an array."""
 
@@ -70,6 +107,31 @@ def sequence_of_float(x: Sequence[float]) -> Vector: ...
 def bytes_in(x: bytes) -> Vector: ...
 def dict_in(x: dict[str, float]) -> Vector: ...
 def optional_array(x: Vector | None) -> Vector: ...
+def array_with_default(x: Vector = ONES) -> Vector: ...
+def array_with_none(x: Vector = None) -> Vector: ...  # type: ignore[assignment]
+def optional_array_with_default(x: Vector | None = ONES) -> Vector: ...
+def optional_array_among_scalars(*, x: Vector | None = None) -> Vector: ...
+def literal_among_arrays(kind: Literal["a", "b"] = "a") -> Vector: ...
+def enum_among_arrays(level: Level) -> Vector: ...
+def literal_of_two_types(*, kind: Literal["a", 1]) -> Vector: ...
+def literal_of_bool_and_int(*, kind: Literal[True, 2]) -> Vector: ...
+def literal_with_none(*, kind: Literal["a", None]) -> Vector: ...  # noqa: PYI061 (refused here)
+def literal_of_bytes(*, kind: Literal[b"a"]) -> Vector: ...
+def literal_of_members(*, level: Literal[Level.LOW]) -> Vector: ...
+def enum_of_tuples(*, pair: Corner) -> Vector: ...
+def enum_without_members(*, none: Nothing) -> Vector: ...
+def enum_with_nan(*, weight: Weight) -> Vector: ...
+def flag(*, access: Access) -> Vector: ...
+def optional_choice(*, kind: Literal["a", "b"] | None = None) -> Vector: ...
+def list_of_lists(*, x: list[list[int]]) -> Vector: ...
+def list_of_anything(*, x: list) -> Vector: ...  # type: ignore[type-arg]
+def pair(*, x: tuple[int, int]) -> Vector: ...
+def optional_list(*, x: list[int] | None = None) -> Vector: ...
+def list_without_default(*, x: list[int] = None) -> Vector: ...  # type: ignore[assignment]  # noqa: RUF013 (refused here)
+def list_with_wrong_default(*, x: Sequence[int] = (1, 1.5)) -> Vector: ...  # type: ignore[assignment]
+def letters(*, x: Sequence[str] = "abc") -> Vector: ...
+def long_list(*, x: Sequence[int] = (12345678,) * 1102) -> Vector: ...
+def bytes_scalar(*, salt: bytes) -> Vector: ...
 def optional_float_in(x: float | None) -> Vector: ...
 def optional_scalar(x: Vector, *, size: int | None = None) -> Vector: ...
 def numpy_scalar(x: Vector, *, eps: np.float64) -> Vector: ...
@@ -110,11 +172,38 @@ INSTEAD: dict[Callable[..., Any], str] = {
     numpy_array: "'x' needs a jaxtyping annotation such as Float64[np.ndarray, 'rows cols']",
     numpy_typing: "'x' needs a jaxtyping annotation such as Float32[np.ndarray, 'rows cols']",
     numpy_bytes: "'x' needs a jaxtyping annotation such as UInt8[np.ndarray, 'rows cols']",
-    list_of_str: "'x' needs a jaxtyping annotation such as unlatch.Bytes[np.ndarray, 'n']",
-    sequence_of_float: "'x' needs a jaxtyping annotation such as Float64[np.ndarray, 'n']",
+    list_of_str: "'x' needs a jaxtyping annotation such as unlatch.Str[np.ndarray, 'n']; a short list may also come "
+    "after `*`: (…, *, x: list[str])",
+    sequence_of_float: "'x' needs a jaxtyping annotation such as Float64[np.ndarray, 'n']; a short list may also come "
+    "after `*`: (…, *, x: collections.abc.Sequence[float])",
     bytes_in: "'x' needs a jaxtyping annotation such as UInt8[np.ndarray, 'n'], which np.frombuffer makes of bytes",
     dict_in: "'x' needs a jaxtyping annotation such as Float64[np.ndarray, 'n'] for each entry",
-    optional_array: "'x' needs a jaxtyping annotation such as Float64[ndarray, 'n'], without None: arrays are always",
+    optional_array: "array 'x' may be None, so it needs that default: x: Float64[ndarray, 'n'] | None = None",
+    array_with_default: "array 'x' has a default, so it must be optional: x: Float64[ndarray, 'n'] | None = None",
+    array_with_none: "array 'x' has a default, so it must be optional: x: Float64[ndarray, 'n'] | None = None",
+    optional_array_with_default: "array 'x' may be None, so it needs that default: x: Float64[ndarray, 'n'] | None = ",
+    optional_array_among_scalars: "'x' is an array, and arrays come before `*`",
+    literal_among_arrays: "'kind' is a scalar, and scalars come after `*`: (…, *, kind: Literal['a', 'b'] = 'a')",
+    enum_among_arrays: "'level' is a scalar, and scalars come after `*`: (…, *, level: Level)",
+    literal_of_two_types: "the choices of 'kind' must be all bool, all int, all float or all str, not int, str",
+    literal_of_bool_and_int: "the choices of 'kind' must be all bool, all int, all float or all str, not bool, int",
+    literal_with_none: "the choices of 'kind' must be all bool, all int, all float or all str, not NoneType, str",
+    literal_of_bytes: "the choices of 'kind' must be all bool, all int, all float or all str, not bytes",
+    literal_of_members: "'level' has members of an Enum in a Literal; annotate it as Level",
+    enum_of_tuples: "the choices of 'pair' must be all bool, all int, all float or all str, not tuple",
+    enum_without_members: "the choices of 'none' must be all bool, all int, all float or all str, not none",
+    enum_with_nan: "NaN cannot be a choice of 'weight', since it is equal to nothing",
+    flag: "'access' is a Flag, whose members are combined; take an int, or a bool for each",
+    optional_choice: "'kind' must be a bool, int, float or str, not Optional[Literal['a', 'b']]; None is not sent",
+    list_of_lists: "'x' must be a bool, int, float or str, not list[list[int]]",
+    list_of_anything: "'x' must be a bool, int, float or str, not list; say of what, as in list[float]",
+    pair: "'x' must be a bool, int, float or str, not tuple[int, int]; take any number of one type, as in tuple[int",
+    optional_list: "'x' must be a bool, int, float or str, not list[int] | None; None is not sent: give it a default",
+    list_without_default: "the default of 'x' is not a list or tuple: None",
+    list_with_wrong_default: "the default of 'x' is not of type int: 1.5",
+    letters: "the default of 'x' is not a list or tuple: 'abc'",
+    long_list: "choices and lists have 11026 bytes as Python code, more than 8192",
+    bytes_scalar: "'salt' must be a bool, int, float or str, not bytes; take an array before `*`: unlatch.Bytes[np.nd",
     optional_float_in: "'x' needs a jaxtyping annotation such as Float64[np.ndarray, ''], without None",
     optional_scalar: "'size' must be a bool, int, float or str, not int | None; None is not sent: give it a default",
     numpy_scalar: "'eps' must be a bool, int, float or str, not float64",
@@ -127,7 +216,7 @@ INSTEAD: dict[Callable[..., Any], str] = {
     dict_out: "'output0' needs a jaxtyping annotation such as Float64[np.ndarray, 'n'] for each entry: a result of "
     "several arrays is a NamedTuple",
     bytes_out: "'output0' needs a jaxtyping annotation such as UInt8[np.ndarray, 'n']",
-    str_out: "'output0' needs a jaxtyping annotation such as unlatch.Bytes[np.ndarray, '']",
+    str_out: "'output0' needs a jaxtyping annotation such as unlatch.Str[np.ndarray, '']",
     list_out: "'output0' needs a jaxtyping annotation such as Float64[np.ndarray, 'n']",
     none_out: "the result must be a fixed number of arrays",
     nothing_out: "the result needs a jaxtyping annotation, or a NamedTuple of them",
@@ -337,6 +426,101 @@ def test_bytes_are_arrays_of_objects() -> None:
     assert [array.dtypes for array in (*spec.inputs, *spec.outputs)] == [("object",), ("float32",), ("object",)]
     assert isinstance(np.array([b"a"], dtype=object), Bytes[np.ndarray, "n"])  # type: ignore[arg-type]
     assert not isinstance(np.ones(1), Bytes[np.ndarray, "n"])  # type: ignore[arg-type]
+
+
+def test_optional_arrays_come_after_the_others() -> None:
+    """Both forms of writing it are taken, and a NamedTuple or a batch stays as it was."""
+
+    def function(
+        x: Vector,
+        y: Vector | None = None,
+        z: Optional[Str[np.ndarray, "n"]] = None,  # noqa: UP045 (users write it so)
+    ) -> Vector: ...
+
+    spec = declared(function, batch=True)
+    assert [(array.name, array.optional, array.text) for array in spec.inputs] == [
+        ("x", False, False),
+        ("y", True, False),
+        ("z", True, True),
+    ]
+
+
+def test_batch_of_optional_arrays_alone_is_refused() -> None:
+    """A call without any array would have no rows."""
+
+    def function(x: Vector | None = None) -> Vector: ...
+
+    assert "batch=True needs an array that is always given; 'x' is optional" in refusal(function, batch=True)
+
+
+def test_choices_are_plain_data() -> None:
+    """A spec has the values of a Literal's and an Enum's choices, in order, and no alias twice."""
+
+    def function(
+        *,
+        kind: Kind = Kind.SPLINE,
+        degree: Literal[1, 2],
+        exact: Literal[True] = True,
+        levels: tuple[Level, ...] = (Level.LOW, Level.LOW),
+    ) -> Vector: ...
+
+    kind, degree, exact, levels = declared(function).scalars
+    assert (kind.type, kind.choices, kind.default, type(kind.default)) == ("str", ("linear", "cubic"), "cubic", str)
+    assert (degree.type, degree.choices, degree.required) == ("int", (1, 2), True)
+    assert (exact.type, exact.choices, exact.default) == ("bool", (True,), True)
+    assert (levels.type, levels.choices, levels.many, levels.default) == ("int", (3,), True, (3, 3))
+    assert [scalar.kind for scalar in (kind, degree, exact, levels)] == ["'linear'|'cubic'", "1|2", "True", "list[3]"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "default", "says"),
+    [
+        (Kind, "linear", "the default of 'value' is no member of Kind: 'linear'"),
+        (Level, 3, "the default of 'value' is no member of Level: 3"),
+        (Literal["a", "b"], "c", "the default of 'value' is none of 'a', 'b': 'c'"),
+        (Literal[1, 2], True, "the default of 'value' is not of type int: True"),
+        (int, Plain.ONE, "the default of 'value' is not of type int: <Plain.ONE: 1>"),
+        (Literal[1], Plain.ONE, "the default of 'value' is not of type int: <Plain.ONE: 1>"),
+        (list[Kind], ["cubic"], "the default of 'value' is no member of Kind: 'cubic'"),
+        (list[str], ["\ud800"], "the default of 'value' cannot be sent"),
+        (tuple[int, ...], [2**64], "the default of 'value' does not fit in 64 bits"),
+    ],
+)
+def test_default_that_is_no_choice_is_refused(kind: Any, default: object, says: str) -> None:
+    """A kernel would get what its own signature does not allow."""
+    assert says in refusal(with_default(kind, default))
+
+
+@pytest.mark.parametrize(
+    ("kind", "default", "sent"),
+    [
+        (list[float], [np.float32(0.5), 1, float("inf")], (0.5, 1.0, float("inf"))),
+        (Sequence[int], (), ()),
+        (tuple[str, ...], ["größe", np.str_("")], ("größe", "")),
+        (list[bool], [np.bool_(False)], (False,)),
+    ],
+)
+def test_default_list_is_taken_for_its_values(kind: Any, default: object, sent: tuple[object, ...]) -> None:
+    """A list or a tuple may be the default of either."""
+    (scalar,) = declared(with_default(kind, default)).scalars
+    assert (scalar.default, scalar.many, scalar.required) == (sent, True, False)
+    assert [type(value).__name__ for value in sent] == [scalar.type] * len(sent)
+
+
+def test_texts_are_arrays_of_objects_too() -> None:
+    """`Str` is BYTES on the wire, like `Bytes`, also for jaxtyping's own check."""
+
+    def function(x: Str[np.ndarray, "n"], y: Bytes[np.ndarray, "n"]) -> Str[np.ndarray, "n"]: ...
+
+    spec = declared(function)
+    assert [(array.dtypes, array.text) for array in (*spec.inputs, *spec.outputs)] == [
+        (("object",), True),
+        (("object",), False),
+        (("object",), True),
+    ]
+    for strings in (np.array(["a"]), np.array(["a"], dtype=object), np.array(["a"], dtype=np.dtypes.StringDType())):
+        assert isinstance(strings, Str[np.ndarray, "n"])  # type: ignore[arg-type]
+    assert not isinstance(np.array([b"a"]), Str[np.ndarray, "n"])  # type: ignore[arg-type]
 
 
 def test_positional_only_arrays_are_taken() -> None:

@@ -2,13 +2,14 @@
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
 from unlatch.common.kernel.datatypes import OBJECT
-from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec
+from unlatch.common.kernel.lists import Value
+from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec
 from unlatch.common.kernel.tensors import Array
 from unlatch.compute.ipc.frames import Parameters
 
@@ -19,51 +20,63 @@ _SMALL = 3
 _TYPICAL, _TYPICAL_BYTES = (24, 12, 6, 4), 1024 * 1024
 # A `...` or `*name` stands for zero to this many axes.
 _MAX_MANY = 3
+# An element of an array of texts, as one of an array of objects.
+_TEXT_BYTES = 8
 # Letters of one to four bytes in UTF-8.
 _LETTERS = list("abxyz 019-ß€漢😀")
 # Values of required scalars, unless the user sets them.
-_SCALARS: Mapping[str, bool | int | float | str] = {"bool": True, "int": 2, "float": 0.5, "str": "a"}
+_SCALARS: Mapping[str, Value] = {"bool": True, "int": 2, "float": 0.5, "str": "a"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """The arguments of one call. `says` describes them; `finite` is false if NaN and infinities are among them."""
+    """The arguments of one call. `says` describes them; `finite` is false if NaN and infinities are among them.
+
+    An array that is left out is None.
+    """
 
     says: str
-    arrays: tuple[Array, ...]
+    arrays: tuple[Array | None, ...]
     scalars: Parameters
     finite: bool = True
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays together."""
-        return sum(array.nbytes for array in self.arrays)
+        return sum(array.nbytes for array in self.arrays if array is not None)
 
     def row(self, number: int) -> "Case":
         """A single row of a batch, as a batch of one."""
-        arrays = tuple(array[number : number + 1] for array in self.arrays)
+        arrays = tuple(None if array is None else array[number : number + 1] for array in self.arrays)
         return Case(says=f"row {number} of {self.says}", arrays=arrays, scalars=self.scalars)
 
 
 class Cases:
     """A source of a kernel's cases; the same seed gives the same ones. With `positive` no number is negative."""
 
-    def __init__(self, spec: KernelSpec, seed: int, given: Mapping[str, bool | int | float | str]) -> None:
+    def __init__(self, spec: KernelSpec, seed: int, given: Parameters) -> None:
         self.positive = False
         self._spec = spec
         self._seed = [seed, zlib.crc32(spec.name.encode())]
         self._scalars: Parameters = {
-            scalar.name: given.get(scalar.name, _SCALARS[scalar.type])
+            scalar.name: given.get(scalar.name, _scalar(scalar))
             for scalar in spec.scalars
             if scalar.required or scalar.name in given
         }
+        self._free = [scalar for scalar in spec.scalars if scalar.name not in given]
 
     def dry(self) -> Iterator[Case]:
-        """Yield each edge case once: every dtype, then lengths 0 and 1, then NaN and infinity."""
+        """Yield each edge case once.
+
+        Every dtype, then every choice and the empty list, each optional array left out, lengths 0 and 1, and last NaN
+        and infinity.
+        """
         families = [_dtypes(array) for array in self._spec.inputs]
         yield from self._every_dtype(families)
+        yield from self._every_choice()
         if not families:
             return
+        yield from self._every_absence()
         for length in (1,) if self._spec.nonempty else (0, 1):
             yield self._case(length)
         if any(_is_many(dim) for array in self._spec.inputs for dim in array.dims):
@@ -71,6 +84,23 @@ class Cases:
                 yield self._case(_SMALL, many=many)
         if any(family[0].startswith(("float", "complex")) for family in families):
             yield self._case(_SMALL, finite=False)
+
+    def _every_choice(self) -> Iterator[Case]:
+        """Cases with every choice of each scalar, and with empty lists."""
+        for scalar in self._free:
+            for value in _edges(scalar):
+                yield self._case(_SMALL, scalars={scalar.name: value})
+
+    def _every_absence(self) -> Iterator[Case]:
+        """Cases without each optional array, and without all of them."""
+        optional = [array.name for array in self._spec.inputs if array.optional]
+        for names in [[name] for name in optional] + ([optional] if len(optional) > 1 else []):
+            case = self._case(_SMALL)
+            arrays = tuple(
+                None if array.name in names else value
+                for array, value in zip(self._spec.inputs, case.arrays, strict=True)
+            )
+            yield replace(case, arrays=arrays, says=f"{case.says} without {' and '.join(names)}")
 
     def typical(self, draw: int) -> Case:
         """A case of medium size. Each draw has other values in the same shapes."""
@@ -89,7 +119,7 @@ class Cases:
         """Bytes of all arrays of `of_length`, computed without making them."""
         lengths = self._lengths(length)
         return sum(
-            prod(_shape(array, lengths, self._many())) * np.dtype(_dtypes(array)[0]).itemsize
+            prod(_shape(array, lengths, self._many())) * (np.dtype(_dtypes(array)[0]).itemsize or _TEXT_BYTES)
             for array in self._spec.inputs
         )
 
@@ -124,6 +154,7 @@ class Cases:
         rows: int | None = None,
         draw: int = 0,
         finite: bool = True,
+        scalars: Parameters | None = None,
     ) -> Case:
         dtypes = dtypes or [_dtypes(array)[0] for array in self._spec.inputs]
         lengths = self._lengths(length)
@@ -138,10 +169,13 @@ class Cases:
             _values(random, dtype, shape, finite=finite, positive=self.positive)
             for dtype, shape in zip(dtypes, shapes, strict=True)
         )
-        says = self._says(dtypes, shapes, finite=finite)
-        return Case(says=says, arrays=arrays, scalars=dict(self._scalars), finite=finite)
+        parameters = {**self._scalars, **(scalars or {})}
+        says = self._says(dtypes, shapes, parameters, finite=finite)
+        return Case(says=says, arrays=arrays, scalars=parameters, finite=finite)
 
-    def _says(self, dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]], *, finite: bool) -> str:
+    def _says(
+        self, dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]], scalars: Parameters, *, finite: bool
+    ) -> str:
         """A description of a case's arguments."""
         says = ", ".join(
             f"{array.name}: {dtype}[{', '.join(map(str, shape))}]"
@@ -151,12 +185,27 @@ class Cases:
             says += " with NaN and infinity"
         if self.positive:
             says += " of positive numbers"
-        says += "".join(f", {name}={value!r}" for name, value in self._scalars.items())
+        says += "".join(f", {name}={value!r}" for name, value in scalars.items())
         return says or "no arguments"
 
 
+def _scalar(scalar: ScalarSpec) -> Value | list[Value]:
+    """A valid value: the first choice, if there are choices; of a list, two elements."""
+    one = scalar.choices[0] if scalar.choices else _SCALARS[scalar.type]
+    return [one, one] if scalar.many else one
+
+
+def _edges(scalar: ScalarSpec) -> Iterator[Value | list[Value]]:
+    """Values of a scalar that a kernel may treat in another way than the rest."""
+    if scalar.many:
+        yield []
+        yield list(scalar.choices) or [_SCALARS[scalar.type]]
+    else:
+        yield from scalar.choices
+
+
 def _dtypes(array: ArraySpec) -> tuple[str, ...]:
-    return array.dtypes or _ANY_DTYPE
+    return array.kinds or _ANY_DTYPE
 
 
 def _is_many(dim: str) -> bool:
@@ -185,9 +234,10 @@ def _values(random: np.random.Generator, dtype: str, shape: tuple[int, ...], *, 
         return _spoilt(values.astype(dtype), finite=finite)
     if kind == "b":
         return np.asarray(random.random(shape) < 0.5)
-    if kind == "O":
+    if kind in "OU":
         texts = np.empty(prod(shape), dtype=object)
-        texts[:] = ["".join(random.choice(_LETTERS, size)).encode() for size in random.integers(0, 9, prod(shape))]
+        drawn = ["".join(random.choice(_LETTERS, size)) for size in random.integers(0, 9, prod(shape))]
+        texts[:] = drawn if kind == "U" else [text.encode() for text in drawn]
         return texts.reshape(shape)
     low, high = (0, 200) if kind == "u" else (1 if positive else -100, 100)
     return np.asarray(random.integers(low, high, shape)).astype(dtype)

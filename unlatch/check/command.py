@@ -17,13 +17,14 @@ from unlatch.common.flags import bounded_number, seconds
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.net.settings import MiB
 from unlatch.compute.errors import StartError
+from unlatch.compute.ipc.frames import Parameters
 from unlatch.compute.worker.trial import Trial, TriedKernel, TriedModule, tried
 
 _IMPORT_SECONDS = 60.0
 _SLOW_IMPORT_SECONDS = 1.0
 _MAX_MIB = 2**20
 
-Scalars = dict[str, dict[str, bool | int | float | str]]
+Scalars = dict[str, Parameters]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,7 +47,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("modules", nargs="+", metavar="module", help="path/to/file.py or pkg.module")
     made.add_argument(
-        "--set", action="append", default=[], metavar="kernel.scalar=value", help="value of a scalar in every run"
+        "--set",
+        action="append",
+        default=[],
+        metavar="kernel.scalar=value",
+        help="value of a scalar in every run; of a list, JSON",
     )
     made.add_argument("--seed", type=_seed, default=0, help="seed of the random inputs (default: 0)")
     made.add_argument("--seconds", type=seconds, default=10.0, help="maximum seconds of a run (default: 10)")

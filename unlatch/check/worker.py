@@ -154,7 +154,8 @@ class CheckWorker:
             resident = self._resident_anew()
             self._send(wire.Learn(inputs.number, writable=False), inputs.fd)
             member = wire.Member(next(self._numbers), inputs.number, tensors)
-            answer, outputs = await self._run(kernel, case.scalars, member, self._seconds)
+            left_out = tuple(place for place, array in enumerate(case.arrays) if array is None)
+            answer, outputs = await self._run(kernel, case.scalars, member, self._seconds, left_out)
             if isinstance(answer, Lost):
                 return answer
             memory_bytes = max(0, _status(self.pid, _PEAK_OF_RESIDENT) - _status(self.pid, *_SHARED) - resident)
@@ -195,7 +196,12 @@ class CheckWorker:
         await self._gone.wait()
 
     async def _run(
-        self, kernel: str, scalars: wire.Parameters, member: wire.Member, seconds: float
+        self,
+        kernel: str,
+        scalars: wire.Parameters,
+        member: wire.Member,
+        seconds: float,
+        left_out: tuple[int, ...] = (),
     ) -> tuple[wire.Done | wire.Failed | Lost, tuple[Array, ...]]:
         """Run a kernel with a reply segment of its own. Returns the answer, and the outputs of a run that is done."""
         reply = Segment(next(self._numbers), _FIRST_REPLY_BYTES, name="unlatch-reply", sealed=False)
@@ -203,7 +209,7 @@ class CheckWorker:
             self._answer = _future()
             self._reply = reply.number
             self._send(wire.Learn(reply.number, writable=True), reply.fd)
-            self._send(wire.RunFrame(kernel, scalars, reply.number, (member,)))
+            self._send(wire.RunFrame(kernel, scalars, reply.number, (member,), left_out))
             try:
                 async with asyncio.timeout(seconds):
                     answer = await self._answer
@@ -230,7 +236,7 @@ class CheckWorker:
     def _heard(self, frame: wire.ToDispatcher) -> None:
         if isinstance(frame, wire.Wants):
             self._send(wire.Lend(frame.call, self._reply))
-        elif not isinstance(frame, wire.Loaded | wire.Shrunk | wire.Blocks | wire.Unblocks) and not self._answer.done():
+        elif not isinstance(frame, wire.Loaded | wire.Shrunk | wire.AsyncFrame) and not self._answer.done():
             self._answer.set_result(frame)
 
     def _ended(self, cause: Exit) -> None:
@@ -270,8 +276,9 @@ def _future() -> "asyncio.Future[wire.Done | wire.Failed | wire.Ready | wire.Mis
     return asyncio.get_running_loop().create_future()
 
 
-def _laid_out(number: int, arrays: Sequence[Array]) -> tuple[Segment, tuple[wire.Tensor, ...]]:
+def _laid_out(number: int, given: Sequence[Array | None]) -> tuple[Segment, tuple[wire.Tensor, ...]]:
     """Put arrays in a segment as the dispatcher would, each on an aligned boundary."""
+    arrays = [array for array in given if array is not None]
     buffers = [pack_bytes(array) if array.dtype.kind == "O" else array.tobytes() for array in arrays]
     starts, size = offsets([len(buffer) for buffer in buffers])
     segment = Segment(number, max(size, 4096), name="unlatch-input", sealed=True)

@@ -21,11 +21,15 @@ def named(spec: KernelSpec, given: Iterable[str]) -> dict[str, str]:
         if name in texts:
             raise InvalidArgument(f"{name}: given twice", field=name)
         texts[name] = text
-    required = [array.name for array in spec.inputs] + [scalar.name for scalar in spec.scalars if scalar.required]
-    for name in required:
+    for name in _required(spec):
         if name not in texts:
             raise InvalidArgument(f"{name}: kernel {spec.name} requires it: {name}=…", field=name)
     return texts
+
+
+def _required(spec: KernelSpec) -> list[str]:
+    arrays = [array.name for array in spec.inputs if not array.optional]
+    return arrays + [scalar.name for scalar in spec.scalars if scalar.required]
 
 
 def values(spec: KernelSpec, texts: dict[str, str]) -> dict[str, Any]:

@@ -62,10 +62,12 @@ def by_name(spec: KernelSpec, result: Result) -> dict[str, Array]:
 
 
 def _told(spec: KernelSpec, result: dict[str, Array], destination: Destination | None) -> dict[str, object]:
+    show = showing.as_json if destination is None else showing.description
+    outputs = [show(output.name, result[output.name], text=output.text) for output in spec.outputs]
     if destination is None:
-        return {"kernel": spec.name, "outputs": [showing.as_json(name, array) for name, array in result.items()]}
+        return {"kernel": spec.name, "outputs": outputs}
     return {
         "kernel": spec.name,
-        "outputs": [showing.description(name, array) for name, array in result.items()],
+        "outputs": outputs,
         "files": [str(path) for path in destination.paths],
     }

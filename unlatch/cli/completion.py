@@ -1,4 +1,4 @@
-"""`unlatch completion bash`: a script that completes commands, flags and the names of served kernels."""
+"""`unlatch completion bash`: a script that completes commands, flags, and served kernels with their arguments."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,18 @@ _SETTINGS = {
 }
 # With a short timeout, so that Tab does not hang if there is no gateway.
 _NAMES = shtab.cmd("unlatch kernels --names --timeout 1 2>/dev/null")
+# Names of arguments and choices for the word under the cursor, `kind=li`, and files. Bash breaks words at "=", so only
+# what follows it is replaced. Choices with spaces are left out.
+_BASH_ARGUMENTS = """
+_unlatch_arguments() {
+  local line=${COMP_LINE:0:COMP_POINT} each
+  local word=${line##* }
+  for each in $(unlatch kernels "${COMP_WORDS[2]}" --names --timeout 1 2>/dev/null | grep -v ' '); do
+    [[ $each == "$word"* ]] && if [[ $1 == "$word" ]]; then echo "$each"; else echo "${each#*=}"; fi
+  done
+  compgen -f -- "$1"
+}"""
+_ARGUMENTS = {**shtab.FILE, "bash": "_unlatch_arguments", "preamble": {"bash": _BASH_ARGUMENTS}}
 
 
 def parser() -> Parser:
@@ -41,7 +53,9 @@ def _every_command() -> argparse.ArgumentParser:
         for action in _flags(name, module):
             if action.dest == "kernel":
                 action.complete = _NAMES  # type: ignore[attr-defined]  # the attribute that shtab reads
-            elif action.dest in ("output", "arguments"):
+            elif action.dest == "arguments":
+                action.complete = _ARGUMENTS  # type: ignore[attr-defined]
+            elif action.dest == "output":
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
             command._add_action(action)  # noqa: SLF001 (argparse's `parents` would copy help and groups too)
     return root

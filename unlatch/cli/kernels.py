@@ -13,7 +13,7 @@ from unlatch.blocking import BlockingClient
 from unlatch.cli import plain
 from unlatch.cli.options import Parser, client_parser, find, secured, token
 from unlatch.cli.showing import number
-from unlatch.cli.signatures import example, lines, signature
+from unlatch.cli.signatures import example, lines, signature, written
 from unlatch.common.kernel.spec import KernelSpec
 
 _SERVER = "127.0.0.1:8001"
@@ -23,7 +23,11 @@ def parser() -> Parser:
     """The parser of the command's flags."""
     made = client_parser("kernels", "List the kernels of a gateway, or describe one with all that its callers need.")
     made.add_argument("kernel", nargs="?", help="show this kernel's signature, text, options and an example")
-    made.add_argument("--names", action="store_true", help="print only names, one a line")
+    made.add_argument(
+        "--names",
+        action="store_true",
+        help="print only names, one a line: of the kernels, or of a kernel's arguments, with their choices",
+    )
     return made
 
 
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     with BlockingClient(options.server, tls=secured(options), timeout=options.timeout, token=token(options)) as mesh:
         chosen = [find(mesh.kernels(), options.kernel)] if options.kernel else mesh.kernels()
     if options.names:
-        print("\n".join(spec.name for spec in chosen))
+        print("\n".join(_arguments(chosen[0]) if options.kernel else [spec.name for spec in chosen]))
     elif options.json:
         told = [_told(spec) for spec in chosen]
         print(json.dumps(told[0] if options.kernel else told))
@@ -42,6 +46,15 @@ def main(arguments: Sequence[str]) -> int:
     else:
         _list(chosen)
     return 0
+
+
+def _arguments(spec: KernelSpec) -> list[str]:
+    """The arguments as a call writes them, `name=`; one of choices once with each, unless it is a list."""
+    told = [f"{array.name}=" for array in spec.inputs]
+    for scalar in spec.scalars:
+        values = [written(value) for value in scalar.choices] if scalar.choices and not scalar.many else [""]
+        told += [f"{scalar.name}={value}" for value in values]
+    return told
 
 
 def _list(kernels: Sequence[KernelSpec]) -> None:
@@ -74,6 +87,11 @@ def _options(spec: KernelSpec) -> list[str]:
 def _told(spec: KernelSpec) -> dict[str, Any]:
     told = asdict(spec)
     for scalar in told["scalars"]:
-        if isinstance(scalar["default"], float):
-            scalar["default"] = number(scalar["default"])
+        default = scalar["default"]
+        scalar["default"] = [_plain(one) for one in default] if isinstance(default, tuple) else _plain(default)
+        scalar["choices"] = [_plain(one) for one in scalar["choices"]]
     return told
+
+
+def _plain(value: Any) -> Any:
+    return number(value) if isinstance(value, float) else value

@@ -20,14 +20,15 @@ def text(name: str, array: Array) -> str:
     return plain("\n".join(lines))
 
 
-def as_json(name: str, array: Array) -> dict[str, Any]:
+def as_json(name: str, array: Array, *, text: bool) -> dict[str, Any]:
     """{"name", "dtype", "shape", "data"}: docs/cli.md describes the form of data."""
-    return {**description(name, array), "data": _data(array)}
+    return {**description(name, array, text=text), "data": _data(array)}
 
 
-def description(name: str, array: Array) -> dict[str, Any]:
-    """{"name", "dtype", "shape"} of an array."""
-    dtype = "bytes" if array.dtype.kind == "O" else array.dtype.name
+def description(name: str, array: Array, *, text: bool) -> dict[str, Any]:
+    """{"name", "dtype", "shape"} of an array. One of strings has texts or bytes."""
+    strings = "str" if text else "bytes"
+    dtype = strings if array.dtype.kind == "O" else array.dtype.name
     return {"name": name, "dtype": dtype, "shape": list(array.shape)}
 
 

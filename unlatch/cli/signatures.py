@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 from unlatch.common.kernel.datatypes import OBJECT
+from unlatch.common.kernel.lists import Value, to_json
 from unlatch.common.kernel.spec import ANY_LENGTH, ELLIPSIS, ArraySpec, KernelSpec, ScalarSpec
 
 _SCALARS = {"bool": "true", "int": "1", "float": "1.0", "str": "text"}
@@ -35,21 +36,35 @@ def example(spec: KernelSpec, server: str = "") -> str:
     # A square matrix that counts from 1 can be inverted if it has two rows.
     length = 2 if longest > 1 else 3
     words = ["unlatch", "call", spec.name]
-    words += [f"{array.name}={json.dumps(_values(array, length))}" for array in spec.inputs]
-    words += [f"{scalar.name}={_SCALARS[scalar.type]}" for scalar in spec.scalars if scalar.required]
+    words += [f"{array.name}={json.dumps(_values(array, length))}" for array in spec.inputs if not array.optional]
+    words += [f"{scalar.name}={_scalar_value(scalar)}" for scalar in spec.scalars if scalar.required]
     words += ["--server", server] if server else []
     return shlex.join(words)
 
 
 def _array(array: ArraySpec, *, in_full: bool = False) -> str:
-    dtypes = array.dtypes
+    dtypes = array.kinds
     text = "any" if not dtypes else "|".join(dtypes) if in_full or len(dtypes) <= 2 else f"{dtypes[0]}|…"
-    return f"{array.name}: {text}[{' '.join(array.dims)}]"
+    none = " | None = None" if array.optional else ""
+    return f"{array.name}: {text}[{' '.join(array.dims)}]{none}"
 
 
 def _scalar(scalar: ScalarSpec) -> str:
-    default = "" if scalar.required else f" = {scalar.default!r}"
-    return f"{scalar.name}: {scalar.type}{default}"
+    value = list(scalar.default) if isinstance(scalar.default, tuple) else scalar.default
+    default = "" if scalar.required else f" = {value!r}"
+    return f"{scalar.name}: {scalar.kind}{default}"
+
+
+def _scalar_value(scalar: ScalarSpec) -> str:
+    """A value as the command line takes it: the first choice, or any value of the type."""
+    if scalar.many:
+        return to_json(scalar.choices[:1] or [scalar.read_one(_SCALARS[scalar.type])])
+    return written(scalar.choices[0]) if scalar.choices else _SCALARS[scalar.type]
+
+
+def written(value: Value) -> str:
+    """A scalar as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _values(array: ArraySpec, length: int) -> Any:

@@ -3,7 +3,8 @@
 import pytest
 
 from unlatch.common.errors import InvalidArgument
-from unlatch.common.kernel.parameters import Value, parameter
+from unlatch.common.kernel.lists import Value
+from unlatch.common.kernel.parameters import parameter
 from unlatch.common.waiting.priority import take_priority
 from unlatch.protos.unlatch_pb2 import Priority, Request
 

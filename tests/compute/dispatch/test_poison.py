@@ -1,15 +1,17 @@
 """Poison: when two calls are equal, and which calls that killed workers are remembered for how long."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.dispatch import Desk
+from tests.support.dispatch import Desk, kernel
 from tests.support.watching import until
 from unlatch.common.errors import FailedPrecondition, Unavailable, UnlatchError, error_class
+from unlatch.common.kernel.spec import KernelSpec
 from unlatch.compute.call import Call
 from unlatch.compute.dispatch.outcomes import REQUEUE, Strike
 from unlatch.compute.pool import exits
@@ -48,6 +50,14 @@ class Ward(Desk):
 
 
 A, B = np.arange(6.0), np.ones(6)
+
+
+def optional(arrays: str) -> KernelSpec:
+    """A kernel of these arrays, all but `a` optional."""
+    spec = kernel(arrays=tuple(arrays))
+    return replace(spec, inputs=tuple(replace(array, optional=array.name != "a") for array in spec.inputs))
+
+
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one element": ({"a": A}, {"a": A + (A == 5)}),
     "the sign of zero": ({"a": B * 0.0}, {"a": B * -0.0}),
@@ -57,6 +67,11 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a parameter": ({"a": A, "k": 1.0}, {"a": A, "k": 1.5}),
     "the version": ({"a": A, "version": "1"}, {"a": A, "version": "2"}),
     "a large one's last element": ({"a": np.zeros(LARGE)}, {"a": np.arange(LARGE) // (LARGE - 1) * 1.0}),
+    "which array is left out": (
+        {"a": A, "b": B, "spec": optional("abc")},
+        {"a": A, "b": B, "spec": optional("acb")},
+    ),
+    "an empty array": ({"a": A, "spec": optional("ab")}, {"a": A, "b": np.zeros(0), "spec": optional("ab")}),
     "nothing in it": ({"a": np.zeros(0), "k": 1.0}, {"a": np.zeros(0), "k": 2.0}),
 }
 

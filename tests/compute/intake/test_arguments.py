@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 
 from unlatch.common.errors import InvalidArgument
 from unlatch.common.kernel.datatypes import DATATYPES, carrier, is_served, seen_by_numpy
+from unlatch.common.kernel.lists import to_json
 from unlatch.common.kernel.spec import ArraySpec, KernelSpec, ScalarSpec
+from unlatch.compute.call import _batch
 from unlatch.compute.intake.arguments import check
+from unlatch.compute.ipc.frames import MAX_STRING_BYTES, RunFrame, encode, value_bytes
 from unlatch.protos.unlatch_pb2 import Descriptor
 
 
@@ -134,6 +138,64 @@ def test_scalars_keep_type_and_value(name: str, value: dict[str, Any], expected:
     """An int may be given for a float. No other type may be given for another."""
     (got,) = check(kernel(scalars=SCALARS), with_scalar(name, **value)).parameters.values()
     assert (got, type(got)) == (expected, type(expected))
+
+
+def test_arrays_that_are_left_out_are_named_by_their_places() -> None:
+    """`order` has the given arrays only, and the axes of the others bind nothing."""
+    spec = kernel("n", "m", "m")
+    spec = replace(spec, inputs=(spec.inputs[0], *(replace(array, optional=True) for array in spec.inputs[1:])))
+    for shapes, left_out in (
+        ({"c": (3,), "a": (1,)}, (1,)),
+        ({"a": (1,), "b": (2,)}, (2,)),
+        ({"a": (1,)}, (1, 2)),
+        ({"b": (2,), "c": (2,), "a": (1,)}, ()),
+    ):
+        arguments = check(spec, call(**shapes))
+        assert arguments.left_out == left_out
+        given = [place for place in range(3) if place not in left_out]
+        assert [arguments.shapes[i] for i in arguments.order] == [shapes["abc"[place]] for place in given]
+
+
+def test_calls_that_leave_out_different_arrays_have_no_batch_in_common() -> None:
+    """Equal dtypes and shapes do not make calls equal: it matters which arrays they are of."""
+    spec = replace(kernel("n", "n", "n"), batch=True)
+    spec = replace(spec, inputs=(spec.inputs[0], *(replace(array, optional=True) for array in spec.inputs[1:])))
+    batches = {_batch(spec, check(spec, call(a=(2,), **{name: (2,)}))) for name in "bc"}
+    assert len(batches) == 2
+    assert _batch(spec, check(spec, call(a=(2,), b=(2,)))) in batches
+
+
+LISTS = tuple(replace(scalar, many=True) for scalar in SCALARS)
+plain = {
+    "a_bool": st.booleans(),
+    "a_int": st.integers(-(2**63), 2**64 - 1),
+    "a_float": st.floats(),
+    "a_str": st.text(max_size=20),
+}
+lists = st.sampled_from(LISTS).flatmap(lambda spec: st.tuples(st.just(spec), st.lists(plain[spec.name], max_size=50)))
+
+
+@given(lists)
+def test_any_list_arrives_as_it_is(case: tuple[ScalarSpec, list[Any]]) -> None:
+    """Lists of each type keep their values and types, NaN and the sign of zero too, and fit the frame as counted."""
+    spec, values = case
+    got = check(kernel(scalars=LISTS), with_scalar(spec.name, string_param=to_json(values))).parameters[spec.name]
+    assert isinstance(got, list)
+    assert list(map(repr, got)) == list(map(repr, values))
+    assert len(msgspec.msgpack.encode(got)) <= 5 + sum(map(value_bytes, values))
+
+
+@pytest.mark.parametrize(
+    ("name", "element"), [("a_float", 0.1), ("a_int", 2**64 - 1), ("a_str", ""), ("a_str", "ß"), ("a_bool", True)]
+)
+def test_longest_list_fits_a_frame(name: str, element: Any) -> None:
+    """The longest list that is let through does not make a frame larger than a datagram."""
+    most = MAX_STRING_BYTES // value_bytes(element)
+    spec = kernel(scalars=LISTS)
+    parameters = check(spec, with_scalar(name, string_param=to_json([element] * most))).parameters
+    assert len(encode(RunFrame("k", parameters, 0, ()))) <= MAX_STRING_BYTES + 64
+    with pytest.raises(InvalidArgument, match=f"{name}: .*; send an array"):
+        check(spec, with_scalar(name, string_param=to_json([element] * (most + 2))))
 
 
 shapes = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5)

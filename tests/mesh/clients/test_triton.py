@@ -211,3 +211,14 @@ def test_keepalive_pings_every_second(mesh: Mesh) -> None:
     """A long call is answered, and so is a call on the same connection after a rest in which pings went on."""
     told = seen(mesh, "keepalive")
     assert told == {"errors": ["None", "None"], "back": [[0.5], [0.5]]}
+
+
+def test_every_form_of_a_signature(mesh: Mesh) -> None:
+    """An input may be left out, a list is a parameter of JSON, and a choice and texts are what they are."""
+    told = seen(mesh, "forms")
+    assert told["left out"] == ["[1.0]", "None", "[1.0]"]
+    assert told["lists"][:3] == ["[1.0, 0.5]", "(1, 2)", "('ß',)"]
+    assert told["choices"][:2] == ["'cubic'", "2"]
+    assert told["wrong"] == ["StatusCode.INVALID_ARGUMENT", "kind: wanted one of 'linear', 'cubic', got 'square'"]
+    assert told["texts"] == ["GRÖSSE", ""]
+    assert told["optional"] == [False, True, True]

@@ -407,6 +407,26 @@ def shared_memory(client: Any) -> Any:
     }
 
 
+def forms(client: Any) -> Any:
+    """Leave an input out, send lists, a choice and texts, and ask which inputs may be left out."""
+
+    def texts(kernel: str, inputs: list[Any], **parameters: Any) -> list[str]:
+        found = client.infer(kernel, inputs, parameters=parameters).as_numpy("output0")
+        return [element.decode() for element in found]
+
+    words = triton.InferInput("x", [2], "BYTES")
+    words.set_data_from_numpy(np.array(["größe", ""], dtype=object))
+    config = client.get_model_config("optional_arrays", as_json=True)["config"]
+    return {
+        "left out": texts("optional_arrays", [tensor("x", np.ones(1)), tensor("z", np.ones(1))]),
+        "lists": texts("lists", [], weights=json.dumps([1, 0.5]), names=json.dumps(["ß"])),
+        "choices": texts("choices", [], kind="cubic", degree=2),
+        "wrong": refused(lambda: texts("choices", [], kind="square")),
+        "texts": texts("upper_case", [words]),
+        "optional": [tensor.get("optional", False) for tensor in config["input"]],
+    }
+
+
 if __name__ == "__main__":
     with triton.InferenceServerClient(sys.argv[1]) as opened:
         print(json.dumps(globals()[sys.argv[2]](opened)))

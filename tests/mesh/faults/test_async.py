@@ -104,6 +104,13 @@ async def test_several_outputs(client: Client) -> None:
     assert found.names.tolist() == [b"0.0", b"1.0", b"2.0"]
 
 
+async def test_signatures_of_all_forms(client: Client) -> None:
+    """Choices, lists and optional arrays reach a coroutine as they reach any kernel."""
+    np.testing.assert_array_equal(await client.call("scaled", X), X)
+    np.testing.assert_array_equal(await client.call("scaled", X, by=10, add=[0.5, 1.5]), X * 10 + 2)
+    np.testing.assert_array_equal(await client.call("scaled", X, X, by=10), X * X * 10)
+
+
 async def test_clients_of_the_protocol(waiting: Mesh) -> None:
     """A client of the Open Inference Protocol calls an async kernel like any other."""
     async with grpc.aio.insecure_channel(waiting.gateway) as channel:
@@ -140,7 +147,7 @@ async def test_fault_fails_its_call_alone(waiting: Mesh, client: Client, how: st
     *answers, _ = await asyncio.gather(*beside, fails())
     for factor, y in enumerate(answers):
         np.testing.assert_array_equal(y, X * factor * 3)
-    assert await pid_of(client) == before
+    assert await pid_of(client) == before, str(waiting)
     await ended(waiting)
 
 
@@ -156,7 +163,7 @@ async def test_cancelled_coroutine_sees_it(waiting: Mesh, client: Client, tmp_pa
         await client.call("notices", record=str(record), timeout=0.5)
     await lines(record, 2, "cancelled True")
     await ended(waiting)
-    assert await pid_of(client) == before
+    assert await pid_of(client) == before, str(waiting)
 
 
 async def test_many_cancels_free_their_places(waiting: Mesh, client: Client, tmp_path: Path) -> None:
@@ -174,7 +181,7 @@ async def test_many_cancels_free_their_places(waiting: Mesh, client: Client, tmp
     for factor, y in enumerate(await asyncio.gather(*staying)):
         np.testing.assert_array_equal(y, X * factor * 3)
     await ended(waiting)
-    assert await pid_of(client) == before
+    assert await pid_of(client) == before, str(waiting)
 
 
 async def test_coroutine_that_swallows_a_cancel_loses_its_worker(waiting: Mesh, client: Client, tmp_path: Path) -> None:
@@ -289,7 +296,7 @@ async def test_kernels_timeout_ends_its_run(waiting: Mesh, client: Client) -> No
     with pytest.raises(DeadlineExceeded, match=r"longer than its timeout of 0\.3 s"):
         await client.call("limited", seconds=3600.0)
     np.testing.assert_array_equal(await beside, X * 3)
-    assert await pid_of(client) == before
+    assert await pid_of(client) == before, str(waiting)
     await ended(waiting)
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.support.doors import Oip, arrays_of, request, vector
-from unlatch.common.kernel.parameters import Value
+from unlatch.common.kernel.lists import Value
 
 
 @pytest.mark.parametrize("priority", [0, 1, 2, 3, 4, 2**63])

@@ -10,7 +10,8 @@ from tests.conftest import StartMesh
 from tests.support.doors import LARGE, LaneEnd, Oip, descriptor, request, vector
 from tests.support.http2 import Http2
 from tests.support.watching import Scrape, resident_bytes, wait_until
-from unlatch.common.kernel.parameters import Value, parameter
+from unlatch.common.kernel.lists import Value
+from unlatch.common.kernel.parameters import parameter
 from unlatch.common.lane.frames import MAX_UNSENT_BYTES
 from unlatch.protos.unlatch_pb2 import Descriptor, Frames, LaneMessage, Request
 

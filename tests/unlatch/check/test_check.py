@@ -21,7 +21,7 @@ from unlatch.check.command import parser
 from unlatch.compute.worker.catalogue import kernels_in
 
 HERE = ROOT / "tests" / "unlatch" / "check"
-CLEAN, FAULTY = HERE / "clean_kernels.py", HERE / "faulty_kernels.py"
+CLEAN, FAULTY, FORMS = HERE / "clean_kernels.py", HERE / "faulty_kernels.py", HERE / "form_kernels.py"
 NOTES = {"refuses", "refuses-everything", "prints", "warns", "raises-unless-finite", "leaves-threads", "many-threads"}
 HEAD = """import numpy as np
 from jaxtyping import Float64
@@ -119,6 +119,21 @@ def who_has(mark: str) -> list[str]:
             if entry.name.isdecimal() and mark.encode() in (entry / "environ").read_bytes():
                 found.append(entry.name)
     return found
+
+
+def test_tries_what_may_be_left_out_each_choice_and_the_empty_list() -> None:
+    """Kernels that take all of them have no finding, and each that does not has its fault, with the arguments."""
+    code, report = found(FORMS, "--most-mib", 0)
+    assert code == 1
+    said = {finding["kernel"]: (finding["kind"], finding["what"]) for finding in report["findings"]}
+    assert set(said) == {name for name in report["kernels"] if name.startswith("raises_")}
+    assert {kind for kind, _ in said.values()} == {"raises"}
+    for name, arguments in (
+        ("raises_without_scale", "x: float64[3], scale: float64[3] without scale"),
+        ("raises_for_a_choice", "x: float64[3], side='right'"),
+        ("raises_for_an_empty_list", "x: float64[3], shifts=[]"),
+    ):
+        assert f"({arguments})" in said[name][1]
 
 
 def test_finds_nothing_in_clean_kernels() -> None:

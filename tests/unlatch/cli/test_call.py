@@ -250,6 +250,14 @@ WRONG = [
             ("1_0", "sigma: wanted a value of type float, got '1_0'"),
         )
     ),
+    (["optional_arrays"], "INVALID_ARGUMENT", "x: kernel optional_arrays requires it: x=…", "x"),
+    (["optional_arrays", "x=null"], "INVALID_ARGUMENT", "wanted an array of numbers or strings", "x"),
+    (["lists", "weights=1,2"], "INVALID_ARGUMENT", "weights: wanted a JSON list of float: got '1,2'", "weights"),
+    (["lists", "weights=[1e400]"], "INVALID_ARGUMENT", "weights: wanted a JSON list of float: float64", "weights"),
+    (["lists", "weights=[]", "counts=[1, 0.5]"], "INVALID_ARGUMENT", "counts: element 1: wanted a value of", "counts"),
+    (["choices", "kind=quadratic"], "INVALID_ARGUMENT", "kind: wanted one of 'linear', 'cubic', got 'quad", "kind"),
+    (["choices", "kind=cubic", "degree=3"], "INVALID_ARGUMENT", "degree: wanted one of 1, 2, got 3", "degree"),
+    (["upper_case", "x=[1]"], "INVALID_ARGUMENT", "x: wanted str, which cannot hold 1", "x"),
     (["halve", "x=null"], "INVALID_ARGUMENT", "wanted an array of numbers or strings", "x"),
     (["halve", 'x=["a"]'], "INVALID_ARGUMENT", "cannot hold 'a'", "x"),
     (["fixed_axes", "pixels=[[[1, 2, 256]]]"], "INVALID_ARGUMENT", "uint8, which cannot hold 1, 2, 256", "pixels"),
@@ -323,6 +331,27 @@ def test_what_is_wrong_is_named(
     assert told.error["field"] == field
     assert said.err.startswith(f"unlatch call: {code}: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype", "data"),
+    [
+        (["optional_arrays", "x=[1]"], "bytes", ["[1.0]", "None", "None"]),
+        (["optional_arrays", "x=[1]", "y=null", "z=[]"], "bytes", ["[1.0]", "None", "[]"]),
+        (["lists", 'weights=[1, "NaN"]', 'names=["a,b"]'], "bytes", ["[1.0, nan]", "(1, 2)", "('a,b',)", "[True]"]),
+        (
+            ["choices", "kind=cubic", "degree=2", "mode=by mean", "level=5"],
+            "bytes",
+            ["'cubic'", "2", "<Mode.MEAN: 'by mean'>", "<Level.HIGH: 5>", "[]"],
+        ),
+        (["upper_case", 'x=["größe", ""]'], "str", ["GRÖSSE", ""]),
+        (["upper_case", "x=[]"], "str", []),
+    ],
+)
+def test_arguments_of_every_form(unlatch: Unlatch, arguments: list[str], dtype: str, data: list[str]) -> None:
+    """An array may be left out or be null, a list is JSON, and a choice is written plainly."""
+    (output,) = unlatch("call", *arguments, "--json").json["outputs"]
+    assert (output["dtype"], output["data"]) == (dtype, data)
 
 
 def test_images_need_pillow(unlatch: Unlatch, monkeypatch: pytest.MonkeyPatch) -> None:

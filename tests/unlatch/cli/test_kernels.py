@@ -18,6 +18,7 @@ from unlatch.cli import COMMANDS, EXIT_CODES, run
 # Any numbers of the right shape will do for these kernels.
 SIMPLE = (
     *("batches", "conjugate", "default_scalars", "fft", "fixed_axes", "gaussian_blur", "halve", "histogram"),
+    *("choices", "lists", "optional_arrays", "shifted", "upper_case"),
     *("identity", "matmul", "monte_carlo_option", "process_id", "required_scalars", "shared_axes", "sobel", "svd"),
 )
 
@@ -50,8 +51,28 @@ def test_json(unlatch: Unlatch) -> None:
     assert one in listed
     assert one["inputs"][0]["dims"] == ["..."]
     low = {scalar["name"]: scalar for scalar in one["scalars"]}["low"]
-    assert low == {"name": "low", "type": "float", "required": False, "default": "NaN"}
+    assert low == {
+        "name": "low",
+        "type": "float",
+        "required": False,
+        "default": "NaN",
+        "choices": [],
+        "many": False,
+    }
     assert math.isnan(float(low["default"]))
+
+
+def test_page_shows_what_may_be_left_out_and_the_choices(unlatch: Unlatch) -> None:
+    """Each form of a signature is written as in Python, and is plain data in JSON."""
+    assert "    y: float64[n] | None = None,\n" in unlatch("kernels", "optional_arrays").out
+    assert "    counts: list[int] = [1, 2],\n" in unlatch("kernels", "lists").out
+    assert "    kind: 'linear'|'cubic',\n    degree: 1|2 = 1,\n" in unlatch("kernels", "choices").out
+    assert "x: str[*any]" in unlatch("kernels", "upper_case").out
+    described = unlatch("kernels", "choices", "--json").json["scalars"]
+    assert described[0] | {"choices": ["linear", "cubic"], "many": False, "default": None} == described[0]
+    assert described[4] | {"choices": ["by mean", "by maximum"], "many": True, "default": []} == described[4]
+    arrays = unlatch("kernels", "optional_arrays", "--json").json["inputs"]
+    assert [(array["optional"], array["text"]) for array in arrays] == [(False, False), (True, False), (True, False)]
 
 
 @pytest.mark.parametrize("kernel", SIMPLE)
@@ -128,16 +149,20 @@ def test_completion_script_is_valid(unlatch: Unlatch, tmp_path: Path, shell: str
 
 
 def test_bash_completes(unlatch: Unlatch, tmp_path: Path) -> None:
-    """A real bash completes commands, flags and the names of kernels."""
+    """A real bash completes commands, flags, the names of kernels, and their arguments and choices."""
     if shutil.which("bash") is None:
         pytest.skip("no bash here")
     (tmp_path / "completion").write_text(unlatch("completion", "bash").out)
     # The names come from the gateway at the default address, which is not this test's.
-    (tmp_path / "unlatch").write_text("#!/bin/sh\nprintf 'gaussian_blur\\nhistogram\\n'\n")
+    names = ["gaussian_blur", "histogram"]
+    arguments = unlatch("kernels", "choices", "--names").out.splitlines()
+    assert arguments[:5] == ["kind=linear", "kind=cubic", "degree=1", "degree=2", "mode=by mean"]
+    told = [f"printf '%s\\n' {' '.join(map(repr, lines))}" for lines in (arguments, names)]
+    (tmp_path / "unlatch").write_text(f'#!/bin/sh\nif [ "$2" = choices ]; then {told[0]}; else {told[1]}; fi\n')
     (tmp_path / "unlatch").chmod(0o755)
 
     def completed(*words: str) -> set[str]:
-        line = " ".join(words)
+        line = " ".join(words).replace(" = ", "=")
         asked = f"""
             source {tmp_path}/completion
             COMP_WORDS=({" ".join(map(json.dumps, words))}) COMP_CWORD={len(words) - 1}
@@ -152,6 +177,12 @@ def test_bash_completes(unlatch: Unlatch, tmp_path: Path) -> None:
     assert completed("unlatch", "") >= set(COMMANDS)
     assert completed("unlatch", "ca") == {"call"}
     assert completed("unlatch", "call", "") >= {"gaussian_blur", "histogram"}
+    assert completed("unlatch", "call", "choices", "ki") >= {"kind=linear", "kind=cubic"}
+    assert "degree=1" not in completed("unlatch", "call", "choices", "ki")
+    assert completed("unlatch", "call", "choices", "kind=cu") >= {"kind=cubic"}
+    # As bash itself breaks the line.
+    assert "cubic" in completed("unlatch", "call", "choices", "kind", "=", "cu")
+    assert completed("unlatch", "call", "choices", "degree=2", "mod") >= {"modes="}
     assert completed("unlatch", "kernels", "gau") == {"gaussian_blur"}
     assert completed("unlatch", "serve", "--wor") == {"--workers"}
     assert completed("unlatch", "top", "--on") == {"--once"}
