@@ -209,7 +209,7 @@ def failed_calls(findings: Findings) -> int:
         rows
         + sum(sum(cell.failed_calls) for cell in findings.cells)
         + int(findings.responsive.get("responsive_failed_calls") or 0)
-        + int(sum(findings.waiting.get(f"{case}_failed", 0.0) for case in waiting.CASES))
+        + int(sum(findings.waiting.get(f"{case}_failed", 0.0) for case in (*waiting.CASES, waiting.ASYNC)))
         + int(sum(findings.starved.get(bound.name, 0.0) for bound in starved.BOUNDS))
     )
 

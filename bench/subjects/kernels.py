@@ -1,5 +1,8 @@
 """The bench's work as Unlatch kernels: `unlatch serve --kernels bench/subjects/kernels.py`."""
 
+import asyncio
+import os
+
 import numpy as np
 from jaxtyping import Float64, Shaped
 
@@ -16,6 +19,30 @@ elementwise = kernel(pure=True)(work.elementwise)
 python_loop = kernel(pure=True)(work.python_loop)
 wait10 = kernel(pure=True)(work.wait10)
 wait10_async = kernel(work.wait10_async)
+
+
+@kernel(concurrency=10_000)
+async def waits_seconds(x: Vector, *, seconds: float) -> Vector:
+    """Wait on the event loop."""
+    await asyncio.sleep(seconds)
+    return x
+
+
+@kernel
+async def coroutine_pid() -> Float64[np.ndarray, ""]:
+    """Return the pid of the async worker."""
+    return np.array(float(os.getpid()))
+
+
+@kernel
+async def loop_lag(*, seconds: float) -> Float64[np.ndarray, ""]:
+    """Return how many seconds late the event loop of the async worker runs a timer, at the 99th percentile."""
+    loop = asyncio.get_running_loop()
+    until, late = loop.time() + seconds, []
+    while (due := loop.time() + 0.01) < until:
+        await asyncio.sleep(0.01)
+        late.append(loop.time() - due)
+    return np.array(np.quantile(late, 0.99))
 
 
 # One kernel for each duration, since a kernel's run time is learned.

@@ -39,7 +39,7 @@ async def wait_and_be_answered(door: str, gateway: str, metrics: int, pids: list
         # Priority puts these first, whatever has arrived meanwhile.
         held = [asyncio.ensure_future(mesh.burns_500ms(priority="interactive")) for _ in range(BUSY)]
         await asyncio.sleep(0.2)
-        before = _anonymous_bytes(pids)
+        before = anonymous_bytes(pids)
 
         async def own(number: int) -> bool:
             x = np.full(4, float(number))
@@ -50,7 +50,7 @@ async def wait_and_be_answered(door: str, gateway: str, metrics: int, pids: list
         while not all(busy.done() for busy in held):
             in_flight = total(await asyncio.to_thread(scrape, metrics), "unlatch_calls_in_flight")
             if in_flight > most:
-                most, taken = in_flight, _anonymous_bytes(pids) - before
+                most, taken = in_flight, anonymous_bytes(pids) - before
             await asyncio.sleep(0.1)
         answers = await asyncio.gather(*waiting, return_exceptions=True)
         await asyncio.gather(*held)
@@ -71,7 +71,8 @@ async def _caller(door: str, gateway: str, stack: AsyncExitStack) -> Call:
     return unary(pb_grpc.GRPCInferenceServiceStub(channel))
 
 
-def _anonymous_bytes(pids: list[int]) -> int:
+def anonymous_bytes(pids: list[int]) -> int:
+    """Memory of processes in RAM that is their own."""
     statuses = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
     return sum(int(status.partition("RssAnon:")[2].split()[0]) * 1024 for status in statuses)
 
