@@ -35,7 +35,7 @@ _MAX_VAIN_STARTS = 3
 
 
 class SlotWorker:
-    """A worker of a slot, in a process that was forked. Raises OSError; ProcessLookupError if the process has ended."""
+    """A worker of a slot, in a process that was forked."""
 
     def __init__(self, slot: "Slot", spawned: Spawned, listener: RunListener) -> None:
         self.parent = spawned.parent
@@ -47,8 +47,7 @@ class SlotWorker:
         self.ready: asyncio.Future[str] = loop.create_future()
         self.exited: asyncio.Future[Exit] = loop.create_future()
         self.process = WorkerProcess(
-            spawned.process,
-            spawned.channel,
+            spawned,
             self._on_frame,
             self.exited.set_result,
             stopped_seconds=slot.settings.stopped_worker_seconds,
@@ -194,12 +193,7 @@ class Slot:
         """Start one worker, and wait until it serves. Raises StartError if it does not become ready."""
         within, stopped_seconds = self.settings.worker_start_seconds, self.settings.stopped_worker_seconds
         spawned = await self._forkserver.spawn_within(within, stopped_seconds=stopped_seconds, unfit=self._unfit_parent)
-        try:
-            worker = SlotWorker(self, spawned, listener)
-        except ProcessLookupError as error:
-            raise StartError(f"a worker ended as it was forked: {exits.by_itself(spawned.process.exitcode)}") from error
-        except OSError as error:
-            raise StartError(f"a worker did not start: {error}") from error
+        worker = SlotWorker(self, spawned, listener)
         self.worker, self.in_flight = worker, worker.in_flight
         self.metrics.started(worker.process.pid, worker.parent)
         late = asyncio.get_running_loop().call_later(within, worker.process.kill, exits.UNREADY)

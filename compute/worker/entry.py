@@ -1,10 +1,10 @@
-"""The entry point of a worker process, in a module of its own so that the dispatcher can name it without NumPy."""
+"""The entry point of a worker process, which the forkserver has just forked."""
 
 import socket
 
+from unlatch.compute.worker import loop
 
-def enter(channel: socket.socket, max_reply_bytes: int, memory_bytes: int) -> None:
-    """Run a worker. This is the target of a forkserver's child."""
-    from unlatch.compute.worker import loop
 
-    loop.main(channel, max_reply_bytes, memory_bytes)
+def enter(channel: socket.socket, dispatcher_alive: int, max_reply_bytes: int, memory_bytes: int) -> None:
+    """Run a worker until the dispatcher closes the channel; `dispatcher_alive` is a pipe that breaks when it ends."""
+    loop.main(channel, dispatcher_alive, max_reply_bytes, memory_bytes)

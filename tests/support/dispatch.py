@@ -156,7 +156,6 @@ class WorkerEnd:
     def __init__(
         self,
         forked: "Forked",
-        _: object,
         on_frame: Callable[[ToDispatcher], None],
         on_exit: Callable[[Exit], None],
         **__: object,
@@ -233,9 +232,10 @@ class Forked:
 
     kernels: Sequence[KernelSpec]
     ends: list[WorkerEnd]
+    parent: int = 1
 
     async def spawn_within(self, _: float, **__: object) -> Spawned:
-        return Spawned(cast("Any", self), cast("Any", None), 1)
+        return cast("Spawned", self)
 
 
 def stand_in(patch: pytest.MonkeyPatch, loop: Loop) -> None:

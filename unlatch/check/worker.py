@@ -78,7 +78,9 @@ Outcome = Ended | Refused | Lost
 class CheckWorkers:
     """Starts workers under check. A process has one of these, which owns the process's forkserver."""
 
-    def __init__(self, modules: Sequence[str], *, seconds: float, memory_bytes: int, blas_threads: int) -> None:
+    def __init__(
+        self, modules: Sequence[str], *, seconds: float, memory_bytes: int, blas_threads: int, python: str = ""
+    ) -> None:
         self.blas_threads = blas_threads
         self._seconds = seconds
         self._printed = _Printed()
@@ -88,6 +90,7 @@ class CheckWorkers:
                 blas_threads,
                 max_reply_bytes=memory_bytes,
                 worker_memory_bytes=memory_bytes,
+                python=python,
             )
 
     @asynccontextmanager
@@ -98,6 +101,10 @@ class CheckWorkers:
             yield worker
         finally:
             await worker.end()
+
+    async def close(self) -> None:
+        """End the forkserver. Every worker must have ended."""
+        await self._forkserver.close()
 
 
 class CheckWorker:
@@ -116,10 +123,8 @@ class CheckWorker:
     async def start(cls, forkserver: ForkServer, printed: "_Printed", seconds: float) -> Self:
         """Start a worker and wait until it is ready. Raises StartError if it does not become so."""
         worker = cls(seconds, printed)
-        process, channel, _ = forkserver.spawn()
-        worker._process = WorkerProcess(
-            process, channel, worker._heard, worker._ended, errors=InternalErrors(Recorder())
-        )
+        spawned = await forkserver.spawn_within(_STARTS_WITHIN_SECONDS)
+        worker._process = WorkerProcess(spawned, worker._heard, worker._ended, errors=InternalErrors(Recorder()))
         async with asyncio.timeout(_STARTS_WITHIN_SECONDS):
             answer = await worker._answer
         if not isinstance(answer, wire.Ready):
