@@ -161,7 +161,11 @@ def new_service(settings: ComputeSettings, processes: ProcessWatch, memory_bytes
         recycle_growth_bytes=settings.recycle_growth_bytes,
     )
     forkserver = ForkServer(
-        settings.kernels, settings.worker_blas_threads, settings.max_reply_bytes, limits.memory_bytes
+        settings.kernels,
+        settings.worker_blas_threads,
+        settings.max_reply_bytes,
+        limits.memory_bytes,
+        python=settings.worker_python,
     )
     return ComputeService(settings, forkserver, budget.arena_bytes, limits, processes)
 

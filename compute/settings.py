@@ -19,6 +19,8 @@ class ComputeSettings(ServiceSettings):
     health_listen: Address = Field("127.0.0.1:8013", description="Address of grpc.health.v1, in plaintext")
     kernels: Several = Field((), description="Kernel modules besides the built-in ones: pkg.module,path/to/file.py")
     workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 is one for each granted core")
+    # An environment with NumPy, SciPy and a Python of its own. It needs this version of Unlatch, too.
+    worker_python: str = Field("", description="Python interpreter of the workers; by default the service's own")
     blas_threads: int = Field(0, ge=0, description="BLAS threads of each worker; 0 divides the granted cores")
     name: str = Field(default_factory=socket.gethostname, description="Name of this replica in logs and replies")
 
