@@ -156,21 +156,11 @@ class ForkServer:
         def stopped(_: Exit) -> None:
             process.kill("the forkserver was stopped")
 
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         watch = StoppedWatch(process.pid, stopped_seconds, stopped)
         try:
-            with theirs:
-                descriptors = [theirs.fileno(), self._dispatcher_alive]
-                forked = await process.fork(descriptors, self.max_reply_bytes, self._worker_memory_bytes)
-            ours.setblocking(False)
-            # Room for all frames about two runs and their calls, even if the worker reads none of them.
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
-        except BaseException:
-            ours.close()
-            raise
+            return await process.fork(self._dispatcher_alive, self.max_reply_bytes, self._worker_memory_bytes)
         finally:
             watch.close()
-        return Spawned(forked.pid, forked.pidfd, ours, forked.exit_code, process.pid)
 
     async def _why_ended(self, process: "ForkServerProcess") -> str:
         """Say why a forkserver has ended by itself."""
@@ -180,14 +170,6 @@ class ForkServer:
         if self._python and not process.introduced and (why := await ask(self._python)):
             return why
         return "the forkserver ended as it loaded the kernels; `unlatch check` tells which of them ended it"
-
-
-class ForkedWorker(NamedTuple):
-    """A worker as its forkserver reports it."""
-
-    pid: int
-    pidfd: int
-    exit_code: "asyncio.Future[int | None]"
 
 
 class ForkServerProcess:
@@ -202,7 +184,8 @@ class ForkServerProcess:
         self._why = ""
         self._loop = asyncio.get_running_loop()
         self._numbers = count()
-        self._asked: dict[int, asyncio.Future[ForkedWorker]] = {}
+        # The requests that are not answered, and the dispatcher's end of each worker's channel.
+        self._asked: dict[int, tuple[asyncio.Future[Spawned], socket.socket]] = {}
         self._exit_codes: dict[int, asyncio.Future[int | None]] = {}
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         program = f"from unlatch.compute.worker.forkserver import main; main({theirs.fileno()})"
@@ -225,26 +208,33 @@ class ForkServerProcess:
         self._loop.add_reader(self._channel, self._readable)
         self._loop.add_reader(self._pidfd, self._ended)
 
-    async def fork(self, descriptors: Sequence[int], max_reply_bytes: int, memory_bytes: int) -> ForkedWorker:
-        """Fork a worker that gets these descriptors, once the kernels are loaded.
+    async def fork(self, dispatcher_alive: int, max_reply_bytes: int, memory_bytes: int) -> Spawned:
+        """Fork a worker, once the kernels are loaded. `dispatcher_alive` is the reading end of a pipe.
 
         Raises ForkServerEndedError, OSError if the system refuses, and BrokenPipeError if it was never asked.
         """
         if self._why:
             raise ForkServerEndedError(self._why)
-        number = next(self._numbers)
-        told: asyncio.Future[ForkedWorker] = self._loop.create_future()
-        self._asked[number] = told
+        number, told = next(self._numbers), self._loop.create_future()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        # Room for all frames about two runs and their calls, even if the worker reads none of them.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
+        self._asked[number] = told, ours
         try:
-            socket.send_fds(self._channel, [encode(Fork(number, max_reply_bytes, memory_bytes))], descriptors)
-            return await told
-        except asyncio.CancelledError:
-            # The worker ends by itself when its channel is closed.
+            with theirs:
+                fork = encode(Fork(number, max_reply_bytes, memory_bytes))
+                socket.send_fds(self._channel, [fork], [theirs.fileno(), dispatcher_alive])
+            spawned: Spawned = await told
+        except BaseException:
+            # A worker that is forked all the same ends by itself, as its channel is closed.
+            ours.close()
             if told.done() and not told.cancelled() and told.exception() is None:
                 os.close(told.result().pidfd)
             raise
         finally:
             del self._asked[number]
+        return spawned
 
     def kill(self, why: str = "") -> None:
         """Kill the forkserver; `why` is what those hear that wait for a worker."""
@@ -292,13 +282,13 @@ class ForkServerProcess:
         elif isinstance(message, Forked):
             (pidfd,) = descriptors
             exit_code = self._exit_codes[message.pid] = self._loop.create_future()
-            told = self._asked.get(message.number)
-            if told is None or told.done():
+            told, channel = self._asked.get(message.number, (None, None))
+            if told is None or channel is None or told.done():
                 os.close(pidfd)
             else:
-                told.set_result(ForkedWorker(message.pid, pidfd, exit_code))
+                told.set_result(Spawned(message.pid, pidfd, channel, exit_code, self.pid))
         elif isinstance(message, NotForked):
-            told = self._asked.get(message.number)
+            told, _ = self._asked.get(message.number, (None, None))
             if told is not None and not told.done():
                 told.set_exception(OSError(f"the system refused a fork: {message.why}"))
         else:
@@ -325,7 +315,7 @@ class ForkServerProcess:
         self._process.wait()
         self.ended.set()
         os.close(self._pidfd)
-        for told in self._asked.values():
+        for told, _ in self._asked.values():
             if not told.done():
                 told.set_exception(ForkServerEndedError(self._why))
         for exit_code in self._exit_codes.values():
