@@ -83,7 +83,7 @@ async def test_forkserver_that_is_killed_is_replaced() -> None:
 
 
 async def test_unfit_forkserver_is_replaced_once() -> None:
-    """It is ended before the next worker is forked, if it is still the one that is meant."""
+    """An unfit forkserver is ended before the next worker is forked, if it is still the one that is meant."""
     async with running() as forkserver:
         first = await forkserver.spawn_within(WITHIN_SECONDS)
         second = await forkserver.spawn_within(WITHIN_SECONDS, unfit=first.parent)
