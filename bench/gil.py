@@ -1,17 +1,19 @@
 """The reason for Unlatch: the same work on the event loop, in a thread pool, and through Unlatch, on 1 and 2 cores.
 
-CPU-bound work is a pure-Python loop of about 10 ms that holds the GIL. Waiting work waits 10 ms. In Unlatch a kernel
-that waits occupies a worker like any other, so its throughput is workers / 10 ms, and an async handler or a thread pool
-does better; the table says so. Callers, however, may wait in large numbers: the last row has 500 calls waiting at once,
-and shows what that costs the gateway and the health check.
+CPU-bound work is a pure-Python loop of about 10 ms that holds the GIL. Waiting work waits 10 ms. In Unlatch a plain
+kernel that waits occupies a worker like any other, so its throughput is workers / 10 ms. An `async def` kernel waits on
+an event loop, as an async handler does: the last two rows compare them with 500 callers. Callers of a plain kernel may
+wait in large numbers too: one row has 500 calls waiting at once, and shows what that costs the gateway and the health
+check.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from bench.bounds import Bound
 from bench.load.load import calls_for
 from bench.processes import Child, cores, load_core
 from bench.subjects.oip import Work
@@ -33,6 +35,8 @@ class Way:
     says: str
     in_flight: int = IN_FLIGHT
     request_id: str = ""
+    # Each caller makes one call only, since the calls run one after another.
+    once: bool = False
 
 
 WAYS = (
@@ -45,9 +49,18 @@ WAYS = (
     Way(name="wait_unlatch", subject="unlatch", work="wait10", says="Wait · Unlatch, in a worker"),
     Way(
         name="waiting_unlatch", subject="unlatch", work="wait10", says=f"Wait · Unlatch, {WAITING} callers waiting",
-        in_flight=WAITING,
+        in_flight=WAITING, once=True,
+    ),
+    Way(
+        name="waiting_awaited", subject="inline", work="wait10", says=f"Wait · inline, awaited, {WAITING} callers",
+        in_flight=WAITING, request_id=AWAITED,
+    ),
+    Way(
+        name="waiting_async", subject="unlatch", work="wait10_async",
+        says=f"Wait · Unlatch, async def, {WAITING} callers", in_flight=WAITING,
     ),
 )  # fmt: skip
+BOUNDS = (Bound(name="wait_async_vs_loop", at_least=0.6), Bound(name="wait_async_health_p99_ms", at_most=20.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +141,7 @@ def _visit(row: Row, subject: Subject, work: Work, probe: Child, seconds: float)
     reply_bytes = check(subject, sent)
     in_flight = row.way.in_flight
     warm, _ = loaded_with_cpu(subject, sent, 2 * IN_FLIGHT, IN_FLIGHT, reply_bytes)
-    calls = calls_for(seconds, warm.calls_per_second, IN_FLIGHT) if in_flight == IN_FLIGHT else in_flight
+    calls = in_flight if row.way.once else calls_for(seconds, warm.calls_per_second, in_flight)
     probe.ask(do="start")
     loaded, cpu_us = loaded_with_cpu(subject, sent, calls, in_flight, reply_bytes)
     checks = probe.ask(do="stop")["health"]
@@ -137,3 +150,13 @@ def _visit(row: Row, subject: Subject, work: Work, probe: Child, seconds: float)
     row.health_p99_ms.append(checks["p99_ms"])
     row.failed_checks.append(checks["failed"])
     row.cpu_us.append(cpu_us)
+
+
+def figures(rows: Sequence[Row]) -> dict[str, float]:
+    """Compare an `async def` kernel with an async handler, on the most cores: the median of the rounds' ratios."""
+    found = {row.way.name: row for row in sorted(rows, key=lambda row: row.cores)}
+    if not {"waiting_async", "waiting_awaited"} <= found.keys():
+        return {}
+    own, loop = found["waiting_async"], found["waiting_awaited"]
+    ratio = median(a / b for a, b in zip(own.rates, loop.rates, strict=True))
+    return {"wait_async_vs_loop": ratio, "wait_async_health_p99_ms": own.p99_ms}

@@ -50,7 +50,7 @@ def plot_gil(rows: Sequence[Row]) -> Path:
         )
         figure.supxlabel(
             f"pale: 1 core, full: {counts[-1]} cores · log scales · dashed: 20 ms · blue: Unlatch · "
-            "a waiting kernel occupies a worker",
+            "a plain kernel that waits occupies a worker",
             fontsize=9,
         )
         return _save(figure, "gil.png")

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench import gil
 from bench.bounds import Bound, judged
 from bench.fleet import measure as fleet
 from bench.gil import Idle, Row
@@ -192,6 +193,7 @@ def document(findings: Findings) -> dict[str, Any]:
         "gil_idle_health_p99_ms": {
             f"{idle.subject}_{idle.cores}cores": idle.health_p99_ms for idle in findings.gil_idle
         },
+        "gil_bounds": judged(gil.figures(findings.gil), gil.BOUNDS),
         "beside_64mib": findings.beside,
         "pool": judged(findings.pool, pool.BOUNDS),
         "scan": judged(findings.scan, scan.BOUNDS),
@@ -226,6 +228,7 @@ def show(findings: Findings, console: Console) -> None:
             console.print(table)
     if findings.gil:
         console.print(_gil_table(findings.gil, findings.gil_idle))
+        console.print(_judged_table("`async def` against an async handler", gil.figures(findings.gil), gil.BOUNDS))
     if findings.responsive or findings.beside:
         console.print(_bound_table(bounds(findings), findings))
     for title, found, limits in (
@@ -276,8 +279,9 @@ def _figures(findings: Findings) -> dict[str, float | None]:
         name = f"gil_{row.way.name}_{row.cores}cores"
         figures[f"{name}_calls_per_second"], figures[f"{name}_health_p99_ms"] = row.rate, row.p99_ms
     figures.update(findings.responsive)
-    parts = pool, scan, fleet, waiting, starved
+    parts = gil, pool, scan, fleet, waiting, starved
     figures.update(dict.fromkeys(bound.name for part in parts for bound in part.BOUNDS))
+    figures.update(gil.figures(findings.gil))
     figures.update(findings.pool)
     figures.update(findings.scan)
     figures.update(findings.fleet)
@@ -350,7 +354,7 @@ def _gil_table(rows: Sequence[Row], idle: Sequence[Idle]) -> Table:
     table.add_row(
         "(no load; the worst of the servers)", *(cell for figure in quiet for cell in ("", figure)), style="dim"
     )
-    table.caption = "A waiting kernel occupies a worker, so Unlatch's waits are bounded by its workers."
+    table.caption = "A plain kernel that waits occupies a worker."
     return table
 
 

@@ -24,11 +24,15 @@ from unlatch.protos.unlatch_pb2 import Descriptor, Reply
 
 
 class Ran(msgspec.Struct, frozen=True):
-    """The run of a call: its seconds, its worker's slot, and its number of calls."""
+    """The run of a call: its seconds, its worker's slot, and its number of calls.
+
+    `cpu_seconds` is of an async run. Any other uses its worker alone, so its seconds say what it costs.
+    """
 
     seconds: float
     worker: int
     calls: int = 1
+    cpu_seconds: float = 0.0
 
 
 _NOT_RUN = Ran(0.0, 0, 0)
@@ -80,6 +84,9 @@ class Call:
         self.holder: Holder | None = None
         # How many workers exited while they ran the call.
         self.deaths = 0
+        # How many workers exited while they ran this call beside others, so that it is unknown which call was the
+        # cause; and the company that it runs in since the second time: 0 is the company of all other calls.
+        self.deaths_beside = self.company = 0
         # A hash of the call, made when it is needed (compute/dispatch/poison.py).
         self.digest = b""
         remaining = descriptor.remaining_microseconds
@@ -229,6 +236,8 @@ class Call:
         timings.run = round(ran.seconds * 1e6)
         timings.worker = ran.worker
         timings.batch = ran.calls
+        if ran.cpu_seconds:
+            timings.cpu = math.ceil(ran.cpu_seconds * 1e6)
         # First, so that the caller has its reply even if the lines below raise.
         self._lane.reply(self._descriptor.call, reply, body, sent)
         self._metrics.call_ended(self.spec.name, code)

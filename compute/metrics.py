@@ -48,7 +48,22 @@ class ComputeMetrics:
             "Processor time of runs for which no caller waited in the end.",
             ("worker",),
         )
+        self.blocked = recorder.counter(
+            "unlatch_worker_loop_blocked_total",
+            "How often a coroutine blocked the event loop of its async worker for more than 100 ms.",
+            ("worker", "kernel"),
+        )
         self._workers: dict[str, WorkerMetrics] = {}
+        recorder.gauge(
+            "unlatch_worker_calls_in_flight",
+            "Calls that an async worker runs at this moment.",
+            ("worker",),
+            lambda: {
+                (slot,): float(worker.calls)
+                for slot, worker in list(self._workers.items())
+                if isinstance(worker, AsyncWorkerMetrics)
+            },
+        )
         recorder.gauge(
             "unlatch_worker_up",
             "Whether a worker process fills this slot and takes calls.",
@@ -78,7 +93,9 @@ class ComputeMetrics:
     def collect(self) -> Iterator[Metric]:
         """Busy seconds as they stand now, a run that is under way included: a prometheus_client collector."""
         busy = CounterMetricFamily(
-            "unlatch_worker_busy_seconds_total", "How long a worker has run kernels, by the clock.", labels=("worker",)
+            "unlatch_worker_busy_seconds_total",
+            "How long a worker has run kernels, by the clock; of an async worker: the processor time of its calls.",
+            labels=("worker",),
         )
         for slot, worker in list(self._workers.items()):
             busy.add_metric((slot,), worker.busy_seconds())
@@ -104,6 +121,11 @@ class ComputeMetrics:
     def worker(self, slot: int) -> "WorkerMetrics":
         """Make the metrics of a slot, whose workers follow one another."""
         worker = self._workers[str(slot)] = WorkerMetrics(self, str(slot))
+        return worker
+
+    def async_worker(self, slot: int) -> "AsyncWorkerMetrics":
+        """Make the metrics of a slot for async workers."""
+        worker = self._workers[str(slot)] = AsyncWorkerMetrics(self, str(slot))
         return worker
 
     def _running(self) -> dict[tuple[str, ...], float]:
@@ -175,3 +197,38 @@ class WorkerMetrics:
         self._metrics.processes.settle()
         if reason:
             self._metrics.restarts.add(1, self._slot, reason)
+
+
+class AsyncWorkerMetrics(WorkerMetrics):
+    """The metrics of a slot for async workers."""
+
+    def __init__(self, metrics: ComputeMetrics, slot: str) -> None:
+        super().__init__(metrics, slot)
+        self.calls = 0
+        self._cpu_seconds = 0.0
+
+    def busy_seconds(self) -> float:
+        """The processor time of the calls that this slot's workers have ended."""
+        return self._cpu_seconds
+
+    def running(self) -> tuple[str, float] | None:
+        """None: an async worker has no present kernel, but many calls."""
+        return None
+
+    def began_run(self) -> None:
+        """Count a run that begins."""
+        self.calls += 1
+
+    def ended_run(self, cpu_seconds: float) -> None:
+        """Count a run that has ended."""
+        self.calls -= 1
+        self._cpu_seconds += cpu_seconds
+
+    def blocked(self, kernel: str) -> None:
+        """Count a coroutine that blocks the event loop."""
+        self._metrics.blocked.add(1, self._slot, kernel)
+
+    def ended(self, reason: str) -> None:
+        """Count the exit of the worker, with all its runs. The reason is empty if it is not to be replaced."""
+        super().ended(reason)
+        self.calls = 0

@@ -15,16 +15,25 @@ from unlatch.common.kernel.spec import KernelSpec
 log = structlog.get_logger()
 
 
-class Readiness:
-    """Knows which slots have a worker, and why starts fail.
+class ServedKernels:
+    """The kernels that all workers of a replica serve, of every pool, and the slots of the workers that are up."""
 
-    `on_change` is called with the reason when this replica stops taking calls, and with "" when it takes calls again or
+    def __init__(self) -> None:
+        # Always the same object.
+        self.kernels: dict[str, KernelSpec] = {}
+        self.up: set[int] = set()
+
+
+class Readiness:
+    """Knows which slots of a pool have a worker, and why starts fail.
+
+    `on_change` is called with the reason when the pool stops taking calls, and with "" when it takes calls again or
     its kernels have changed.
     """
 
-    def __init__(self, on_change: Callable[[str], None]) -> None:
-        # The kernels that all workers serve. Always the same object.
-        self.kernels: dict[str, KernelSpec] = {}
+    def __init__(self, on_change: Callable[[str], None], served: ServedKernels | None = None) -> None:
+        self._served = ServedKernels() if served is None else served
+        self.kernels = self._served.kernels
         self._on_change = on_change
         self._up: set[int] = set()
         self._refuses = False
@@ -33,11 +42,12 @@ class Readiness:
 
     def fits(self, kernels: dict[str, KernelSpec]) -> bool:
         """Whether a worker with these kernels may serve: they must be those of the workers that are up."""
-        return not self._up or _are_alike(kernels, self.kernels)
+        return not self._served.up or _are_alike(kernels, self.kernels)
 
     def up(self, worker: int, kernels: dict[str, KernelSpec]) -> None:
         """Note that a worker with fitting kernels takes calls."""
         self._up.add(worker)
+        self._served.up.add(worker)
         self._obstacle = self._said = ""
         others = not _are_alike(kernels, self.kernels)
         news = self._refuses or (others and bool(self.kernels))
@@ -52,6 +62,7 @@ class Readiness:
     def down(self, worker: int) -> None:
         """Note that a worker has ended."""
         self._up.discard(worker)
+        self._served.up.discard(worker)
         self._reconsider()
 
     def failed(self, worker: int, why: str, *, lasting: bool) -> None:

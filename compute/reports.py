@@ -9,6 +9,7 @@ The reports are also the replica's heartbeat: each says when the next one comes 
 
 import asyncio
 import math
+from collections.abc import Callable
 
 from unlatch.common.lane.lanes import Lanes
 from unlatch.common.rates import MovingMean
@@ -34,13 +35,24 @@ _LONGEST_WAIT_SECONDS = 3600.0
 
 
 class Reports:
-    """Makes reports of the pool's load for the callers of its lanes."""
+    """Makes reports of the pool's load for the callers of its lanes.
 
-    def __init__(self, pool: Pool, dispatcher: Dispatcher, settings: ComputeSettings, errors: InternalErrors) -> None:
+    `of_async` returns the number of async workers, and how many seconds a new call would wait for one.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        dispatcher: Dispatcher,
+        settings: ComputeSettings,
+        errors: InternalErrors,
+        of_async: Callable[[], tuple[int, float]] = lambda: (0, 0.0),
+    ) -> None:
         self._pool = pool
         self._errors = errors
         self._dispatcher = dispatcher
         self._settings = settings
+        self._of_async = of_async
         self._utilization = MovingMean(_WEIGHT, start=0.0)
         self._told = self._wait_seconds
         # Looks between two reports, and since the last report.
@@ -52,6 +64,7 @@ class Reports:
         settings, workers = self._settings, self._pool.workers
         long_workers = workers - settings.workers_reserved
         long_calls = long_workers + 1 + long_workers // _WORKERS_A_LONG_CALL_AHEAD
+        async_workers, async_wait_seconds = self._of_async()
         return Load(
             wait_microseconds=_microseconds(self._wait_seconds),
             short_wait_microseconds=_microseconds(self._dispatcher.wait_seconds(short=True)),
@@ -63,6 +76,8 @@ class Reports:
             long_microseconds=_microseconds(settings.long_call_seconds),
             long_calls=_share(long_calls, lanes),
             interval_milliseconds=round(settings.report_seconds * 1e3),
+            async_workers=async_workers / lanes,
+            async_wait_microseconds=_microseconds(async_wait_seconds),
         )
 
     @property

@@ -2,12 +2,15 @@
 
 import asyncio
 import os
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import grpc.aio
 from prometheus_client.registry import Collector
 
 from unlatch.common.errors import Unavailable
 from unlatch.common.kernel.messages import to_message
+from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.lane.frames import MAX_MESSAGE_BYTES, MAX_UNSENT_BYTES, SERVICE
 from unlatch.common.lane.held_bytes import HeldBytes
 from unlatch.common.lane.lanes import Lanes
@@ -29,16 +32,19 @@ from unlatch.common.telemetry.recorder import Recorder
 from unlatch.common.telemetry.tracing import Tracing
 from unlatch.compute.dispatch.dispatcher import Dispatcher
 from unlatch.compute.dispatch.poison import Poison
+from unlatch.compute.errors import StartError
 from unlatch.compute.intake.intake import CallIntake
 from unlatch.compute.ipc.arena import InputArena
+from unlatch.compute.ipc.frames import ASYNC, PLAIN
 from unlatch.compute.ipc.memory_budget import memory_budget
 from unlatch.compute.ipc.memory_limits import MemoryLimits
 from unlatch.compute.metrics import FORKSERVER, ComputeMetrics
+from unlatch.compute.pool.async_pool import AsyncPool, by_kernel
 from unlatch.compute.pool.forkserver import ForkServer
 from unlatch.compute.pool.occupancy import Occupancy
-from unlatch.compute.pool.pool import Pool
+from unlatch.compute.pool.pool import Pool, sweep
 from unlatch.compute.pool.slot import Slot
-from unlatch.compute.readiness import Readiness
+from unlatch.compute.readiness import Readiness, ServedKernels
 from unlatch.compute.reports import Reports
 from unlatch.compute.settings import ComputeSettings
 from unlatch.protos.unlatch_pb2 import Welcome
@@ -48,6 +54,13 @@ from unlatch.protos.unlatch_pb2 import Welcome
 _UNSENT_BYTES = 8 * MAX_UNSENT_BYTES
 
 
+class WorkersOfKind(NamedTuple):
+    """The pool of the workers of one kind, and the dispatcher with the calls that wait for them."""
+
+    pool: Pool
+    dispatcher: Dispatcher
+
+
 class ComputeService:
     """The parts of a replica, and what they tell one another."""
 
@@ -55,38 +68,38 @@ class ComputeService:
         self,
         settings: ComputeSettings,
         forkserver: ForkServer,
-        arena_bytes: int,
-        limits: MemoryLimits,
         processes: ProcessWatch,
+        memory_bytes: int,
     ) -> None:
         self._settings = settings
+        self._memory_bytes = memory_bytes
         self.forkserver = forkserver
         self.recorder = Recorder()
         self.errors = errors = InternalErrors(self.recorder)
         self.health = Health(SERVICE)
-        self.arena = InputArena(arena_bytes)
-        self.metrics = ComputeMetrics(self.recorder, processes, lambda: len(self.dispatcher))
+        self.arena = InputArena(memory_budget(settings, memory_bytes).arena_bytes)
+        self.metrics = ComputeMetrics(self.recorder, processes, lambda: self.waiting)
         self.metrics.forkserver_runs(forkserver.pid)
-        self.metrics.limited(limits.memory_bytes)
-        self.readiness = Readiness(self.readiness_changed)
-        parts = self.readiness, limits, settings, errors
-        occupancy = Occupancy(settings.worker_count)
-        slots = [
-            Slot(number, forkserver, occupancy, self.metrics.worker(number), *parts)
-            for number in range(settings.worker_count)
-        ]
-        self.pool = Pool(slots, occupancy, self.arena, errors, reserved_workers=settings.workers_reserved)
+        self.served = ServedKernels()
         self.poison = Poison(settings.poison_seconds, errors)
-        self.dispatcher = Dispatcher(self.pool, self.poison, self.metrics, errors, settings)
+        self.plain = self._plain_workers()
+        self.pool, self.dispatcher = self.plain
+        # None as long as no kernel is `async def`.
+        self._async: WorkersOfKind | None = None
         beside = self.metrics, Tracing(), errors
-        intake = CallIntake(self.readiness.kernels, self.arena, self.dispatcher, *beside, settings.max_call_bytes)
+        intake = CallIntake(self.served.kernels, self.arena, self._dispatcher_of, *beside, settings.max_call_bytes)
         self.accept = intake.accept
         self._welcome = Welcome()
-        self._reports = Reports(self.pool, self.dispatcher, settings, errors)
+        self._reports = Reports(self.pool, self.dispatcher, settings, errors, self._load_of_async)
         self._unsent = HeldBytes(max_bytes=_UNSENT_BYTES)
         unread = unread_answers(settings.unread_seconds)
         self.lanes = Lanes(lambda _: self._welcome, errors.caught, unread, self._reports.load)
-        self._reporting: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def waiting(self) -> int:
+        """The number of calls that wait for a worker."""
+        return sum(len(kind.dispatcher) for kind in self._kinds)
 
     @property
     def collectors(self) -> list[Collector]:
@@ -106,17 +119,90 @@ class ComputeService:
             self.lanes.forget(lane)
 
     async def start(self) -> None:
-        """Fill the pool. Raises StartError."""
+        """Fill the pools. Raises StartError."""
         await self.dispatcher.start()
+        await self._start_async()
+        self.metrics.limited(self._limits(self.served.kernels.values()).memory_bytes)
         self._welcome = self._greeting()
-        self._reporting = asyncio.create_task(self._reports.run(self.lanes))
+        self._tasks += [
+            asyncio.create_task(self._reports.run(self.lanes)),
+            asyncio.create_task(sweep(self.arena, lambda: [kind.pool for kind in self._kinds], self.errors)),
+        ]
         self.health.set(serving=True)
+
+    @property
+    def _kinds(self) -> "list[WorkersOfKind]":
+        return [self.plain] if self._async is None else [self.plain, self._async]
+
+    def _plain_workers(self) -> "WorkersOfKind":
+        settings, count = self._settings, self._settings.worker_count
+        occupancy, readiness = Occupancy(count), Readiness(self.readiness_changed, self.served)
+        rest = self._limits, settings, self.errors
+        slots = [
+            Slot(number, PLAIN, self.forkserver, occupancy, self.metrics.worker(number), readiness, *rest)
+            for number in range(count)
+        ]
+        pool = Pool(slots, occupancy, self.arena, self.errors, reserved_workers=settings.workers_reserved)
+        return WorkersOfKind(pool, Dispatcher(pool, self.poison, self.metrics, self.errors, settings))
+
+    def _async_workers(self, count: int) -> "WorkersOfKind":
+        settings, first = self._settings, self._settings.worker_count
+        occupancy, readiness = Occupancy(count), Readiness(self._async_readiness_changed, self.served)
+        rest = self._limits, settings, self.errors
+        slots = [
+            Slot(first + at, ASYNC, self.forkserver, occupancy, self.metrics.async_worker(first + at), readiness, *rest)
+            for at in range(count)
+        ]
+        pool = AsyncPool(slots, occupancy, self.arena, self.errors)
+        return WorkersOfKind(pool, Dispatcher(pool, self.poison, self.metrics, self.errors, settings, kind=by_kernel))
+
+    def _limits(self, kernels: Iterable[KernelSpec]) -> MemoryLimits:
+        """Return the limits of each worker, when these kernels are served. Raises StartError."""
+        settings = self._settings
+        budget = memory_budget(settings, self._memory_bytes, settings.async_worker_count(kernels))
+        return MemoryLimits(
+            memory_bytes=budget.worker_bytes,
+            recycle_calls=settings.recycle_calls,
+            recycle_growth_bytes=settings.recycle_growth_bytes,
+        )
+
+    async def _start_async(self) -> None:
+        """Start async workers if a kernel is `async def`. Raises StartError."""
+        kernels = self.served.kernels.values()
+        first = next((spec.name for spec in kernels if spec.concurrency is not None), None)
+        if first is None or self._async is not None:
+            return
+        count = self._settings.async_worker_count(kernels)
+        if not count:
+            raise StartError(f"async_workers: kernel {first} is `async def`, so at least 1 is needed")
+        self._async = self._async_workers(count)
+        await self._async.dispatcher.start()
+
+    def _dispatcher_of(self, spec: KernelSpec) -> Dispatcher:
+        if spec.concurrency is None:
+            return self.dispatcher
+        if self._async is None:
+            # The kernel came with files that have changed since the start.
+            raise Unavailable(f"kernel {spec.name} is `async def`, and this replica has started no async worker")
+        return self._async.dispatcher
+
+    def _load_of_async(self) -> tuple[int, float]:
+        """Return the number of async workers, and the seconds that a new call would wait for one."""
+        if self._async is None:
+            return 0, 0.0
+        return self._async.pool.workers, self._async.dispatcher.wait_seconds(short=False)
+
+    def _async_readiness_changed(self, why: str) -> None:
+        """Refuse the calls of async kernels as long as no async worker can be started. Other kernels are served."""
+        assert self._async is not None
+        self._async.dispatcher.shut(_not_started(why, "async worker"))
+        if not why:
+            self._welcome = self._greeting()
+            self.lanes.greet_again()
 
     def readiness_changed(self, why: str) -> None:
         """Tell callers, probes and what waits whether calls are taken; `why` says why not."""
-        self.dispatcher.shut(
-            Unavailable(f"no worker can be started: {why}", retry_after_milliseconds=1000) if why else None
-        )
+        self.dispatcher.shut(_not_started(why, "worker"))
         self.health.set(serving=not why)
         if why:
             self.lanes.rest()
@@ -134,19 +220,20 @@ class ComputeService:
 
     async def close(self) -> None:
         """End every worker and free all shared memory."""
-        if self._reporting is not None:
-            self._reporting.cancel()
-        await self.pool.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(kind.pool.stop() for kind in self._kinds))
         await self.forkserver.close()
         self.poison.close()
         self.arena.close()
 
     def _greeting(self) -> Welcome:
+        kernels = self.served.kernels.values()
         return Welcome(
             server=self._settings.name,
             version=VERSION,
-            kernels=[to_message(spec) for spec in self.readiness.kernels.values()],
-            window_calls=self._settings.window_calls,
+            kernels=[to_message(spec) for spec in kernels],
+            window_calls=self._settings.window_calls + self._settings.async_calls(kernels),
             window_bytes=self._settings.window_bytes,
             process=this_process(),
         )
@@ -154,20 +241,16 @@ class ComputeService:
 
 def new_service(settings: ComputeSettings, processes: ProcessWatch, memory_bytes: int) -> ComputeService:
     """Start a forkserver, and make the service whose workers it forks. It may use `memory_bytes`; 0 is no limit."""
-    budget = memory_budget(settings, memory_bytes)
-    limits = MemoryLimits(
-        memory_bytes=budget.worker_bytes,
-        recycle_calls=settings.recycle_calls,
-        recycle_growth_bytes=settings.recycle_growth_bytes,
-    )
+    # Raises StartError before anything runs if there is too little for the workers.
+    memory_budget(settings, memory_bytes)
     forkserver = ForkServer(
-        settings.kernels,
-        settings.worker_blas_threads,
-        settings.max_reply_bytes,
-        limits.memory_bytes,
-        python=settings.worker_python,
+        settings.kernels, settings.worker_blas_threads, settings.max_reply_bytes, python=settings.worker_python
     )
-    return ComputeService(settings, forkserver, budget.arena_bytes, limits, processes)
+    return ComputeService(settings, forkserver, processes, memory_bytes)
+
+
+def _not_started(why: str, what: str) -> Unavailable | None:
+    return Unavailable(f"no {what} can be started: {why}", retry_after_milliseconds=1000) if why else None
 
 
 async def serve(settings: ComputeSettings, life: Life) -> None:
@@ -189,7 +272,7 @@ async def serve(settings: ComputeSettings, life: Life) -> None:
                 max_message_bytes=MAX_MESSAGE_BYTES,
                 health=service.health,
                 collectors=[Component("compute", lambda: service.collectors), processes],
-                live=service.dispatcher.__len__,
+                live=lambda: service.waiting,
                 drain=service.drain,
                 life=life,
             )

@@ -1,9 +1,11 @@
 """The compute service's settings."""
 
 import socket
+from collections.abc import Iterable
 
 from pydantic import Field
 
+from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.machine.cgroups import granted_cores
 from unlatch.common.net.settings import Address, MiB, ServiceSettings, Several, TcpAddress, TenantWeights
 
@@ -21,6 +23,9 @@ class ComputeSettings(ServiceSettings):
     workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 is one for each granted core")
     # An environment with NumPy, SciPy and a Python of its own. It needs this version of Unlatch, too.
     worker_python: str = Field("", description="Python interpreter of the workers; by default the service's own")
+    async_workers: int | None = Field(
+        None, ge=0, le=64, description="Processes that run `async def` kernels; by default 1 if there is such a kernel"
+    )
     blas_threads: int = Field(0, ge=0, description="BLAS threads of each worker; 0 divides the granted cores")
     name: str = Field(default_factory=socket.gethostname, description="Name of this replica in logs and replies")
 
@@ -35,6 +40,10 @@ class ComputeSettings(ServiceSettings):
     # A start includes the import of the kernel modules if the forkserver is new.
     worker_start_seconds: float = Field(
         60.0, gt=0, description="Maximum seconds from the start of a worker until it is ready"
+    )
+    # Of a worker that ends in order: the service stops, or the worker is recycled.
+    teardown_seconds: float = Field(
+        5.0, ge=0, description="Maximum seconds of a worker's teardowns, before it is killed"
     )
     # Long enough for a caller that retries to give up. Not for ever, since a kernel's state may have been at fault.
     poison_seconds: float = Field(
@@ -101,3 +110,13 @@ class ComputeSettings(ServiceSettings):
     def worker_blas_threads(self) -> int:
         """BLAS threads of each worker: threads x workers never exceed the granted cores."""
         return self.blas_threads or max(1, granted_cores() // self.worker_count)
+
+    def async_worker_count(self, kernels: Iterable[KernelSpec]) -> int:
+        """The number of async workers when these kernels are served."""
+        if all(spec.concurrency is None for spec in kernels):
+            return 0
+        return 1 if self.async_workers is None else self.async_workers
+
+    def async_calls(self, kernels: Iterable[KernelSpec]) -> int:
+        """The number of calls that the async workers may run at once."""
+        return self.async_worker_count(kernels) * sum(spec.concurrency or 0 for spec in kernels)

@@ -176,6 +176,8 @@ class Load(_message.Message):
     LONG_MICROSECONDS_FIELD_NUMBER: _builtins.int
     LONG_CALLS_FIELD_NUMBER: _builtins.int
     INTERVAL_MILLISECONDS_FIELD_NUMBER: _builtins.int
+    ASYNC_WORKERS_FIELD_NUMBER: _builtins.int
+    ASYNC_WAIT_MICROSECONDS_FIELD_NUMBER: _builtins.int
     wait_microseconds: _builtins.int
     """How long a new call would wait for a worker; and one that is not long, where workers are kept free for those."""
     short_wait_microseconds: _builtins.int
@@ -196,6 +198,12 @@ class Load(_message.Message):
     long_calls: _builtins.int
     interval_milliseconds: _builtins.int
     """The next report comes within this time, whatever happens."""
+    async_workers: _builtins.float
+    """Async workers, divided by the lanes that have calls. For each kernel that they run, a caller sends as many calls
+    as this times the kernel's concurrency, and a few more.
+    """
+    async_wait_microseconds: _builtins.int
+    """How long a new call would wait for an async worker."""
     def __init__(
         self,
         *,
@@ -209,10 +217,12 @@ class Load(_message.Message):
         long_microseconds: _builtins.int = ...,
         long_calls: _builtins.int = ...,
         interval_milliseconds: _builtins.int = ...,
+        async_workers: _builtins.float = ...,
+        async_wait_microseconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_milliseconds", b"interval_milliseconds", "least_calls", b"least_calls", "long_calls", b"long_calls", "long_microseconds", b"long_microseconds", "short_wait_microseconds", b"short_wait_microseconds", "utilization", b"utilization", "wait_microseconds", b"wait_microseconds", "waiting", b"waiting", "window_microseconds", b"window_microseconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["async_wait_microseconds", b"async_wait_microseconds", "async_workers", b"async_workers", "interval_milliseconds", b"interval_milliseconds", "least_calls", b"least_calls", "long_calls", b"long_calls", "long_microseconds", b"long_microseconds", "short_wait_microseconds", b"short_wait_microseconds", "utilization", b"utilization", "wait_microseconds", b"wait_microseconds", "waiting", b"waiting", "window_microseconds", b"window_microseconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -692,6 +702,7 @@ class Timings(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    CPU_FIELD_NUMBER: _builtins.int
     transfer: _builtins.int
     queue: _builtins.int
     run: _builtins.int
@@ -699,6 +710,8 @@ class Timings(_message.Message):
     """The worker's slot."""
     batch: _builtins.int
     """How many calls ran as one with it, itself included; 0 where none ran."""
+    cpu: _builtins.int
+    """Processor time of the run, where others ran beside it in the same worker; else 0."""
     def __init__(
         self,
         *,
@@ -707,10 +720,11 @@ class Timings(_message.Message):
         run: _builtins.int = ...,
         worker: _builtins.int = ...,
         batch: _builtins.int = ...,
+        cpu: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "queue", b"queue", "run", b"run", "transfer", b"transfer", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "cpu", b"cpu", "queue", b"queue", "run", b"run", "transfer", b"transfer", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -755,6 +769,7 @@ class Kernel(_message.Message):
     TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     NONEMPTY_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     doc: _builtins.str
@@ -766,6 +781,8 @@ class Kernel(_message.Message):
     memory_bytes: _builtins.int
     nonempty: _builtins.bool
     """Whether every array of a call needs at least one element."""
+    concurrency: _builtins.int
+    """The number of its calls that one async worker runs at once; 0 means that a worker runs one at a time."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Array]: ...
     @_builtins.property
@@ -787,10 +804,11 @@ class Kernel(_message.Message):
         timeout_seconds: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
         nonempty: _builtins.bool = ...,
+        concurrency: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "doc", b"doc", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "memory_bytes", b"memory_bytes", "name", b"name", "nonempty", b"nonempty", "outputs", b"outputs", "pure", b"pure", "scalars", b"scalars", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "concurrency", b"concurrency", "doc", b"doc", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "memory_bytes", b"memory_bytes", "name", b"name", "nonempty", b"nonempty", "outputs", b"outputs", "pure", b"pure", "scalars", b"scalars", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

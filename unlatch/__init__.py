@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from unlatch.client import Client
     from unlatch.common.errors import CertificateError, KernelError, UnlatchError
     from unlatch.declaration import kernel
+    from unlatch.hooks import setup, teardown
     from unlatch.randomness import rng
     from unlatch.security import TLS
 
@@ -30,6 +31,8 @@ __all__ = [
     "cancelled",
     "kernel",
     "rng",
+    "setup",
+    "teardown",
 ]
 
 _HOMES = {
@@ -43,6 +46,8 @@ _HOMES = {
     "cancelled": "unlatch.cancellation",
     "kernel": "unlatch.declaration",
     "rng": "unlatch.randomness",
+    "setup": "unlatch.hooks",
+    "teardown": "unlatch.hooks",
 }
 
 

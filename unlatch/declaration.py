@@ -29,6 +29,8 @@ DECLARED = "__unlatch_declared__"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # The client has methods of these names, so no call by attribute would reach such a kernel.
 TAKEN = frozenset({"call", "close", "kernels", "map"})
+# The calls of an `async def` kernel that one worker runs at once, by default.
+_CONCURRENCY = 1000
 # A worker reports a kernel in one frame.
 _MAX_TEXT_BYTES = 48 * 1024
 
@@ -46,6 +48,7 @@ def kernel(
     nonempty: bool = False,
     timeout: float | None = None,
     memory: int | None = None,
+    concurrency: int | None = None,
 ) -> Callable[[F], F]: ...
 def kernel(
     function: F | None = None,
@@ -59,6 +62,7 @@ def kernel(
     nonempty: bool = False,
     timeout: float | None = None,
     memory: int | None = None,
+    concurrency: int | None = None,
 ) -> F | Callable[[F], F]:
     """Declare a NumPy function to be a kernel.
 
@@ -70,6 +74,7 @@ def kernel(
     - `nonempty`: every array must have at least one element.
     - `timeout`: maximum seconds of one run.
     - `memory`: maximum bytes that one run needs.
+    - `concurrency`: of an `async def` kernel, how many of its calls one async worker runs at once; by default 1000.
 
     Raises DeclarationError if the function cannot be a kernel.
     """
@@ -91,6 +96,7 @@ def kernel(
                 nonempty=nonempty,
                 timeout_seconds=plain_value(timeout),
                 memory_bytes=plain_value(memory),
+                concurrency=_concurrency(function, plain_value(concurrency)),
             )
             _check_options(spec)
             if batch:
@@ -119,11 +125,14 @@ def function_of(candidate: Any) -> Any:
     if inspect.ismethod(plain) or not (hasattr(plain, "__code__") and hasattr(plain, "__globals__")):
         raise DeclarationError(f"a {type(plain).__name__} is not a function; write a function with `def` that calls it")
     outer = candidate if inspect.isfunction(candidate) else plain
-    if inspect.iscoroutinefunction(outer):
-        raise DeclarationError("a coroutine function is not served; write `def` without `async`")
     if inspect.isgeneratorfunction(outer) or inspect.isasyncgenfunction(outer):
         raise DeclarationError("a generator is not served; return one array that has all items")
     return plain
+
+
+def is_async(candidate: Any) -> bool:
+    """Whether a function, as its decorators have left it, is an `async def` function."""
+    return inspect.iscoroutinefunction(candidate if inspect.isfunction(candidate) else inspect.unwrap(candidate))
 
 
 def place_of(candidate: Any) -> str:
@@ -133,6 +142,13 @@ def place_of(candidate: Any) -> str:
         return f"{plain.__code__.co_filename}:{plain.__code__.co_firstlineno}"
     caller = next(frame for frame in inspect.stack(0) if frame.filename != __file__)
     return f"{caller.filename}:{caller.lineno}"
+
+
+def _concurrency(function: Any, given: Any) -> Any:
+    if is_async(function):
+        return _CONCURRENCY if given is None else given
+    _require(given is None, "concurrency= is for `async def` kernels; a worker runs one call at a time of any other")
+    return None
 
 
 def _check_options(spec: KernelSpec) -> None:
@@ -149,11 +165,22 @@ def _check_options(spec: KernelSpec) -> None:
         memory is None or _is_count(memory, 2**63), f"memory={shown(memory)} is not a whole number of bytes above 0"
     )
     _require(_is_count(rows, 2**31), f"max_batch_size={shown(rows)} is not a whole number above 0")
+    if spec.concurrency is not None:
+        _check_async(spec)
     try:
         size = len(spec.doc.encode()) + len(spec.version.encode())
     except UnicodeEncodeError:
         raise DeclarationError("the docstring or the version cannot be encoded in UTF-8") from None
     _require(size <= _MAX_TEXT_BYTES, f"docstring and version have {size} bytes, more than {_MAX_TEXT_BYTES}")
+
+
+def _check_async(spec: KernelSpec) -> None:
+    calls = spec.concurrency
+    _require(_is_count(calls, 2**20), f"concurrency={shown(calls)} is not a whole number from 1 to {2**20 - 1}")
+    _require(
+        not spec.batch, "batch=True joins calls in one run; an `async def` kernel runs its calls at once without it"
+    )
+    _require(spec.memory_bytes is None, "memory= limits a process that runs one call; an async worker runs many")
 
 
 def _require(holds: object, why: str) -> None:

@@ -125,7 +125,9 @@ class Replica:
             stub.in_flight = InFlight(number, cast("WorkerProcess", stub), *beside)
             stub.in_flight.serve()
             slots.append(StubSlot(stub.in_flight))
-        self._intake = CallIntake({_KERNEL.name: _KERNEL}, arena, self._dispatcher, metrics, Tracing(), errors, 1 << 20)
+        self._intake = CallIntake(
+            {_KERNEL.name: _KERNEL}, arena, lambda _: self._dispatcher, metrics, Tracing(), errors, 1 << 20
+        )
         self._lane = StubLane()
         self._numbers = 0
 

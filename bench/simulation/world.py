@@ -412,7 +412,7 @@ class _Routed:
     def answered(self, seconds: float) -> None:
         assert self.replica is not None
         self.replica.ended(cast("Routed", self))
-        self.fleet.ended(cast("Routed", self), self.replica, seconds, "OK")
+        self.fleet.ended(cast("Routed", self), self.replica, seconds, seconds, "OK")
         self.over(self.arrival)
 
 

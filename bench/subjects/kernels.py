@@ -15,6 +15,7 @@ spin10 = kernel(pure=True)(work.spin10)
 elementwise = kernel(pure=True)(work.elementwise)
 python_loop = kernel(pure=True)(work.python_loop)
 wait10 = kernel(pure=True)(work.wait10)
+wait10_async = kernel(work.wait10_async)
 
 
 # One kernel for each duration, since a kernel's run time is learned.

@@ -69,6 +69,7 @@ def works() -> dict[str, Work]:
         _work("elementwise", "elementwise", "seed", work.elementwise, np.array([0.3])),
         _work("python_loop", "python_loop", "rounds", work.python_loop, np.array([loop_rounds])),
         _work("wait10", "wait10", "milliseconds", work.wait10, np.array([TARGET_SECONDS * 1e3])),
+        _work("wait10_async", "wait10_async", "milliseconds", work.wait10, np.array([TARGET_SECONDS * 1e3])),
     ]
     return {item.name: item for item in made}
 

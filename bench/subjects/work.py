@@ -3,6 +3,7 @@
 The amount of work is an input array, so one calibration (in the bench's own process) holds for all subjects.
 """
 
+import asyncio
 import os
 import time
 
@@ -61,6 +62,12 @@ def python_loop(rounds: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
 def wait10(milliseconds: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
     """Wait without releasing the worker, as for a disk or another service."""
     time.sleep(float(milliseconds[0]) / 1e3)
+    return milliseconds.copy()
+
+
+async def wait10_async(milliseconds: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
+    """Wait on the event loop."""
+    await asyncio.sleep(float(milliseconds[0]) / 1e3)
     return milliseconds.copy()
 
 

@@ -20,6 +20,7 @@ def to_message(spec: KernelSpec) -> Kernel:
         timeout_seconds=spec.timeout_seconds or 0.0,
         memory_bytes=spec.memory_bytes or 0,
         nonempty=spec.nonempty,
+        concurrency=spec.concurrency or 0,
     )
 
 
@@ -38,6 +39,7 @@ def from_message(kernel: Kernel) -> KernelSpec:
         timeout_seconds=kernel.timeout_seconds or None,
         memory_bytes=kernel.memory_bytes or None,
         nonempty=kernel.nonempty,
+        concurrency=kernel.concurrency or None,
     )
 
 

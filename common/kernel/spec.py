@@ -81,3 +81,5 @@ class KernelSpec:
     memory_bytes: int | None
     # Whether every array needs at least one element.
     nonempty: bool = False
+    # Of an `async def` kernel, the number of its calls that one async worker runs at once; None for other kernels.
+    concurrency: int | None = None

@@ -26,15 +26,29 @@ class Demand(NamedTuple):
         return Demand(self.kernel, self.size, self.tenant, self.priority, deadline, self.batch)
 
 
+class Beside(NamedTuple):
+    """The most runs of an `async def` kernel that one worker executes at once."""
+
+    kernel: str
+    runs: int
+
+
 class Estimate(NamedTuple):
     """An estimate of what a run takes, learned from the runs before it."""
 
-    # Seconds of a worker; 0 where nothing is known of the kernel.
+    # Seconds of a worker; 0 where nothing is known of the kernel. Runs that are executed at once share a worker's time.
     seconds: float = 0.0
     # Whether some workers are kept free of calls of that length.
     long: bool = False
     # The most calls of the kernel that may run as one.
     together: int = 1
+    # None for a run that has its worker alone.
+    beside: Beside | None = None
+
+    @property
+    def run_seconds(self) -> float:
+        """Seconds of the run by the clock."""
+        return self.seconds if self.beside is None else self.seconds * self.beside.runs
 
 
 UNKNOWN = Estimate()

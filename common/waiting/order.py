@@ -49,11 +49,13 @@ _Key = tuple[str, int]
 class _Line(Generic[Call]):
     """Calls of one tenant, one priority and one kind, the earliest deadline first."""
 
-    __slots__ = ("entries", "kind", "long", "seconds")
+    __slots__ = ("beside", "entries", "kind", "long", "seconds")
 
-    def __init__(self, kind: Hashable, *, long: bool) -> None:
+    def __init__(self, kind: Hashable, *, long: bool, beside: bool) -> None:
         self.kind = kind
         self.long = long
+        # Whether they wait for async workers, and so for other workers than the rest.
+        self.beside = beside
         self.entries: list[tuple[float, int, Call]] = []
         self.seconds = 0.0
 
@@ -78,7 +80,8 @@ def by_length(call: Waiting) -> Hashable:
 class Policy(Generic[Call]):
     """The calls that wait, in their order. A tenant that `weights` does not name has the weight 1.
 
-    `kind` tells which calls find room together. Calls of one kind are all long, or none of them is.
+    `kind` tells which calls find room together. Calls of one kind are all long, or none of them is, and
+    all wait for async workers, or none of them does.
     """
 
     def __init__(
@@ -136,7 +139,7 @@ class Policy(Generic[Call]):
         tenant.calls += 1
         line = tenant.lines.get(kind)
         if line is None:
-            line = tenant.lines[kind] = _Line(kind, long=estimate.long)
+            line = tenant.lines[kind] = _Line(kind, long=estimate.long, beside=estimate.beside is not None)
             self._kinds[kind] = self._kinds.get(kind, 0) + 1
         arrival = next(self._arrivals)
         insort(line.entries, (demand.deadline, arrival, call))
@@ -237,14 +240,14 @@ class Policy(Generic[Call]):
         """Seconds of work expected before a call that has yet to be added. With `short`, of calls that are not long.
 
         All work of a higher priority; of its own priority, its tenant's calls with an earlier deadline, and the shares
-        of the other tenants meanwhile.
+        of the other tenants meanwhile. Calls for async workers and all others do not wait for one another.
         """
-        demand = call.demand
+        demand, beside = call.demand, call.estimate.beside is not None
         before = own = everyone = others = 0.0
         for (name, priority), tenant in self._waiting.items():
             competes = False
             for line in tenant.lines.values():
-                if short and line.long:
+                if line.beside is not beside or (short and line.long):
                     continue
                 if priority < demand.priority:
                     before += line.seconds

@@ -24,7 +24,8 @@ from unlatch.common.errors import ResourceExhausted, Unavailable, UnlatchError
 from unlatch.common.fair import ByTurns
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.waiting.backlog import MARGIN, Backlog, Send, retry_milliseconds
-from unlatch.common.waiting.demand import Estimate
+from unlatch.common.waiting.demand import Beside, Estimate
+from unlatch.common.waiting.order import by_length
 from unlatch.compute.call import Call
 from unlatch.compute.dispatch.batching import companions
 from unlatch.compute.dispatch.outcomes import (
@@ -46,9 +47,9 @@ from unlatch.compute.dispatch.poison import Poison
 from unlatch.compute.ipc.frames import Failed
 from unlatch.compute.metrics import ComputeMetrics
 from unlatch.compute.pool import exits
-from unlatch.compute.pool.in_flight import InFlight
 from unlatch.compute.pool.pool import Pool
 from unlatch.compute.pool.run import Event, Replied, Run, WorkerExited
+from unlatch.compute.pool.worker_runs import WorkerRuns
 from unlatch.compute.settings import ComputeSettings
 
 log = structlog.get_logger()
@@ -65,7 +66,7 @@ _KEEPS_SEGMENT = (Answer, FailRunning)
 
 
 class Dispatcher:
-    """Hold the calls that wait, and give them to the workers of the pool."""
+    """Hold the calls that wait, and give them to the workers of a pool. `kind` tells which calls find room together."""
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class Dispatcher:
         errors: InternalErrors,
         settings: ComputeSettings,
         *,
+        kind: Callable[[Call], Hashable] = by_length,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._pool = pool
@@ -88,6 +90,7 @@ class Dispatcher:
             settings.tenant_weights,
             reply_seconds=_REPLY_SECONDS,
             caught=partial(errors.caught, "assign"),
+            kind=kind,
             max_calls=settings.max_queued_calls,
             full=lambda: self.full(f"the queue is full: max_queued_calls={settings.max_queued_calls}"),
         )
@@ -110,7 +113,11 @@ class Dispatcher:
         Raises ResourceExhausted if it could not be answered in time, and DeadlineExceeded if its deadline has passed.
         """
         seconds = self._backlog.forecast.expected(call.spec.name, call.size)
-        call.estimate = Estimate(seconds, seconds > self._long_call_seconds)
+        at_once = call.spec.concurrency
+        if at_once is None:
+            call.estimate = Estimate(seconds, seconds > self._long_call_seconds)
+        else:
+            call.estimate = Estimate(seconds / at_once, beside=Beside(call.spec.name, at_once))
         if call.demand.deadline == math.inf:
             return
         now = self._clock()
@@ -175,7 +182,7 @@ class Dispatcher:
                 opening = self._pool.opening(now)
                 if opening is None:
                     return
-                kinds: set[Hashable] = {False, True} if opening.takes_long else {False}
+                kinds = opening.kinds(self._waiting)
                 turn = self._backlog.next(kinds, opening.takes, partial(self._seconds_until_done, now))
                 if isinstance(turn, Send):
                     self._hand_out(turn.place, turn.entry, now)
@@ -231,7 +238,7 @@ class Dispatcher:
             call.release()
             if isinstance(outcome, Answer):
                 assert run is not None
-                call.answer(outcome.tensors, run.segment.view, outcome.ran, partial(run.read, call))
+                call.answer(outcome.tensors, run.memory, outcome.ran, partial(run.read, call))
             elif isinstance(outcome, Fail):
                 call.fail(outcome.error, outcome.ran)
         elif isinstance(outcome, FailRunning):
@@ -288,9 +295,10 @@ class Dispatcher:
             now = self._clock()
             opening = self._pool.opening(now)
             has_room = opening is not None and (opening.takes_long or not call.estimate.long)
-            if opening is not None and has_room and call.demand.deadline >= now:
+            in_flight = opening.takes(call) if opening is not None and has_room else None
+            if in_flight is not None and call.demand.deadline >= now:
                 self._backlog.take_at_once(call)
-                self._hand_out(opening.in_flight, call, now)
+                self._hand_out(in_flight, call, now)
                 return
         refusal = self._backlog.add(call)
         if refusal is not None:
@@ -300,7 +308,7 @@ class Dispatcher:
         self._assigns_soon = False
         self.assign()
 
-    def _hand_out(self, in_flight: InFlight, call: Call, now: float) -> None:
+    def _hand_out(self, in_flight: WorkerRuns, call: Call, now: float) -> None:
         """Give a call to a worker with room, together with waiting calls that can run as one batch with it."""
         if call.ended:
             self.settle(call, DROP, refund=True)
@@ -325,13 +333,13 @@ class Dispatcher:
                 else:
                     self.settle(failed, Fail(internal), refund=True)
 
-    def _seconds_until_done(self, now: float, call: Call, _: InFlight) -> float:
+    def _seconds_until_done(self, now: float, call: Call, _: WorkerRuns) -> float:
         """Return the seconds until a call would be done; 0 if it may run even if it could be late.
 
         A call that would be late must not occupy a worker that could finish another call in time. The call may be
         staged behind a call that is not long.
         """
-        seconds, left = call.estimate.seconds, call.demand.deadline - now
+        seconds, left = call.estimate.run_seconds, call.demand.deadline - now
         if len(self._backlog) < 2 or left > MARGIN * (self._long_call_seconds + seconds):
             return 0.0
         return self._pool.wait_seconds(0.0, now, short=not call.estimate.long) + seconds

@@ -120,7 +120,7 @@ def _each(calls: Iterable[Call], outcome: Outcome, *, refund: bool = False) -> l
 def _replied(run: Run, event: Replied) -> list[Settled]:
     if isinstance(event.frame, Failed):
         return _failed(run, event, event.frame)
-    ran = Ran(event.usage.seconds, run.worker, len(event.results))
+    ran = _ran(run, event, len(event.results))
     rows = []
     for call, number in run.numbers.items():
         result = event.results.get(number)
@@ -132,12 +132,17 @@ def _replied(run: Run, event: Replied) -> list[Settled]:
     return rows
 
 
+def _ran(run: Run, event: Replied, calls: int = 1) -> Ran:
+    cpu_seconds = event.usage.cpu_seconds if run.spec.concurrency is not None else 0.0
+    return Ran(event.usage.seconds, run.worker, calls, cpu_seconds)
+
+
 def _failed(run: Run, event: Replied, failed: Failed) -> list[Settled]:
     if len(run.numbers) > 1:
         # Only the call at fault may fail, and it is unknown which one that is: each call runs again alone.
         return _each(run.numbers, RUN_ALONE)
     error = error_class(failed.code)(failed.message, field=failed.field)
-    return _each(run.numbers, Fail(error, Ran(event.usage.seconds, run.worker)))
+    return _each(run.numbers, Fail(error, _ran(run, event)))
 
 
 def _exited(run: Run, event: WorkerExited) -> list[Settled]:
@@ -152,10 +157,11 @@ def _begun(run: Run, event: WorkerExited) -> Outcome:
     if event.stopping:
         return Fail(_lost(run, f"ended: {cause}"))
     lost = _lost(run, f"ended while it ran the call: {cause}")
-    if cause.blames_call and len(run.numbers) == 1:
+    if cause.blames_call and len(run.numbers) == 1 and not event.beside:
         return Strike(str(cause), lost)
-    # It is unknown which of several calls killed the worker. Each runs again alone, which shows it.
-    return RunAlone(died=cause.blames_call) if run.spec.pure else Fail(lost)
+    # It is unknown which of several calls killed the worker. Each runs again alone, which shows it. Calls of an async
+    # worker run again in smaller and smaller companies (compute/pool/side_by_side.py).
+    return RunAlone(died=cause.blames_call and not event.beside) if run.spec.pure else Fail(lost)
 
 
 def _not_begun(run: Run, event: WorkerExited) -> Outcome:

@@ -1,5 +1,7 @@
 """The intake of calls: make a descriptor from a lane a call, with checked arguments and room for its bytes."""
 
+from collections.abc import Callable
+
 from unlatch.common.errors import ResourceExhausted, UnlatchError, no_kernel
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.lane.frames import ProtocolViolation
@@ -18,13 +20,16 @@ _UNKNOWN = "unknown"
 
 
 class CallIntake:
-    """Accepts calls from lanes. Each lane calls `accept` for each descriptor that arrives."""
+    """Accepts calls from lanes. Each lane calls `accept` for each descriptor that arrives.
+
+    `dispatcher_of` returns the dispatcher for a kernel's calls, or raises an UnlatchError if there is none.
+    """
 
     def __init__(
         self,
         kernels: dict[str, KernelSpec],
         arena: InputArena,
-        dispatcher: Dispatcher,
+        dispatcher_of: Callable[[KernelSpec], Dispatcher],
         metrics: ComputeMetrics,
         tracing: Tracing,
         errors: InternalErrors,
@@ -32,7 +37,7 @@ class CallIntake:
     ) -> None:
         self._kernels = kernels
         self._arena = arena
-        self._dispatcher = dispatcher
+        self._dispatcher_of = dispatcher_of
         self._metrics = metrics
         self._tracing = tracing
         self._errors = errors
@@ -56,7 +61,7 @@ class CallIntake:
             if call is None:
                 self._refuse(lane, descriptor, refusal)
             else:
-                self._dispatcher.settle(call, Fail(refusal))
+                self._dispatcher_of(call.spec).settle(call, Fail(refusal))
             return None
         return None if call.ended else call
 
@@ -74,12 +79,13 @@ class CallIntake:
                 f"the call's tensors are {size} bytes, more than max_call_bytes={self._max_call_bytes}"
             )
         beside = self._arena, self._metrics, self._tracing
-        call = Call(lane, descriptor, spec, arguments, *beside, self._dispatcher.offer)
-        self._dispatcher.admit(call)
+        dispatcher = self._dispatcher_of(spec)
+        call = Call(lane, descriptor, spec, arguments, *beside, dispatcher.offer)
+        dispatcher.admit(call)
         try:
             call.make_room()
         except ResourceExhausted as error:
-            raise self._dispatcher.full(error.message) from error
+            raise dispatcher.full(error.message) from error
         return call
 
     def _spec(self, name: str, version: str) -> KernelSpec:

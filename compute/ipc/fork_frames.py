@@ -17,11 +17,11 @@ FORK_FRAME_BYTES = 16 * 1024
 
 
 class Fork(msgspec.Struct, array_like=True, tag="fork", frozen=True):
-    """Fork a worker with these limits; see `worker/loop.py`."""
+    """Fork a worker of a kind (`frames.PLAIN`, …)."""
 
     number: int
+    kind: str
     max_reply_bytes: int
-    memory_bytes: int
 
 
 class Imported(msgspec.Struct, array_like=True, tag="imported", frozen=True):

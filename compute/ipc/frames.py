@@ -1,12 +1,19 @@
 """Frames between dispatcher and worker: one msgpack frame a datagram, on a SOCK_SEQPACKET socketpair.
 
-    dispatcher ── Learn (with the fd of a segment), RunFrame, Cancel, Forget, Shrink ──> worker
                <─────────────────────── a Loaded for each kernel and Ready, or Misfit ──
+    dispatcher ── Serve, then Learn (with the fd of a segment), RunFrame, Cancel, Forget, Shrink; at last End ──> worker
                <─────────────────────────────────────────────────── Done, or Failed ──
                <───────────────────── Shrunk: when asked to, or after a MemoryError ──
 
 A RunFrame holds one call, or several that one run of the kernel answers. A worker answers RunFrames in order, each with
 one frame: a Done that names every call except those cancelled before the run began, or a Failed that holds for all.
+
+An async worker has many runs at once, each of one call, and answers them in any order. It writes a small reply into its
+Done frame. For a larger one it asks for a segment once it knows the size:
+
+               <── Wants ──    dispatcher ── Lend ──> worker    <── Done ──
+
+It also sends Blocks when a coroutine blocks its event loop, and Unblocks when that is over.
 
 When either side closes the socket, the worker's life ends. Frames are decoded by type and range, and a worker that
 sends anything else is killed. A datagram bounds the size of a frame, so the sender refuses what would not fit
@@ -24,6 +31,8 @@ from unlatch.common.kernel.spec import KernelSpec
 PRELOAD_VARIABLE = "UNLATCH_PRELOAD"
 # The variable that tells a worker, and OpenBLAS, how many threads a library may use.
 THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
+# The kinds of workers: one call at a time, and coroutines on an event loop.
+PLAIN, ASYNC = "plain", "async"
 # Small enough for Linux's default socket buffer to hold the two frames that may be on their way.
 FRAME_BYTES = 64 * 1024
 # The part of a RunFrame that its str parameters may take together; the rest is names, shapes and numbers.
@@ -34,6 +43,13 @@ MAX_MEMBERS_BYTES = FRAME_BYTES // 4
 # A worker's frames are not trusted: numbers that the dispatcher computes or answers with have a checked range.
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Code = Annotated[int, msgspec.Meta(ge=1, le=16)]
+
+# The longest text of a frame that only a log shows.
+MAX_PLACE_CHARACTERS = 512
+# The bytes of a reply that an async worker writes into its Done frame.
+MAX_INLINE_BYTES = 16 * 1024
+# The reply segment of a RunFrame for an async worker, and of a Lend when there is no memory for one.
+NO_SEGMENT = -1
 
 Parameters = dict[str, bool | int | float | str]
 
@@ -91,6 +107,23 @@ class Shrink(msgspec.Struct, array_like=True, tag="shrink"):
     """Free unused memory as soon as no kernel runs, and report what is left."""
 
 
+class Serve(msgspec.Struct, array_like=True, tag="serve"):
+    """Serve RunFrames from now on. `memory_bytes` limits the memory that the worker takes meanwhile; 0 is no limit."""
+
+    memory_bytes: int
+
+
+class Lend(msgspec.Struct, array_like=True, tag="lend"):
+    """The reply segment for a call whose worker has asked for one."""
+
+    call: int
+    segment: int
+
+
+class End(msgspec.Struct, array_like=True, tag="end"):
+    """Run the teardowns, and end."""
+
+
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
     """A kernel that this worker has loaded."""
 
@@ -98,13 +131,19 @@ class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
 
 
 class Ready(msgspec.Struct, array_like=True, tag="ready"):
-    """The worker is ready for RunFrames."""
+    """The worker is ready for Serve. `teardown` tells whether it has a teardown to run as it ends."""
+
+    teardown: bool = False
 
 
 class Misfit(msgspec.Struct, array_like=True, tag="misfit"):
-    """The kernels could not be loaded; the message has file, line and reason. The worker ends."""
+    """The kernels could not be loaded; the message has file, line and reason. The worker ends.
+
+    `setup` tells that they were loaded, and that a setup has failed.
+    """
 
     message: str
+    setup: bool = False
 
 
 class Result(msgspec.Struct, array_like=True, frozen=True):
@@ -115,10 +154,15 @@ class Result(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Done(msgspec.Struct, array_like=True, tag="done"):
-    """The results of all calls of a RunFrame."""
+    """The results of all calls of a RunFrame. `inline` and `cpu_nanoseconds` are of async workers alone.
+
+    `inline` has the bytes of the results, if they are not in a segment.
+    """
 
     results: tuple[Result, ...]
     run_nanoseconds: Number
+    cpu_nanoseconds: Number = 0
+    inline: bytes | None = None
 
 
 class Failed(msgspec.Struct, array_like=True, tag="failed"):
@@ -130,6 +174,7 @@ class Failed(msgspec.Struct, array_like=True, tag="failed"):
     field: str
     log: str
     run_nanoseconds: Number
+    cpu_nanoseconds: Number = 0
 
 
 class Shrunk(msgspec.Struct, array_like=True, tag="shrunk"):
@@ -141,8 +186,27 @@ class Shrunk(msgspec.Struct, array_like=True, tag="shrunk"):
     ran_short: bool
 
 
-ToWorker = Learn | RunFrame | Cancel | Forget | Shrink
-ToDispatcher = Loaded | Ready | Misfit | Done | Failed | Shrunk
+class Wants(msgspec.Struct, array_like=True, tag="wants"):
+    """An async worker's reply to a call is too large for a frame, and needs a segment."""
+
+    call: Number
+
+
+class Blocks(msgspec.Struct, array_like=True, tag="blocks"):
+    """A coroutine of a call blocks the event loop of its worker. `place` is where it stands: file, line, function."""
+
+    call: Number
+    place: Annotated[str, msgspec.Meta(max_length=MAX_PLACE_CHARACTERS)]
+
+
+class Unblocks(msgspec.Struct, array_like=True, tag="unblocks"):
+    """The coroutine that Blocks told of has let the event loop go on."""
+
+    call: Number
+
+
+ToWorker = Serve | Learn | RunFrame | Cancel | Forget | Shrink | Lend | End
+ToDispatcher = Loaded | Ready | Misfit | Done | Failed | Shrunk | Wants | Blocks | Unblocks
 
 encode = msgspec.msgpack.Encoder().encode
 decode_for_worker = msgspec.msgpack.Decoder(ToWorker).decode

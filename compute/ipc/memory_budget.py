@@ -30,22 +30,23 @@ class MemoryBudget:
     worker_bytes: int
 
 
-def memory_budget(settings: ComputeSettings, granted_bytes: int) -> MemoryBudget:
+def memory_budget(settings: ComputeSettings, granted_bytes: int, async_workers: int = 0) -> MemoryBudget:
     """Divide the memory that the container grants (0 if no limit is known). Raises StartError if it is too little."""
+    workers = settings.worker_count + async_workers
     by_default = min(_ARENA_BYTES, granted_bytes // _ARENAS_PART) if granted_bytes else _ARENA_BYTES
     arena = settings.input_arena_bytes or by_default
     if settings.worker_memory_bytes:
         limit, whose = settings.worker_memory_bytes, f"{settings.worker_memory_bytes} bytes are"
-        if granted_bytes and limit * settings.worker_count > granted_bytes:
+        if granted_bytes and limit * workers > granted_bytes:
             log.warning("workers may exceed container memory", granted_bytes=granted_bytes)
     elif not granted_bytes:
         return MemoryBudget(arena, 0)
     else:
         replies = min(settings.max_reply_bytes, arena)
-        limit = max(0, granted_bytes - arena - replies - _SERVICES_BYTES) // settings.worker_count
+        limit = max(0, granted_bytes - arena - replies - _SERVICES_BYTES) // workers
         whose = (
             f"the container grants {granted_bytes} bytes; input_arena_bytes={arena}, {replies} for replies and"
-            f" {_SERVICES_BYTES} for the services themselves leave {limit} for each of {settings.worker_count} workers,"
+            f" {_SERVICES_BYTES} for the services themselves leave {limit} for each of {workers} workers,"
             " which is"
         )
     if limit < _LEAST_WORKER_BYTES:

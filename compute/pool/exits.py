@@ -57,6 +57,9 @@ HALF_GONE = Exit("main_thread_ended", "the worker's main thread ended, and its p
 NO_FRAME = Exit("undecodable_frame", "the worker sent an undecodable frame", may_have_begun_next=True)
 NOT_STARTING = Exit("unexpected_start_frame", "the worker sent a frame of its start after its start")
 OTHER_CALL = Exit("unexpected_reply", "the worker answered a call that it was not running", may_have_begun_next=True)
+UNASKED = Exit(
+    "unexpected_frame", "the worker sent a frame that workers of its kind do not send", may_have_begun_next=True
+)
 UNSOUND_REPLY = Exit("invalid_reply", "the worker sent an invalid reply", may_have_begun_next=True)
 HUNG_UP = Exit("socket_closed", "the worker closed its socket")
 DEAF = Exit("socket_refused_frame", "the worker's socket refused a frame")

@@ -32,7 +32,7 @@ from unlatch.compute.ipc.fork_frames import (
     decode_for_dispatcher,
     encode,
 )
-from unlatch.compute.ipc.frames import PRELOAD_VARIABLE, THREADS_VARIABLE
+from unlatch.compute.ipc.frames import PLAIN, PRELOAD_VARIABLE, THREADS_VARIABLE
 from unlatch.compute.pool.exits import Exit
 from unlatch.compute.pool.stopped import StoppedWatch
 from unlatch.compute.worker.interpreter import ask, not_run, why_unfit
@@ -74,22 +74,13 @@ class ForkServerEndedError(Exception):
 class ForkServer:
     """Starts worker processes. `blas_threads` is the number of threads that NumPy may use in each worker.
 
-    `worker_memory_bytes` is what each may take beyond what it starts with; 0 for no limit. `python` is an interpreter
-    that workers run, or "" for the service's own. Raises StartError if there is no such file. Must be made on the event
-    loop, in the main thread: the system ends a forkserver with the thread that has started it.
+    `python` is an interpreter that workers run, or "" for the service's own. Raises StartError if there is no such
+    file. Must be made on the event loop, in the main thread: the system ends a forkserver with the thread that has
+    started it.
     """
 
-    def __init__(
-        self,
-        kernels: Sequence[str],
-        blas_threads: int,
-        max_reply_bytes: int,
-        worker_memory_bytes: int,
-        *,
-        python: str = "",
-    ) -> None:
+    def __init__(self, kernels: Sequence[str], blas_threads: int, max_reply_bytes: int, *, python: str = "") -> None:
         self.max_reply_bytes = max_reply_bytes
-        self._worker_memory_bytes = worker_memory_bytes
         self._python = python
         self._environment = {
             "NUMBA_THREADING_LAYER": "forksafe",
@@ -111,12 +102,14 @@ class ForkServer:
         """The pid of the forkserver, or of the last one if it has ended."""
         return self._process.pid
 
-    async def spawn_within(self, seconds: float, *, stopped_seconds: float = 0.0, unfit: int = 0) -> Spawned:
-        """Start a worker process. If the forkserver has the pid `unfit`, it is replaced first.
+    async def spawn_within(
+        self, seconds: float, kind: str = PLAIN, *, stopped_seconds: float = 0.0, unfit: int = 0
+    ) -> Spawned:
+        """Start a worker process of a kind (`frames.PLAIN`, …).
 
-        Takes the milliseconds of a fork, and as long as a new forkserver loads the kernels. Raises StartError if there
-        is no worker in time; then the forkserver is ended. A forkserver that is stopped (SIGSTOP) for `stopped_seconds`
-        meanwhile is ended sooner; 0 is never.
+        If the forkserver has the pid `unfit`, it is replaced first. Takes the milliseconds of a fork, and as long as a
+        new forkserver loads the kernels. Raises StartError if there is no worker in time; then the forkserver is ended.
+        A forkserver that is stopped (SIGSTOP) for `stopped_seconds` meanwhile is ended sooner; 0 is never.
         """
         used = self._process
         try:
@@ -127,7 +120,7 @@ class ForkServer:
                 while True:
                     used = self._running()
                     with suppress(BrokenPipeError, ConnectionResetError):
-                        return await self._spawn(used, stopped_seconds)
+                        return await self._spawn(used, kind, stopped_seconds)
                     # It ended before it was asked.
                     await used.ended.wait()
         except TimeoutError as error:
@@ -152,13 +145,13 @@ class ForkServer:
             self._process = ForkServerProcess(self._python, self._environment)
         return self._process
 
-    async def _spawn(self, process: "ForkServerProcess", stopped_seconds: float) -> Spawned:
+    async def _spawn(self, process: "ForkServerProcess", kind: str, stopped_seconds: float) -> Spawned:
         def stopped(_: Exit) -> None:
             process.kill("the forkserver was stopped")
 
         watch = StoppedWatch(process.pid, stopped_seconds, stopped)
         try:
-            return await process.fork(self._dispatcher_alive, self.max_reply_bytes, self._worker_memory_bytes)
+            return await process.fork(self._dispatcher_alive, kind, self.max_reply_bytes)
         finally:
             watch.close()
 
@@ -208,8 +201,8 @@ class ForkServerProcess:
         self._loop.add_reader(self._channel, self._readable)
         self._loop.add_reader(self._pidfd, self._ended)
 
-    async def fork(self, dispatcher_alive: int, max_reply_bytes: int, memory_bytes: int) -> Spawned:
-        """Fork a worker, once the kernels are loaded. `dispatcher_alive` is the reading end of a pipe.
+    async def fork(self, dispatcher_alive: int, kind: str, max_reply_bytes: int) -> Spawned:
+        """Fork a worker of a kind, once the kernels are loaded. `dispatcher_alive` is the reading end of a pipe.
 
         Raises ForkServerEndedError, OSError if the system refuses, and BrokenPipeError if it was never asked.
         """
@@ -223,7 +216,7 @@ class ForkServerProcess:
         self._asked[number] = told, ours
         try:
             with theirs:
-                fork = encode(Fork(number, max_reply_bytes, memory_bytes))
+                fork = encode(Fork(number, kind, max_reply_bytes))
                 socket.send_fds(self._channel, [fork], [theirs.fileno(), dispatcher_alive])
             spawned: Spawned = await told
         except BaseException:

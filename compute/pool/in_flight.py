@@ -5,56 +5,34 @@
     │         └─ the worker exits ──> its calls run again, each alone, if pure and not poison
     └─ the worker exits ──> its calls go back to the backlog; if they may have begun, only if pure
 
-This module handles the worker's frames and timers. compute/dispatch/outcomes.py decides the outcomes of the calls, and
-the listener (the dispatcher) carries them out. Each entry point has a guard: after an unexpected exception the state of
-the worker is unknown, so it is killed, and its exit settles its calls.
+compute/pool/worker_runs.py has what async workers share with this.
 """
 
-import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import count
+from collections.abc import Sequence
 from time import monotonic
-from typing import Protocol
 
 from unlatch.common.errors import DeadlineExceeded, ResourceExhausted
-from unlatch.common.kernel.datatypes import is_held, is_served
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.call import Call
-from unlatch.compute.ipc.arena import WorkerSegments
 from unlatch.compute.ipc.frames import Cancel, Done, Failed, Member, Result, RunFrame
 from unlatch.compute.metrics import WorkerMetrics
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
 from unlatch.compute.pool.occupancy import Held, Occupancy
 from unlatch.compute.pool.process import WorkerProcess
-from unlatch.compute.pool.run import Event, LimitReached, Replied, Run, RunState, TakenOut, Usage, WorkerExited
+from unlatch.compute.pool.run import LimitReached, Replied, Run, RunState, TakenOut, Usage, WorkerExited
+from unlatch.compute.pool.worker_runs import RunListener, WorkerRuns
 from unlatch.compute.settings import ComputeSettings
 
 # One run that is executed, and one staged.
 _MAX_RUNS = 2
 # A run that is staged behind a run as short as this counts as about to begin.
 _SOON_SECONDS = 0.02
-# How long a caller may take to confirm that it knows of the beginning. The worker is idle meanwhile.
-_CONFIRMED_WITHIN_SECONDS = 5.0
 
 
-class RunListener(Protocol):
-    """Receives the events of runs from the pool. The dispatcher is the listener."""
-
-    def happened(self, run: Run, event: Event) -> None:
-        """Settle the calls of a run after an event. Raises nothing."""
-
-    def assign(self) -> None:
-        """Give waiting calls to workers now, because a worker may have room. Raises nothing."""
-
-    def changed(self) -> None:
-        """Give waiting calls to workers in the next round of the event loop, because a worker may have room."""
-
-
-class InFlight:
-    """Track the runs that one worker process was given, and handle its replies, cancels and timeouts."""
+class InFlight(WorkerRuns):
+    """Track the runs of a worker that executes one at a time."""
 
     def __init__(
         self,
@@ -66,28 +44,12 @@ class InFlight:
         errors: InternalErrors,
         settings: ComputeSettings,
     ) -> None:
-        self.worker = worker
-        self._process = process
-        self._listener = listener
-        self._occupancy = occupancy
-        self._metrics = metrics
-        self._errors = errors
-        self._kill_grace_seconds = settings.kill_grace_seconds
+        super().__init__(worker, process, listener, occupancy, metrics, errors, settings)
         self._long_call_seconds = settings.long_call_seconds
-        self._max_reply_bytes = settings.max_reply_bytes
-        self._loop = asyncio.get_running_loop()
-        self._numbers = count(1)
         self._runs: deque[Run] = deque()
         # The worker's processor time at the end of its last run. Between runs it uses hardly any.
         self._cpu_seconds = process.cpu_seconds
         self._cpu_seconds_at_end = 0.0
-        self.segments = WorkerSegments(process.send)
-        # Whether the worker may be given runs: it is ready (`serve`), and is not about to be replaced.
-        self.accepts = False
-        # The number of calls that the worker has ended.
-        self.calls = 0
-        # Numbers of cancelled calls that the worker has not been told of yet.
-        self._cancelled: list[int] = []
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -130,11 +92,6 @@ class InFlight:
         """
         return run.wanted and not run.first.estimate.long and now - run.begun < self._long_call_seconds
 
-    def serve(self) -> None:
-        """Take runs from now on: the worker is ready."""
-        self.accepts = True
-        self._occupancy.changed(self)
-
     def run(self, calls: Sequence[Call], now: float) -> None:
         """Give the worker a call, or several of one kernel and the same parameters to run as one.
 
@@ -155,10 +112,6 @@ class InFlight:
         """Whether the worker has the call."""
         return any(call in run.numbers for run in self._runs)
 
-    def withdraw(self, call: Call) -> None:
-        """Tell the worker that a call's caller has left. If the run outlasts the grace period, kill it."""
-        self.guarded("withdraw", self._withdraw, call)
-
     def refuse(self, message: str, cause: Exit) -> None:
         """Fail the running call because it exceeds the memory limit, and kill the worker."""
         run = self._runs[0]
@@ -175,18 +128,7 @@ class InFlight:
         """Kill the worker, whatever it is doing. Its exit settles its calls."""
         # The processor clock of the process cannot be read after its end.
         self._cpu_seconds_at_end = self._process.cpu_seconds
-        self._process.kill(cause)
-
-    def guarded(self, place: str, work: Callable[..., None], *arguments: object) -> None:
-        """Do some work on the worker's behalf, under the guard of an entry point.
-
-        After an unexpected exception the worker is killed, and its exit settles the calls that it holds.
-        """
-        try:
-            work(*arguments)
-        except Exception as error:  # noqa: BLE001 (an entry point's guard)
-            self._errors.caught(place, error)
-            self._process.kill(exits.INTERNAL_ERROR)
+        super().kill(cause)
 
     def heard(self, frame: Done | Failed) -> bool:
         """Handle the reply that ends a run. Returns False for an invalid reply: the worker is killed."""
@@ -246,24 +188,8 @@ class InFlight:
             else:
                 self._announce(run)
 
-    def _announce(self, run: Run) -> None:
-        """Tell callers that a run is about to begin, if they must know and have not been told."""
-        if run.unconfirmed and run.state is RunState.STAGED:
-            run.announce(partial(self.guarded, "caller_heard", self._confirmed))
-            if run.unconfirmed:
-                self._loop.call_later(_CONFIRMED_WITHIN_SECONDS, self.guarded, "not_heard", self._not_heard, run)
-
-    def _confirmed(self, run: Run, call: Call) -> None:
-        """Note that a call's caller knows that the call is about to begin, and send the run if it may begin."""
-        run.unconfirmed.discard(call)
-        if run in self._runs:
-            self._occupancy.changed(self)
-            self._send_next()
-
-    def _not_heard(self, run: Run) -> None:
-        """Fail the calls whose callers have not confirmed: the worker waits for them, and so do other calls."""
-        if run in self._runs and not run.is_sent:
-            self._take_out(run, *run.unconfirmed)
+    def _has(self, run: Run) -> bool:
+        return run in self._runs
 
     def _send_next(self) -> None:
         """Send the worker the runs that it may begin, in order."""
@@ -283,7 +209,9 @@ class InFlight:
         members = tuple(
             Member(number, self.segments.input(call.block), call.tensors) for call, number in run.numbers.items()
         )
-        self._process.send(RunFrame(run.spec.name, run.first.arguments.parameters, run.segment.number, members))
+        segment = run.segment
+        assert segment is not None
+        self._process.send(RunFrame(run.spec.name, run.first.arguments.parameters, segment.number, members))
 
     def _begin(self, run: Run) -> None:
         now = monotonic()
@@ -306,10 +234,7 @@ class InFlight:
         if not run.is_sent:
             self._take_out(run, call)
             return
-        if not self._cancelled:
-            # Cancels of the same round go in one frame: a worker that reads none has a socket buffer of limited size.
-            self._loop.call_soon(self.guarded, "cancel", self._tell_cancelled)
-        self._cancelled.append(run.numbers[call])
+        self._cancel_soon(run.numbers[call])
         if run is self._runs[0] and not run.wanted:
             self._kill_soon(run, exits.ABANDONED)
 
@@ -354,10 +279,6 @@ class InFlight:
         if not self._has_ended(run):
             self.kill(cause)
 
-    def _tell_cancelled(self) -> None:
-        cancelled, self._cancelled = self._cancelled, []
-        self._process.send(Cancel(cancelled))
-
     def _used(self, seconds: float, cpu_seconds: float, *, finished: bool) -> Usage:
         """Return the usage of a run that has ended, when the worker's processor clock shows `cpu_seconds`."""
         used = max(0.0, cpu_seconds - self._cpu_seconds)
@@ -377,14 +298,3 @@ class InFlight:
             self._is_sound(results[number], run) if number in results else call.ended
             for call, number in run.numbers.items()
         )
-
-    def _is_sound(self, result: Result, run: Run) -> bool:
-        """Return whether a result can be sent on. A worker may write anything, and must not harm the dispatcher."""
-        if len(result.tensors) != len(run.spec.outputs):
-            return False
-        end = 0
-        for tensor in result.tensors:
-            if not is_served(tensor.dtype) or not is_held(tensor.dtype, tensor.shape, tensor.length):
-                return False
-            end = max(end, tensor.offset + tensor.length)
-        return end <= self._max_reply_bytes and run.segment.follow_growth_to(end)

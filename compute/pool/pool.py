@@ -5,16 +5,16 @@ most: the one that it executes, and one staged behind it. So it finds work even 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.call import Call
 from unlatch.compute.ipc.arena import InputArena
-from unlatch.compute.pool.in_flight import InFlight, RunListener
 from unlatch.compute.pool.occupancy import Occupancy
 from unlatch.compute.pool.recycling import Recycling
 from unlatch.compute.pool.slot import Slot
+from unlatch.compute.pool.worker_runs import RunListener, WorkerRuns
 
 _SWEEP_SECONDS = 10.0
 # Between two looks, a worker can take as much memory as it can write to in this time: some 100 MB.
@@ -33,10 +33,14 @@ _IDLE_AFTER_SECONDS = 12.0
 class Opening(NamedTuple):
     """The runs in flight of the worker that takes the next run, and whether that run may be a long one."""
 
-    in_flight: InFlight
+    in_flight: WorkerRuns
     takes_long: bool
 
-    def takes(self, _: Call) -> InFlight:
+    def kinds(self, _: Collection[Hashable]) -> set[Hashable]:
+        """Return the kinds of calls that find room: whether they are long (`by_length`)."""
+        return {False, True} if self.takes_long else {False}
+
+    def takes(self, _: Call) -> WorkerRuns:
         """Return the same worker for every call."""
         return self.in_flight
 
@@ -72,7 +76,7 @@ class Pool:
         results = await asyncio.gather(*starts.values(), return_exceptions=True)
         for failure in filter(None, results):
             raise failure
-        self._tasks = [asyncio.create_task(self._sweep()), asyncio.create_task(self._look_after(listener))]
+        self._tasks = [asyncio.create_task(self._look_after(listener))]
 
     @property
     def workers(self) -> int:
@@ -114,11 +118,17 @@ class Pool:
         """Return an upper bound of `wait_seconds` with `short=False`. Most calls need no more, and it costs less."""
         return self._occupancy.longest_wait_seconds(before)
 
-    def run(self, in_flight: InFlight, calls: Sequence[Call], now: float) -> None:
+    def run(self, in_flight: WorkerRuns, calls: Sequence[Call], now: float) -> None:
         """Give a worker a call, or several that run as one. Raises ResourceExhausted: no memory for replies."""
         if not calls[0].estimate.long:
             self._last_short = now
         in_flight.run(calls, now)
+
+    def sweep(self, dropped_inputs: Sequence[int]) -> None:
+        """Tell all workers to unmap input segments that are gone, and reply segments that were unused for a while."""
+        for slot in self._slots:
+            with self._errors.guarded("sweep"):
+                slot.sweep(dropped_inputs)
 
     async def stop(self) -> None:
         """Kill every worker, whatever it is doing, and wait until they are gone."""
@@ -128,17 +138,6 @@ class Pool:
             if not slot.stop():
                 task.cancel()
         await asyncio.gather(*self._keeping.values(), return_exceptions=True)
-
-    async def _sweep(self) -> None:
-        """Give memory back that has not been used for a while."""
-        while True:
-            await asyncio.sleep(_SWEEP_SECONDS)
-            dropped: list[int] = []
-            with self._errors.guarded("sweep"):
-                dropped = self._arena.drop_idle()
-            for slot in self._slots:
-                with self._errors.guarded("sweep"):
-                    slot.sweep(dropped)
 
     async def _look_after(self, listener: RunListener) -> None:
         """Keep workers to their limits, and replace those that are due: one at a time, so that the others serve.
@@ -172,3 +171,14 @@ class Pool:
 
 def _since(recycling: Recycling) -> float:
     return recycling.since
+
+
+async def sweep(arena: InputArena, pools: Callable[[], Iterable[Pool]], errors: InternalErrors) -> None:
+    """Give memory back that has not been used for a while, every ten seconds. `pools` are those of all its workers."""
+    while True:
+        await asyncio.sleep(_SWEEP_SECONDS)
+        dropped: list[int] = []
+        with errors.guarded("sweep"):
+            dropped = arena.drop_idle()
+        for pool in pools():
+            pool.sweep(dropped)

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ import msgspec
 import structlog
 
 from unlatch.common.telemetry.internal_errors import InternalErrors
-from unlatch.compute.ipc.frames import ToDispatcher, ToWorker, decode_for_dispatcher, encode
+from unlatch.compute.ipc.frames import End, ToDispatcher, ToWorker, decode_for_dispatcher, encode
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
 from unlatch.compute.pool.forkserver import Spawned
@@ -38,7 +39,10 @@ _RECEIVE_BYTES = 256 * 1024
 
 
 class WorkerProcess:
-    """A process that was started. `on_frame` and `on_exit` are called on the event loop, and raise nothing."""
+    """A process that was started. `on_frame` and `on_exit` are called on the event loop, and raise nothing.
+
+    `queues` lets frames wait here if the socket has no room for them, as for a worker that has many runs.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class WorkerProcess:
         *,
         errors: InternalErrors,
         stopped_seconds: float = 0.0,
+        queues: bool = False,
     ) -> None:
         self.pid = spawned.pid
         self._channel = spawned.channel
@@ -62,15 +67,28 @@ class WorkerProcess:
         # True from the first sign of the worker's end on. It is sent nothing more.
         self.ending = False
         self._gone = False
+        # Seconds that the worker's teardowns may take; 0 if it has none.
+        self.teardown_seconds = 0.0
+        self._queues = queues
+        # Frames that the socket has had no room for, with descriptors of their own.
+        self._unsent: deque[tuple[bytes, int | None]] = deque()
         self._loop.add_reader(self._channel, self._readable)
         self._loop.add_reader(self._pidfd, self._ended)
         self._stopped = StoppedWatch(self.pid, stopped_seconds, self.kill)
 
     def send(self, frame: ToWorker, fd: int | None = None) -> None:
-        """Send a frame, with a descriptor or none. If the socket refuses the frame, the worker is killed."""
+        """Send a frame, with a descriptor or none. If the socket refuses the frame, queue it or kill the worker."""
         if self.ending:
             return
         encoded = encode(frame)
+        if self._unsent or not self._sent(encoded, fd):
+            if not self._unsent:
+                self._loop.add_writer(self._channel, self._writable)
+            # The descriptor's owner may close it before the frame is sent.
+            self._unsent.append((encoded, None if fd is None else os.dup(fd)))
+
+    def _sent(self, encoded: bytes, fd: int | None) -> bool:
+        """Send a frame. Returns whether it has left, or is lost because the worker ends."""
         try:
             if fd is None:
                 self._channel.send(encoded)
@@ -79,7 +97,18 @@ class WorkerProcess:
         except (BrokenPipeError, ConnectionResetError):
             self._hung_up()
         except OSError as error:
+            if self._queues and isinstance(error, BlockingIOError):
+                return False
             self.kill(exits.DEAF.with_detail(error.strerror or str(error)))
+        return True
+
+    def _writable(self) -> None:
+        while self._unsent and self._sent(*self._unsent[0]):
+            # Empty already if the worker ends.
+            if self._unsent:
+                _close(self._unsent.popleft()[1])
+        if not self._unsent and not self.ending:
+            self._loop.remove_writer(self._channel)
 
     @property
     def cpu_seconds(self) -> float:
@@ -101,6 +130,16 @@ class WorkerProcess:
             os.killpg(self.pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def end(self, cause: Exit) -> None:
+        """End a worker that has no run: let it run its teardowns if it has some, then kill it."""
+        if not self.teardown_seconds or self.ending:
+            self.kill(cause)
+            return
+        self.send(End())
+        self._cause = self._cause or cause
+        self._hear_no_more()
+        self._grace = self._loop.call_later(self.teardown_seconds, self.kill, cause)
 
     def hear(self) -> None:
         """Handle the frames that have arrived and that the event loop has not read yet."""
@@ -138,6 +177,10 @@ class WorkerProcess:
         if not self.ending:
             self.ending = True
             self._loop.remove_reader(self._channel)
+            if self._unsent:
+                self._loop.remove_writer(self._channel)
+                while self._unsent:
+                    _close(self._unsent.popleft()[1])
 
     def _ended(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -175,3 +218,8 @@ class WorkerProcess:
                 os.killpg(self.pid, signal.SIGKILL)
             os.close(self._pidfd)
         self._on_exit(self._cause or exits.by_itself(self._exit_code.result() if self._exit_code.done() else None))
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)

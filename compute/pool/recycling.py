@@ -15,8 +15,8 @@ from unlatch.compute.ipc.frames import Shrink, Shrunk
 from unlatch.compute.ipc.memory_limits import Footprint, MemoryLimits
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
-from unlatch.compute.pool.in_flight import InFlight
 from unlatch.compute.pool.process import WorkerProcess
+from unlatch.compute.pool.worker_runs import WorkerRuns
 
 # RLIMIT_DATA stops a worker at its limit. A worker that exceeds the limit by this factor has evaded RLIMIT_DATA.
 _FAR_OVER = 1.1
@@ -29,7 +29,7 @@ _ASKED_EVERY_SECONDS = 2.0
 class Recycling:
     """Memory limits and replacement of a worker process that is ready. Raises OSError if it has ended already."""
 
-    def __init__(self, process: WorkerProcess, in_flight: InFlight, limits: MemoryLimits) -> None:
+    def __init__(self, process: WorkerProcess, in_flight: WorkerRuns, limits: MemoryLimits) -> None:
         self._process = process
         self._in_flight = in_flight
         self._limits = limits
@@ -89,9 +89,9 @@ class Recycling:
         self.rested()
 
     def rested(self) -> None:
-        """Kill the worker now if it retires, is due and holds no run."""
+        """End the worker now if it retires, is due and holds no run."""
         if self.retires and self.due and not self._in_flight:
-            self._process.kill(self.due)
+            self._process.end(self.due)
 
     def close(self) -> None:
         """Close the files of the process, which has exited."""

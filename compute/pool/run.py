@@ -55,6 +55,8 @@ class WorkerExited(msgspec.Struct, frozen=True):
     exit: Exit
     stopping: bool
     usage: Usage | None
+    # Whether the worker executed other runs at the same time.
+    beside: bool = False
 
 
 class LimitReached(msgspec.Struct, frozen=True):
@@ -79,15 +81,17 @@ Event = Replied | WorkerExited | LimitReached | TakenOut
 class Run:
     """A run and its calls. `numbers` are the numbers of the calls in the worker's frames.
 
-    The run uses `segment` until the last reply in it has been read or will not be written any more.
+    The run uses `segment` until the last reply in it has been read or will not be written any more. The run of an async
+    worker has none until its reply is known and large; a small reply is `inline`.
     """
 
     def __init__(
-        self, worker: int, numbers: dict[Call, int], segment: Segment, segments: WorkerSegments, now: float
+        self, worker: int, numbers: dict[Call, int], segment: Segment | None, segments: WorkerSegments, now: float
     ) -> None:
         self.worker = worker
         self.numbers = numbers
         self.segment = segment
+        self.inline: bytes | None = None
         self.first = next(iter(numbers))
         self.spec = self.first.spec
         self.state = RunState.STAGED
@@ -115,6 +119,14 @@ class Run:
     def runs_again_alone(self) -> bool:
         """Whether its calls run again alone after a failure: several calls of a pure kernel."""
         return self.spec.pure and len(self.numbers) > 1
+
+    @property
+    def memory(self) -> memoryview:
+        """The memory with its replies, once they are written."""
+        if self.inline is not None:
+            return memoryview(self.inline)
+        assert self.segment is not None
+        return self.segment.view
 
     @property
     def is_sent(self) -> bool:
@@ -146,5 +158,5 @@ class Run:
         """Note that the call's reply has been read from the segment, or will not be written to it."""
         if call in self._unread:
             self._unread.discard(call)
-            if not self._unread:
+            if not self._unread and self.segment is not None:
                 self._segments.give_back(self.segment)

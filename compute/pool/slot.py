@@ -6,7 +6,7 @@ process starts ──> Loaded…, Ready ──> `ready` ──> serves: `in_flig
 
 import asyncio
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import structlog
@@ -15,16 +15,31 @@ from unlatch.common.backoff import Backoff
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.errors import KilledAtStartError, StartError
-from unlatch.compute.ipc.frames import Done, Failed, Loaded, Misfit, Ready, Shrunk, ToDispatcher
+from unlatch.compute.ipc.frames import (
+    ASYNC,
+    Blocks,
+    Done,
+    Failed,
+    Loaded,
+    Misfit,
+    Ready,
+    Serve,
+    Shrunk,
+    ToDispatcher,
+    Unblocks,
+    Wants,
+)
 from unlatch.compute.ipc.memory_limits import MemoryLimits
-from unlatch.compute.metrics import WorkerMetrics
+from unlatch.compute.metrics import AsyncWorkerMetrics, WorkerMetrics
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
 from unlatch.compute.pool.forkserver import ForkServer, Spawned
-from unlatch.compute.pool.in_flight import InFlight, RunListener
+from unlatch.compute.pool.in_flight import InFlight
 from unlatch.compute.pool.occupancy import Occupancy
 from unlatch.compute.pool.process import WorkerProcess
 from unlatch.compute.pool.recycling import Recycling
+from unlatch.compute.pool.side_by_side import SideBySide
+from unlatch.compute.pool.worker_runs import RunListener, WorkerRuns
 from unlatch.compute.readiness import Readiness
 from unlatch.compute.settings import ComputeSettings
 
@@ -39,6 +54,8 @@ class SlotWorker:
 
     def __init__(self, slot: "Slot", spawned: Spawned, listener: RunListener) -> None:
         self.parent = spawned.parent
+        # Whether it cannot serve because a setup has failed, and not because of its kernels.
+        self.setup_failed = False
         self.kernels: dict[str, KernelSpec] = {}
         self._slot = slot
         self._listener = listener
@@ -52,9 +69,14 @@ class SlotWorker:
             self.exited.set_result,
             stopped_seconds=slot.settings.stopped_worker_seconds,
             errors=slot.errors,
+            queues=slot.kind == ASYNC,
         )
-        of_slot = slot.occupancy, slot.metrics, slot.errors, slot.settings
-        self.in_flight = InFlight(slot.number, self.process, listener, *of_slot)
+        rest = slot.errors, slot.settings
+        self.in_flight: WorkerRuns
+        if isinstance(slot.metrics, AsyncWorkerMetrics):
+            self.in_flight = SideBySide(slot.number, self.process, listener, slot.occupancy, slot.metrics, *rest)
+        else:
+            self.in_flight = InFlight(slot.number, self.process, listener, slot.occupancy, slot.metrics, *rest)
         # None until the worker serves, and after its exit.
         self.recycling: Recycling | None = None
 
@@ -62,6 +84,7 @@ class SlotWorker:
         """Let the worker take runs from now on."""
         with suppress(OSError):  # the process has ended meanwhile: it gets no run before its exit is handled
             self.recycling = Recycling(self.process, self.in_flight, limits)
+            self.process.send(Serve(limits.memory_bytes))
             self.in_flight.serve()
 
     def close(self, cause: Exit, *, stopping: bool) -> None:
@@ -84,6 +107,8 @@ class SlotWorker:
         elif isinstance(frame, Shrunk):
             if self.recycling is not None:
                 self.recycling.shrunk(frame)
+        elif isinstance(frame, Wants | Blocks | Unblocks):
+            self.in_flight.asked(frame)
         elif self.ready.done():
             self.process.kill(exits.NOT_STARTING)
         else:
@@ -92,28 +117,34 @@ class SlotWorker:
     def _starts(self, frame: Loaded | Ready | Misfit) -> None:
         if isinstance(frame, Loaded):
             self.kernels[frame.kernel.name] = frame.kernel
+        elif isinstance(frame, Ready):
+            self.process.teardown_seconds = self._slot.settings.teardown_seconds if frame.teardown else 0.0
+            self.ready.set_result("")
         else:
-            self.ready.set_result(frame.message if isinstance(frame, Misfit) else "")
+            self.setup_failed = frame.setup
+            self.ready.set_result(frame.message)
 
 
 class Slot:
-    """Keep one numbered place filled with a worker."""
+    """Keep one numbered place filled with a worker of a kind. `limits` are those of a worker with certain kernels."""
 
     def __init__(
         self,
         number: int,
+        kind: str,
         forkserver: ForkServer,
         occupancy: Occupancy,
         metrics: WorkerMetrics,
         readiness: Readiness,
-        limits: MemoryLimits,
+        limits: Callable[[Iterable[KernelSpec]], MemoryLimits],
         settings: ComputeSettings,
         errors: InternalErrors,
     ) -> None:
         self.worker: SlotWorker | None = None
         # The runs of the worker, while there is one.
-        self.in_flight: InFlight | None = None
+        self.in_flight: WorkerRuns | None = None
         self.number = number
+        self.kind = kind
         self._forkserver = forkserver
         self.occupancy = occupancy
         self.metrics = metrics
@@ -175,7 +206,11 @@ class Slot:
         """Stop filling the slot, and kill its worker. Returns whether there is a worker whose exit must be awaited."""
         self._stopping = True
         if self.worker is not None:
-            self.worker.process.kill(exits.POOL_STOPS)
+            # An async worker cancels what it runs, and then runs its teardowns; any other would run them after its run.
+            if self.kind != ASYNC and len(self.worker.in_flight):
+                self.worker.process.kill(exits.POOL_STOPS)
+            else:
+                self.worker.process.end(exits.POOL_STOPS)
         return self.worker is not None
 
     def _start_failed(self, error: Exception) -> float:
@@ -192,7 +227,9 @@ class Slot:
     async def _start(self, listener: RunListener) -> SlotWorker:
         """Start one worker, and wait until it serves. Raises StartError if it does not become ready."""
         within, stopped_seconds = self.settings.worker_start_seconds, self.settings.stopped_worker_seconds
-        spawned = await self._forkserver.spawn_within(within, stopped_seconds=stopped_seconds, unfit=self._unfit_parent)
+        spawned = await self._forkserver.spawn_within(
+            within, self.kind, stopped_seconds=stopped_seconds, unfit=self._unfit_parent
+        )
         worker = SlotWorker(self, spawned, listener)
         self.worker, self.in_flight = worker, worker.in_flight
         self.metrics.started(worker.process.pid, worker.parent)
@@ -220,14 +257,19 @@ class Slot:
         """Let a ready worker take runs. Returns why it cannot serve, or an empty string."""
         if not worker.ready.done():
             return f"a worker ended before it was ready: {worker.exited.result()}"
-        why = worker.ready.result() or self._limits.refusal(worker.kernels.values())
+        try:
+            limits = self._limits(worker.kernels.values())
+        except StartError as error:
+            return str(error)
+        why = worker.ready.result() or limits.refusal(worker.kernels.values())
         if why:
-            # All children of this forkserver have the same kernels, so all of them are unfit.
-            self._unfit_parent = worker.parent
+            if not worker.setup_failed:
+                # All children of this forkserver have the same kernels, so all of them are unfit.
+                self._unfit_parent = worker.parent
             return why
         if not self._readiness.fits(worker.kernels):
             return "its kernels are not those of the workers that are up: their files have changed"
-        worker.serve(self._limits)
+        worker.serve(limits)
         self._start_failures.succeeded()
         self.metrics.ready()
         self._readiness.up(self.number, worker.kernels)

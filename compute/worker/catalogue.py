@@ -4,6 +4,7 @@ They are loaded once, in the forkserver, before any worker is forked, so that wo
 """
 
 import importlib
+import inspect
 import os
 import pkgutil
 import sys
@@ -15,7 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from unlatch.common.kernel.spec import KernelSpec
-from unlatch.declaration import DECLARED, DeclarationError, place_of, spec_of
+from unlatch.declaration import DECLARED, DeclarationError, is_async, place_of, spec_of
+from unlatch.hooks import SETUPS, TEARDOWNS, hooks_of
 
 BUILT_IN = "unlatch.compute.kernels"
 
@@ -31,9 +33,24 @@ class LoadedKernels:
         self.functions: dict[str, Callable[..., Any]] = {}
         self.specs: dict[str, KernelSpec] = {}
 
+    def hooks(self, which: str, *, of_async: bool) -> list[Callable[[], Any]]:
+        """Return the setups or teardowns for async workers, or for others: of the modules with kernels that they run.
+
+        An `async def` hook is for async workers alone.
+        """
+        namespaces = {id(space): space for space in self._namespaces(of_async=of_async)}
+        found = (hook for space in namespaces.values() for hook in hooks_of(space, which))
+        return [hook for hook in found if of_async or not is_async(hook)]
+
+    def _namespaces(self, *, of_async: bool) -> Iterator[dict[str, Any]]:
+        for name, function in self.functions.items():
+            if (self.specs[name].concurrency is not None) is of_async:
+                yield inspect.unwrap(function).__globals__
+
     def add(self, module: ModuleType) -> None:
         """Add every kernel of a module. Raises LoadError for a name that another kernel has."""
         _refuse_hidden(module)
+        _refuse_unrun_hooks(module)
         for function, spec in kernels_in(module):
             # A kernel that another module imports, or that a decorator above @kernel has wrapped, keeps its spec.
             if self.specs.setdefault(spec.name, spec) is not spec:
@@ -62,6 +79,19 @@ def _refuse_hidden(module: ModuleType) -> None:
             raise LoadError(
                 f"{place_of(function)}: kernel {name}: another function has replaced it; if that is a decorator above "
                 "@kernel, write @kernel above it, or use functools.wraps in it"
+            )
+
+
+def _refuse_unrun_hooks(module: ModuleType) -> None:
+    """Refuse an `async def` hook in a module without an async kernel: no worker would run it."""
+    declared = [spec_of(function) for function in vars(module).get(DECLARED, ())]
+    if any(spec is not None and spec.concurrency is not None for spec in declared):
+        return
+    for hook in (*hooks_of(vars(module), SETUPS), *hooks_of(vars(module), TEARDOWNS)):
+        if is_async(hook):
+            raise LoadError(
+                f"{place_of(hook)}: {hook.__name__}: an async hook runs in async workers, and this module declares no "
+                "`async def` kernel"
             )
 
 
@@ -95,7 +125,7 @@ def imported(name: str) -> ModuleType:
     except DeclarationError as error:
         raise LoadError(str(error)) from error
     except BaseException as error:  # a module may raise anything, even SystemExit
-        raise LoadError(_described(name, error)) from error
+        raise LoadError(described(name, error)) from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -125,7 +155,7 @@ def is_installed(file: str) -> bool:
     return os.path.realpath(file).startswith(tuple(folders))
 
 
-def _described(name: str, error: BaseException) -> str:
+def described(name: str, error: BaseException) -> str:
     """Describe an error after the line of the author's own code that led to it. A library's line comes last."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError) and error.filename:

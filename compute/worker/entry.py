@@ -5,6 +5,6 @@ import socket
 from unlatch.compute.worker import loop
 
 
-def enter(channel: socket.socket, dispatcher_alive: int, max_reply_bytes: int, memory_bytes: int) -> None:
+def enter(channel: socket.socket, dispatcher_alive: int, kind: str, max_reply_bytes: int) -> None:
     """Run a worker until the dispatcher closes the channel; `dispatcher_alive` is a pipe that breaks when it ends."""
-    loop.main(channel, dispatcher_alive, max_reply_bytes, memory_bytes)
+    loop.main(channel, dispatcher_alive, kind, max_reply_bytes)

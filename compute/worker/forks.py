@@ -43,7 +43,7 @@ def serve(channel: socket.socket) -> NoReturn:
 class _Forks:
     """Fork workers, and report the end of each."""
 
-    def __init__(self, channel: socket.socket, enter: Callable[[socket.socket, int, int, int], None]) -> None:
+    def __init__(self, channel: socket.socket, enter: Callable[[socket.socket, int, str, int], None]) -> None:
         self._channel = channel
         self._enter = enter
         # Pids by pidfds.
@@ -106,7 +106,7 @@ class _Forks:
             for number, handler in self._handlers.items():
                 # None is a handler that is not Python's, and cannot be set again.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
-            self._enter(socket.socket(fileno=channel), dispatcher_alive, fork.max_reply_bytes, fork.memory_bytes)
+            self._enter(socket.socket(fileno=channel), dispatcher_alive, fork.kind, fork.max_reply_bytes)
             sys.stdout.flush()
             code = 0
         except BaseException:  # noqa: BLE001 (this process must not go on as a second forkserver)

@@ -1,6 +1,7 @@
 """A kernel's call: its input arrays, the function itself, and checks of its outputs.
 
-members' bytes in the arena ──> input_arrays ──> call_kernel ──> outputs, as the kernel declares them
+members' bytes in the arena ──> input_arrays ──> the kernel ──> outputs_of ──> outputs, as the kernel declares them
+                                                     └ raises: explanation
 """
 
 from collections.abc import Callable, Sequence
@@ -36,19 +37,32 @@ def call_kernel(
     """Call a kernel and check its outputs. Raises Internal for a faulty kernel, or what the kernel raises."""
     try:
         result = function(*arrays, **parameters)
-    except KernelError as refusal:
-        refusal.field = refusal.field or _argument_named(spec, refusal.message)
-        raise
-    except (ValueError, TypeError) as error:
-        if "read-only" in str(error):
-            raise Internal(
-                f"kernel {spec.name} writes to its input; inputs are read-only, so it must copy first"
-            ) from error
-        if "readonly array" in str(error):
-            raise Internal(
-                f"kernel {spec.name} is compiled for writable arrays; inputs are read-only, so its types must say so"
-            ) from error
-        raise
+    except (KernelError, TypeError, ValueError) as error:
+        fault = explanation(spec, error)
+        if fault is None:
+            raise
+        raise fault from error
+    return outputs_of(spec, arrays, result)
+
+
+def explanation(spec: KernelSpec, error: Exception) -> Internal | None:
+    """Return the error to raise in place of what a kernel raised; None if that is as it should be.
+
+    A refusal that names an argument gets its field.
+    """
+    if isinstance(error, KernelError):
+        error.field = error.field or _argument_named(spec, error.message)
+    elif "read-only" in str(error):
+        return Internal(f"kernel {spec.name} writes to its input; inputs are read-only, so it must copy first")
+    elif "readonly array" in str(error):
+        return Internal(
+            f"kernel {spec.name} is compiled for writable arrays; inputs are read-only, so its types must say so"
+        )
+    return None
+
+
+def outputs_of(spec: KernelSpec, arrays: list[Array], result: Any) -> list[Array]:
+    """Return what a kernel returned as arrays, checked against its declaration. Raises Internal for a faulty kernel."""
     outputs = list(result) if isinstance(result, tuple) else [result]
     if len(outputs) != len(spec.outputs):
         raise Internal(f"kernel {spec.name} returned {len(outputs)} results, but declares {len(spec.outputs)}")

@@ -20,14 +20,17 @@ from collections.abc import Sequence
 from functools import partial
 
 from unlatch import cancellation
-from unlatch.common.errors import Internal, UnlatchError, opaque
+from unlatch.common.errors import UnlatchError
 from unlatch.compute.ipc import frames
 from unlatch.compute.ipc.arena import Mapped
 from unlatch.compute.ipc.memory_limits import Allowance
 from unlatch.compute.worker import preload
+from unlatch.compute.worker.beginning import allowed, announce, misfit, run_hook, run_teardown, served
+from unlatch.compute.worker.catalogue import LoadError
 from unlatch.compute.worker.kernel_call import call_kernel, input_arrays
-from unlatch.compute.worker.reply import encoded, failed, not_begun, traceback_text, write_outputs
-from unlatch.compute.worker.setup import become_worker, give_way, seed_random_states, start_blas_threads
+from unlatch.compute.worker.reply import encoded, failed, not_begun, packed, told, write
+from unlatch.compute.worker.setup import become_worker, give_way, seed_random_states
+from unlatch.hooks import SETUPS, TEARDOWNS
 
 # After this idle time a worker returns the memory that it keeps for its next call.
 _IDLE_SECONDS = 3
@@ -35,8 +38,8 @@ _IDLE_SECONDS = 3
 _UNTIL_IDLE, _WITHOUT_LIMIT = (struct.pack("ll", seconds, 0) for seconds in (_IDLE_SECONDS, 0))
 
 
-def main(channel: socket.socket, dispatcher_alive: int, max_reply_bytes: int, memory_bytes: int) -> None:
-    """Serve RunFrames until the dispatcher closes the channel.
+def main(channel: socket.socket, dispatcher_alive: int, kind: str, max_reply_bytes: int) -> None:
+    """Serve RunFrames until the dispatcher ends this worker or closes the channel.
 
     `dispatcher_alive` is the reading end of a pipe that breaks when the dispatcher ends.
     """
@@ -44,20 +47,34 @@ def main(channel: socket.socket, dispatcher_alive: int, max_reply_bytes: int, me
     seed_random_states()
     preload.grant_openmp()
     if preload.failure:
-        channel.send(frames.encode(frames.Misfit(preload.failure)))
-        # Wait for the dispatcher to end this process. If it ended by itself, it might be gone before the frame is read.
-        channel.recv(1)
+        misfit(channel, frames.Misfit(preload.failure))
+    elif kind == frames.ASYNC:
+        from unlatch.compute.worker import async_loop
+
+        async_loop.main(channel, max_reply_bytes)
+    else:
+        _main(channel, max_reply_bytes)
+
+
+def _main(channel: socket.socket, max_reply_bytes: int) -> None:
+    announce(channel)
+    setups, teardowns = (preload.catalogue.hooks(which, of_async=False) for which in (SETUPS, TEARDOWNS))
+    try:
+        for hook in setups:
+            run_hook(hook)
+    except LoadError as error:
+        misfit(channel, frames.Misfit(str(error), setup=True))
         return
-    kernels = preload.catalogue.specs.values()
-    if memory_bytes or any(spec.memory_bytes for spec in kernels):
-        start_blas_threads()
-    allowance = Allowance(memory_bytes)
-    for spec in kernels:
-        channel.send(frames.encode(frames.Loaded(spec)))
-    channel.send(frames.encode(frames.Ready()))
-    give_way()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        channel.send(frames.encode(frames.Ready(bool(teardowns))))
+        memory_bytes = served(channel.recv(frames.FRAME_BYTES))
+        if memory_bytes is None:
+            return
+        allowance = allowed(memory_bytes)
+        give_way()
         _Worker(channel, max_reply_bytes, allowance).serve()
+        for hook in reversed(teardowns):
+            run_teardown(hook)
 
 
 class _Worker:
@@ -79,13 +96,13 @@ class _Worker:
         self._receiving.acquire()
         self._incoming = select.poll()
         self._incoming.register(channel, select.POLLIN)
-        self._dispatcher_is_gone = False
+        self._is_over = False
         cancellation.asked_of = self._is_cancelled
         # A process that a kernel forks must not take this worker's frames.
         os.register_at_fork(after_in_child=partial(setattr, cancellation, "asked_of", bool))
 
     def serve(self) -> None:
-        """Answer RunFrames until the dispatcher is gone."""
+        """Answer RunFrames until the dispatcher ends this worker, or is gone."""
         while (run := self._next()) is not None:
             if self._is_idle:
                 self._set_idle(idle=False)
@@ -100,10 +117,10 @@ class _Worker:
         return encoded(self._run(run, wanted) if wanted else not_begun(run), run, wanted)
 
     def _next(self) -> frames.RunFrame | None:
-        """Wait for the next RunFrame and return it; None when the dispatcher is gone."""
+        """Wait for the next RunFrame and return it; None at the end."""
         while True:
             self._shrink_if_due()
-            if self._waiting or self._dispatcher_is_gone:
+            if self._waiting or self._is_over:
                 break
             self._receive()
         # Read all other frames too, since one may cancel the next call.
@@ -112,7 +129,7 @@ class _Worker:
 
     def _receive_all(self) -> None:
         """Handle all frames that have arrived, without waiting."""
-        while not self._dispatcher_is_gone and self._incoming.poll(0):
+        while not self._is_over and self._incoming.poll(0):
             self._receive()
 
     def _receive(self) -> None:
@@ -126,7 +143,7 @@ class _Worker:
         except ConnectionResetError:
             frame, fds = b"", []
         if not frame:
-            self._dispatcher_is_gone = True
+            self._is_over = True
             return
         message = frames.decode_for_worker(frame)
         if isinstance(message, frames.RunFrame):
@@ -137,8 +154,11 @@ class _Worker:
             self._cancelled.update(message.calls)
         elif isinstance(message, frames.Shrink):
             self._asked_to_shrink = True
-        else:
+        elif isinstance(message, frames.Forget):
             self._mapped.forget(message.inputs, message.replies)
+        else:
+            # End: the dispatcher sends it once there is no run.
+            self._is_over = True
 
     def _shrink_if_due(self) -> None:
         if not self._ran_short and not self._asked_to_shrink:
@@ -160,33 +180,28 @@ class _Worker:
                 self._receive_all()
             finally:
                 self._receiving.release()
-        return self._dispatcher_is_gone or all(member.call in self._cancelled for member in self._running)
+        return self._is_over or all(member.call in self._cancelled for member in self._running)
 
     def _run(self, run: frames.RunFrame, members: Sequence[frames.Member]) -> frames.Done | frames.Failed:
         """Run the kernel once, for these members (calls) together."""
         started = time.perf_counter_ns()
-        log = ""
         self._running = members
         self._receiving.release()
+        log = ""
         try:
             spec = preload.catalogue.specs[run.kernel]
             arrays = input_arrays(self._mapped, spec, members)
             with self._allowance.during(spec):
                 outputs = call_kernel(preload.catalogue.functions[run.kernel], spec, arrays, run.parameters)
             taken = time.perf_counter_ns() - started
-            results = write_outputs(self._mapped, spec, outputs, run.reply_segment, members, self._max_reply_bytes)
+            reply = packed(spec, outputs, members, self._max_reply_bytes)
+            results = write(reply, self._mapped.reply(run.reply_segment, reply.size), members)
             return frames.Done(results, taken)
-        except UnlatchError as expected:
-            # An Internal error with a cause wraps the kernel's own exception. The kernel's author needs its traceback.
-            log = traceback_text(expected) if isinstance(expected, Internal) and expected.__cause__ else ""
-            # A traceback refers to frames, which refer to the error: the run's arrays would outlive the run.
-            error = expected.with_traceback(None)
         except MemoryError:
-            error = self._allowance.exceeded(preload.catalogue.specs[run.kernel])
+            error: UnlatchError = self._allowance.exceeded(preload.catalogue.specs[run.kernel])
             self._ran_short = True
-        except BaseException as unexpected:  # noqa: BLE001 (a kernel may raise anything, and the worker goes on)
-            error, identity = opaque(f"kernel {run.kernel} failed")
-            log = f"{identity} {traceback_text(unexpected)}"
+        except BaseException as raised:  # noqa: BLE001 (a kernel may raise anything, and the worker goes on)
+            error, log = told(run.kernel, raised)
         finally:
             self._receiving.acquire()
         return failed(members[0], error, log, time.perf_counter_ns() - started)

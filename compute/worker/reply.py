@@ -3,28 +3,43 @@
 import traceback
 from collections.abc import Sequence
 from itertools import accumulate
+from mmap import mmap
+from typing import NamedTuple
 
 import numpy as np
 
-from unlatch.common.errors import Cancelled, ResourceExhausted, UnlatchError
+from unlatch.common.errors import Cancelled, Internal, ResourceExhausted, UnlatchError, opaque
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.kernel.tensors import Array, dtype_name, pack_bytes
-from unlatch.compute.ipc.arena import Mapped, offsets
+from unlatch.compute.ipc.arena import offsets
 from unlatch.compute.ipc.frames import FRAME_BYTES, Done, Failed, Member, Result, RunFrame, Tensor, encode
 
 
-def write_outputs(
-    mapped: Mapped, spec: KernelSpec, outputs: list[Array], segment: int, members: Sequence[Member], limit_bytes: int
-) -> tuple[Result, ...]:
-    """Write each output once, and return where each member's rows of it lie. Raises ResourceExhausted."""
+class Packed(NamedTuple):
+    """Outputs that are about to be written: each one's form and its offsets, its start, and the size of all."""
+
+    outputs: list[Array]
+    contents: list[tuple[Array | bytes, list[int]]]
+    starts: list[int]
+    rows: list[int]
+    size: int
+
+
+def packed(spec: KernelSpec, outputs: list[Array], members: Sequence[Member], limit_bytes: int) -> Packed:
+    """Find where each output will lie in the reply. Raises ResourceExhausted if they are too large."""
     rows = [member.tensors[0].shape[0] for member in members] if len(members) > 1 else []
-    packed = [_packed(output, rows) for output in outputs]
-    starts, size = offsets([ends[-1] for _, ends in packed])
+    contents = [_packed(output, rows) for output in outputs]
+    starts, size = offsets([ends[-1] for _, ends in contents])
     if size > limit_bytes:
         raise ResourceExhausted(f"kernel {spec.name} returned {size} bytes, more than max_reply_bytes={limit_bytes}")
-    memory = mapped.reply(segment, size)
+    return Packed(outputs, contents, starts, rows, size)
+
+
+def write(reply: Packed, memory: mmap | bytearray, members: Sequence[Member]) -> tuple[Result, ...]:
+    """Write each output once to `memory`, and return where each member's rows of it lie."""
     tensors: list[list[Tensor]] = []
-    for output, (content, ends), start in zip(outputs, packed, starts, strict=True):
+    rows = reply.rows
+    for output, (content, ends), start in zip(reply.outputs, reply.contents, reply.starts, strict=True):
         if isinstance(content, bytes):
             memory[start : start + len(content)] = content
         else:
@@ -57,9 +72,20 @@ def not_begun(run: RunFrame) -> Failed:
     return failed(run.members[0], Cancelled(f"kernel {run.kernel} was not begun: all its calls were cancelled"), "", 0)
 
 
-def failed(member: Member, error: UnlatchError, log: str, nanoseconds: int) -> Failed:
+def failed(member: Member, error: UnlatchError, log: str, nanoseconds: int, cpu_nanoseconds: int = 0) -> Failed:
     """The answer to a RunFrame that failed; `member` is any of its members."""
-    return Failed(member.call, error.code, error.message, error.field, log, nanoseconds)
+    return Failed(member.call, error.code, error.message, error.field, log, nanoseconds, cpu_nanoseconds)
+
+
+def told(kernel: str, raised: BaseException) -> tuple[UnlatchError, str]:
+    """Return the error that a caller gets for what a run raised, and the text for the log; empty if there is none."""
+    if isinstance(raised, UnlatchError):
+        # An Internal error with a cause wraps the kernel's own exception. The kernel's author needs its traceback.
+        log = traceback_text(raised) if isinstance(raised, Internal) and raised.__cause__ else ""
+        # A traceback refers to frames, which refer to the error: the run's arrays would outlive the run.
+        return raised.with_traceback(None), log
+    error, identity = opaque(f"kernel {kernel} failed")
+    return error, f"{identity} {traceback_text(raised)}"
 
 
 def traceback_text(error: BaseException) -> str:

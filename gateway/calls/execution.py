@@ -292,7 +292,7 @@ class Execution:
         replica = self._sent[0]
         self._sent, self._reply = None, None
         replica.ended(self)
-        self.fleet.ended(self, replica, 0.0, _status(reply))
+        self.fleet.ended(self, replica, 0.0, 0.0, _status(reply))
         self.demand = self.demand.until(max(deadline for _, deadline in self._listeners))
         self.route()
 
@@ -336,13 +336,17 @@ class Execution:
         """Give the replica's window back, charge the tenant, and tell the fleet."""
         timings = self._reply.timings if self._reply is not None else None
         run_seconds = timings.run / 1e6 / max(timings.batch, 1) if timings is not None else 0.0
+        cost_seconds = run_seconds
+        if self.kernel.concurrency:
+            # A run that waits beside others costs what it uses of the processor.
+            cost_seconds = timings.cpu / 1e6 if timings is not None else 0.0
         try:
             replica.ended(self)
             try:
-                self._tenant.charge(run_seconds, monotonic())
-                self._calls.metrics.tenant_run_seconds.add(run_seconds, self._tenant.label)
+                self._tenant.charge(cost_seconds, monotonic())
+                self._calls.metrics.tenant_run_seconds.add(cost_seconds, self._tenant.label)
             finally:
-                self.fleet.ended(self, replica, run_seconds, _status(self._reply))
+                self.fleet.ended(self, replica, run_seconds, cost_seconds, _status(self._reply))
         except Exception as error:  # noqa: BLE001 (the guard: the calls hear of the end all the same)
             self._calls.metrics.errors.caught("execution_end", error)
 

@@ -21,7 +21,7 @@ from unlatch.common.errors import UnlatchError
 from unlatch.common.fair import ByTurns
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.waiting.backlog import Backlog, Send
-from unlatch.common.waiting.demand import Estimate
+from unlatch.common.waiting.demand import Beside, Estimate
 from unlatch.gateway.fleet.catalogue import Offer
 from unlatch.gateway.fleet.discovery import Discovery
 from unlatch.gateway.fleet.ejection import CALL
@@ -48,9 +48,9 @@ _NO_HOLD = HoldLimits()
 # Time for which the opening of a client's lane waits for the first replica. Clients give up after 10 s.
 _KERNELS_SECONDS = 5.0
 
-# The kind of a call: kernel, requested version, whether the call is long, how many calls may run together, and the
-# replica to avoid. If one call of a kind finds no room, no other call of that kind does.
-_Kind: TypeAlias = tuple[str, str, bool, int, Replica | None]
+# The kind of a call: kernel, requested version, whether the call is long, how many calls may run together, how many
+# beside one another, and the replica to avoid. If one call of a kind finds no room, no other call of that kind does.
+_Kind: TypeAlias = tuple[str, str, bool, int, Beside | None, Replica | None]
 
 
 class Fleet:
@@ -133,13 +133,14 @@ class Fleet:
         """Remove a held call for which no caller waits any more."""
         self._backlog.withdraw(call)
 
-    def ended(self, call: Routed, replica: Replica, run_seconds: float, code: str = "") -> None:
+    def ended(self, call: Routed, replica: Replica, run_seconds: float, cost_seconds: float, code: str = "") -> None:
         """Learn from a sent call that has ended and left the replica's window, and send held calls.
 
-        `code` is the status of the replica's reply; "" without a reply, or where the replica ends.
+        Its tenant is charged `cost_seconds`. `code` is the status of the replica's reply; "" without a reply, or where
+        the replica ends.
         """
         self.sent_calls -= 1
-        self._backlog.ran(call, run_seconds)
+        self._backlog.ran(call, cost_seconds)
         if code in ("UNAVAILABLE", "ABORTED"):
             self.members.failed(replica, CALL)
         elif code:
@@ -180,8 +181,12 @@ class Fleet:
         seconds = expected or _UNKNOWN_SECONDS
         kernel = offer.kernel
         together = kernel.max_batch_size if kernel.batch else 1
-        is_long = seconds > min([replica.window.long_seconds for replica in offer.replicas])
-        call.estimate = Estimate(seconds, is_long, together)
+        if kernel.concurrency:
+            beside = Beside(kernel.name, kernel.concurrency)
+            call.estimate = Estimate(seconds / beside.runs, beside=beside)
+        else:
+            is_long = seconds > min([replica.window.long_seconds for replica in offer.replicas])
+            call.estimate = Estimate(seconds, is_long, together)
         kinds = self._backlog.kinds
         replica = None if kinds and _kind(call) in kinds else self._choose(call, offer)
         refusal = self._refusal_in_time(call, offer, replica, expected)
@@ -201,7 +206,7 @@ class Fleet:
         if len(offer.replicas) > _LOOKED_AT:
             near = () if offer.near is None else (offer.near,)
             few = _roomy(call, [*near, *random.sample(offer.replicas, _LOOKED_AT)])
-            roomy = [replica for replica in few if not replica.window.wait_seconds(long=call.estimate.long)]
+            roomy = [replica for replica in few if not replica.window.wait_seconds_of(call.estimate)]
         roomy = roomy or _roomy(call, offer.replicas)
         if len(roomy) < 2 and offer.near is None:
             return roomy[0] if roomy else None
@@ -212,10 +217,12 @@ class Fleet:
     ) -> UnlatchError | None:
         """Return the error for a new call that could not be answered in time; None if it could."""
         if replica is None:
-            wait, slowness = self._wait_seconds(call, offer), 1.0
+            wait, run = self._wait_seconds(call, offer), expected
         else:
-            wait, slowness = replica.window.wait_seconds(long=call.estimate.long), replica.window.slowness
-        return self._backlog.refusal_in_time(call, wait_seconds=wait, run_seconds=expected * slowness)
+            wait, run = replica.window.wait_seconds_of(call.estimate), expected
+            if call.estimate.beside is None:
+                run *= replica.window.slowness
+        return self._backlog.refusal_in_time(call, wait_seconds=wait, run_seconds=run)
 
     def _wait_seconds(self, call: Routed, offer: Offer) -> float:
         """Return the seconds that a call would wait: behind the calls that are held here, and then at a replica."""
@@ -224,9 +231,13 @@ class Fleet:
         if not takers:
             # The call is held for a replica of which nothing is known yet.
             return 0.0
+        wait = min(replica.window.wait_seconds_of(call.estimate) for replica in takers)
+        if call.estimate.beside is not None:
+            workers = sum(replica.window.of_async.workers for replica in takers)
+            return self._backlog.seconds_before(call) / workers + wait if workers else wait
         before = self._backlog.seconds_before(call, short=not is_long)
         workers = sum(replica.window.workers / replica.window.slowness for replica in takers)
-        return before / workers + min(replica.window.wait_seconds(long=is_long) for replica in takers)
+        return before / workers + wait
 
     def _send(self, call: Routed, replica: Replica) -> None:
         lane, number = replica.send(call)
@@ -254,11 +265,11 @@ class Fleet:
 
     def _offer_with_room(self, kind: _Kind) -> Offer | None:
         """Return the offer for a kind of calls if a replica has room for a call of that kind, else None."""
-        kernel, version, is_long, together, avoids = kind
+        kernel, version, is_long, together, beside, avoids = kind
         offer = self.members.catalogue.find(kernel, version)
         if offer is None:
             return None
-        any_such = Estimate(0.0, is_long, together)
+        any_such = Estimate(0.0, is_long, together, beside)
         fits = (replica is not avoids and replica.has_room(0, any_such) for replica in offer.replicas)
         return offer if any(fits) else None
 
@@ -266,7 +277,7 @@ class Fleet:
         kernel, size, forecast = call.demand.kernel, call.demand.size, self._backlog.forecast
         expected = forecast.expected(kernel, size)
         # A single replica's speed is the mean, so there is no slowness to learn.
-        if expected and len(self.members) > 1:
+        if expected and len(self.members) > 1 and call.estimate.beside is None:
             replica.window.ran(expected, run_seconds)
         forecast.learn(kernel, size, run_seconds)
 
@@ -291,7 +302,8 @@ class Fleet:
 
 def _kind(call: Routed) -> _Kind:
     estimate = call.estimate
-    return call.demand.kernel, call.descriptor.request.version, estimate.long, estimate.together, call.avoids
+    version = call.descriptor.request.version
+    return call.demand.kernel, version, estimate.long, estimate.together, estimate.beside, call.avoids
 
 
 def _roomy(call: Routed, replicas: Sequence[Replica]) -> list[Replica]:
@@ -317,5 +329,5 @@ def _first_done(call: Routed, roomy: Sequence[Replica], near: Replica | None) ->
 
 def _seconds_until_done(call: Routed, replica: Replica) -> float:
     """Return the seconds until a held call would be done at a replica; 0 if a worker is idle, so the call may try."""
-    wait = replica.window.wait_seconds(long=call.estimate.long)
-    return wait + call.estimate.seconds * replica.window.slowness if wait else 0.0
+    wait = replica.window.wait_seconds_of(call.estimate)
+    return wait + replica.window.expected_run_seconds(call.estimate) if wait else 0.0

@@ -32,6 +32,7 @@ from unlatch.compute.dispatch.poison import Poison
 from unlatch.compute.intake.arguments import check
 from unlatch.compute.ipc.arena import InputArena
 from unlatch.compute.ipc.frames import (
+    PLAIN,
     Cancel,
     Done,
     Failed,
@@ -54,7 +55,7 @@ from unlatch.compute.pool.exits import Exit
 from unlatch.compute.pool.forkserver import ForkServer, Spawned
 from unlatch.compute.pool.in_flight import InFlight
 from unlatch.compute.pool.occupancy import Occupancy
-from unlatch.compute.pool.pool import Pool
+from unlatch.compute.pool.pool import Pool, sweep
 from unlatch.compute.pool.slot import Slot
 from unlatch.compute.readiness import Readiness
 from unlatch.compute.settings import ComputeSettings
@@ -162,6 +163,7 @@ class WorkerEnd:
     ) -> None:
         self.pid = os.getpid()
         self.ending = False
+        self.teardown_seconds = 0.0
         self.cpu_seconds = 0.0
         self.runs: deque[RunFrame] = deque()
         self.cancelled: set[int] = set()
@@ -195,6 +197,10 @@ class WorkerEnd:
         if not self.exited:
             self.cause = self.cause or cause
             self.ending = True
+
+    def end(self, cause: Exit) -> None:
+        """End as a worker without teardowns does."""
+        self.kill(cause)
 
     def say(self, frame: ToDispatcher) -> None:
         """Say a frame to the dispatcher."""
@@ -234,7 +240,7 @@ class Forked:
     ends: list[WorkerEnd]
     parent: int = 1
 
-    async def spawn_within(self, _: float, **__: object) -> Spawned:
+    async def spawn_within(self, _: float, __: str, **___: object) -> Spawned:
         return cast("Spawned", self)
 
 
@@ -276,11 +282,12 @@ class Desk:
         self.slots = slots or [
             Slot(
                 number,
+                PLAIN,
                 cast("ForkServer", Forked(kernels, self.ends)),
                 self.occupancy,
                 self.metrics.worker(number),
                 self.readiness,
-                NO_LIMITS,
+                lambda _: NO_LIMITS,
                 found,
                 self.errors,
             )
@@ -288,6 +295,16 @@ class Desk:
         ]
         self.pool = Pool(self.slots, self.occupancy, self.arena, self.errors, reserved_workers=reserved_workers)
         self.dispatcher = Dispatcher(self.pool, self.poison, self.metrics, self.errors, found, clock=clock)
+
+    async def start(self) -> None:
+        """Start the workers, and give idle memory back as a service does."""
+        self.sweeping = self.loop.create_task(sweep(self.arena, lambda: [self.pool], self.errors))
+        await self.dispatcher.start()
+
+    async def stop(self) -> None:
+        """Stop the workers."""
+        self.sweeping.cancel()
+        await self.pool.stop()
 
     @property
     def backlog(self) -> Policy[Call]:
@@ -302,7 +319,7 @@ class Desk:
     @property
     def in_flight(self) -> list[InFlight]:
         """The runs that the slots' workers hold."""
-        return [slot.in_flight for slot in self.slots if slot.in_flight is not None]
+        return [slot.in_flight for slot in self.slots if isinstance(slot.in_flight, InFlight)]
 
     def caught(self, place: str) -> float:
         """How many exceptions were caught in a place."""

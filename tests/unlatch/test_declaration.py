@@ -3,6 +3,7 @@
 # mypy: disable-error-code="empty-body"
 # ruff: noqa: ANN001, ANN201 (some of these functions lack annotations on purpose)
 
+import asyncio
 import enum
 import functools
 import inspect
@@ -16,7 +17,7 @@ import pytest
 from jaxtyping import Float, Float32, Float64
 from numpy.typing import NDArray
 
-from unlatch import BlockingClient, Bytes, Client, kernel
+from unlatch import BlockingClient, Bytes, Client, kernel, setup, teardown
 from unlatch.common.kernel.messages import from_message, to_message
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.declaration import TAKEN, DeclarationError, spec_of
@@ -89,7 +90,6 @@ def field_out(x: Vector) -> Pair: ...
 def not_defined(x: "Vectr") -> Vector: ...  # type: ignore[name-defined]
 def other_array(x: Float64[list[float], "n"]) -> Vector: ...
 def broadcast(x: Float64[np.ndarray, "#n"]) -> Vector: ...
-async def coroutine(x: Vector) -> Vector: ...
 def in_flight(x: Vector, *, in_flight: int) -> Vector: ...
 def ordered(ordered: Vector) -> Vector: ...
 
@@ -137,7 +137,6 @@ INSTEAD: dict[Callable[..., Any], str] = {
     not_defined: "an annotation is not defined: name 'Vectr' is not defined",
     other_array: "'x' is served as np.ndarray, not as list",
     broadcast: "axis '#n' of 'x' is neither a length, a name",
-    coroutine: "a coroutine function is not served; write `def` without `async`",
     generator: "a generator is not served; return one array that has all items",
     items: "a generator is not served",
     in_flight: "the parameter name 'in_flight' is reserved for calls",
@@ -346,3 +345,65 @@ def test_positional_only_arrays_are_taken() -> None:
     def function(x: Vector, /, y: Vector, *, bias: float) -> Vector: ...
 
     assert [array.name for array in declared(function).inputs] == ["x", "y"]
+
+
+async def waits(x: Vector) -> Vector:
+    """Wait."""
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "says"),
+    [
+        (plain, {"concurrency": 4}, "concurrency= is for `async def` kernels"),
+        (waits, {"concurrency": 0}, "concurrency=0 is not a whole number from 1 to 1048575"),
+        (waits, {"concurrency": True}, "concurrency=True is not a whole number"),
+        (waits, {"concurrency": 1.5}, "concurrency=1.5 is not a whole number"),
+        (waits, {"batch": True}, "batch=True joins calls in one run"),
+        (waits, {"memory": 1 << 30}, "memory= limits a process that runs one call"),
+    ],
+)
+def test_options_that_do_not_fit_an_async_kernel(
+    function: Callable[..., Any], options: dict[str, Any], says: str
+) -> None:
+    """The error says what the option is for."""
+    with pytest.raises(DeclarationError, match=re.escape(says)):
+        kernel(**options)(function)
+
+
+def test_async_function_is_a_kernel_of_many_calls_at_once() -> None:
+    """The number is 1000 unless it is given. A plain function has none, nor has one that runs a coroutine itself."""
+
+    @functools.wraps(waits)
+    def runs(x: Vector) -> Vector:
+        return asyncio.run(waits(x))
+
+    assert declared(waits).concurrency == 1000
+    assert declared(timed(waits)).concurrency is None
+    assert declared(plain).concurrency is None
+    assert declared(runs).concurrency is None
+    function = kernel(concurrency=7)(waits)
+    assert (spec := spec_of(function)) is not None
+    assert spec.concurrency == 7
+
+
+@pytest.mark.parametrize(
+    ("hook", "says"),
+    [
+        (lambda: None, None),
+        (lambda *_: None, None),
+        (lambda _: None, "a hook is called without arguments"),
+        (generator, "a generator is no hook"),
+        (items, "a generator is no hook"),
+        (len, "a setup or teardown is a function of a module"),
+        (Model(), "a setup or teardown is a function of a module"),
+    ],
+)
+@pytest.mark.parametrize("which", [setup, teardown])
+def test_hooks_are_functions_without_arguments(which: Callable[..., Any], hook: Any, says: str | None) -> None:
+    """A hook is returned as it is; what cannot be one is refused."""
+    if says is None:
+        assert which(hook) is hook
+    else:
+        with pytest.raises(DeclarationError, match=says):
+            which(hook)

@@ -135,7 +135,7 @@ async def _of_kernel(
 ) -> tuple[list[Finding], Growth]:
     examination = Examination(kernel, cases, workers)
     runs = await examination.run()
-    growth = await measure(kernel.spec.name, cases, workers, int(most_mib * MiB)) if runs and most_mib else Growth()
+    growth = await measure(kernel.spec, cases, workers, int(most_mib * MiB)) if runs and most_mib else Growth()
     if growth.failed is not None:
         examination.judge_large(*growth.failed)
     return examination.findings, growth

@@ -8,6 +8,7 @@ import numpy as np
 
 from unlatch.check.cases import Case, Cases
 from unlatch.check.worker import CheckWorkers, Ended, Lost, Outcome
+from unlatch.common.kernel.spec import KernelSpec
 
 # The first of these lengths that fits is the shortest: an array may have many axes.
 _SHORTEST, _STEPS = (16, 8, 4, 2), 6
@@ -50,16 +51,16 @@ class Growth:
         return _exponent([(row.length, row.memory_bytes) for row in self.rows if row.memory_bytes >= _LEAST_BYTES])
 
 
-async def measure(name: str, cases: Cases, workers: CheckWorkers, most_bytes: int) -> Growth:
+async def measure(spec: KernelSpec, cases: Cases, workers: CheckWorkers, most_bytes: int) -> Growth:
     """Run a kernel at sizes up to inputs of `most_bytes`, each in a fresh worker, shortest first."""
     growth = Growth()
     ladder = lengths(cases.nbytes, most_bytes) if cases.grows else []
     for length in ladder:
         case = cases.of_length(length)
-        async with workers.worker() as worker:
+        async with workers.worker(spec) as worker:
             # A first run, so that one-time imports and allocations do not count.
-            await worker.run(name, cases.of_length(ladder[0]))
-            outcome: Outcome = await worker.run(name, case)
+            await worker.run(spec.name, cases.of_length(ladder[0]))
+            outcome: Outcome = await worker.run(spec.name, case)
             if not isinstance(outcome, Ended):
                 growth.ended_by = (
                     outcome.reason if isinstance(outcome, Lost) else (outcome.last_lines or [outcome.message])[-1]
@@ -68,7 +69,7 @@ async def measure(name: str, cases: Cases, workers: CheckWorkers, most_bytes: in
                 break
             seconds = [outcome.seconds]
             while len(seconds) < _REPEATS and sum(seconds) < _REPEATED_FOR_SECONDS:
-                again = await worker.run(name, case)
+                again = await worker.run(spec.name, case)
                 if not isinstance(again, Ended):
                     break
                 seconds.append(again.seconds)

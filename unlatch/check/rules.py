@@ -67,7 +67,7 @@ class Examination:
         """Run cases and return the last outcome. A fatal case ends its worker only; one that hangs ends them all."""
         left = deque(cases)
         while True:
-            async with self._workers.worker() as worker:
+            async with self._workers.worker(self._spec) as worker:
                 threads, *_ = await worker.settle()
                 while left:
                     case = left.popleft()
@@ -151,7 +151,7 @@ class Examination:
 
     async def _in_a_row(self, *cases: Case) -> list[Outcome]:
         """Outcomes of these calls, one after another in a fresh worker."""
-        async with self._workers.worker() as worker:
+        async with self._workers.worker(self._spec) as worker:
             outcomes = [await worker.run(self._spec.name, case) for case in cases]
         for case, outcome in zip(cases, outcomes, strict=True):
             if isinstance(outcome, Lost):

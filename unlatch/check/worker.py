@@ -16,6 +16,7 @@ from typing import Self
 
 from unlatch.check.cases import Case
 from unlatch.check.probes import SETTLE
+from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.kernel.tensors import Array, dtype_name, pack_bytes, view
 from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.common.telemetry.recorder import Recorder
@@ -89,14 +90,15 @@ class CheckWorkers:
                 [*modules, "unlatch.check.probes"],
                 blas_threads,
                 max_reply_bytes=memory_bytes,
-                worker_memory_bytes=memory_bytes,
                 python=python,
             )
+        self._memory_bytes = memory_bytes
 
     @asynccontextmanager
-    async def worker(self) -> AsyncIterator["CheckWorker"]:
-        """Start a fresh worker, and end it afterwards."""
-        worker = await CheckWorker.start(self._forkserver, self._printed, self._seconds)
+    async def worker(self, spec: KernelSpec) -> AsyncIterator["CheckWorker"]:
+        """Start a fresh worker of the kind that runs a kernel, and end it afterwards."""
+        kind = wire.PLAIN if spec.concurrency is None else wire.ASYNC
+        worker = await CheckWorker.start(self._forkserver, kind, self._printed, self._seconds, self._memory_bytes)
         try:
             yield worker
         finally:
@@ -118,12 +120,16 @@ class CheckWorker:
         self._process: WorkerProcess | None = None
         self._answer: asyncio.Future[wire.Done | wire.Failed | wire.Ready | wire.Misfit | Lost] = _future()
         self._gone = asyncio.Event()
+        # The number of the segment for the reply to the present run.
+        self._reply = 0
 
     @classmethod
-    async def start(cls, forkserver: ForkServer, printed: "_Printed", seconds: float) -> Self:
+    async def start(
+        cls, forkserver: ForkServer, kind: str, printed: "_Printed", seconds: float, memory_bytes: int
+    ) -> Self:
         """Start a worker and wait until it is ready. Raises StartError if it does not become so."""
         worker = cls(seconds, printed)
-        spawned = await forkserver.spawn_within(_STARTS_WITHIN_SECONDS)
+        spawned = await forkserver.spawn_within(_STARTS_WITHIN_SECONDS, kind)
         worker._process = WorkerProcess(spawned, worker._heard, worker._ended, errors=InternalErrors(Recorder()))
         async with asyncio.timeout(_STARTS_WITHIN_SECONDS):
             answer = await worker._answer
@@ -131,6 +137,7 @@ class CheckWorker:
             await worker.end()
             why = answer.message if isinstance(answer, wire.Misfit) else answer
             raise StartError(f"a worker did not start: {why}")
+        worker._send(wire.Serve(memory_bytes))
         return worker
 
     @property
@@ -201,6 +208,7 @@ class CheckWorker:
         reply = Segment(next(self._numbers), _FIRST_REPLY_BYTES, name="unlatch-reply", sealed=False)
         try:
             self._answer = _future()
+            self._reply = reply.number
             self._send(wire.Learn(reply.number, writable=True), reply.fd)
             self._send(wire.RunFrame(kernel, scalars, reply.number, (member,)))
             try:
@@ -211,7 +219,7 @@ class CheckWorker:
             assert isinstance(answer, wire.Done | wire.Failed | Lost)
             self._lost = answer if isinstance(answer, Lost) else None
             self._send(wire.Forget([], [reply.number]))
-            return answer, _outputs(answer.results[0].tensors, reply) if isinstance(answer, wire.Done) else ()
+            return answer, _outputs(answer, reply) if isinstance(answer, wire.Done) else ()
         finally:
             reply.close()
 
@@ -227,7 +235,9 @@ class CheckWorker:
         return _status(self.pid, _RESIDENT) - _status(self.pid, *_SHARED)
 
     def _heard(self, frame: wire.ToDispatcher) -> None:
-        if not isinstance(frame, wire.Loaded | wire.Shrunk) and not self._answer.done():
+        if isinstance(frame, wire.Wants):
+            self._send(wire.Lend(frame.call, self._reply))
+        elif not isinstance(frame, wire.Loaded | wire.Shrunk | wire.Blocks | wire.Unblocks) and not self._answer.done():
             self._answer.set_result(frame)
 
     def _ended(self, cause: Exit) -> None:
@@ -280,11 +290,12 @@ def _laid_out(number: int, arrays: Sequence[Array]) -> tuple[Segment, tuple[wire
     )
 
 
-def _outputs(tensors: Sequence[wire.Tensor], reply: Segment) -> tuple[Array, ...]:
+def _outputs(done: wire.Done, reply: Segment) -> tuple[Array, ...]:
+    tensors = done.results[0].tensors
     reply.follow_growth_to(max((tensor.offset + tensor.length for tensor in tensors), default=0))
+    memory = reply.view if done.inline is None else memoryview(done.inline)
     return tuple(
-        view("output", reply.view, tensor.dtype, tensor.shape, tensor.offset, tensor.length).copy()
-        for tensor in tensors
+        view("output", memory, tensor.dtype, tensor.shape, tensor.offset, tensor.length).copy() for tensor in tensors
     )
 
 

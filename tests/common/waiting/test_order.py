@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlatch.common.waiting.demand import Demand, Estimate
+from unlatch.common.waiting.demand import Beside, Demand, Estimate
 from unlatch.common.waiting.order import Policy
 
 INTERACTIVE, NORMAL, BACKGROUND = 0, 1, 2
@@ -365,3 +365,17 @@ def test_turns_out_of_order_move_the_time_on_as_others_do() -> None:
     assert len(policy) == 0
     turns = shared_turns(policy)
     assert abs(turns["old"] - turns["new"]) <= 2, turns
+
+
+def test_calls_for_async_workers_are_no_work_before_others() -> None:
+    """Seconds of calls for one kind of worker do not count as a wait for the other."""
+    waits = Call(cost_seconds=5.0)
+    waits.estimate = Estimate(5.0, beside=Beside("fetches", 100))
+    plain = Call(cost_seconds=1.0)
+    policy = Policy[Call](kind=lambda call: call.estimate.beside)
+    policy.add(waits)
+    policy.add(plain)
+    another = Call(cost_seconds=1.0)
+    assert policy.seconds_before(another) == 1.0
+    another.estimate = waits.estimate
+    assert policy.seconds_before(another) == 5.0

@@ -131,7 +131,7 @@ def a_desk(loop: Loop) -> Desk:
     """A dispatcher with two workers that are up."""
     settings = {"stopped_worker_seconds": 0}
     desk = loop.do(lambda: Desk(2, kernels=KERNELS, clock=loop.clock, settings=settings, max_calls=30))
-    started = loop.create_task(desk.dispatcher.start())
+    started = loop.create_task(desk.start())
     loop.rounds()
     assert started.done()
     return desk
@@ -278,7 +278,7 @@ def test_fault_as_a_call_comes(loop: Loop, monkeypatch: pytest.MonkeyPatch, name
     lane, beside = Lane(), (desk.metrics, Tracing(), desk.errors)
     kernels = {spec.name: spec for spec in KERNELS}
     with stopped(desk, loop):
-        intake = CallIntake(kernels, desk.arena, desk.dispatcher, *beside, 1 << 20)
+        intake = CallIntake(kernels, desk.arena, lambda _: desk.dispatcher, *beside, 1 << 20)
         fault.armed = True
         for number in (1, 2):
             descriptor = Descriptor(call=number)

@@ -58,7 +58,7 @@ class Machine(RuleBasedStateMachine):
                 settings={"stopped_worker_seconds": 0, "worker_start_seconds": 5},
             )
         )
-        self.starting = self.loop.create_task(self.desk.dispatcher.start())
+        self.starting = self.loop.create_task(self.desk.start())
         self.loop.rounds()
         self.made: list[Call] = []
         self.left: set[Call] = set()
@@ -219,6 +219,7 @@ class Machine(RuleBasedStateMachine):
         assert (opening is not None) == bool(roomy)
         if opening is not None:
             found = opening.in_flight
+            assert isinstance(found, InFlight)
             assert (len(found), _bytes(found)) == min(roomy)
             assert opening.takes_long == (not pool.keeps_some_free(now) or len(long) < WORKERS - 1)
         for before in (0.0, 2.0):
@@ -231,7 +232,7 @@ class Machine(RuleBasedStateMachine):
         """The seconds that the pool's workers take for their runs and for what is before, by a look at each slot."""
         left, count, idle = before, 0, False
         for slot in self.desk.slots:
-            runs = () if slot.in_flight is None else slot.in_flight._runs
+            runs = slot.in_flight._runs if isinstance(slot.in_flight, InFlight) else ()
             if runs and short and any(run.first.estimate.long for run in runs):
                 continue
             count += 1
@@ -283,7 +284,7 @@ def _bytes(flight: InFlight) -> int:
 def stopped(desk: Desk, loop: Loop) -> Iterator[None]:
     """Stop the pool afterwards, and close its loop."""
     yield
-    stop = loop.create_task(desk.pool.stop())
+    stop = loop.create_task(desk.stop())
     for _ in range(3):
         loop.rounds()
         for end in desk.living:

@@ -44,6 +44,7 @@ class Spec:
 
     name = "k"
     timeout_seconds = 0.5
+    concurrency = None
 
     def __init__(self, *, pure: bool) -> None:
         self.pure = pure

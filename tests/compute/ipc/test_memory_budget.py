@@ -64,3 +64,9 @@ def test_too_little_is_refused(workers: int, own: int, granted: int, says: str) 
 def test_arena_follows_the_container(granted: int, arena: int, worker: int) -> None:
     """An arena whose size is not set is a part of the container's memory, so that small containers serve too."""
     assert memory_budget(ComputeSettings.model_validate({"workers": 2}), granted) == MemoryBudget(arena, worker)
+
+
+def test_async_workers_have_their_share() -> None:
+    """The memory is divided among all workers of the replica, async ones included."""
+    granted = 2048 * MiB
+    assert memory_budget(settings(2), granted, 2) == memory_budget(settings(4), granted)

@@ -52,5 +52,5 @@ def test_what_follows_from_each_end() -> None:
     assert {name for name, end in NAMED.items() if not end.blames_call} == blameless
     by_itself = [exits.by_itself(code) for code in (-9, -11, 0, 3, None)]
     assert all(end.blames_call and not end.at_once for end in by_itself)
-    told = {"NO_FRAME", "OTHER_CALL", "UNSOUND_REPLY", "INTERNAL_ERROR"}
+    told = {"NO_FRAME", "OTHER_CALL", "UNASKED", "UNSOUND_REPLY", "INTERNAL_ERROR"}
     assert {name for name, end in NAMED.items() if end.may_have_begun_next} == told

@@ -21,7 +21,7 @@ WITHIN_SECONDS = 30.0
 @asynccontextmanager
 async def running() -> AsyncIterator[ForkServer]:
     """Run a forkserver, which has ended afterwards, as have its workers."""
-    forkserver = ForkServer([str(KERNELS)], 1, 1 << 20, 0)
+    forkserver = ForkServer([str(KERNELS)], 1, 1 << 20)
     try:
         yield forkserver
     finally:

@@ -42,7 +42,7 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Desk:
     stand_in(monkeypatch, loop)
     settings = {"stopped_worker_seconds": 0}
     desk = loop.do(lambda: Desk(WORKERS, kernels=KERNELS, clock=loop.clock, settings=settings))
-    loop.create_task(desk.dispatcher.start())
+    loop.create_task(desk.start())
     loop.rounds()
     return desk
 

@@ -22,7 +22,7 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     stand_in(monkeypatch, loop)
     settings = {"stopped_worker_seconds": 0}
     desk = loop.do(lambda: Desk(1, kernels=[ONCE, TIMED], clock=loop.clock, settings=settings))
-    loop.create_task(desk.dispatcher.start())
+    loop.create_task(desk.start())
     loop.rounds()
     with stopped(desk, loop):
         yield desk

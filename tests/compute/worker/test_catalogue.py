@@ -43,6 +43,11 @@ WRONG = {
     "library": ("import numpy as np\nnp.load('no.npy')\n", 2, r"FileNotFoundError: .*no\.npy.*raised at .*numpy"),
     "twice": (HEAD + FINE + AGAIN, 9, "kernel 'fine' is already defined at .*:5"),
     "built-in": (HEAD + FINE.replace("fine", "fft"), 5, "kernel 'fft' is already defined at .*signals.py:"),
+    "async hook": (
+        HEAD + "from unlatch import setup\n@setup\nasync def connect(): ...\n" + FINE,
+        5,
+        "connect: an async hook runs in async workers, and this module declares no `async def` kernel",
+    ),
     "no annotation": (HEAD + "\n@kernel\ndef f(x):\n    return x\n", 5, "'x' needs a jaxtyping annotation"),
     "no result": (HEAD + "\n@kernel\ndef f(x: Float64[np.ndarray, 'n']):\n    return x\n", 5, "the result needs"),
     "default": (

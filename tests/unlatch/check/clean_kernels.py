@@ -1,5 +1,6 @@
 """Kernels in which `unlatch check` finds nothing."""
 
+import asyncio
 from typing import NamedTuple
 
 import numpy as np
@@ -64,3 +65,9 @@ def cubic(a: Float64[np.ndarray, "n n"]) -> Float64[np.ndarray, "n n"]:
 @kernel(pure=True)
 def many_axes(x: Float64[np.ndarray, "a b c d e f g h"]) -> Float64[np.ndarray, ""]:
     return np.asarray(x.sum())
+
+
+@kernel(pure=True)
+async def waited(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
+    await asyncio.sleep(0.001)
+    return x * 2.0

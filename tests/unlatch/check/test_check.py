@@ -128,7 +128,7 @@ def test_finds_nothing_in_clean_kernels() -> None:
     assert code == 0
     growth = report["growth"]
     assert growth["scalars_alone"]["rows"] == []
-    for kernel in ("normalise", "ranges", "several_dtypes", "anything", "brightest", "apart", "cubic"):
+    for kernel in ("normalise", "ranges", "several_dtypes", "anything", "brightest", "apart", "cubic", "waited"):
         sizes = [row["input_bytes"] for row in growth[kernel]["rows"]]
         assert sizes == sorted(set(sizes)), kernel
         assert len(sizes) == 6 or growth[kernel]["ended_by"], kernel

@@ -292,3 +292,25 @@ def test_bars_and_sparklines() -> None:
         "2.0 s",
         "2 min 05 s",
     ]
+
+
+def test_an_async_worker_shows_its_calls_and_what_blocks_its_loop() -> None:
+    """The row of an async worker has the number of its calls, and names a kernel that blocks its event loop."""
+
+    def reading(at: float, blocked: float) -> Reading:
+        found = dispatcher("d", at, calls=1.0)
+        of_worker = {
+            "unlatch_worker_calls_in_flight": {labels(worker="1"): 312.0},
+            "unlatch_worker_loop_blocked_total": {labels(worker="1", kernel="parses"): blocked},
+        }
+        return Reading(at, {**found.series, **of_worker})
+
+    def row(before: float, now: float) -> str:
+        seen = Seen(address="d", before=reading(1.0, before), now=reading(2.0, now))
+        found = figures([seen], 2.0)
+        console = Console(width=120, file=io.StringIO(), record=True)
+        console.print(screen(found, 120, None))
+        return next(line for line in console.export_text().splitlines() if "worker-1" in line)
+
+    assert "312 calls wait" in row(1.0, 1.0)
+    assert "blocked by parses" in row(1.0, 2.0)

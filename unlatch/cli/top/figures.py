@@ -16,13 +16,19 @@ Wanted = Callable[[Labels], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotFigures:
-    """Figures of one slot of a pool. `kernel` is empty while the slot runs none."""
+    """Figures of one slot of a pool. `kernel` is empty while the slot runs none.
+
+    `calls` is the number that an async worker runs, None for any other worker; `blocks` names the kernels that have
+    blocked its event loop since the last reading.
+    """
 
     up: bool
     kernel: str
     running_seconds: float
     calls_per_second: float | None
     restarts: int
+    calls: int | None = None
+    blocks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +170,7 @@ def _worker(seen: Seen, unit: str, slot: str) -> SlotFigures:
         return {labels: value for labels, value in _now(seen, name).items() if of_slot(labels)}
 
     running = mine("unlatch_worker_running_seconds")
+    at_once = mine("unlatch_worker_calls_in_flight")
     kernel, seconds = next(((dict(labels)["kernel"], value) for labels, value in running.items()), ("", 0.0))
     return SlotFigures(
         up=any(mine("unlatch_worker_up").values()),
@@ -171,7 +178,17 @@ def _worker(seen: Seen, unit: str, slot: str) -> SlotFigures:
         running_seconds=seconds,
         calls_per_second=_rate([seen], "unlatch_worker_calls_total", of_slot),
         restarts=round(sum(mine("unlatch_worker_restarts_total").values())),
+        calls=round(sum(at_once.values())) if at_once else None,
+        blocks=_grown_kernels(seen, "unlatch_worker_loop_blocked_total", of_slot),
     )
+
+
+def _grown_kernels(seen: Seen, name: str, wanted: Wanted) -> tuple[str, ...]:
+    """The kernels whose series of a counter have grown since the last reading."""
+    if seen.before is None or seen.now is None:
+        return ()
+    grown = _increases(seen.before, seen.now, name, wanted)
+    return tuple(sorted(dict(labels)["kernel"] for labels, value in grown.items() if value))
 
 
 def _labelled(name: str, value: str) -> Wanted:

@@ -166,6 +166,10 @@ def _runs(worker: SlotFigures | None, signs: Signs) -> Text:
         return Text()
     if not worker.up:
         return Text("down", style="bold red")
+    if worker.blocks:
+        return Text(f"blocked by {plain(worker.blocks[0])}", style="bold red")
+    if worker.calls:
+        return Text(f"{worker.calls} calls wait")
     if not worker.kernel:
         return Text("idle", style="dim")
     return Text(f"{plain(worker.kernel)} {duration(worker.running_seconds, signs)}")
