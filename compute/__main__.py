@@ -12,7 +12,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a replica with settings from flags and the environment; 2 when it cannot start."""
     # Read by gRPC at its import. gRPC writes to stderr, past our log: a line for each failed TLS handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # Imported here: multiprocessing's children import this module again under another name.
+    # Imported here: a signal is heard before these are loaded, which may take a second.
     from unlatch.common.service.main import run
     from unlatch.compute.errors import KilledAtStartError, StartError
     from unlatch.compute.server import serve

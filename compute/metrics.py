@@ -113,7 +113,7 @@ class ComputeMetrics:
         self._stages.observe(reply, kernel, "reply")
 
     def forkserver_runs(self, pid: int) -> None:
-        """Watch the forkserver of the next worker: multiprocessing replaces a dead one without a word."""
+        """Watch the forkserver of the next worker, which may have replaced another one."""
         if pid != self._forkserver:
             self._forkserver = pid
             self.processes.watch(FORKSERVER, pid)

@@ -243,7 +243,9 @@ def new_service(settings: ComputeSettings, processes: ProcessWatch, memory_bytes
     """Start a forkserver, and make the service whose workers it forks. It may use `memory_bytes`; 0 is no limit."""
     # Raises StartError before anything runs if there is too little for the workers.
     memory_budget(settings, memory_bytes)
-    forkserver = ForkServer(settings.kernels, settings.worker_blas_threads, settings.max_reply_bytes)
+    forkserver = ForkServer(
+        settings.kernels, settings.worker_blas_threads, settings.max_reply_bytes, python=settings.worker_python
+    )
     return ComputeService(settings, forkserver, processes, memory_bytes)
 
 

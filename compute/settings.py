@@ -21,6 +21,8 @@ class ComputeSettings(ServiceSettings):
     health_listen: Address = Field("127.0.0.1:8013", description="Address of grpc.health.v1, in plaintext")
     kernels: Several = Field((), description="Kernel modules besides the built-in ones: pkg.module,path/to/file.py")
     workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 is one for each granted core")
+    # An environment with NumPy, SciPy and a Python of its own. It needs this version of Unlatch, too.
+    worker_python: str = Field("", description="Python interpreter of the workers; by default the service's own")
     async_workers: int | None = Field(
         None, ge=0, le=64, description="Processes that run `async def` kernels; by default 1 if there is such a kernel"
     )

@@ -1,4 +1,4 @@
-"""The command `unlatch`. Each command imports what it needs: multiprocessing's children import this module too."""
+"""The command `unlatch`. Each command imports what it needs, and is not held up by what others need."""
 
 import sys
 from typing import NoReturn

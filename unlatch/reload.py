@@ -29,9 +29,13 @@ _LOOK_SECONDS = 0.2
 
 
 class Reload:
-    """Replaces the replica when files of the modules change. `replace` starts a new replica in the old one's place."""
+    """Replaces the replica when files of the modules change. `replace` starts a new replica in the old one's place.
 
-    def __init__(self, modules: Sequence[str], replace: Callable[[], Awaitable[object]]) -> None:
+    `python` is the interpreter of the workers, or "" for this one.
+    """
+
+    def __init__(self, modules: Sequence[str], replace: Callable[[], Awaitable[object]], *, python: str = "") -> None:
+        self._python = python
         self._replace = replace
         self._files = {os.path.realpath(module) for module in modules if module.endswith(".py")}
         self._modules = modules
@@ -84,7 +88,9 @@ class Reload:
         return {str(Path(path).parent) for path in self._files}
 
     async def _tried(self) -> Trial:
-        return await tried(self._modules, within_seconds=_IMPORT_SECONDS, memory_bytes=_IMPORT_BYTES)
+        return await tried(
+            self._modules, within_seconds=_IMPORT_SECONDS, memory_bytes=_IMPORT_BYTES, python=self._python
+        )
 
     def _learn(self, trial: Trial) -> None:
         self._failed = bool(trial.failure)

@@ -17,7 +17,7 @@ from shutil import rmtree
 from unlatch.common.errors import DirectoryError
 
 _PREFIX = "unlatch-"
-# Bytes of a socket's path (unix(7)), and of the longest name of a socket from here: multiprocessing's forkserver's.
+# Bytes of a socket's path (unix(7)), and the longest that a path may become within a directory from here.
 _MAX_SOCKET_BYTES = 107
 _SOCKET_BYTES = len("/unlatch-12345678/listener-12345678")
 # gRPC takes an address for a URI, and a comma in it for the end of one of several addresses.

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import uvloop
 
-from unlatch.common.errors import CertificateError, DirectoryError
+from unlatch.common.errors import CertificateError
 from unlatch.common.machine.descriptors import raise_limit
 from unlatch.common.machine.memory import keep_freed, share_heaps
 from unlatch.common.net.ports import BindError
@@ -49,7 +49,7 @@ def run(
     keep_freed(largest_bytes=8 * MiB, most_bytes=64 * MiB, step_bytes=4 * MiB)
     # One heap for the loop, one for all of gRPC's threads. With a heap each, every thread would keep its own peak.
     share_heaps(2)
-    refusals = (BindError, CertificateError, DirectoryError, FileError, *refusals)
+    refusals = (BindError, CertificateError, FileError, *refusals)
     try:
         with exported(process, environment):
             uvloop.run(_live(serve, settings, environment.pop("NOTIFY_SOCKET", "")))

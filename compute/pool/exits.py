@@ -82,13 +82,9 @@ _SIGNALS: dict[int, Exit] = {
 }
 
 
-# The code that multiprocessing gives if the forkserver has ended: only the forkserver could have known the exit code.
-_UNSEEN_CODE = 255
-
-
 def by_itself(code: int | None) -> Exit:
-    """Return the exit that an exit code of multiprocessing means: negative for a signal, None if it came too late."""
-    if code is None or code == _UNSEEN_CODE:
+    """Return the exit that an exit code means: negative for a signal, None if the forkserver did not report it."""
+    if code is None:
         return Exit("unknown", "the worker ended, and its exit code is unknown")
     if code >= 0:
         return Exit("exited", f"the worker exited with code {code}")

@@ -4,9 +4,8 @@
     send()   ── RunFrame ──>  worker sends Done or Failed       ──> on_frame
     kill()   ── SIGKILL ──>   worker exits, this way or another ──> on_exit(Exit)
 
-An exit is an event: the pidfd becomes readable. (The sentinel of multiprocessing is not enough: when the forkserver
-dies, the sentinels of all its children become readable, although the children live.) The reason of an exit follows once
-the forkserver has reaped the process.
+An exit is an event: the pidfd becomes readable. The reason of an exit follows once the forkserver has reaped the
+process, or is never known if the forkserver has ended.
 """
 
 import asyncio
@@ -18,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.context import ForkServerProcess
 
 import msgspec
 import structlog
@@ -28,6 +26,7 @@ from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.ipc.frames import End, ToDispatcher, ToWorker, decode_for_dispatcher, encode
 from unlatch.compute.pool import exits
 from unlatch.compute.pool.exits import Exit
+from unlatch.compute.pool.forkserver import Spawned
 from unlatch.compute.pool.stopped import StoppedWatch
 
 log = structlog.get_logger()
@@ -48,8 +47,7 @@ class WorkerProcess:
 
     def __init__(
         self,
-        process: ForkServerProcess,
-        channel: socket.socket,
+        spawned: Spawned,
         on_frame: Callable[[ToDispatcher], None],
         on_exit: Callable[[Exit], None],
         *,
@@ -57,17 +55,15 @@ class WorkerProcess:
         stopped_seconds: float = 0.0,
         queues: bool = False,
     ) -> None:
-        assert process.pid is not None
-        self.pid = process.pid
-        self._process = process
-        self._channel = channel
-        self._pidfd = os.pidfd_open(self.pid)
+        self.pid = spawned.pid
+        self._channel = spawned.channel
+        self._pidfd = spawned.pidfd
+        self._exit_code = spawned.exit_code
         self._on_frame = on_frame
         self._on_exit = on_exit
         self._errors = errors
         self._loop = asyncio.get_running_loop()
         self._cause: Exit | None = None
-        self._code: int | None = None
         self._grace: asyncio.TimerHandle | None = None
         # True from the first sign of the worker's end on. It is sent nothing more.
         self.ending = False
@@ -205,7 +201,7 @@ class WorkerProcess:
             self._hear_the_last()
         self._channel.close()
         self._timeout = self._loop.call_later(_REAPED_WITHIN_SECONDS, self._reaped)
-        self._loop.add_reader(self._process.sentinel, self._reaped)
+        self._exit_code.add_done_callback(lambda _: self._reaped())
 
     def _hear_the_last(self) -> None:
         """Handle the frames that the worker sent before it exited. If it was killed, its frames are not handled.
@@ -224,20 +220,16 @@ class WorkerProcess:
                 self._on_frame(decode_for_dispatcher(frame))
 
     def _reaped(self) -> None:
+        """Report the exit: its code is known, or the forkserver itself does not respond."""
+        if self._gone:
+            return
         self._timeout.cancel()
-        self._loop.remove_reader(self._process.sentinel)
         self._gone = True
         with self._errors.guarded("worker_exit"):
-            self._let_go()
-        self._on_exit(self._cause or exits.by_itself(self._code))
-
-    def _let_go(self) -> None:
-        self._code = self._process.exitcode
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        os.close(self._pidfd)
-        with contextlib.suppress(ValueError):  # not reaped within the time: the forkserver itself does not respond
-            self._process.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            os.close(self._pidfd)
+        self._on_exit(self._cause or exits.by_itself(self._exit_code.result() if self._exit_code.done() else None))
 
 
 def _close(fd: int | None) -> None:

@@ -47,7 +47,7 @@ _MAX_VAIN_STARTS = 3
 
 
 class SlotWorker:
-    """A worker of a slot, in a process that was forked. Raises OSError; ProcessLookupError if the process has ended."""
+    """A worker of a slot, in a process that was forked."""
 
     def __init__(self, slot: "Slot", spawned: Spawned, listener: RunListener) -> None:
         self.parent = spawned.parent
@@ -61,8 +61,7 @@ class SlotWorker:
         self.ready: asyncio.Future[str] = loop.create_future()
         self.exited: asyncio.Future[Exit] = loop.create_future()
         self.process = WorkerProcess(
-            spawned.process,
-            spawned.channel,
+            spawned,
             self._on_frame,
             self.exited.set_result,
             stopped_seconds=slot.settings.stopped_worker_seconds,
@@ -228,12 +227,7 @@ class Slot:
         spawned = await self._forkserver.spawn_within(
             within, self.kind, stopped_seconds=stopped_seconds, unfit=self._unfit_parent
         )
-        try:
-            worker = SlotWorker(self, spawned, listener)
-        except ProcessLookupError as error:
-            raise StartError(f"a worker ended as it was forked: {exits.by_itself(spawned.process.exitcode)}") from error
-        except OSError as error:
-            raise StartError(f"a worker did not start: {error}") from error
+        worker = SlotWorker(self, spawned, listener)
         self.worker, self.in_flight = worker, worker.in_flight
         self.metrics.started(worker.process.pid, worker.parent)
         late = asyncio.get_running_loop().call_later(within, worker.process.kill, exits.UNREADY)

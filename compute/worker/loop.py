@@ -38,14 +38,12 @@ _IDLE_SECONDS = 3
 _UNTIL_IDLE, _WITHOUT_LIMIT = (struct.pack("ll", seconds, 0) for seconds in (_IDLE_SECONDS, 0))
 
 
-def main(channel: socket.socket, kind: str, max_reply_bytes: int) -> None:
+def main(channel: socket.socket, dispatcher_alive: int, kind: str, max_reply_bytes: int) -> None:
     """Serve RunFrames until the dispatcher ends this worker or closes the channel.
 
-    The first message on the channel brings the reading end of a pipe. The pipe breaks when the dispatcher ends.
+    `dispatcher_alive` is the reading end of a pipe that breaks when the dispatcher ends.
     """
-    _, (dispatcher_alive,), _, _ = socket.recv_fds(channel, 1, 1)
     become_worker(dispatcher_alive)
-    preload.restore()
     seed_random_states()
     preload.grant_openmp()
     if preload.failure:

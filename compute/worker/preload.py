@@ -1,15 +1,10 @@
 """The module that the forkserver imports before it forks the first worker, to load NumPy and every kernel.
 
-multiprocessing's forkserver ignores the ImportError of a preloaded module and, up to Python 3.13, the parent's
-sys.path. So a failure is kept here for the worker to report, and the module names come by the environment, which is
-all that the forkserver passes on.
+The names of the modules come by the environment. A failure is kept here for each worker to report.
 """
 
 import gc
-import multiprocessing
 import os
-import sys
-from pathlib import Path
 
 from unlatch.compute.ipc.frames import PRELOAD_VARIABLE, THREADS_VARIABLE
 from unlatch.compute.worker.catalogue import LoadedKernels, LoadError, load
@@ -21,17 +16,6 @@ try:
     catalogue = load(filter(None, os.environ.get(PRELOAD_VARIABLE, "").split(",")))
 except LoadError as error:
     failure = str(error)
-
-_path, _argv, _directory, _main = sys.path[:], sys.argv[:], Path.cwd(), sys.modules["__main__"]
-_start_method = multiprocessing.get_start_method(allow_none=True)
-
-
-def restore() -> None:
-    """Undo what multiprocessing does to its children, so that kernels run in the surroundings of their import."""
-    sys.path[:], sys.argv[:], sys.modules["__main__"] = _path, _argv, _main
-    os.chdir(_directory)
-    # None is the system's default.
-    multiprocessing.set_start_method(_start_method, force=True)
 
 
 def grant_openmp() -> None:

@@ -3,7 +3,7 @@
     python -m unlatch.compute.worker.trial PARENT-PID my_kernels.py other.module   ──> a Trial in msgpack on stdout
 
 A process that is about to serve modules learns what they contain, or why they cannot be served, without any risk to
-itself. It calls `tried`.
+itself. It calls `tried`, with the interpreter that its workers run.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ import msgspec
 from unlatch.common.kernel.spec import KernelSpec
 from unlatch.common.service.early import die_with_parent
 from unlatch.compute.worker.catalogue import LoadedKernels, LoadError, imported, is_installed, kernels_in, load
+from unlatch.compute.worker.interpreter import ask, not_run
 from unlatch.declaration import place_of
 
 
@@ -58,15 +59,23 @@ class Trial(msgspec.Struct, frozen=True):
         return next(filter(None, (module.unservable for module in self.modules)), "")
 
 
-async def tried(names: Sequence[str], *, within_seconds: float, memory_bytes: int) -> Trial:
-    """Load modules in a process with limited time and memory. If it dies, that is the first module's failure."""
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "unlatch.compute.worker.trial", str(os.getpid()), *names),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        # A session of its own, so that processes which a module starts can be killed with it.
-        start_new_session=True,
-    )
+async def tried(names: Sequence[str], *, within_seconds: float, memory_bytes: int, python: str = "") -> Trial:
+    """Load modules in a process with limited time and memory. If it dies, that is the first module's failure.
+
+    `python` is the interpreter of that process, or "" for this one. One that cannot run workers is a failure, too.
+    """
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *(python or sys.executable, "-m", "unlatch.compute.worker.trial", str(os.getpid()), *names),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            # A session of its own, so that processes which a module starts can be killed with it.
+            start_new_session=True,
+        )
+    except OSError as error:
+        if not python:
+            raise
+        return _failed(names, not_run(python, error))
     try:
         with suppress(ProcessLookupError):
             resource.prlimit(child.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
@@ -76,12 +85,17 @@ async def tried(names: Sequence[str], *, within_seconds: float, memory_bytes: in
     except TimeoutError:
         failure = f"the import did not end within {within_seconds:g} s"
     except msgspec.DecodeError:
-        failure = f"the import ended the process, with code {child.returncode}"
+        why = await ask(python) if python else ""
+        failure = why or f"the import ended the process, with code {child.returncode}"
     finally:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         await child.wait()
-    return Trial([TriedModule(names[0], [], 0.0, [], f"{', '.join(names)}: {failure}")], [])
+    return _failed(names, failure)
+
+
+def _failed(names: Sequence[str], why: str) -> Trial:
+    return Trial([TriedModule(names[0], [], 0.0, [], f"{', '.join(names)}: {why}")], [])
 
 
 def attempt(names: Sequence[str]) -> Trial:

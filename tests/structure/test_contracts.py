@@ -27,11 +27,12 @@ READ_THE_ENVIRONMENT = {
     "compute/__main__.py": "who supervises this process",
     "unlatch/__init__.py": "gRPC takes a setting from nowhere else",
     "unlatch/__main__.py": "the command line",
+    "unlatch/check/command.py": "the default of a flag",
     "unlatch/cli/options.py": "the defaults of flags",
     "unlatch/supervisor/child.py": "it makes its children's environment",
     "unlatch/supervisor/supervisor.py": "who supervises this process",
     "unlatch/unit/__main__.py": "who supervises this process",
-    "compute/pool/forkserver.py": "multiprocessing's forkserver takes nothing but an environment",
+    "compute/pool/forkserver.py": "it makes the environment of the forkserver",
     "compute/worker/preload.py": "the other end of that",
 }
 CHANNELS = {"insecure_channel", "secure_channel", "open_channel"}

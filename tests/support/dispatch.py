@@ -157,7 +157,6 @@ class WorkerEnd:
     def __init__(
         self,
         forked: "Forked",
-        _: object,
         on_frame: Callable[[ToDispatcher], None],
         on_exit: Callable[[Exit], None],
         **__: object,
@@ -239,9 +238,10 @@ class Forked:
 
     kernels: Sequence[KernelSpec]
     ends: list[WorkerEnd]
+    parent: int = 1
 
     async def spawn_within(self, _: float, __: str, **___: object) -> Spawned:
-        return Spawned(cast("Any", self), cast("Any", None), 1)
+        return cast("Spawned", self)
 
 
 def stand_in(patch: pytest.MonkeyPatch, loop: Loop) -> None:

@@ -43,7 +43,12 @@ class Service:
         self._ended = False
         self._reads = threading.Event()
         self._reads.set()
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("UNLATCH_")}
+        # UNLATCH_WORKER_PYTHON is a choice of the person who runs the tests: workers of another interpreter.
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("UNLATCH_") or name == "UNLATCH_WORKER_PYTHON"
+        }
         # A service ends itself when its supervisor is gone.
         supervised = {**inherited, "UNLATCH_SUPERVISOR": str(os.getpid()), **(environment or {})}
         self._child = subprocess.Popen(
@@ -175,7 +180,7 @@ class Mesh:
         for child in children(self.dispatcher_service.pid):
             # It may have ended meanwhile.
             with suppress(OSError):
-                if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"worker.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found["forkserver"] = child
                     found |= {f"worker-{worker}": worker for worker in children(child)}
         return found

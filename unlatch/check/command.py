@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ from unlatch.check.worker import CheckWorkers
 from unlatch.common.errors import InvalidArgument, near
 from unlatch.common.flags import bounded_number, seconds
 from unlatch.common.kernel.spec import KernelSpec
-from unlatch.common.net.settings import MiB
+from unlatch.common.net.settings import MiB, variable
 from unlatch.compute.errors import StartError
 from unlatch.compute.ipc.frames import Parameters
+from unlatch.compute.worker.interpreter import ask
 from unlatch.compute.worker.trial import Trial, TriedKernel, TriedModule, tried
 
 _IMPORT_SECONDS = 60.0
@@ -61,6 +63,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--most-mib", type=_most, default=8.0, help="maximum MiB of the inputs that are timed; 0 is none (default: 8)"
     )
+    made.add_argument(
+        "--worker-python",
+        metavar="PATH",
+        default=os.environ.get(variable("worker_python"), ""),
+        help="Python interpreter that runs the kernels (default: this one, or the variable UNLATCH_WORKER_PYTHON)",
+    )
     made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return made
 
@@ -84,7 +92,12 @@ def _check_files(modules: Sequence[str]) -> None:
 
 
 async def _check(options: argparse.Namespace) -> int:
-    trial = await tried(options.modules, within_seconds=_IMPORT_SECONDS, memory_bytes=options.memory_mib * MiB)
+    python = options.worker_python
+    if python and (why := await ask(python)):
+        raise StartError(why)
+    trial = await tried(
+        options.modules, within_seconds=_IMPORT_SECONDS, memory_bytes=options.memory_mib * MiB, python=python
+    )
     kernels = {kernel.spec.name: kernel for module in trial.modules for kernel in module.kernels}
     scalars = _given(options.set, {name: kernel.spec for name, kernel in kernels.items()})
     findings = [finding for module in trial.modules for finding in _of_module(module)]
@@ -108,13 +121,17 @@ async def _of_kernels(
         memory_bytes=options.memory_mib * MiB,
         # The default of a service: one worker for each core, one thread for each worker.
         blas_threads=1,
+        python=options.worker_python,
     )
     findings: list[Finding] = []
     growths: dict[str, Growth] = {}
-    for name, kernel in kernels.items():
-        cases = Cases(kernel.spec, options.seed, scalars.get(name, {}))
-        found, growths[name] = await _of_kernel(kernel, cases, workers, options.most_mib)
-        findings += found
+    try:
+        for name, kernel in kernels.items():
+            cases = Cases(kernel.spec, options.seed, scalars.get(name, {}))
+            found, growths[name] = await _of_kernel(kernel, cases, workers, options.most_mib)
+            findings += found
+    finally:
+        await workers.close()
     return findings, growths
 
 

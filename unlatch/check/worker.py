@@ -79,13 +79,18 @@ Outcome = Ended | Refused | Lost
 class CheckWorkers:
     """Starts workers under check. A process has one of these, which owns the process's forkserver."""
 
-    def __init__(self, modules: Sequence[str], *, seconds: float, memory_bytes: int, blas_threads: int) -> None:
+    def __init__(
+        self, modules: Sequence[str], *, seconds: float, memory_bytes: int, blas_threads: int, python: str = ""
+    ) -> None:
         self.blas_threads = blas_threads
         self._seconds = seconds
         self._printed = _Printed()
         with self._printed.captured():
             self._forkserver = ForkServer(
-                [*modules, "unlatch.check.probes"], blas_threads, max_reply_bytes=memory_bytes
+                [*modules, "unlatch.check.probes"],
+                blas_threads,
+                max_reply_bytes=memory_bytes,
+                python=python,
             )
         self._memory_bytes = memory_bytes
 
@@ -98,6 +103,10 @@ class CheckWorkers:
             yield worker
         finally:
             await worker.end()
+
+    async def close(self) -> None:
+        """End the forkserver. Every worker must have ended."""
+        await self._forkserver.close()
 
 
 class CheckWorker:
@@ -120,10 +129,8 @@ class CheckWorker:
     ) -> Self:
         """Start a worker and wait until it is ready. Raises StartError if it does not become so."""
         worker = cls(seconds, printed)
-        process, channel, _ = forkserver.spawn(kind)
-        worker._process = WorkerProcess(
-            process, channel, worker._heard, worker._ended, errors=InternalErrors(Recorder())
-        )
+        spawned = await forkserver.spawn_within(_STARTS_WITHIN_SECONDS, kind)
+        worker._process = WorkerProcess(spawned, worker._heard, worker._ended, errors=InternalErrors(Recorder()))
         async with asyncio.timeout(_STARTS_WITHIN_SECONDS):
             answer = await worker._answer
         if not isinstance(answer, wire.Ready):

@@ -1,6 +1,6 @@
 """The command line: a table of commands. Each is a module that is imported when its command is used.
 
-A server needs nothing that `top` draws with, and multiprocessing's children import the entry point again.
+A server needs nothing that `top` draws with.
 """
 
 import io

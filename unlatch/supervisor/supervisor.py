@@ -132,7 +132,7 @@ def _reload(settings: ServeSettings, units: Sequence[Child]) -> "Reload | None":
         for unit in units:
             await unit.reload()
 
-    reload = Reload(settings.kernels, all_units)
+    reload = Reload(settings.kernels, all_units, python=settings.worker_python)
     reload.look()
     return reload
 

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a unit with the settings of `unlatch serve`; 2 when it cannot start."""
     # Read by gRPC at its import. gRPC writes to stderr, past our log: a line for each failed TLS handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # Imported here: multiprocessing's children import this module again under another name.
+    # Imported here: a signal is heard before these are loaded, which may take a second.
     from unlatch.common.service.main import run
     from unlatch.compute.errors import KilledAtStartError, StartError
     from unlatch.unit.place import Place

@@ -40,6 +40,7 @@ class ServeSettings(Settings):
     health_listen: Address = Field("127.0.0.1:8003", description="Address of grpc.health.v1, in plaintext")
     kernels: Several = Field((), description="Kernel modules besides the built-in ones: pkg.module,path/to/file.py")
     workers: int = Field(0, ge=0, le=1024, description="Worker processes; 0 is one for each granted core")
+    worker_python: str = Field("", description="Python interpreter of the workers; by default the service's own")
     # A unit answers some 2,500 small calls a second (docs/decisions/0028).
     units: int = Field(0, ge=0, le=64, description="Processes that serve callers; 0 is one for every six workers")
     reload: bool = Field(default=False, description="Reload kernels when their files change; for development")

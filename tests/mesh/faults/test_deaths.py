@@ -360,7 +360,7 @@ def forked(mark: Path) -> set[int]:
         with suppress(OSError):
             process = Process.of(int(name))
             environment = Path(f"/proc/{name}/environ").read_bytes()
-            if str(mark).encode() in environment and "multiprocessing.forkserver" in process.command and process.alive:
+            if str(mark).encode() in environment and "worker.forkserver" in process.command and process.alive:
                 found.add(process.pid)
     return found
 

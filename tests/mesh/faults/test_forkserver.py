@@ -1,12 +1,9 @@
-"""The forkserver in trouble: its socket has lost its name, or it is stopped. Workers are replaced all the same."""
+"""The forkserver in trouble: it is stopped, or temporary files are gone. Workers are replaced all the same."""
 
-import asyncio
 import os
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,24 +17,8 @@ from unlatch import Client
 GateMaker = Callable[[str], Gate]
 
 
-@pytest.fixture
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The directory for temporary files of the services that the test starts: its path is short enough for sockets."""
-    directory = Path(tempfile.mkdtemp(prefix="test-"))
-    monkeypatch.setenv("TMPDIR", str(directory))
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def empty(directory: Path) -> None:
-    """Remove all that is in a directory, as a cleaner of temporary files does."""
-    assert [*directory.iterdir()]
-    for path in directory.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def forkserver_of(mine: Own) -> int:
-    (pid,) = (pid for pid in children(mine.dispatcher.pid) if "multiprocessing.forkserver" in command_of(pid))
+    (pid,) = (pid for pid in children(mine.dispatcher.pid) if "worker.forkserver" in command_of(pid))
     return pid
 
 
@@ -52,33 +33,24 @@ async def kill_worker(mine: Own, client: Client, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-async def test_temporary_directory_is_emptied(tmp_path: Path, temporary: Path, gate: GateMaker, mesh: str) -> None:
-    """Each worker that is killed afterwards is replaced, however often the directory is emptied."""
+async def test_temporary_directory_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: GateMaker, mesh: str
+) -> None:
+    """A replica has no file there. Without the directory killed workers are replaced, and so is a killed forkserver."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     with own(tmp_path, 1, mesh=mesh) as mine:
         async with Client(mine.address, timeout=30.0) as client:
             await answered(client)
-            for time_of_day in ("evening", "night", "morning"):
-                empty(temporary)
+            assert not [*temporary.iterdir()]
+            temporary.rmdir()
+            for time_of_day in ("evening", "night"):
                 await kill_worker(mine, client, gate(time_of_day))
-            await kill_worker(mine, client, gate("noon"))
+            os.kill(forkserver_of(mine), signal.SIGKILL)
+            await kill_worker(mine, client, gate("morning"))
             assert await mine.is_serving()
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-async def test_temporary_directory_is_gone(tmp_path: Path, temporary: Path, gate: GateMaker, mesh: str) -> None:
-    """Without the directory no worker can be started: readiness names the path. Once it is back, workers start."""
-    with own(tmp_path, 1, mesh=mesh) as mine:
-        async with Client(mine.address, timeout=30.0) as client:
-            await answered(client)
-            pid = await worker_of(client, gate("here"))
-            shutil.rmtree(temporary)
-            os.kill(pid, signal.SIGKILL)
-            entry = await asyncio.to_thread(mine.dispatcher.wait_for, "replica takes no calls", within=30.0)
-            assert str(temporary) in entry["message"]
-            assert not await mine.is_serving()
-            await asyncio.to_thread(temporary.mkdir)
-            await asyncio.to_thread(mine.dispatcher.wait_for, "replica takes calls again", within=60.0)
-            await answered(client)
+            assert not temporary.exists()
 
 
 @pytest.mark.parametrize("mesh", MESHES)

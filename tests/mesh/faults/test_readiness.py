@@ -99,7 +99,7 @@ class Own:
         """Replace the file of kernels, so that only running workers have the old ones."""
         self.module.write_text(text)
         for pid in children(self.dispatcher.pid):
-            if "multiprocessing.forkserver" in command_of(pid):
+            if "worker.forkserver" in command_of(pid):
                 os.kill(pid, signal.SIGKILL)
 
 

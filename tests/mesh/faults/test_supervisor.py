@@ -81,8 +81,8 @@ async def test_supervisor_leaves_nothing(tmp_path: Path, end: str, how: str) -> 
             np.testing.assert_array_equal(await client.echo(np.ones(100_000)), np.ones(100_000))
             calls = await stick(client, tmp_path, how) if how != "nothing" else []
             processes = tree(serve.service.pid)
-            # Supervisor, unit, forkserver and its resource tracker, two workers.
-            assert len(processes) == 6, processes
+            # Supervisor, unit, forkserver, two workers.
+            assert len(processes) == 5, processes
             memory = memory_files(process.pid for process in processes)
             assert memory
             for number, each in enumerate(signals):
