@@ -1,5 +1,7 @@
 """The soak's judgement of what is wrong: a soak that could find nothing would show nothing."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from bench.soak.__main__ import Watched, more, uncounted, unended
 from bench.soak.calls import KINDS, Kind
 from bench.soak.mesh import by_unit, everywhere
 from unlatch.common.errors import POSSIBLE_EFFECT
-from unlatch.protos.unlatch_pb2 import Frames, LaneMessage
+from unlatch.protos.unlatch_pb2 import Descriptor, Frames, Kernel, LaneMessage, Request, Welcome
 
 X = np.arange(1.0, 17.0)
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -78,42 +80,82 @@ def test_a_units_death_costs_what_the_table_of_failures_has(
         assert kind.wrong(X, code, said) is not None  # type: ignore[arg-type]
 
 
-def reply(frames: Frames, length: int, *, whole: bool = True, failed: bool = False) -> None:
-    frame = frames.replies.add(call=7, whole=whole)
-    if failed:
-        frame.failure.code = 14
+def part_of_answer(what: str) -> bytes:
+    """A message of a lane with a part of the answer to call 7: its usual size is 8 bytes, and a piece's 4."""
+    frames, payload = Frames(), []
+    if what == "piece":
+        frames.pieces.add(call=7)
+        payload = [bytes(4)]
+    elif what == "failure":
+        frames.replies.add(call=7).failure.code = 14
     else:
+        frame = frames.replies.add(call=7, whole=what == "whole", lengths=[12 if what == "longer" else 8])
         frame.response.kernel = "doubled"
-        frame.lengths.append(length)
+        payload = [bytes(8)] if frame.whole else []
+    return LaneMessage(frames=frames, payload=payload).SerializeToString()
 
 
+def judged(parts: Iterable[str], kernel: str = "doubled", *, replicas_die: bool) -> Answers:
+    """What is counted of a call to a kernel, of which "doubled" is pure, that is answered by these parts."""
+    answers = Answers(replicas_die=replicas_die)
+    welcome = Welcome(kernels=[Kernel(name="doubled", pure=True), Kernel(name="negated")])
+    answers.note(LaneMessage(frames=Frames(welcome=welcome)).SerializeToString())
+    call = Descriptor(call=7, request=Request(kernel=kernel))
+    answers.asked(LaneMessage(frames=Frames(calls=[call])).SerializeToString())
+    for part in parts:
+        answers.note(part_of_answer(part))
+    return answers
+
+
+@pytest.mark.parametrize("replicas_die", [True, False])
 @pytest.mark.parametrize(
-    ("what", "right"),
+    ("parts", "right"),
     [
         (("whole",), True),
         (("whole", "whole"), False),
+        (("whole", "in pieces"), False),
         (("whole", "failure"), False),
         (("failure", "whole"), False),
+        (("failure", "failure"), False),
         (("in pieces", "piece", "piece"), True),
         (("in pieces", "piece", "failure"), True),
+        (("in pieces", "piece", "failure", "failure"), False),
+        (("in pieces", "piece", "failure", "piece"), False),
+        (("in pieces", "piece", "failure", "in pieces"), False),
         (("in pieces", "piece", "piece", "failure"), False),
         (("in pieces", "piece", "piece", "piece"), False),
-        (("in pieces", "in pieces"), False),
+        (("in pieces", "piece", "piece", "in pieces"), False),
         (("piece",), False),
     ],
 )
-def test_a_second_answer_is_seen(what: tuple[str, ...], *, right: bool) -> None:
-    """A caller takes the first answer to its call; the lane's count sees a second one."""
-    answers = Answers()
-    for part in what:
-        frames = Frames()
-        if part == "piece":
-            frames.pieces.add(call=7)
-        else:
-            reply(frames, 8, whole=part == "whole", failed=part == "failure")
-        payload = {"whole": [bytes(8)], "piece": [bytes(4)]}.get(part, [])
-        answers.note(LaneMessage(frames=frames, payload=payload).SerializeToString())
+def test_a_second_answer_is_seen(parts: tuple[str, ...], *, replicas_die: bool, right: bool) -> None:
+    """A caller takes the first answer to its call; the lane's count sees a second one, whatever dies."""
+    answers = judged(parts, replicas_die=replicas_die)
     assert (not answers.wrong) is right
+    assert len(answers) == (0 if parts == ("piece",) else 1)
+    assert answers.replaced == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "right"),
+    [
+        (("in pieces", "in pieces", "piece", "piece"), True),
+        (("in pieces", "piece", "in pieces", "piece", "piece"), True),
+        (("in pieces", "piece", "in pieces", "piece", "failure"), True),
+        (("in pieces", "piece", "whole"), True),
+        (("in pieces", "piece", "longer"), False),
+        (("in pieces", "piece", "in pieces", "piece", "piece", "piece"), False),
+        (("in pieces", "piece", "in pieces", "piece", "piece", "in pieces"), False),
+    ],
+)
+def test_a_response_that_broke_off_may_be_replaced(parts: tuple[str, ...], *, right: bool) -> None:
+    """By one of the same size, before its last byte, if replicas die and the kernel is pure. Both are one answer."""
+    answers = judged(parts, replicas_die=True)
+    assert (not answers.wrong) is right
+    assert answers.replaced > 0
+    assert len(answers) == 1
+    assert judged(parts, replicas_die=False).wrong
+    assert judged(parts, "negated", replicas_die=True).wrong
 
 
 def test_a_call_that_never_ends_is_missed() -> None:
