@@ -3,6 +3,7 @@
 Its parts have names: `gateway` and `dispatcher`; or `supervisor` and `unit`; or `supervisor`, `unit 0` and `unit 1`.
 """
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ class Mesh:
         """Counts of what each part has open, and of what all processes have together."""
         counts = {name: {"descriptors": descriptors(pid), "threads": threads(pid)} for name, pid in self.pids().items()}
         processes = [seen.pid for seen in tree(self.subject.process.pid)]
-        files = sum(1 for path in self.files.rglob("*") if not path.is_dir())
+        files = sum(1 for path in entries(self.files) if not path.is_dir())
         # An orphan of a unit that was killed is in no tree.
         own = {*processes, *self._processes()}
         return counts | {"mesh": {"processes": len(own), "segments": len(_segments(own)), "files": files}}
@@ -104,11 +105,16 @@ class Mesh:
         return [f"left after the end: {what}" for what in left]
 
     def _remains(self) -> list[str]:
-        files = [f"the file {path.relative_to(self.files)}" for path in self.files.rglob("*")]
+        files = [f"the file {path.relative_to(self.files)}" for path in entries(self.files)]
         return [f"process {pid}" for pid in self._processes()] + files
 
     def _processes(self) -> list[int]:
         return with_variable("TMPDIR", str(self.files))
+
+
+def entries(directory: Path) -> list[Path]:
+    """All that is in a directory and below it now. What is removed meanwhile may be left out (Path.rglob raises)."""
+    return [Path(above, name) for above, folders, files in os.walk(directory) for name in (*folders, *files)]
 
 
 def by_unit(seen: Scrape) -> dict[str, Scrape]:

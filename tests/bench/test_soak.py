@@ -1,6 +1,8 @@
 """The soak's judgement of what is wrong: a soak that could find nothing would show nothing."""
 
+import threading
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from bench.load.counted import Answers
 from bench.scrape import Scrape
 from bench.soak.__main__ import Watched, more, uncounted, unended
 from bench.soak.calls import KINDS, Kind
-from bench.soak.mesh import by_unit, everywhere
+from bench.soak.mesh import by_unit, entries, everywhere
 from unlatch.common.errors import POSSIBLE_EFFECT
 from unlatch.protos.unlatch_pb2 import Descriptor, Frames, Kernel, LaneMessage, Request, Welcome
 
@@ -210,6 +212,30 @@ def test_what_stays_open_is_seen() -> None:
     assert more({"mesh": {"processes": 7, "files": 9}}, {"mesh": {"processes": 8, "files": 9}}) == [
         "mesh: 8 processes, 1 more than at the start"
     ]
+
+
+def test_files_that_are_removed_meanwhile_are_left_out(tmp_path: Path) -> None:
+    """Units remove directories while the soak counts what is left of them."""
+    kept = tmp_path / "kept" / "file"
+    kept.parent.mkdir()
+    kept.touch()
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            (tmp_path / "gone" / "below").mkdir(parents=True)
+            (tmp_path / "gone" / "below").rmdir()
+            (tmp_path / "gone").rmdir()
+
+    changing = threading.Thread(target=come_and_go)
+    changing.start()
+    try:
+        for _ in range(100):
+            assert {kept, kept.parent} <= set(entries(tmp_path))
+    finally:
+        over.set()
+        changing.join()
+    assert sorted(entries(tmp_path)) == [kept.parent, kept]
 
 
 def test_growth_is_told_from_what_comes_and_goes() -> None:
