@@ -16,7 +16,7 @@ _MAX_TOLD = 20
 
 @dataclass(slots=True)
 class _Answer:
-    """What has come of a call's answer: its bytes in all, those that are missing, and whether the call has failed."""
+    """The answer to a call: its bytes in all, those that have not come yet, and whether the call has failed."""
 
     size: int
     missing: int

@@ -9,7 +9,7 @@ import pytest
 
 from bench.load.counted import Answers
 from bench.scrape import Scrape
-from bench.soak.__main__ import Watched, more, uncounted, unended
+from bench.soak.__main__ import Watched, grown, more, still_used, uncounted, unended
 from bench.soak.calls import KINDS, Kind
 from bench.soak.mesh import by_unit, entries, everywhere
 from unlatch.common.errors import POSSIBLE_EFFECT
@@ -98,7 +98,7 @@ def part_of_answer(what: str) -> bytes:
 
 
 def judged(parts: Iterable[str], kernel: str = "doubled", *, replicas_die: bool) -> Answers:
-    """What is counted of a call to a kernel, of which "doubled" is pure, that is answered by these parts."""
+    """Count the answers to a call that is answered by these parts. The kernel "doubled" is pure."""
     answers = Answers(replicas_die=replicas_die)
     welcome = Welcome(kernels=[Kernel(name="doubled", pure=True), Kernel(name="negated")])
     answers.note(LaneMessage(frames=Frames(welcome=welcome)).SerializeToString())
@@ -249,3 +249,32 @@ def test_growth_is_told_from_what_comes_and_goes() -> None:
     assert unsure == pytest.approx(0.0, abs=1e-6)
     slope, unsure = noisy.growth("dispatcher")
     assert abs(slope - 2.0) < unsure > 1.0
+
+
+def kept_by_malloc(seed: int, *, minutes: float, growth: float) -> Watched:
+    """Readings of three services without growth but for the last: what malloc keeps rises and falls in slow steps."""
+    watched, dice = Watched(), np.random.default_rng(seed)
+    for name in ("supervisor", "unit 0", "unit 1"):
+        kept, steps = 0.0, dice.normal(size=round(minutes * 12))
+        for number, step in enumerate(steps):
+            kept = 0.6 * kept + 0.8 * step
+            grown = growth * number / 12 if name == "unit 1" else 0.0
+            watched.memory[name].append((5.0 * number, (100 + 14 * kept + grown) * 2**20))
+    return watched
+
+
+def test_growth_is_rarely_found_where_none_is() -> None:
+    """In 1 of 20 runs at most, though each reading resembles the one before; and growth is found in a long run."""
+    found = [grown(kept_by_malloc(seed, minutes=5, growth=0.0)) for seed in range(200)]
+    assert sum(map(bool, found)) <= 10
+    for seed in range(20):
+        (one,) = grown(kept_by_malloc(seed, minutes=60, growth=3.0))
+        assert one.startswith("unit 1: its memory grows by ")
+        assert not grown(kept_by_malloc(seed, minutes=60, growth=0.0))
+
+
+def test_memory_that_stays_in_use_is_found() -> None:
+    """Some may: tables and caches fill. A unit that was started again is another process, and is not compared."""
+    before = {("unit 0", 10): 13 << 20, ("unit 1", 11): 13 << 20, ("unit 2", 12): 13 << 20}
+    after = {("unit 0", 10): 21 << 20, ("unit 1", 11): 23 << 20, ("unit 2", 13): 90 << 20}
+    assert still_used(before, after, 300.0) == ["unit 1: after the last call it uses 23.0 MiB, before the first 13.0"]
