@@ -1,5 +1,8 @@
 """The soak's judgement of what is wrong: a soak that could find nothing would show nothing."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +14,9 @@ from bench.load.counted import Answers
 from bench.scrape import Scrape
 from bench.soak.__main__ import Watched, grown, more, still_used, uncounted, unended
 from bench.soak.calls import KINDS, Kind
-from bench.soak.mesh import by_unit, entries, everywhere
+from bench.soak.mesh import INSIDE, by_unit, entries, everywhere
+from tests.support.mesh import ROOT
+from tests.support.watching import wait_until
 from unlatch.common.errors import POSSIBLE_EFFECT
 from unlatch.protos.unlatch_pb2 import Descriptor, Frames, Kernel, LaneMessage, Request, Welcome
 
@@ -278,3 +283,36 @@ def test_memory_that_stays_in_use_is_found() -> None:
     before = {("unit 0", 10): 13 << 20, ("unit 1", 11): 13 << 20, ("unit 2", 12): 13 << 20}
     after = {("unit 0", 10): 21 << 20, ("unit 1", 11): 23 << 20, ("unit 2", 13): 90 << 20}
     assert still_used(before, after, 300.0) == ["unit 1: after the last call it uses 23.0 MiB, before the first 13.0"]
+
+
+USES = """
+import sys
+from unlatch.common.machine.memory import keep_freed, put_back, take
+keep_freed(largest_bytes=8 << 20, most_bytes=64 << 20, step_bytes=4 << 20)
+sys.stdin.readline()
+blocks = [take(size) for size in [4 << 20] * 8 + [32 << 20]]
+sys.stdin.readline()
+for block in blocks:
+    put_back(block)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("service", [True, False])
+def test_service_tells_the_memory_in_use(tmp_path: Path, *, service: bool) -> None:
+    """Blocks of malloc count until they are freed, though malloc keeps some. No process but a service tells it."""
+    variables = {"PYTHONPATH": f"{ROOT}:{INSIDE}", "SOAK_USED": str(tmp_path)}
+    argv = [sys.executable, "-c", USES, *(["unlatch.unit"] if service else [])]
+    with subprocess.Popen(argv, env={**os.environ, **variables}, stdin=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        told = tmp_path / str(process.pid)
+        if service:
+            wait_until(told.exists, "it tells")
+            before = int(told.read_text())
+            print(file=process.stdin, flush=True)
+            wait_until(lambda: int(told.read_text()) - before > 63 << 20, "the blocks count")
+            print(file=process.stdin, flush=True)
+            wait_until(lambda: int(told.read_text()) - before < 4 << 20, "the blocks count no more")
+        process.stdin.close()
+        assert process.wait(30.0) == 0
+    assert told.exists() is service
