@@ -242,7 +242,7 @@ def grown(watched: Watched) -> list[str]:
 def still_used(
     before: Mapping[tuple[str, int], int], after: Mapping[tuple[str, int], int], seconds: float
 ) -> list[str]:
-    """List the services that use more memory after the last call than before the first, by name and process."""
+    """List the parts that use more memory after the last call than before the first, by name and process."""
     most = round((MAX_MIB_A_MINUTE * seconds / 60 + FILLS_MIB) * 2**20)
     return [
         f"{name}: after the last call it uses {after[name, pid] / 2**20:.1f} MiB, before the first {used / 2**20:.1f}"

@@ -31,7 +31,7 @@ _UNIT = "unit"
 class Mesh:
     """A running mesh. `units` is 0 for the two services apart. Its processes have their temporary files in `files`.
 
-    Services tell the memory that they use in `told` (bench/soak/inside/).
+    The parts tell the memory that they use in `told` (bench/soak/inside/).
     """
 
     subject: Subject
@@ -84,10 +84,10 @@ class Mesh:
         return counts | {"mesh": {"processes": len(own), "segments": len(_segments(own)), "files": files}}
 
     def used(self) -> dict[tuple[str, int], int]:
-        """Bytes that the services use while no call is left, by name and pid: the least of some seconds.
+        """Bytes that the parts use while no call is left, by name and pid: the least of some seconds.
 
         Some are freed late: a closed connection's, or those of cycles, which the garbage collector finds. Raises
-        BenchError where a service tells nothing.
+        BenchError where a part tells nothing.
         """
         until, least = time.monotonic() + USED_SECONDS, dict[tuple[str, int], int]()
         while time.monotonic() < until:
@@ -96,7 +96,7 @@ class Mesh:
                     now = int(told.read_text())
                     least[name, pid] = min(now, least.get((name, pid), now))
             time.sleep(0.2)
-        if silent := set(self.services) - {name for name, _ in least}:
+        if silent := self.pids().keys() - {name for name, _ in least}:
             raise BenchError(f"{', '.join(sorted(silent))}: no memory in use is told")
         return least
 

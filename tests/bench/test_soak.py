@@ -299,8 +299,8 @@ sys.stdin.readline()
 
 
 @pytest.mark.parametrize("service", [True, False])
-def test_service_tells_the_memory_in_use(tmp_path: Path, *, service: bool) -> None:
-    """Blocks of malloc count until they are freed, though malloc keeps some. No process but a service tells it."""
+def test_part_tells_the_memory_in_use(tmp_path: Path, *, service: bool) -> None:
+    """Blocks of malloc count until they are freed, though malloc keeps some. No other process tells it."""
     variables = {"PYTHONPATH": f"{ROOT}:{INSIDE}", "SOAK_USED": str(tmp_path)}
     argv = [sys.executable, "-c", USES, *(["unlatch.unit"] if service else [])]
     with subprocess.Popen(argv, env={**os.environ, **variables}, stdin=subprocess.PIPE, text=True) as process:

@@ -1,7 +1,8 @@
-"""Python imports this module as a process of the soak's mesh starts: each service tells how much memory it uses.
+"""Python imports this module as a process of the soak's mesh starts: each part tells how much memory it uses.
 
 From outside only the memory that a process has can be seen, with all that malloc keeps for later. Twice a second a
-thread of each service writes the bytes that are in use to the file `<pid>` in the directory that SOAK_USED names.
+thread of each service, and of the supervisor, writes the bytes that are in use to the file `<pid>` in the directory
+that SOAK_USED names.
 """
 
 import os
@@ -10,14 +11,15 @@ import threading
 import time
 from pathlib import Path
 
-_SERVICES = {"unlatch.unit", "unlatch.gateway", "unlatch.compute"}
+# A word of each part's command line, and of no other process's.
+_PARTS = {"unlatch.unit", "unlatch.gateway", "unlatch.compute", "serve"}
 _SECONDS = 0.5
 # Python's own allocator has blocks of 8 to 512 bytes; most objects are smaller than this.
 _BLOCK_BYTES = 128
 
 
 def _tell(directory: Path) -> None:
-    # Here, since no process but the services is to load it.
+    # Here, since no process but these parts is to load it.
     from unlatch.common.machine.memory import used_bytes
 
     told, written = directory / str(os.getpid()), directory / f"{os.getpid()}.new"
@@ -27,5 +29,5 @@ def _tell(directory: Path) -> None:
         time.sleep(_SECONDS)
 
 
-if _SERVICES.intersection(sys.orig_argv):
+if _PARTS.intersection(sys.orig_argv):
     threading.Thread(target=_tell, args=(Path(os.environ["SOAK_USED"]),), name="soak-used", daemon=True).start()
