@@ -326,7 +326,9 @@ class PendingCall:
         return 0 if self._timer is None else max(1, round((self._timer.when() - self.link.loop.time()) * 1e6))
 
     def replied(self, reply: Reply, body: Body) -> None:
-        """Take the reply's arrays, which may still be arriving."""
+        """Take the reply's arrays, which may still be arriving. It takes the place of a reply that broke off."""
+        if self._arriving is not None:
+            self._arriving.close()
         outputs = self._spec.outputs
         if body.complete:
             self._give(lambda: arrays(reply.response.tensors, [bytearray(piece) for piece in body.buffers], outputs))

@@ -8,8 +8,8 @@ Callers in processes of their own call kernels of every kind and check every rep
 end once, with the right content or with a failure that the table in docs/architecture.md predicts. Counters must only
 grow. Descriptors, segments of shared memory and threads are counted after a warm-up, and must be no more after the
 last call. Every five seconds there is a lull, and at its end the services' memory is read; in a run of a minute or
-more, or two for two units, it must not grow, as far as such a run can tell. Exit codes: 1 a check failed, with a
-message; 2 the soak could not run.
+more, or two for two units, it must not grow, as far as such a run can tell, nor may a service use more of it after the
+last call than before the first. Exit codes: 1 a check failed, with a message; 2 the soak could not run.
 """
 
 import argparse
@@ -19,15 +19,17 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from statistics import fmean, linear_regression
 from typing import Any, Never
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from scipy.stats import t as student_t
 
 from bench.processes import BenchError, Child, kill, rss_anon_bytes
 from bench.scrape import Scrape, fallen
@@ -45,6 +47,10 @@ WARM_SHARE = 0.5
 # In a shorter run the slope depends on the calls that happen to be running.
 JUDGED_SECONDS = 60.0
 MAX_MIB_A_MINUTE = 1.0
+# Memory that a service may use more than after the warm-up: malloc's caches of threads fill, and tables of the past.
+FILLS_MIB = 4.0
+# The chance of a run to find a service that grows where none does.
+CHANCE = 0.05
 # A segment of shared memory that no call has used is freed within 20 s.
 RESTORED_SECONDS = 40.0
 # Connections of each interface of a process of callers to several units: so many that each unit has some.
@@ -81,18 +87,37 @@ class Watched:
     wrong: list[str] = field(default_factory=list)
 
     def growth(self, service: str) -> tuple[float, float]:
-        """MiB a minute, by least squares over the readings after the warm-up, and twice its standard error.
+        """MiB a minute, by least squares over the readings after the warm-up, and how far it may be off by chance.
 
-        Memory that malloc keeps for the next large call varies by tens of MiB, so a slope alone has no meaning.
+        Memory that malloc keeps for the next large call varies by tens of MiB, so a slope alone has no meaning. In all
+        but 1 of 20 runs no service is further off.
         """
         seen = self.memory[service][math.ceil(WARM_SHARE * len(self.memory[service])) :]
         if len(seen) < 3:
             return 0.0, math.inf
         at, bytes_ = zip(*seen, strict=True)
         line = linear_regression(at, bytes_)
-        off = sum((y - line.intercept - line.slope * x) ** 2 for x, y in seen) / (len(seen) - 2)
-        error = math.sqrt(off / sum((x - fmean(at)) ** 2 for x in at))
-        return line.slope * 60 / 2**20, 2 * error * 60 / 2**20
+        off = [y - line.intercept - line.slope * x for x, y in seen]
+        free = _independent(off) - 2
+        if free <= 0:
+            return line.slope * 60 / 2**20, math.inf
+        error = math.sqrt(sum(one * one for one in off) / free / sum((x - fmean(at)) ** 2 for x in at))
+        errors = float(student_t.isf(CHANCE / 2 / len(self.memory), free))
+        return line.slope * 60 / 2**20, errors * error * 60 / 2**20
+
+
+def _independent(off: Sequence[float]) -> float:
+    """The number of independent readings that say as much as these, by their distances from a line.
+
+    A heap grows and is given back in steps that last for several readings. With r, the autocorrelation from one reading
+    to the next, n readings say as much as n (1 - r) / (1 + r) (Santer et al. 2000, doi:10.1029/1999JD901105).
+    """
+    if not (squares := sum(one * one for one in off)):
+        return len(off)
+    alike = sum(one * after for one, after in pairwise(off)) / squares
+    # Of few readings, the line has taken some of it away (Kendall 1954).
+    alike = min(1.0, max(0.0, alike + (1 + 4 * alike) / len(off)))
+    return len(off) * (1 - alike) / (1 + alike)
 
 
 def run(asked: Asked, console: Console) -> list[str]:
@@ -106,6 +131,7 @@ def run(asked: Asked, console: Console) -> list[str]:
         warm_up = replace(asked, seconds=WARM_UP_SECONDS, kill_units=False, seed=asked.seed + asked.processes)
         soak(mesh, warm, warm_up)
         before = restored(mesh, warm)
+        used_before = mesh.used()
         watched = Watched(at_start=mesh.held(), wrong=warm.wrong)
         status.update(f"soaking for {asked.seconds:.0f} s")
         doors = soak(mesh, watched, asked)
@@ -114,7 +140,7 @@ def run(asked: Asked, console: Console) -> list[str]:
         # The counts of a unit end with it.
         wrong += unended(doors) if asked.kill_units else uncounted(doors, before, after, watched.kills)
         if asked.seconds >= asked.judged_seconds:
-            wrong += grown(watched)
+            wrong += [*grown(watched), *still_used(used_before, mesh.used(), asked.seconds)]
         if not watched.kills:
             wrong.append("no process was killed")
         wrong += mesh.end()
@@ -211,6 +237,18 @@ def grown(watched: Watched) -> list[str]:
         if slope - unsure >= MAX_MIB_A_MINUTE:
             wrong.append(f"{name}: its memory grows by {slope:.1f} ± {unsure:.1f} MiB a minute")
     return wrong
+
+
+def still_used(
+    before: Mapping[tuple[str, int], int], after: Mapping[tuple[str, int], int], seconds: float
+) -> list[str]:
+    """List the parts that use more memory after the last call than before the first, by name and process."""
+    most = round((MAX_MIB_A_MINUTE * seconds / 60 + FILLS_MIB) * 2**20)
+    return [
+        f"{name}: after the last call it uses {after[name, pid] / 2**20:.1f} MiB, before the first {used / 2**20:.1f}"
+        for (name, pid), used in before.items()
+        if after.get((name, pid), 0) - used > most
+    ]
 
 
 def unended(doors: list[tuple[str, dict[str, Any]]]) -> list[str]:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import grpc.aio
@@ -128,10 +129,11 @@ async def client(target: str, stack: AsyncExitStack) -> Door:
 class CountedLane:
     """A lane whose answers are counted, and another one when it has broken."""
 
-    def __init__(self, target: str, stack: AsyncExitStack) -> None:
+    def __init__(self, target: str, stack: AsyncExitStack, *, units_die: bool) -> None:
         self.answers: list[Answers] = []
         self._target = target
         self._stack = stack
+        self._units_die = units_die
         self._link: Link | None = None
         self._opening = asyncio.Lock()
 
@@ -142,7 +144,7 @@ class CountedLane:
                 channel = await self._stack.enter_async_context(
                     grpc.aio.insecure_channel(self._target, options=UNLIMITED)
                 )
-                counted = CountedChannel(channel, self.answers)
+                counted = CountedChannel(channel, self.answers, replicas_die=self._units_die)
                 self._link = Link(cast("grpc.aio.Channel", counted), self._target)
                 self._stack.push_async_callback(self._link.close)
                 await self._link.ready(10.0)
@@ -206,9 +208,10 @@ class Called:
 async def soak(called: Called, began: float, seconds: float, seed: int) -> dict[str, Any]:
     """Call by every interface until the time is up and the last call has ended; lulls are timed from `began`."""
     async with AsyncExitStack() as stack:
-        lanes = {"lane": [CountedLane(called.gateway, stack) for _ in range(called.connections)]}
+        counted = partial(CountedLane, stack=stack, units_die=called.units_die)
+        lanes = {"lane": [counted(called.gateway) for _ in range(called.connections)]}
         if called.dispatcher:
-            lanes["dispatcher"] = [CountedLane(called.dispatcher, stack)]
+            lanes["dispatcher"] = [counted(called.dispatcher)]
         doors = await _doors(called, lanes, stack)
         tallies = {name: Tally(units_die=called.units_die) for name in doors}
         noise = np.random.default_rng(seed).random(NOISE_DOUBLES)
@@ -226,8 +229,8 @@ async def soak(called: Called, began: float, seconds: float, seed: int) -> dict[
                 for number in range(NEWCOMERS if name == "newcomer" else CALLERS_A_DOOR)
             )
         )
-        for name, counted in lanes.items():
-            answers = [one for lane in counted for one in lane.answers]
+        for name, of_name in lanes.items():
+            answers = [one for lane in of_name for one in lane.answers]
             tallies[name].wrong += [wrong for one in answers for wrong in one.wrong]
             _count(tallies[name], answers)
     return {

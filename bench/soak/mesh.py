@@ -3,6 +3,7 @@
 Its parts have names: `gateway` and `dispatcher`; or `supervisor` and `unit`; or `supervisor`, `unit 0` and `unit 1`.
 """
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,32 +13,41 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-from bench.processes import descriptors, kill, label, threads, tree, with_variable, workers, zombies
+from bench.processes import ROOT, BenchError, descriptors, kill, label, threads, tree, with_variable, workers, zombies
 from bench.scrape import Scrape, scrape, total
 from bench.subjects import subjects
 from bench.subjects.subjects import Subject
 
 WORKERS = 2
 ENDED_SECONDS = 30.0
+# The services' collector looks for garbage every second where few calls are live.
+USED_SECONDS = 4.0
+INSIDE = Path(__file__).parent / "inside"
 # What only several units have.
 _UNIT = "unit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """A running mesh. `units` is 0 for the two services apart. Its processes have their temporary files in `files`."""
+    """A running mesh. `units` is 0 for the two services apart. Its processes have their temporary files in `files`.
+
+    The parts tell the memory that they use in `told` (bench/soak/inside/).
+    """
 
     subject: Subject
     units: int
     files: Path
+    told: Path
 
     @classmethod
     def start(cls, stack: ExitStack, units: int) -> Self:
         """Start a mesh, which `stack` ends."""
         files = stack.enter_context(TemporaryDirectory(prefix="bench-soak-"))
-        settings = {"TMPDIR": files} | ({"UNLATCH_UNITS": str(units)} if units else {})
+        told = stack.enter_context(TemporaryDirectory(prefix="bench-soak-used-"))
+        settings = {"TMPDIR": files, "SOAK_USED": told, "PYTHONPATH": f"{ROOT}:{INSIDE}"}
+        settings |= {"UNLATCH_UNITS": str(units)} if units else {}
         subject = subjects.start(stack, "unlatch" if units else "apart", workers=WORKERS, log="soak", settings=settings)
-        return cls(subject=subject, units=units, files=Path(files))
+        return cls(subject=subject, units=units, files=Path(files), told=Path(told))
 
     @property
     def services(self) -> list[str]:
@@ -68,10 +78,27 @@ class Mesh:
         """Counts of what each part has open, and of what all processes have together."""
         counts = {name: {"descriptors": descriptors(pid), "threads": threads(pid)} for name, pid in self.pids().items()}
         processes = [seen.pid for seen in tree(self.subject.process.pid)]
-        files = sum(1 for path in self.files.rglob("*") if not path.is_dir())
+        files = sum(1 for path in entries(self.files) if not path.is_dir())
         # An orphan of a unit that was killed is in no tree.
         own = {*processes, *self._processes()}
         return counts | {"mesh": {"processes": len(own), "segments": len(_segments(own)), "files": files}}
+
+    def used(self) -> dict[tuple[str, int], int]:
+        """Bytes that the parts use while no call is left, by name and pid: the least of some seconds.
+
+        Some are freed late: a closed connection's, or those of cycles, which the garbage collector finds. Raises
+        BenchError where a part tells nothing.
+        """
+        until, least = time.monotonic() + USED_SECONDS, dict[tuple[str, int], int]()
+        while time.monotonic() < until:
+            for name, pid in self.pids().items():
+                if (told := self.told / str(pid)).exists():
+                    now = int(told.read_text())
+                    least[name, pid] = min(now, least.get((name, pid), now))
+            time.sleep(0.2)
+        if silent := self.pids().keys() - {name for name, _ in least}:
+            raise BenchError(f"{', '.join(sorted(silent))}: no memory in use is told")
+        return least
 
     def serves(self, seen: Mapping[str, Scrape]) -> bool:
         """Whether all parts answer and all workers are up."""
@@ -104,11 +131,16 @@ class Mesh:
         return [f"left after the end: {what}" for what in left]
 
     def _remains(self) -> list[str]:
-        files = [f"the file {path.relative_to(self.files)}" for path in self.files.rglob("*")]
+        files = [f"the file {path.relative_to(self.files)}" for path in entries(self.files)]
         return [f"process {pid}" for pid in self._processes()] + files
 
     def _processes(self) -> list[int]:
         return with_variable("TMPDIR", str(self.files))
+
+
+def entries(directory: Path) -> list[Path]:
+    """All that is in a directory and below it now. What is removed meanwhile may be left out (Path.rglob raises)."""
+    return [Path(above, name) for above, folders, files in os.walk(directory) for name in (*folders, *files)]
 
 
 def by_unit(seen: Scrape) -> dict[str, Scrape]:

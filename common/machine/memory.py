@@ -36,6 +36,14 @@ def freed_bytes() -> int:
     return int(_MALLINFO().fordblks) if _MALLINFO is not None else 0
 
 
+def used_bytes() -> int:
+    """Bytes of all blocks that malloc has handed out, and that are not freed yet."""
+    if _MALLINFO is None:
+        return 0
+    told = _MALLINFO()
+    return int(told.uordblks) + int(told.hblkhd)
+
+
 def take(size: int) -> int | None:
     """Allocate a block without touching it, so that it costs no page. None if there is none."""
     block: int | None = _MALLOC(size)

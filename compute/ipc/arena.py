@@ -134,6 +134,8 @@ class InputArena:
     """The memory into which calls' tensors arrive. `limit_bytes` bounds the tensors of all live calls together."""
 
     def __init__(self, limit_bytes: int) -> None:
+        # The thread starts now, so that a service has no more threads after large calls than before.
+        _freeing.submit(int)
         self._limit = limit_bytes
         self.used_bytes = 0
         self._numbers = count()

@@ -3,10 +3,12 @@
 import asyncio
 import gc
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 
 from tests.support.watching import until
@@ -14,10 +16,24 @@ from unlatch import Client
 from unlatch.common.errors import InvalidArgument, Unavailable
 from unlatch.common.lane.frames import METHOD, unpack
 from unlatch.common.net.ports import connections
-from unlatch.protos.unlatch_pb2 import Failure, Frames, Kernel, LaneMessage, Reply, Welcome
+from unlatch.protos.unlatch_pb2 import (
+    Array,
+    Failure,
+    Frames,
+    Kernel,
+    LaneMessage,
+    Piece,
+    Reply,
+    Response,
+    Tensor,
+    Welcome,
+)
 
 AT_ONCE = 8
-WELCOME = Welcome(kernels=[Kernel(name="nothing", version="1")], window_calls=64, window_bytes=1 << 20)
+KERNELS = [Kernel(name="nothing", version="1"), Kernel(name="many", version="1", outputs=[Array(name="y")])]
+WELCOME = Welcome(kernels=KERNELS, window_calls=64, window_bytes=1 << 20)
+# A reply's bytes, in pieces of a MiB.
+PIECES, PIECE = 32, 1 << 20
 
 
 class Lane:
@@ -37,14 +53,25 @@ class Lane:
                     await self.refuse(call.call)
         self.closed = True
 
-    async def send(self, frames: Frames) -> None:
-        """Send one message of these frames."""
-        await self._context.write(LaneMessage(frames=frames).SerializeToString())
+    async def send(self, frames: Frames, *payload: bytes) -> None:
+        """Send one message of these frames and entries."""
+        await self._context.write(LaneMessage(frames=frames, payload=payload).SerializeToString())
 
     async def refuse(self, call: int) -> None:
         """Answer that the call was not begun."""
         failure = Failure(code=Unavailable.code, message="refused", not_begun=True)
         await self.send(Frames(replies=[Reply(call=call, failure=failure)]))
+
+    async def begin_reply(self, call: int) -> None:
+        """Answer with one array, whose pieces follow."""
+        size = PIECES * PIECE
+        response = Response(kernel="many", tensors=[Tensor(name="y", datatype="UINT8", shape=[size])])
+        await self.send(Frames(replies=[Reply(call=call, response=response, lengths=[size])]))
+
+    async def send_pieces(self, call: int, value: int, count: int) -> None:
+        """Send this many pieces of a reply, each byte with this value."""
+        for _ in range(count):
+            await self.send(Frames(pieces=[Piece(call=call)]), bytes([value]) * PIECE)
 
     async def answer(self, call: int, text: str) -> None:
         """Answer with an error of this text, which no client takes for a refusal."""
@@ -171,6 +198,34 @@ async def test_replaced_lane_closes_its_connection(gateways: Gateways, client: C
     await gateways.lanes[0].send(Frames(draining=True))
     await gateways.lane(1)
     await until(lambda: connections(gateways.address) == 1, "the connection of the first lane is closed")
+
+
+@pytest.mark.usefixtures("uncollected")
+async def test_reply_that_broke_off_is_replaced(gateways: Gateways, client: Client) -> None:
+    """The result is all of the last reply. What came before is freed at once, not at the next garbage collection."""
+    calling = asyncio.ensure_future(client.call("many"))
+    lane = await gateways.lane(0)
+    await until(lambda: lane.came, "the call came")
+    (call,) = lane.came
+    tracemalloc.start()
+    try:
+        for value in (1, 2, 3):
+            await lane.begin_reply(call)
+            await lane.send_pieces(call, value, PIECES // 2)
+        # A failure on the same lane comes after the pieces.
+        other = asyncio.ensure_future(client.call("nothing"))
+        await until(lambda: len(lane.came) == 2, "another call came")
+        await lane.answer(lane.came[1], "it came in order")
+        with pytest.raises(InvalidArgument, match="it came in order"):
+            await other
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2 * PIECES * PIECE
+    await lane.send_pieces(call, 3, PIECES // 2)
+    result = await calling
+    assert isinstance(result, np.ndarray)
+    assert (result == 3).all()
 
 
 async def test_time_that_was_too_short_to_connect_is_told() -> None:
