@@ -86,6 +86,7 @@ class _Spec:
     name: str
     max_batch_size: int = 1
     pure: bool = False
+    concurrency: int | None = None
 
 
 @dataclass(eq=False, slots=True)

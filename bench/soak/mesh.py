@@ -102,14 +102,18 @@ class Mesh:
 
     def serves(self, seen: Mapping[str, Scrape]) -> bool:
         """Whether all parts answer and all workers are up."""
-        return seen.keys() >= set(self.services) and everywhere(seen, "unlatch_worker_up") == WORKERS
+        return seen.keys() >= set(self.services) and everywhere(seen, "unlatch_worker_up") == self._workers(seen)
+
+    def _workers(self, seen: Mapping[str, Scrape]) -> int:
+        """The number of workers that there should be: the plain ones, and those that have a metric of async workers."""
+        return WORKERS + sum(name == "unlatch_worker_calls_in_flight" for part in seen.values() for name, _ in part)
 
     def left(self, seen: Mapping[str, Scrape]) -> list[str]:
         """List what is not as it should be when no call is left."""
         left = []
         if not self.serves(seen):
             up = everywhere(seen, "unlatch_worker_up")
-            left.append(f"{up:.0f} of {WORKERS} workers are up, by the metrics of {', '.join(seen)}")
+            left.append(f"{up:.0f} of {self._workers(seen)} workers are up, by the metrics of {', '.join(seen)}")
         if calls := everywhere(seen, "unlatch_calls_in_flight"):
             left.append(f"gateways hold {calls:.0f} calls")
         if calls := everywhere(seen, "unlatch_queue_depth"):

@@ -184,7 +184,7 @@ def test_bash_completes(unlatch: Unlatch, tmp_path: Path) -> None:
     assert "cubic" in completed("unlatch", "call", "choices", "kind", "=", "cu")
     assert completed("unlatch", "call", "choices", "degree=2", "mod") >= {"modes="}
     assert completed("unlatch", "kernels", "gau") == {"gaussian_blur"}
-    assert completed("unlatch", "serve", "--wor") == {"--workers"}
+    assert completed("unlatch", "serve", "--wor") == {"--workers", "--worker-python"}
     assert completed("unlatch", "top", "--on") == {"--once"}
 
 

@@ -284,7 +284,7 @@ def test_once(own: Mesh, unlatch: Unlatch, monkeypatch: pytest.MonkeyPatch) -> N
     told = unlatch(*flags, "--json").json
     assert [process["name"] for process in told["processes"]] == list(NAMES)
     assert told["processes"][3]["worker"].keys() == {
-        *("up", "kernel", "running_seconds", "calls_per_second", "restarts"),
+        *("up", "kernel", "running_seconds", "calls_per_second", "restarts", "calls", "blocks"),
     }
     assert told["processes"][0].keys() == {
         *("name", "unit", "replica", "utilization_ratio", "resident_bytes", "worker"),
