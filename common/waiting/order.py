@@ -112,7 +112,7 @@ class Policy(Generic[Call]):
         place = self._places.get(id(call))
         if place is not None:
             return place[0].kind
-        return next((kind for kind, returned in self._returned if returned is call), self._kind(call))
+        return next((kind for kind, returned in reversed(self._returned) if returned is call), self._kind(call))
 
     def seconds(self, *, short: bool = False) -> float:
         """The expected cost of all calls that wait. With `short`, of those that are not long."""
@@ -266,8 +266,9 @@ class Policy(Generic[Call]):
         self._clocks[priority] = max(self._clocks[priority], behind)
 
     def _remove_returned(self, call: Call) -> bool:
-        # There are as many as workers have just ended: a handful.
-        for at, (kind, returned) in enumerate(self._returned):
+        # The last ones are taken first. There may be thousands, if an async worker has just ended.
+        for at in range(len(self._returned) - 1, -1, -1):
+            kind, returned = self._returned[at]
             if returned is call:
                 del self._returned[at]
                 self._forget_kind(kind)

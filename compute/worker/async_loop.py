@@ -12,10 +12,13 @@ import contextlib
 import os
 import select
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from unlatch import cancellation
 from unlatch.common.errors import Cancelled, KernelError, ResourceExhausted, UnlatchError
@@ -35,10 +38,12 @@ from unlatch.compute.worker.beginning import (
 )
 from unlatch.compute.worker.catalogue import LoadError
 from unlatch.compute.worker.kernel_call import explanation, input_arrays, outputs_of
-from unlatch.compute.worker.reply import Packed, failed, packed, told, write
+from unlatch.compute.worker.reply import Packed, failed, own_copies, packed, told, write
 from unlatch.compute.worker.setup import give_way_with_loop
 from unlatch.compute.worker.steps import RunningCall, Steps, running
 from unlatch.hooks import SETUPS, TEARDOWNS
+
+Result = TypeVar("Result")
 
 # Frames that are read in one round of the event loop. To begin a call takes some 50 µs.
 _FRAMES_AT_ONCE = 32
@@ -51,9 +56,20 @@ _IDLE_SECONDS = 3.0
 
 
 def main(channel: socket.socket, max_reply_bytes: int) -> None:
-    """Serve RunFrames until the dispatcher ends this worker or closes the channel."""
+    """Serve RunFrames until the dispatcher ends this worker or closes the channel.
+
+    If anything else ends the event loop (SystemExit in a task, `loop.stop()`), the process ends at once. An event loop
+    that closes in order would cancel all calls first, and answer them with an error that is not theirs.
+    """
     with asyncio.Runner(loop_factory=_new_loop) as runner, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        runner.run(_main(channel, max_reply_bytes))
+        try:
+            runner.run(_main(channel, max_reply_bytes))
+        except (BrokenPipeError, ConnectionResetError):
+            raise
+        except BaseException as error:  # noqa: BLE001 (whatever it is, the loop has ended)
+            traceback.print_exception(error)
+            sys.stderr.flush()
+            os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -92,9 +108,9 @@ async def _main(channel: socket.socket, max_reply_bytes: int) -> None:
 async def _readable(channel: socket.socket) -> None:
     """Wait for the next frame. Tasks that a setup has started go on meanwhile."""
     loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(channel.fileno(), readable.set_result, None)
-    await readable
+    readable = asyncio.Event()
+    loop.add_reader(channel.fileno(), readable.set)
+    await readable.wait()
     loop.remove_reader(channel.fileno())
 
 
@@ -118,6 +134,8 @@ class _AsyncWorker:
         self._calls: dict[int, RunningCall] = {}
         # By call, the wait for a reply segment.
         self._segments: dict[int, asyncio.Future[int]] = {}
+        # Of its own: a kernel may occupy the loop's threads, or end them.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="unlatch-replies")
         self._outgoing = select.poll()
         self._outgoing.register(channel, select.POLLOUT)
         self._loop = asyncio.get_running_loop()
@@ -161,7 +179,11 @@ class _AsyncWorker:
             if not frame:
                 self._end()
                 return
-            self._hear(frames.decode_for_worker(frame), fds)
+            try:
+                self._hear(frames.decode_for_worker(frame), fds)
+            except Exception as error:  # noqa: BLE001 (a frame is lost, so the worker ends, and its exit settles its calls)
+                self._fail(error)
+                return
 
     def _hear(self, message: frames.ToWorker, fds: list[int]) -> None:
         match message:
@@ -185,6 +207,15 @@ class _AsyncWorker:
     def _end(self) -> None:
         if not self._over.done():
             self._over.set_result(None)
+        for wait in self._segments.values():
+            # No segment is lent any more, and the wait for one is not cancelled.
+            wait.set_result(frames.NO_SEGMENT)
+        self._segments.clear()
+
+    def _fail(self, error: BaseException) -> None:
+        """End the worker because of an error of its own. Its exit settles its calls."""
+        if not self._over.done():
+            self._over.set_exception(error)
 
     def _begin(self, run: frames.RunFrame) -> None:
         if not self._calls:
@@ -195,15 +226,16 @@ class _AsyncWorker:
         # The task inherits the context, and so the call.
         token = running.set(call)
         try:
-            self._loop.create_task(self._answer(call, run)).add_done_callback(self._check)
+            # Not by the loop's factory, which a kernel may have replaced.
+            self._steps.task(self._loop, self._answer(call, run)).add_done_callback(self._check)
         finally:
             running.reset(token)
 
     def _check(self, task: "asyncio.Task[None]") -> None:
         """End the worker if a call has ended without an answer: the exit of the worker settles its calls."""
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if error is not None and not self._over.done():
-            self._over.set_exception(error)
+        if error is not None:
+            self._fail(error)
 
     def _cancel(self, number: int) -> None:
         call = self._calls.get(number)
@@ -264,26 +296,40 @@ class _AsyncWorker:
         return packed(spec, outputs_of(spec, arrays, result), run.members, self._max_reply_bytes), taken
 
     async def _done(self, call: RunningCall, run: frames.RunFrame, reply: Packed, taken: int) -> frames.Done:
-        """Write a reply: into the frame if it is small, else into a segment, which only the dispatcher can lend."""
+        """Write a reply: into the frame if it is small, else into a segment, which only the dispatcher can lend.
+
+        Other calls go on meanwhile. They may write to an array that the kernel has returned and keeps, so such an array
+        is copied first. They may not cancel this: its segment would be lent again while a thread writes to it.
+        """
         if reply.size <= frames.MAX_INLINE_BYTES:
             inline = bytearray(reply.size)
             results = write(reply, inline, run.members)
             return frames.Done(results, taken, call.cpu_nanoseconds, bytes(inline))
+        reply = own_copies(reply)
         wait = self._segments[call.number] = self._loop.create_future()
         self._send(frames.Wants(call.number))
-        segment = await wait
+        segment = await _uncancelled(wait)
         if segment == frames.NO_SEGMENT:
             raise ResourceExhausted("the replica cannot allocate shared memory for the reply")
         memory = self._mapped.reply(segment, reply.size)
         if reply.size <= _WRITTEN_AT_ONCE_BYTES:
             results = write(reply, memory, run.members)
         else:
-            results = await self._loop.run_in_executor(None, write, reply, memory, run.members)
+            writing = self._loop.run_in_executor(self._writer, write, reply, memory, run.members)
+            results = await _uncancelled(writing)
         return frames.Done(results, taken, call.cpu_nanoseconds)
 
     def _shrink(self, *, ran_short: bool) -> None:
         resident, data = self._allowance.shrink()
         self._send(frames.Shrunk(resident, data, ran_short))
+
+
+async def _uncancelled(future: "asyncio.Future[Result]") -> Result:
+    """Wait for a future to its end, even if a timer that a kernel has left cancels this task meanwhile."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(future)
+    return future.result()
 
 
 def _is_cancelled() -> bool:

@@ -1,5 +1,6 @@
 """The answer to a RunFrame: outputs written to the reply segment, or an error in a Failed frame."""
 
+import sys
 import traceback
 from collections.abc import Sequence
 from itertools import accumulate
@@ -53,6 +54,41 @@ def write(reply: Packed, memory: mmap | bytearray, members: Sequence[Member]) ->
             ]
         )
     return tuple(Result(member.call, own) for member, own in zip(members, zip(*tensors, strict=True), strict=True))
+
+
+def own_copies(reply: Packed) -> Packed:
+    """Return the same reply with copies of those outputs that something else can still write to."""
+    counted = zip(reply.contents, _references(reply), strict=True)
+    return reply._replace(
+        contents=[
+            (content if isinstance(content, bytes) or _is_own(content, count) else content.copy(), ends)
+            for (content, ends), count in counted
+        ]
+    )
+
+
+def _references(reply: Packed) -> list[int]:
+    """Count the references to each output. Those of the reply itself, and of this function, are among them."""
+    return [sys.getrefcount(content) for content, _ in reply.contents]
+
+
+def _is_own(array: Array, references: int) -> bool:
+    """Whether nothing but a reply refers to an array, or its memory is an input's, which no process can write to."""
+    if array.base is None:
+        return references <= _REFERENCES_OF_A_REPLY
+    base: object = array.base
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return not array.flags.writeable and isinstance(base, mmap)
+
+
+def _unshared() -> Packed:
+    """Return a reply with an array that nothing else refers to."""
+    array = np.zeros(1)
+    return Packed([array], [(array, [array.nbytes])], [0], [], array.nbytes)
+
+
+_REFERENCES_OF_A_REPLY = _references(_unshared())[0]
 
 
 def encoded(answer: Done | Failed, run: RunFrame, members: Sequence[Member]) -> bytes:

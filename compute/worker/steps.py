@@ -122,13 +122,17 @@ class Steps:
     def report(self, call: RunningCall | None, began: float, frame: FrameType | None) -> None:
         """Report a long step, once."""
         with self._reporting:
-            if call is not None and self._reported != began:
-                self._reported = began
-                self._on_blocking(call.number, _place(frame))
+            self._report(call, began, frame)
+
+    def _report(self, call: RunningCall | None, began: float, frame: FrameType | None) -> None:
+        if call is not None and self._reported != began:
+            self._reported = began
+            self._on_blocking(call.number, _place(frame))
 
     def over(self, call: RunningCall) -> None:
         """Tell that a long step has ended."""
-        self._on_over(call.number)
+        with self._reporting:
+            self._on_over(call.number)
 
     def _look(self) -> None:
         while True:
@@ -141,8 +145,10 @@ class Steps:
         call, began = self.now
         if call is not None and time.monotonic() - began > _LONG_SECONDS:
             frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 (public by its documentation)
-            if self.now == (call, began):
-                self.report(call, began, frame)
+            with self._reporting:
+                # Else the step has ended, and its end may have been told.
+                if self.now == (call, began):
+                    self._report(call, began, frame)
 
 
 def _place(frame: FrameType | None) -> str:

@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 import time
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped
@@ -20,6 +21,7 @@ Number = Int64[np.ndarray, ""]
 # The events of this process: what its hooks and kernels have seen.
 _seen: list[str] = []
 _running = 0
+_shared: dict[int, np.ndarray[Any, Any]] = {}
 
 
 class Scale(Enum):
@@ -214,6 +216,52 @@ async def misbehaves(x: Vector, *, how: str) -> Vector:
     return x
 
 
+async def _exits() -> None:
+    raise SystemExit(3)
+
+
+@kernel(pure=True)
+async def shares(x: Vector) -> Vector:
+    """Return an array that all calls of this size share. No other call runs between the write and the return."""
+    array = _shared.setdefault(len(x), np.empty(len(x)))
+    await asyncio.sleep(0.01)
+    array[:] = x
+    return array
+
+
+@kernel(pure=True)
+async def leaves_a_timer(x: Vector, *, seconds: float) -> Vector:
+    """Return a copy, and leave a timer that cancels the call's task later."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().call_later(seconds, task.cancel)
+    await asyncio.sleep(0)
+    return x + 0
+
+
+@kernel
+async def ends_the_loops_threads() -> Number:
+    """End the threads of the event loop's executor."""
+    await asyncio.get_running_loop().shutdown_default_executor()
+    return np.array(0)
+
+
+@kernel
+async def opens_all_files(*, seconds: float) -> Number:
+    """Leave no file descriptor free for a time."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    files = []
+    try:
+        while True:
+            files.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        await asyncio.sleep(seconds)
+    finally:
+        for file in files:
+            os.close(file)
+    return np.array(len(files))
+
+
 @kernel(pure=True)
 async def dies(x: Vector, *, how: str, record: str = "") -> Vector:
     """End the process, each time."""
@@ -221,6 +269,13 @@ async def dies(x: Vector, *, how: str, record: str = "") -> Vector:
     await asyncio.sleep(0.05)
     if how == "exit":
         os._exit(3)
+    if how == "child exits":
+        child = asyncio.create_task(_exits())
+        await asyncio.sleep(1)
+        child.cancel()
+    if how == "loop stops":
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(1)
     os.kill(os.getpid(), signal.SIGSEGV if how == "segfault" else signal.SIGKILL)
     return x
 

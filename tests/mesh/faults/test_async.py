@@ -104,6 +104,44 @@ async def test_several_outputs(client: Client) -> None:
     assert found.names.tolist() == [b"0.0", b"1.0", b"2.0"]
 
 
+@pytest.mark.parametrize("count", [100, 4096, 500_000])
+async def test_array_that_calls_share(client: Client, count: int) -> None:
+    """A reply has the array as it was when the coroutine returned, whatever other calls write to it then."""
+    sent = [np.full(count, float(number)) for number in range(12)]
+    for x, y in zip(sent, await asyncio.gather(*(client.call("shares", x) for x in sent)), strict=True):
+        np.testing.assert_array_equal(y, x)
+
+
+async def test_timer_that_cancels_a_call_that_has_returned(client: Client) -> None:
+    """A reply is written to its end, even if something in the worker cancels its task meanwhile."""
+    for number in range(60):
+        x = np.full(1_000_000, float(number))
+        one, other = client.call("leaves_a_timer", x, seconds=number * 0.0002), client.call("returns", -x)
+        y, z = await asyncio.gather(one, other, return_exceptions=True)
+        if not isinstance(y, Internal):  # cancelled before it had returned
+            np.testing.assert_array_equal(y, x)
+        np.testing.assert_array_equal(z, -x)
+
+
+async def test_kernel_that_ends_the_loops_threads(client: Client) -> None:
+    """Large replies need no thread that a kernel can end."""
+    await client.call("ends_the_loops_threads")
+    x = np.arange(500_000.0)
+    np.testing.assert_array_equal(await client.call("returns", x), x)
+
+
+async def test_worker_without_a_file_descriptor(waiting: Mesh, client: Client) -> None:
+    """A worker that cannot take a segment for lack of descriptors ends. The call that needed it runs again."""
+    x = np.arange(700_000.0)
+    eats = asyncio.ensure_future(client.call("opens_all_files", seconds=1.0))
+    await asyncio.sleep(0.5)
+    for factor in range(3):
+        np.testing.assert_array_equal(await client.call("returns", x * factor), x * factor)
+    await asyncio.gather(eats, return_exceptions=True)
+    np.testing.assert_array_equal(await client.call("returns", x), x)
+    await ended(waiting)
+
+
 async def test_signatures_of_all_forms(client: Client) -> None:
     """Choices, lists and optional arrays reach a coroutine as they reach any kernel."""
     np.testing.assert_array_equal(await client.call("scaled", X), X)
@@ -249,7 +287,7 @@ async def test_caller_of_a_coroutine_that_blocks_may_leave(waiting: Mesh, client
     await ended(waiting)
 
 
-@pytest.mark.parametrize("how", ["exit", "segfault", "kill"])
+@pytest.mark.parametrize("how", ["exit", "segfault", "kill", "child exits", "loop stops"])
 async def test_death_beside_others(waiting: Mesh, client: Client, tmp_path: Path, how: str) -> None:
     """A call that kills its workers is found and refused. Pure calls beside it are answered, however often it kills."""
     record, beside = tmp_path / "record", tmp_path / "beside"
