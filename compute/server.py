@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import NamedTuple
 
 import grpc.aio
@@ -36,7 +37,7 @@ from unlatch.compute.errors import StartError
 from unlatch.compute.intake.intake import CallIntake
 from unlatch.compute.ipc.arena import InputArena
 from unlatch.compute.ipc.frames import ASYNC, PLAIN
-from unlatch.compute.ipc.memory_budget import memory_budget
+from unlatch.compute.ipc.memory_budget import MemoryBudget, memory_budget
 from unlatch.compute.ipc.memory_limits import MemoryLimits
 from unlatch.compute.metrics import FORKSERVER, ComputeMetrics
 from unlatch.compute.pool.async_pool import AsyncPool, by_kernel
@@ -69,15 +70,15 @@ class ComputeService:
         settings: ComputeSettings,
         forkserver: ForkServer,
         processes: ProcessWatch,
-        memory_bytes: int,
+        budget_of: Callable[[int], MemoryBudget],
     ) -> None:
         self._settings = settings
-        self._memory_bytes = memory_bytes
+        self._budget_of = budget_of
         self.forkserver = forkserver
         self.recorder = Recorder()
         self.errors = errors = InternalErrors(self.recorder)
         self.health = Health(SERVICE)
-        self.arena = InputArena(memory_budget(settings, memory_bytes).arena_bytes)
+        self.arena = InputArena(budget_of(0).arena_bytes)
         self.metrics = ComputeMetrics(self.recorder, processes, lambda: self.waiting)
         self.metrics.forkserver_runs(forkserver.pid)
         self.served = ServedKernels()
@@ -159,9 +160,8 @@ class ComputeService:
     def _limits(self, kernels: Iterable[KernelSpec]) -> MemoryLimits:
         """Return the limits of each worker, when these kernels are served. Raises StartError."""
         settings = self._settings
-        budget = memory_budget(settings, self._memory_bytes, settings.async_worker_count(kernels))
         return MemoryLimits(
-            memory_bytes=budget.worker_bytes,
+            memory_bytes=self._budget_of(settings.async_worker_count(kernels)).worker_bytes,
             recycle_calls=settings.recycle_calls,
             recycle_growth_bytes=settings.recycle_growth_bytes,
         )
@@ -241,12 +241,14 @@ class ComputeService:
 
 def new_service(settings: ComputeSettings, processes: ProcessWatch, memory_bytes: int) -> ComputeService:
     """Start a forkserver, and make the service whose workers it forks. It may use `memory_bytes`; 0 is no limit."""
+    # By the number of async workers, which is known when the kernels are. Each budget is made once, since it may warn.
+    budget_of = cache(partial(memory_budget, settings, memory_bytes))
     # Raises StartError before anything runs if there is too little for the workers.
-    memory_budget(settings, memory_bytes)
+    budget_of(0)
     forkserver = ForkServer(
         settings.kernels, settings.worker_blas_threads, settings.max_reply_bytes, python=settings.worker_python
     )
-    return ComputeService(settings, forkserver, processes, memory_bytes)
+    return ComputeService(settings, forkserver, processes, budget_of)
 
 
 def _not_started(why: str, what: str) -> Unavailable | None:

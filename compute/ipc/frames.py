@@ -195,7 +195,7 @@ class Wants(msgspec.Struct, array_like=True, tag="wants"):
     call: Number
 
 
-class CancelHeard(msgspec.Struct, array_like=True, tag="cancel-heard"):
+class CancelHeard(msgspec.Struct, array_like=True, tag="cancel_heard"):
     """An async worker has cancelled the tasks of these calls."""
 
     calls: list[Number]

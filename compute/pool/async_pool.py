@@ -3,13 +3,9 @@
 from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
-from unlatch.common.telemetry.internal_errors import InternalErrors
 from unlatch.compute.call import Call
-from unlatch.compute.ipc.arena import InputArena
-from unlatch.compute.pool.occupancy import Occupancy
 from unlatch.compute.pool.pool import Pool
 from unlatch.compute.pool.side_by_side import SideBySide
-from unlatch.compute.pool.slot import Slot
 
 
 class AsyncOpening(NamedTuple):
@@ -30,9 +26,6 @@ class AsyncOpening(NamedTuple):
 class AsyncPool(Pool):
     """The async workers of one replica. They are few, so each question looks at all of them."""
 
-    def __init__(self, slots: Sequence[Slot], occupancy: Occupancy, arena: InputArena, errors: InternalErrors) -> None:
-        super().__init__(slots, occupancy, arena, errors)
-
     def opening(self, now: float) -> AsyncOpening | None:  # type: ignore[override]
         """Return the workers that take runs; None if there is none."""
         runs = (slot.in_flight for slot in self._slots)
@@ -48,7 +41,7 @@ class AsyncPool(Pool):
 
     def longest_wait_seconds(self, before: float) -> float:
         """Return the same."""
-        return before / len(self._slots)
+        return self.wait_seconds(before, 0.0, short=False)
 
 
 def by_kernel(call: Call) -> Hashable:

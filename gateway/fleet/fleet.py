@@ -219,9 +219,8 @@ class Fleet:
         if replica is None:
             wait, run = self._wait_seconds(call, offer), expected
         else:
-            wait, run = replica.window.wait_seconds_of(call.estimate), expected
-            if call.estimate.beside is None:
-                run *= replica.window.slowness
+            wait = replica.window.wait_seconds_of(call.estimate)
+            run = expected * replica.window.slowness_of(call.estimate)
         return self._backlog.refusal_in_time(call, wait_seconds=wait, run_seconds=run)
 
     def _wait_seconds(self, call: Routed, offer: Offer) -> float:
@@ -330,4 +329,4 @@ def _first_done(call: Routed, roomy: Sequence[Replica], near: Replica | None) ->
 def _seconds_until_done(call: Routed, replica: Replica) -> float:
     """Return the seconds until a held call would be done at a replica; 0 if a worker is idle, so the call may try."""
     wait = replica.window.wait_seconds_of(call.estimate)
-    return wait + replica.window.expected_run_seconds(call.estimate) if wait else 0.0
+    return wait + call.estimate.run_seconds * replica.window.slowness_of(call.estimate) if wait else 0.0

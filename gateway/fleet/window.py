@@ -101,9 +101,9 @@ class Window:
         """Seconds that a new call with this estimate would wait there."""
         return self.of_async.wait_seconds if estimate.beside is not None else self.wait_seconds(long=estimate.long)
 
-    def expected_run_seconds(self, estimate: Estimate) -> float:
-        """Seconds that a run with this estimate takes there. How long a function waits is not the replica's doing."""
-        return estimate.run_seconds if estimate.beside is not None else estimate.seconds * self._slowness.value
+    def slowness_of(self, estimate: Estimate) -> float:
+        """How many times longer such a run takes here than elsewhere. How long a function waits, no replica decides."""
+        return 1.0 if estimate.beside is not None else self._slowness.value
 
     def expected_seconds(self, estimate: Estimate, *, has_room: bool) -> float:
         """Seconds until a call that is sent there, now or when there is room, would be done, to compare replicas."""
