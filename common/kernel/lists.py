@@ -1,6 +1,6 @@
 """Lists of scalars as JSON, the form in which a parameter of the Open Inference Protocol carries them.
 
-The protocol's parameters are scalars only (docs/decisions/0030). JSON has no NaN and no infinity: these are written as
+The protocol's parameters are scalars only (docs/decisions/0031). JSON has no NaN and no infinity: these are written as
 strings, as in protobuf's JSON, and also read as the bare words that Python's `json` writes.
 """
 
