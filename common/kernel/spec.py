@@ -96,18 +96,22 @@ class ScalarSpec:
 
     def elements(self, text: str, most: int | None = None) -> list[Value]:
         """Read a list of at most `most` elements from JSON. Raises InvalidArgument naming the argument and element."""
-        if most is not None and self.type != "str" and text.count(",") >= most:
-            # Counted before it is parsed, because that takes longer. A comma in a text is not counted.
-            raise self._wrong(f"wanted a list of at most {most} elements; send an array")
+        if most is not None and self.type != "str":
+            # Before the text is parsed, which takes longer. In texts, a comma need not be between two elements.
+            self._bound(text.count(",") + 1, most)
         try:
             found = from_json(text)
         except ValueError as error:
             raise self._wrong(f"wanted a JSON list of {self.type}: {error}") from None
-        if most is not None and len(found) > most:
-            raise self._wrong(f"wanted a list of at most {most} elements, got {len(found)}; send an array")
+        if most is not None:
+            self._bound(len(found), most)
         if self._are_right(found):
             return found
         return [self._element(index, value) for index, value in enumerate(found)]
+
+    def _bound(self, count: int, most: int) -> None:
+        if count > most:
+            raise self._wrong(f"wanted a list of at most {most} elements, got {count}; send an array")
 
     def _are_right(self, found: list[Any]) -> bool:
         """Whether all elements can be taken as they are. No Python code is run for each: a list may be long."""
